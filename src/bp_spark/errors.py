@@ -1,0 +1,61 @@
+"""The project's own errors. Each message names the file or table, the column, the rule and, where one helps, an example."""
+
+from __future__ import annotations
+
+
+class BpSparkError(Exception):
+    """Base of all errors that a user can cause and mend; ``exit_code`` is what a job ends with."""
+
+    exit_code = 1
+
+
+class ConfigError(BpSparkError):
+    """A configuration file or override that can't be used: unknown key, wrong type, value out of range."""
+
+    exit_code = 2
+
+
+class DataError(BpSparkError):
+    """Data that breaks a contract: missing table or column, wrong type, nothing to work on.
+
+    Args:
+        table: the table or file that breaks the rule.
+        rule: what must hold, in words.
+        column: the column at fault, if one is.
+        count: how many rows break the rule, if counted.
+        example: one offending value (never personal data).
+    """
+
+    exit_code = 3
+
+    def __init__(
+        self,
+        table: str,
+        rule: str,
+        *,
+        column: str | None = None,
+        count: int | None = None,
+        example: object = None,
+    ) -> None:
+        where = f"{table}.{column}" if column else table
+        message = f"{where}: {rule}"
+        if count is not None:
+            message += f" ({count} rows)"
+        if example is not None:
+            message += f"; for example {example!r}"
+        super().__init__(message)
+        self.table = table
+        self.column = column
+        self.rule = rule
+
+
+class BundleError(BpSparkError):
+    """A model bundle that can't be trusted or used: digest mismatch, foreign features, newer format."""
+
+    exit_code = 4
+
+
+class EnvironmentFault(BpSparkError):
+    """The machine lacks something: no Java, no Delta jars, a worker process that died."""
+
+    exit_code = 5

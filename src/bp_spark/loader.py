@@ -1,0 +1,364 @@
+"""A snapshot of a Delta table in, batches of columns out: Petastorm reads the Parquet files, each rank its
+own share.
+
+Petastorm knows nothing of Delta, so it is never given a table's folder: :func:`snapshot` asks the transaction
+log which files make up a version, and only those are read. A list of plain Parquet files also keeps Petastorm
+away from ``_common_metadata``, whose content it would unpickle.
+
+Ranks share the row groups of the snapshot (:meth:`Snapshot.share`), and a :class:`Feed` passes over a share
+once per epoch in a fixed number of batches, so that all ranks take equally many steps however unequal their
+shares are.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from urllib.parse import unquote
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
+from petastorm import TransformSpec, make_batch_reader
+from petastorm.fs_utils import get_filesystem_and_path_or_paths
+from petastorm.transform import edit_field
+
+from bp_spark.errors import DataError
+
+Columns = dict[str, np.ndarray]
+"""Column name to values, one per row; an array column is an object array of one-dimensional arrays."""
+
+MEMORY_LIMIT = 512 * 2**20
+"""A share whose decoded size is below this many bytes is decoded once and kept."""
+SHUFFLE_BYTES = 128 * 2**20
+"""Decoded size of the rows that are shuffled together when a share is larger than that."""
+POOL_BATCHES = 16
+"""Batches whose rows are ordered by length together: enough for little padding, few enough to stay random."""
+WORKERS = 2
+"""Threads that decode row groups."""
+
+_VALUE_BYTES = 8
+_ARRAY_BYTES = 112  # of a numpy array object, whatever it holds
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group of a Parquet file: its rows, and an estimate of their decoded size in bytes."""
+
+    rows: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a snapshot that one rank reads: row groups ``index``, ``index + count``, ... of all files.
+
+    ``count`` may be smaller than the number of ranks; a rank left over has a share without rows.
+    """
+
+    files: tuple[str, ...]
+    schema: pa.Schema
+    index: int
+    count: int
+    rows: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The active files of one version of a Delta table.
+
+    Attributes:
+        path: the table.
+        version: its version.
+        files: URLs of the Parquet files, sorted.
+        schema: the columns that all files have.
+        groups: the row groups, file by file.
+    """
+
+    path: str
+    version: int
+    files: tuple[str, ...]
+    schema: pa.Schema
+    groups: tuple[RowGroup, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows in all files."""
+        return sum(group.rows for group in self.groups)
+
+    def share(self, rank: int, ranks: int) -> Share:
+        """The share of ``rank`` (from 0) of ``ranks``. Together the shares hold each row exactly once.
+
+        Petastorm refuses more shares than row groups, so then as many ranks as there are row groups read one
+        each.
+
+        >>> groups = (RowGroup(5, 80), RowGroup(3, 48))
+        >>> whole = Snapshot("t", 0, ("file:///t/0.parquet",), pa.schema([]), groups)
+        >>> [whole.share(rank, 3).rows for rank in range(3)]
+        [5, 3, 0]
+        """
+        count = min(ranks, len(self.groups))
+        own = self.groups[rank::count] if rank < count else ()
+        rows, size = sum(group.rows for group in own), sum(group.size for group in own)
+        return Share(self.files, self.schema, rank, count, rows, size)
+
+
+def snapshot(path: str, version: int | None = None, where: Mapping[str, str] | None = None) -> Snapshot:
+    """Look up which files make up a version of a Delta table, and their row groups.
+
+    Args:
+        path: local folder or object-store URL of the table.
+        version: ``None`` for the newest.
+        where: values of partition columns, for part of the table.
+
+    Raises:
+        DataError: no such table, version or partition column; no rows; the table has deletion vectors or
+        renamed
+            columns (column mapping), which Petastorm would not see.
+
+    >>> snapshot("lakehouse/training_set", where={"split": "train"}).rows  # doctest: +SKIP
+    15120
+    """
+    try:
+        table = DeltaTable(path, version=version)
+    except DeltaError as error:
+        which = "" if version is None else f" with a version {version}"
+        raise DataError(path, f"must be a Delta table{which}: {str(error).splitlines()[0]}") from error
+    conditions = dict(where or {})
+    if unknown := set(conditions) - set(table.metadata().partition_columns):
+        raise DataError(path, "must be a partition column", column=min(unknown))
+    if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
+        raise DataError(path, "must not use column mapping: Petastorm reads the names in the files")
+    if marked := sum(batch.num_rows for batch in table.deletion_vectors()):
+        rule = "must have no deletion vectors: Petastorm would read the deleted rows"
+        raise DataError(path, f"{rule}, {marked} files have")
+    chosen = [(column, "=", value) for column, value in conditions.items()]
+    files = tuple(sorted(_url(uri) for uri in table.file_uris(file_pruning_predicate=chosen or None)))
+    found = Snapshot(path, table.version(), files, *_read_footers(files))
+    if not found.rows:
+        which = "".join(f", {column} = {value}" for column, value in conditions.items())
+        raise DataError(path, f"must have rows (version {found.version}{which})")
+    return found
+
+
+class Feed:
+    """Passes over one rank's share of a snapshot.
+
+    Args:
+        share: the rows.
+        scalars: names of the plain columns to read; no others are decoded.
+        arrays: names of the array columns to read; rows are ordered by the length of the first.
+
+    A small share (:data:`MEMORY_LIMIT`) is decoded by the first pass and kept; a larger one is decoded by
+    each.
+
+    Raises:
+        DataError: not all files have these columns.
+    """
+
+    def __init__(self, share: Share, scalars: Sequence[str], arrays: Sequence[str]) -> None:
+        for name in (*scalars, *arrays):
+            if name not in share.schema.names:
+                raise DataError(share.files[0], "must be in all files", column=name)
+        self.share = share
+        self.scalars = tuple(scalars)
+        self.arrays = {name: share.schema.field(name).type.value_type.to_pandas_dtype() for name in arrays}
+        self._kept: Columns | None = None
+
+    @contextmanager
+    def batches(self, steps: int, seed: int) -> Iterator[Iterator[Columns | None]]:
+        """All rows of the share, each once, in exactly ``steps`` batches whose sizes differ by one at most.
+
+        With more steps than rows, a step without a row yields ``None``. The order depends on ``seed`` alone.
+        Ranks
+        that pass the same seed meet batches of like length at the same step, so that none waits long for
+        another.
+
+        Raises:
+            DataError: the files hold fewer rows than the snapshot says.
+
+        >>> with feed.batches(steps=10, seed=1) as batches:  # doctest: +SKIP
+        ...     for columns in batches: ...
+        """
+        with closing(self._chunks(seed)) as chunks:
+            yield self._rebatch(chunks, split_sizes(self.share.rows, steps), seed)
+
+    def _chunks(self, seed: int) -> Generator[Columns, None, None]:
+        """The rows in pieces large enough to be shuffled each on its own."""
+        if not self.share.rows:
+            return
+        if self._kept is None and self.share.size <= MEMORY_LIMIT:
+            with self._reader(seed=None) as tables:
+                self._kept = _concat(list(tables))
+        if self._kept is not None:
+            yield self._kept
+            return
+        rows_together = max(1, SHUFFLE_BYTES * self.share.rows // self.share.size)
+        with self._reader(seed) as tables:
+            held: list[Columns] = []
+            for table in tables:
+                held.append(table)
+                if sum(map(_rows, held)) >= rows_together:
+                    yield _concat(held)
+                    held = []
+            if held:
+                yield _concat(held)
+
+    def _rebatch(self, chunks: Iterator[Columns], sizes: list[int], seed: int) -> Iterator[Columns | None]:
+        of_rows = np.random.default_rng([seed, self.share.index, 1])
+        of_batches = np.random.default_rng(seed)
+        read = done = 0
+        rest: Columns | None = None
+        for chunk in chunks:
+            read += _rows(chunk)
+            rows = chunk if rest is None else _concat([rest, chunk])
+            order = of_rows.permutation(_rows(rows))
+            while pool := _fitting(sizes[done : done + POOL_BATCHES], len(order)):
+                picked, order = order[: sum(pool)], order[sum(pool) :]
+                yield from self._by_length(rows, picked, pool, of_batches)
+                done += len(pool)
+            rest = _take(rows, order)
+        if read != self.share.rows:
+            raise DataError(self.share.files[0], f"share must have {self.share.rows} rows, read {read}")
+        yield from (None for _ in sizes[done:])
+
+    def _by_length(
+        self, rows: Columns, picked: np.ndarray, sizes: list[int], rng: np.random.Generator
+    ) -> Iterator[Columns | None]:
+        lengths = [len(array) for array in rows[next(iter(self.arrays))][picked]]
+        parts = np.split(picked[np.argsort(lengths, kind="stable")], np.cumsum(sizes)[:-1])
+        for index in rng.permutation(len(parts)):
+            yield _take(rows, parts[index]) if len(parts[index]) else None
+
+    @contextmanager
+    def _reader(self, seed: int | None) -> Iterator[Iterator[Columns]]:
+        """One pass of Petastorm over the share, a row group at a time; in random order if there is a seed."""
+        _silence_petastorm()
+        names = (*self.scalars, *self.arrays)
+        reader = make_batch_reader(
+            list(self.share.files),
+            schema_fields=[f"^{re.escape(name)}$" for name in names],
+            workers_count=WORKERS,
+            shuffle_row_groups=seed is not None,
+            seed=seed,
+            num_epochs=1,
+            cur_shard=self.share.index,
+            shard_count=self.share.count,
+            transform_spec=TransformSpec(
+                self._pack, edit_fields=[edit_field(name, np.bytes_, ()) for name in self.arrays]
+            ),
+        )
+        try:
+            yield (self._unpack(table._asdict()) for table in reader)
+        finally:
+            # Not `with reader`: that prints to standard output.
+            reader.stop()
+            reader.join()
+
+    def _pack(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Arrays as bytes: Petastorm joins array columns of equal length only."""
+        for name, dtype in self.arrays.items():
+            frame[name] = [
+                b"" if array is None else array.astype(dtype, copy=False).tobytes() for array in frame[name]
+            ]
+        return frame
+
+    def _unpack(self, table: Mapping[str, np.ndarray]) -> Columns:
+        columns = dict(table)
+        for name, dtype in self.arrays.items():
+            packed = columns[name]
+            flat = np.frombuffer(b"".join(packed), dtype)
+            ends = np.cumsum([len(array) // flat.itemsize for array in packed])
+            columns[name] = arrays = np.empty(len(packed), object)
+            start = 0
+            for row, end in enumerate(ends):
+                arrays[row] = flat[start:end]
+                start = end
+        return columns
+
+
+def split_sizes(rows: int, steps: int) -> list[int]:
+    """``rows`` as ``steps`` integers that differ by one at most.
+
+    >>> split_sizes(7, 3)
+    [2, 2, 3]
+    """
+    edges = [rows * step // steps for step in range(steps + 1)]
+    return [end - start for start, end in pairwise(edges)]
+
+
+def _fitting(sizes: list[int], rows: int) -> list[int]:
+    """The first of ``sizes`` that ``rows`` suffice for."""
+    return sizes[: int(np.searchsorted(np.cumsum(sizes), rows, side="right"))]
+
+
+def _rows(columns: Columns) -> int:
+    return len(next(iter(columns.values())))
+
+
+def _take(columns: Columns, rows: np.ndarray) -> Columns:
+    return {name: values[rows] for name, values in columns.items()}
+
+
+def _concat(tables: Sequence[Columns]) -> Columns:
+    if len(tables) == 1:
+        return tables[0]
+    return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+
+
+def _url(uri: str) -> str:
+    """The URL by which Petastorm finds a file; it takes the path of a ``file`` URL literally.
+
+    Raises:
+        DataError: a local path has a character that no such URL can hold.
+    """
+    if "://" in uri and not uri.startswith("file://"):
+        return uri
+    path = unquote(uri.removeprefix("file://"))
+    if reserved := set("#?;") & set(path):
+        raise DataError(path, f"must have no {min(reserved)!r} in its path: Petastorm can't read it")
+    return f"file://{path}"
+
+
+def _silence_petastorm() -> None:
+    """pyarrow 14 warns at each use of the interfaces that Petastorm is built on."""
+    for module in (r"petastorm\.", r"pyarrow\."):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+
+
+def _read_footers(files: tuple[str, ...]) -> tuple[pa.Schema, tuple[RowGroup, ...]]:
+    if not files:
+        return pa.schema([]), ()
+    _silence_petastorm()
+    filesystem, paths = get_filesystem_and_path_or_paths(list(files))
+
+    def footer(path: str) -> pq.FileMetaData:
+        with filesystem.open(path) as file:
+            return pq.read_metadata(file)
+
+    with ThreadPoolExecutor() as pool:
+        footers = list(pool.map(footer, paths))
+    schema = footers[0].schema.to_arrow_schema()
+    common = set.intersection(*(set(other.schema.to_arrow_schema().names) for other in footers))
+    groups = tuple(
+        _describe(metadata.row_group(index))
+        for metadata in footers
+        for index in range(metadata.num_row_groups)
+    )
+    return pa.schema([field for field in schema if field.name in common]), groups
+
+
+def _describe(group: pq.RowGroupMetaData) -> RowGroup:
+    chunks = [group.column(index) for index in range(group.num_columns)]
+    arrays = sum("." in chunk.path_in_schema for chunk in chunks)
+    size = _VALUE_BYTES * sum(chunk.num_values for chunk in chunks) + _ARRAY_BYTES * arrays * group.num_rows
+    return RowGroup(group.num_rows, size)

@@ -1,0 +1,328 @@
+"""The artefact of training: a folder of plain files that scores users, proves itself unchanged and says where
+it is from.
+
+``manifest.json`` names every other file with its size and SHA-256, the input columns, the members, the
+fusion, the metrics and the lineage. A bundle is written beside its place and renamed into it, never changed
+afterwards, and refused when a single bit differs. Nothing in it is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import bp_spark
+from bp_spark.errors import BundleError
+from bp_spark.model.fusion import Fusion
+from bp_spark.model.members import Member, load_member
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+CURRENT = "current"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_KEYS: dict[str, type] = {
+    "format": int,
+    "created_at": str,
+    "code_version": str,
+    "horizon_days": int,
+    "inputs": dict,
+    "members": list,
+    "fusion": dict,
+    "metrics": dict,
+    "lineage": dict,
+    "files": dict,
+    "digest": str,
+    "checksum": str,
+}
+
+
+class Bundle:
+    """A trained, calibrated model, ready to score. Get one from :func:`write` or :func:`load`.
+
+    Attributes:
+        folder: where it lies.
+        manifest: the document of ``manifest.json``; don't change it.
+        members: the fitted members by name.
+        fusion: what joins them.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Mapping[str, Any], members: Sequence[Member], fusion: Fusion
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.members = {member.name: member for member in members}
+        self.fusion = fusion
+
+    @property
+    def digest(self) -> str:
+        """Identity of the model: SHA-256 (hex) of the canonical manifest, time of writing apart."""
+        return str(self.manifest["digest"])
+
+    @property
+    def horizon_days(self) -> int:
+        """Days of future spend that the bundle predicts."""
+        return int(self.manifest["horizon_days"])
+
+    @property
+    def required_columns(self) -> tuple[str, ...]:
+        """The input columns of all members, group after group as in ``inputs``."""
+        return tuple(name for names in self.manifest["inputs"].values() for name in names)
+
+    def check_inputs(self, available: Iterable[str]) -> None:
+        """Make sure a table can be scored.
+
+        Raises:
+            BundleError: columns are missing; the message names them.
+        """
+        there = set(available)
+        missing = [name for name in self.required_columns if name not in there]
+        if missing:
+            raise BundleError(f"bundle {self.digest[:12]}: input columns missing: {', '.join(missing)}")
+
+    def predict(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Score users.
+
+        Args:
+            columns: an array of ``rows`` values per required column.
+
+        Returns:
+            ``member_<name>`` (expected spend, ``float64[rows]``) per member, and the arrays of
+            :meth:`bp_spark.model.fusion.Fusion.apply`.
+
+        Raises:
+            BundleError: a column is missing.
+        """
+        self.check_inputs(columns)
+        predictions = {name: member.predict(columns) for name, member in self.members.items()}
+        return {f"member_{name}": values for name, values in predictions.items()} | self.fusion.apply(
+            predictions
+        )
+
+
+def write(
+    folder: str | Path,
+    members: Sequence[Member],
+    fusion: Fusion,
+    *,
+    inputs: Mapping[str, Sequence[str]],
+    lineage: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    horizon_days: int,
+) -> Bundle:
+    """Write a bundle; it is there whole or not at all.
+
+    Args:
+        folder: where to; must not exist. Its parent is created.
+        members: fitted members, names unique.
+        fusion: fitted on these members.
+        inputs: input columns by group, such as ``{"tabular": [...], "history": [...]}``.
+        lineage: where the model comes from: training set and version, configuration, run. Plain JSON values.
+        metrics: how good it is. Plain JSON values; NaN is written as null.
+        horizon_days: days of future spend it predicts.
+
+    Raises:
+        BundleError: the folder exists, its name or a file's is unfit, or the fusion needs a member that isn't
+            given.
+    """
+    folder = Path(folder)
+    names = [member.name for member in members]
+    if not _NAME.fullmatch(folder.name):
+        raise BundleError(f"{folder}: a bundle's name has letters, digits, dot, dash, underscore only")
+    if folder.exists():
+        raise BundleError(f"{folder}: is there already; a bundle is never changed")
+    if len(set(names)) != len(names):
+        raise BundleError(f"{folder}: two members of one name among {', '.join(names)}")
+    absent = [name for name in fusion.members if name not in names]
+    if absent:
+        raise BundleError(f"{folder}: the fusion needs member {absent[0]!r}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
+    draft.mkdir()
+    try:
+        for member in members:
+            member.save(draft)
+        files = {path.name: _describe(path) for path in sorted(draft.iterdir())}
+        for name in files:
+            if not _NAME.fullmatch(name) or name == MANIFEST:
+                raise BundleError(f"{folder}: a member wrote a file {name!r}")
+            _sync(draft / name)
+        manifest = _sealed(
+            {
+                "format": FORMAT,
+                "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "code_version": bp_spark.__version__,
+                "horizon_days": horizon_days,
+                "inputs": inputs,
+                "members": names,
+                "fusion": fusion.to_json(),
+                "metrics": metrics,
+                "lineage": lineage,
+                "files": files,
+            }
+        )
+        (draft / MANIFEST).write_bytes(_text(manifest))
+        _sync(draft / MANIFEST)
+        _sync(draft)
+        try:
+            os.rename(draft, folder)
+        except OSError as error:
+            raise BundleError(f"{folder}: can't be put in place ({error.strerror})") from None
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return Bundle(folder, manifest, members, fusion)
+
+
+def load(folder: str | Path) -> Bundle:
+    """Read a bundle after proving that it is whole and unchanged.
+
+    Raises:
+        BundleError: it is no bundle, of a newer format, or anything in it differs from what was written: a
+            file missing, added, changed or cut short. The message names the file.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder / MANIFEST)
+    files: dict[str, Any] = manifest["files"]
+    for name in files:
+        if not _NAME.fullmatch(name) or name == MANIFEST:
+            raise BundleError(f"{folder / MANIFEST}: file name {name!r} is not allowed")
+    there = {path.name for path in folder.iterdir()}
+    for name in sorted(there - set(files) - {MANIFEST}):
+        raise BundleError(f"{folder / name}: doesn't belong to the bundle")
+    for name, described in files.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise BundleError(f"{path}: is missing or not a plain file")
+        if _describe(path) != described:
+            raise BundleError(f"{path}: differs from what was written (size or SHA-256)")
+    fusion = Fusion.from_json(manifest["fusion"])
+    absent = [name for name in fusion.members if name not in manifest["members"]]
+    if absent:
+        raise BundleError(f"{folder / MANIFEST}: the fusion needs member {absent[0]!r}")
+    return Bundle(folder, manifest, [load_member(name, folder) for name in manifest["members"]], fusion)
+
+
+def promote(bundles_dir: str | Path, bundle: Bundle) -> None:
+    """Make ``bundle`` the one that scores: ``bundles_dir/current`` names it from one moment to the next.
+
+    Raises:
+        BundleError: the bundle doesn't lie directly in ``bundles_dir``.
+    """
+    bundles_dir = Path(bundles_dir)
+    if bundle.folder.resolve().parent != bundles_dir.resolve():
+        raise BundleError(f"{bundle.folder}: must lie in {bundles_dir} to be promoted")
+    draft = bundles_dir / f".{CURRENT}.{uuid.uuid4().hex}.tmp"
+    try:
+        draft.write_text(bundle.folder.name + "\n", encoding="utf-8")
+        _sync(draft)
+        os.replace(draft, bundles_dir / CURRENT)
+    finally:
+        draft.unlink(missing_ok=True)
+    _sync(bundles_dir)
+
+
+def current(bundles_dir: str | Path) -> Path:
+    """Folder of the promoted bundle.
+
+    Raises:
+        BundleError: none is promoted, or the promoted one is gone.
+    """
+    pointer = Path(bundles_dir) / CURRENT
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        raise BundleError(f"{pointer}: no bundle is promoted yet; train one first") from None
+    folder = Path(bundles_dir) / name
+    if not _NAME.fullmatch(name):
+        raise BundleError(f"{pointer}: {name[:40]!r} is no bundle's name")
+    if not (folder / MANIFEST).is_file():
+        raise BundleError(f"{pointer}: names {name}, which is no bundle in {bundles_dir}")
+    return folder
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: can't be read ({error.strerror})") from None
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError):
+        raise BundleError(f"{path}: not JSON or cut short") from None
+    written = manifest.get("format") if isinstance(manifest, dict) else None
+    if type(written) is not int:
+        raise BundleError(f"{path}: not a bundle's manifest")
+    if written > FORMAT:
+        raise BundleError(f"{path}: format {written} is newer than this bp-spark reads ({FORMAT}); update it")
+    for key, kind in _KEYS.items():
+        if not isinstance(manifest.get(key), kind):
+            raise BundleError(f"{path}: {key} is missing or no {kind.__name__}")
+    # Byte for byte, so that nothing passes that JSON readers may take differently, such as a key given twice.
+    content = {key: value for key, value in manifest.items() if key not in ("digest", "checksum")}
+    if set(manifest) != set(_KEYS) or _text(_sealed(content)) != text:
+        raise BundleError(f"{path}: differs from what was written (checksum)")
+    inputs = manifest["inputs"]
+    if not all(
+        isinstance(names, list) and all(isinstance(n, str) for n in names) for names in inputs.values()
+    ):
+        raise BundleError(f"{path}: inputs must be lists of column names")
+    return manifest
+
+
+def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of that content: with ``digest`` over all but the time, ``checksum`` over all."""
+    plain: dict[str, Any] = _plain(content)
+    timeless = {key: value for key, value in plain.items() if key != "created_at"}
+    return plain | {"digest": _sha256(timeless), "checksum": _sha256(plain)}
+
+
+def _sha256(document: Mapping[str, Any]) -> str:
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _text(manifest: Mapping[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as it will come back from JSON; NaN and infinities as null."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    return str(value)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(f"{path}: must be a plain file")
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,58 @@
+"""Losses of spend prediction, one value per row: the caller weighs, sums and divides, so that a mean over
+ranks is exact.
+
+Labels are spend in money; negative ones (more refunds than purchases) count as no spend.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MIN_SIGMA = 1e-3
+_LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+
+
+def ziln_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of the zero-inflated lognormal.
+
+    Source: Wang, Liu, Miao: A Deep Probabilistic Model for Customer Lifetime Value Prediction, 2019,
+    arXiv:1912.07753.
+
+    Args:
+        outputs: [B, 3]: logit of P(spend > 0), mean and raw scale of log spend.
+        labels: [B], money.
+
+    Returns:
+        float32 [B].
+    """
+    logit, mu, sigma = ziln_parameters(outputs)
+    labels = labels.float()
+    positive = labels > 0
+    buys = F.binary_cross_entropy_with_logits(logit, positive.float(), reduction="none")
+    # Zero labels take log(1): a masked -inf would still give NaN gradients.
+    log_label = torch.log(torch.where(positive, labels, torch.ones_like(labels)))
+    amount = log_label + torch.log(sigma) + _LOG_SQRT_2PI + 0.5 * ((log_label - mu) / sigma) ** 2
+    return buys + positive.float() * amount
+
+
+def ziln_parameters(outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logit of P(spend > 0), mean and standard deviation of log spend: [B] each, float32."""
+    logit, mu, raw = outputs.float().unbind(-1)
+    return logit, mu, F.softplus(raw) + _MIN_SIGMA
+
+
+def log_mse_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Squared error of log(1 + spend).
+
+    Args:
+        outputs: [B, 1], predicted log(1 + spend).
+        labels: [B], money.
+
+    Returns:
+        float32 [B].
+    """
+    return (outputs.float().squeeze(-1) - torch.log1p(labels.float().clamp(min=0))) ** 2

@@ -1,0 +1,444 @@
+"""The members of a bundle: each reads a user's columns and answers with the expected spend over the horizon.
+
+In: the training set as a Spark DataFrame (features, ``label_spend``, ``split``) to fit, numpy columns to
+predict. Out: :class:`Member` objects that save themselves as plain files (JSON, safetensors; nothing is ever
+unpickled). The linear and the boosted-trees member live here; the sequence model is
+:class:`bp_spark.model.network.TransformerMember`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+import xgboost
+from pyspark.errors import PySparkAttributeError
+from pyspark.ml.feature import VectorAssembler
+from pyspark.ml.regression import LinearRegression
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from bp_spark.config import LinearConfig, TreesConfig
+from bp_spark.errors import BundleError, DataError, EnvironmentFault
+
+TABLE = "training_set"
+LABEL = "label_spend"
+SPLIT = "split"
+KEY = ("user_key", "as_of_date")
+
+
+class Member(Protocol):
+    """A fitted model of a user's spend. Rows are independent: a row's answer depends on that row only."""
+
+    @property
+    def name(self) -> str:
+        """Short name, unique in a bundle: ``linear``, ``trees``, ``transformer``."""
+        ...
+
+    def predict(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Expected spend, ``float64[rows]``, finite and >= 0, in the currency of the labels.
+
+        Args:
+            columns: one array of ``rows`` values per input column; NaN is a missing value.
+
+        Raises:
+            BundleError: a column the member needs is missing.
+        """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the member's files, each named after it, into an existing folder."""
+        ...
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            BundleError: a file is missing, cut short or not this member's; the message names it.
+        """
+        ...
+
+
+def load_member(name: str, folder: Path) -> Member:
+    """The saved member of that name.
+
+    Raises:
+        BundleError: there is no such member, or its files can't be used.
+    """
+    if name == LinearMember.name:
+        return LinearMember.load(folder)
+    if name == TreesMember.name:
+        return TreesMember.load(folder)
+    if name == "transformer":
+        # torch takes seconds to import: bundles without a sequence model don't pay for it.
+        from bp_spark.model.network import TransformerMember
+
+        return TransformerMember.load(folder)
+    raise BundleError(f"{folder}: unknown member {name!r}")
+
+
+# ----------------------------------------------------------------------------------------------------- linear
+
+
+@dataclass(frozen=True)
+class LinearMember:
+    """Ridge regression of ``log1p`` spend on ``log1p`` recency, frequency and monetary value.
+
+    ``expected = exp(intercept + coefficients · x) * smearing - 1``, never below 0, with
+    ``x = sign(v) * log1p(|v|)`` of each feature value ``v``, and the mean seen in fitting where ``v`` is
+    missing. ``smearing`` is the mean of ``exp(residual)``: Duan (1983), "Smearing estimate: a nonparametric
+    retransformation method", JASA 78. The exponent is held at ``ceiling``, the largest label seen in fitting,
+    for a straight line in log space would promise a far outlier any sum.
+    """
+
+    name: ClassVar[str] = "linear"
+    FILE: ClassVar[str] = "linear.json"
+
+    features: tuple[str, ...]
+    means: tuple[float, ...]
+    coefficients: tuple[float, ...]
+    intercept: float
+    smearing: float
+    ceiling: float
+
+    def predict(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Expected spend, ``float64[rows]``; see :meth:`Member.predict`."""
+        values = stack_columns(columns, self.features, np.float64)
+        logs = np.sign(values) * np.log1p(np.abs(values))
+        exponent = np.full(len(values), self.intercept)
+        # Column by column and not by a matrix product: BLAS sums in an order that depends on the number of
+        # rows.
+        for j, (mean, coefficient) in enumerate(zip(self.means, self.coefficients, strict=True)):
+            exponent += coefficient * np.where(np.isnan(logs[:, j]), mean, logs[:, j])
+        spend = np.exp(np.minimum(exponent, self.ceiling)) * self.smearing - 1.0
+        return np.maximum(spend, 0.0)
+
+    def save(self, folder: Path) -> None:
+        """Write ``linear.json``."""
+        text = json.dumps(asdict(self), indent=1, allow_nan=False)
+        (Path(folder) / self.FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read ``linear.json``; see :meth:`Member.load`."""
+        path = Path(folder) / cls.FILE
+        document = _read_json(path)
+        if set(document) != {field.name for field in fields(cls)}:
+            raise BundleError(f"{path}: not a linear member")
+        try:
+            member = cls(
+                features=tuple(str(name) for name in document["features"]),
+                means=tuple(float(value) for value in document["means"]),
+                coefficients=tuple(float(value) for value in document["coefficients"]),
+                intercept=float(document["intercept"]),
+                smearing=float(document["smearing"]),
+                ceiling=float(document["ceiling"]),
+            )
+        except (TypeError, ValueError) as error:
+            raise BundleError(f"{path}: not a linear member ({error})") from None
+        if not len(member.features) == len(member.means) == len(member.coefficients):
+            raise BundleError(f"{path}: features, means and coefficients differ in length")
+        return member
+
+
+def fit_linear(df: DataFrame, features: Sequence[str], conf: LinearConfig) -> LinearMember:
+    """Fit :class:`LinearMember` on the rows with ``split = 'train'``, distributed.
+
+    The penalty is ``conf.l2 / 2 * |coefficients|²`` on standardised features (Spark's ``regParam``). Three
+    passes over the data: means, least squares, smearing; cache ``df`` where computing it is dear.
+
+    Raises:
+        DataError: a column is missing, or no row is a training row.
+    """
+    _require(df, [*features, LABEL, SPLIT])
+    train = df.where(F.col(SPLIT) == "train").select(
+        F.log1p(_spend()).alias(LABEL), *[_signed_log(name).alias(name) for name in features]
+    )
+    summary = train.agg(
+        F.count(F.lit(1)).alias("rows"),
+        F.max(LABEL).alias("ceiling"),
+        *[F.avg(F.nanvl(F.col(name), F.lit(None))).alias(f"mean_{j}") for j, name in enumerate(features)],
+    ).first()
+    if summary is None or summary["rows"] == 0:
+        raise DataError(TABLE, "no training row", column=SPLIT)
+    means = [summary[f"mean_{j}"] for j in range(len(features))]
+    # A feature that nobody has tells nothing: any constant does, and 0 keeps it out of the intercept.
+    means = [0.0 if mean is None else float(mean) for mean in means]
+    filled = train.select(
+        LABEL,
+        *[
+            F.coalesce(F.nanvl(F.col(name), F.lit(None)), F.lit(mean)).alias(name)
+            for name, mean in zip(features, means, strict=True)
+        ],
+    )
+    estimator = LinearRegression(
+        featuresCol="_x",
+        labelCol=LABEL,
+        elasticNetParam=0.0,
+        regParam=conf.l2,
+        standardization=True,
+        solver="normal",
+    )
+    fitted = estimator.fit(VectorAssembler(inputCols=list(features), outputCol="_x").transform(filled))
+    coefficients = [float(value) for value in fitted.coefficients.toArray()]
+    ceiling = float(summary["ceiling"])
+    exponent = F.lit(float(fitted.intercept))
+    for name, coefficient in zip(features, coefficients, strict=True):
+        exponent = exponent + F.lit(coefficient) * F.col(name)
+    residual = F.col(LABEL) - F.least(exponent, F.lit(ceiling))
+    smearing = filled.agg(F.avg(F.exp(residual)).alias("smearing")).first()
+    assert smearing is not None  # an aggregate without groups always has its one row
+    return LinearMember(
+        features=tuple(features),
+        means=tuple(means),
+        coefficients=tuple(coefficients),
+        intercept=float(fitted.intercept),
+        smearing=float(smearing["smearing"]),
+        ceiling=ceiling,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ trees
+
+
+class TreesMember:
+    """Gradient-boosted trees with the Tweedie loss: a mass of zeros and a long tail in one likelihood.
+
+    Chen and Guestrin (2016), "XGBoost: a scalable tree boosting system"; the loss after Yang, Qian and Zou
+    (2018). The log of the answer is a sum over trees, hence :meth:`contributions` in log space.
+
+    Args:
+        booster: a fitted booster of objective ``reg:tweedie`` that knows its feature names.
+        threads: threads of one prediction. 1 suits scoring, where each core has a Python worker of its own.
+    """
+
+    name: ClassVar[str] = "trees"
+    FILE: ClassVar[str] = "trees.json"
+
+    def __init__(self, booster: xgboost.Booster, threads: int = 1) -> None:
+        self.features: tuple[str, ...] = tuple(booster.feature_names or ())
+        self._booster = booster
+        self.set_threads(threads)
+
+    def set_threads(self, threads: int) -> None:
+        """Use that many threads in predictions from now on."""
+        self._threads = threads
+        self._booster.set_param({"nthread": threads})
+
+    @property
+    def rounds(self) -> int:
+        """Number of trees."""
+        return int(self._booster.num_boosted_rounds())
+
+    def predict(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Expected spend, ``float64[rows]``; see :meth:`Member.predict`."""
+        values = stack_columns(columns, self.features, np.float32)
+        if not len(values):
+            return np.empty(0, dtype=np.float64)
+        spend = self._booster.inplace_predict(values, missing=np.nan, validate_features=False)
+        return np.asarray(spend, dtype=np.float64)
+
+    def contributions(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """What each feature added to the log of the expected spend: exact TreeSHAP (Lundberg et al. 2020).
+
+        Returns:
+            ``float64[rows, features + 1]``, features in the order of ``self.features``, the last column the
+            base value; a row sums to ``log(predict)``.
+
+        Raises:
+            BundleError: a column is missing.
+        """
+        values = stack_columns(columns, self.features, np.float32)
+        if not len(values):
+            return np.empty((0, len(self.features) + 1), dtype=np.float64)
+        matrix = xgboost.DMatrix(
+            values, missing=np.nan, feature_names=list(self.features), nthread=self._threads
+        )
+        return np.asarray(self._booster.predict(matrix, pred_contribs=True), dtype=np.float64)
+
+    def importance(self) -> dict[str, float]:
+        """Share of the total gain by feature, features never split on left out; the shares sum to 1."""
+        gains: dict[str, Any] = self._booster.get_score(importance_type="total_gain")
+        total = sum(gains.values()) or 1.0
+        return {name: gain / total for name, gain in sorted(gains.items(), key=lambda item: -item[1])}
+
+    def save(self, folder: Path) -> None:
+        """Write ``trees.json``: XGBoost's own JSON, feature names included."""
+        (Path(folder) / self.FILE).write_bytes(self._booster.save_raw("json"))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read ``trees.json``; see :meth:`Member.load`."""
+        path = Path(folder) / cls.FILE
+        document = _read_json(path)
+        try:
+            learner = document["learner"]
+            ours = learner["objective"]["name"] == "reg:tweedie" and len(learner["feature_names"]) > 0
+        except (KeyError, TypeError):
+            ours = False
+        if not ours:
+            raise BundleError(f"{path}: not a Tweedie booster with feature names")
+        booster = xgboost.Booster()
+        try:
+            booster.load_model(bytearray(path.read_bytes()))
+        except (xgboost.core.XGBoostError, ValueError) as error:
+            raise BundleError(f"{path}: XGBoost refuses it: {str(error).splitlines()[0]}") from None
+        return cls(booster)
+
+
+def fit_trees(
+    df: DataFrame,
+    features: Sequence[str],
+    conf: TreesConfig,
+    *,
+    seed: int,
+    patience: int = 40,
+    weight: str | None = None,
+    key: Sequence[str] = KEY,
+) -> TreesMember:
+    """Fit :class:`TreesMember` on ``split = 'train'``, stopped early on ``split = 'valid'``, distributed.
+
+    The rows are laid out by a hash of their key and sorted by it, so that the same rows and number of workers
+    give the same trees however Spark read them.
+
+    Args:
+        df: the features, ``label_spend``, ``split`` and the key; spend below 0 counts as 0.
+        features: column names, cast to float32; null and NaN are missing values.
+        conf: settings; ``conf.workers`` is an upper bound, for a barrier stage with more tasks than the
+            cluster has slots would wait until it fails.
+        seed: of row and column sampling.
+        patience: rounds without a better validation loss before stopping; unused without validation rows.
+        weight: column of row weights, if any.
+        key: columns that identify a row.
+
+    Raises:
+        DataError: a column is missing; no training row; or no training row has any spend.
+        EnvironmentFault: the session is a Spark Connect one, which XGBoost's estimator can't use.
+    """
+    from xgboost.spark import SparkXGBRegressor
+
+    _require(df, [*features, LABEL, SPLIT, *key, *([weight] if weight else [])])
+    valid = F.col(SPLIT) == "valid"
+    rows = df.where(F.col(SPLIT).isin("train", "valid"))
+    counted = rows.agg(
+        F.count_if(~valid).alias("train"),
+        F.count_if(valid).alias("valid"),
+        F.max(F.when(~valid, _spend())).alias("top"),
+    ).first()
+    if counted is None or counted["train"] == 0:
+        raise DataError(TABLE, "no training row", column=SPLIT)
+    if counted["top"] <= 0:
+        raise DataError(TABLE, "no training row has any spend", column=LABEL, count=counted["train"])
+    workers = max(1, min(conf.workers, task_slots(df.sparkSession)))
+    position = F.xxhash64(*[F.col(name).cast("string") for name in key])
+    laid_out = (
+        rows.select(
+            *[F.col(name).cast("float").alias(name) for name in features],
+            _spend().alias("_label"),
+            valid.alias("_valid"),
+            *([F.col(weight).cast("float").alias("_weight")] if weight else []),
+            position.alias("_position"),
+        )
+        .repartition(workers, F.col("_position"))
+        .sortWithinPartitions("_position")
+    )
+    early: dict[str, Any] = {}
+    if counted["valid"]:
+        early = {"validation_indicator_col": "_valid", "early_stopping_rounds": patience}
+    if weight:
+        early["weight_col"] = "_weight"
+    logging.getLogger("XGBoost-PySpark").setLevel(logging.WARNING)
+    fitted = SparkXGBRegressor(
+        features_col=list(features),
+        label_col="_label",
+        num_workers=workers,
+        objective="reg:tweedie",
+        tweedie_variance_power=conf.tweedie_variance_power,
+        eval_metric=f"tweedie-nloglik@{conf.tweedie_variance_power}",
+        n_estimators=conf.rounds,
+        max_depth=conf.max_depth,
+        learning_rate=conf.learning_rate,
+        min_child_weight=conf.min_child_weight,
+        subsample=conf.subsample,
+        colsample_bytree=conf.colsample_bytree,
+        reg_lambda=conf.reg_lambda,
+        random_state=seed,
+        missing=float("nan"),
+        tree_method="hist",
+        device="cpu",
+        verbose=False,
+        **early,
+    ).fit(laid_out)
+    booster = fitted.get_booster()
+    if counted["valid"]:
+        # A plain booster predicts with every tree it holds, also with those after the best round.
+        booster = booster[: booster.best_iteration + 1]
+    booster.feature_names = list(features)
+    return TreesMember(booster)
+
+
+def task_slots(spark: SparkSession) -> int:
+    """How many tasks the cluster can run at once.
+
+    Raises:
+        EnvironmentFault: the session has no SparkContext (Spark Connect).
+    """
+    try:
+        context = spark.sparkContext._jsc.sc()
+    except (PySparkAttributeError, AttributeError):
+        raise EnvironmentFault(
+            "the boosted trees need a SparkContext to train, which Spark Connect lacks: use a classic session"
+        ) from None
+    return int(context.maxNumConcurrentTasks(context.resourceProfileManager().resourceProfileFromId(0)))
+
+
+# ----------------------------------------------------------------------------------------------------- shared
+
+
+def stack_columns(
+    columns: Mapping[str, np.ndarray], names: Sequence[str], dtype: type[np.floating[Any]]
+) -> np.ndarray:
+    """The named columns as one ``dtype[rows, names]`` array; infinite values become NaN.
+
+    Raises:
+        BundleError: columns are missing; the message names them.
+    """
+    missing = [name for name in names if name not in columns]
+    if missing:
+        raise BundleError(f"input columns missing: {', '.join(missing)}")
+    stacked = np.stack([np.asarray(columns[name], dtype=np.float64) for name in names], axis=1)
+    stacked[np.isinf(stacked)] = np.nan
+    return stacked.astype(dtype, copy=False)
+
+
+def _spend() -> Column:
+    return F.greatest(F.col(LABEL).cast("double"), F.lit(0.0))
+
+
+def _signed_log(name: str) -> Column:
+    value = F.col(name).cast("double")
+    return F.signum(value) * F.log1p(F.abs(value))
+
+
+def _require(df: DataFrame, names: Iterable[str]) -> None:
+    for name in names:
+        if name not in df.columns:
+            raise DataError(TABLE, "column is missing", column=name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BundleError(f"{path}: can't be read ({error.strerror})") from None
+    except ValueError as error:
+        raise BundleError(f"{path}: not JSON or cut short ({error})") from None
+    if not isinstance(document, dict):
+        raise BundleError(f"{path}: must hold a JSON object, not a {type(document).__name__}")
+    return document

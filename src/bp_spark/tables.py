@@ -1,0 +1,496 @@
+"""Every table of the platform: name, columns with their comments, key and partitioning; and the lakehouse that holds them.
+
+In: a DataFrame and a :class:`Table`. Out: a Delta table whose rows of one date (or all rows) were replaced in one commit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from delta.tables import DeltaTable
+from pyspark.sql import Column as SparkColumn
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.types import DataType, StructField, StructType
+
+from bp_spark import __version__
+from bp_spark.config import TablesConfig
+from bp_spark.errors import DataError
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: name, SQL type, meaning; ``required`` columns are NOT NULL in Delta."""
+
+    name: str
+    type: str
+    comment: str
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: what a row is, its columns, the columns that identify a row, the columns it is partitioned by."""
+
+    name: str
+    comment: str
+    columns: tuple[Column, ...]
+    key: tuple[str, ...] = ()
+    partition_by: tuple[str, ...] = ()
+
+    @cached_property
+    def schema(self) -> StructType:
+        """The Spark schema, comments included."""
+        return StructType(
+            [
+                StructField(c.name, DataType.fromDDL(c.type), not c.required, {"comment": c.comment})
+                for c in self.columns
+            ]
+        )
+
+
+def _columns(*rows: tuple[str, str, str]) -> tuple[Column, ...]:
+    """Columns from (name, type, comment); a type that ends in ``!`` is required."""
+    return tuple(Column(name, kind.rstrip("!"), comment, kind.endswith("!")) for name, kind, comment in rows)
+
+
+# --- the raw contract: what a platform brings ---------------------------------------------------------------------------
+
+RAW_TRANSACTIONS = Table(
+    "raw_transactions",
+    "Order lines as the platform delivered them",
+    _columns(
+        ("user_id", "string", "Platform's user id"),
+        ("order_id", "string", "Order (basket) the line belongs to"),
+        ("line_id", "string", "Identity of the line in its order, where the platform has one"),
+        ("item_id", "string", "Item bought"),
+        ("ts", "timestamp", "Time of the order, UTC"),
+        ("quantity", "double", "Units, pieces, litres: as the platform counts the item"),
+        ("amount", "decimal(18,2)", "Money paid for the line after discounts; negative for a refund"),
+        ("discount", "decimal(18,2)", "Price reduction already taken off the amount"),
+        ("coupon_discount", "decimal(18,2)", "Part of the reductions that came from coupons"),
+        ("currency", "string", "ISO 4217 code"),
+        ("delivery", "string", "File or batch the row came in"),
+    ),
+)
+RAW_BEHAVIOURS = Table(
+    "raw_behaviours",
+    "Browse, click, cart, favourite and coupon actions as delivered",
+    _columns(
+        ("user_id", "string", "Platform's user id"),
+        ("ts", "timestamp", "Time of the action, UTC"),
+        ("action", "string", "browse, click, cart, favourite or coupon"),
+        ("item_id", "string", "Item acted on, if any"),
+        ("dwell_s", "double", "Seconds spent, if measured"),
+        ("delivery", "string", "File or batch the row came in"),
+    ),
+)
+RAW_SEARCHES = Table(
+    "raw_searches",
+    "Searches as delivered",
+    _columns(
+        ("user_id", "string", "Platform's user id"),
+        ("ts", "timestamp", "Time of the search, UTC"),
+        ("query", "string", "What the user typed"),
+        ("clicked_item_id", "string", "Item clicked in the results, if any"),
+        ("delivery", "string", "File or batch the row came in"),
+    ),
+)
+RAW_REVIEWS = Table(
+    "raw_reviews",
+    "Reviews as delivered",
+    _columns(
+        ("user_id", "string", "Platform's user id"),
+        ("ts", "timestamp", "Time of the review, UTC"),
+        ("item_id", "string", "Item reviewed"),
+        ("rating", "double", "Rating on the platform's scale"),
+        ("text", "string", "What the user wrote"),
+        ("delivery", "string", "File or batch the row came in"),
+    ),
+)
+RAW_ITEMS = Table(
+    "raw_items",
+    "Items as delivered",
+    _columns(
+        ("item_id", "string", "Item"),
+        ("title", "string", "What the item is called"),
+        ("category", "string", "Category path from broad to narrow, joined by ' > '"),
+        ("brand", "string", "Brand"),
+        ("price", "decimal(18,2)", "List price, if known"),
+    ),
+)
+RAW_USERS = Table(
+    "raw_users",
+    "What the platform knows of users beside events; for fairness reports only, never a feature",
+    _columns(
+        ("user_id", "string", "Platform's user id"),
+        ("signup_ts", "timestamp", "Time of registration, UTC"),
+        ("segment", "map<string,string>", "Segment name to value, as income or age bracket"),
+    ),
+)
+RAW_TABLES = (RAW_TRANSACTIONS, RAW_BEHAVIOURS, RAW_SEARCHES, RAW_REVIEWS, RAW_ITEMS, RAW_USERS)
+
+# --- what the stages make ----------------------------------------------------------------------------------------------
+
+KINDS = ("purchase", "browse", "click", "cart", "favourite", "coupon", "search", "review")
+"""Kinds of events; a kind's position, from 1, is its code in ``seq_kind``."""
+
+EVENTS = Table(
+    "events",
+    "One log of everything users did; a refund is a purchase with a negative amount",
+    _columns(
+        ("event_id", "string!", "SHA-256 of the event's identity: the same delivery twice is one event"),
+        ("user_key", "string!", "User"),
+        ("ts", "timestamp!", "Time, UTC"),
+        ("event_date", "date!", "UTC day of ts"),
+        ("kind", "string!", "purchase, browse, click, cart, favourite, coupon, search or review"),
+        ("order_id", "string", "Order of a purchase"),
+        ("item_id", "string", "Item"),
+        ("category", "string", "Category path of the item from broad to narrow"),
+        ("text_id", "bigint", "Normalised text of the item, query or review, in texts"),
+        ("amount", "decimal(18,2)", "Money paid; negative for a refund"),
+        ("quantity", "double", "Units of a purchase"),
+        ("discount", "decimal(18,2)", "Reduction already taken off the amount"),
+        ("coupon_discount", "decimal(18,2)", "Part of the reduction that came from coupons"),
+        ("rating", "double", "Rating of a review"),
+        ("dwell_s", "double", "Seconds of a browse, if measured"),
+    ),
+    key=("event_id",),
+)
+QUARANTINE = Table(
+    "quarantine",
+    "Rows that broke a rule, whole, with the reason",
+    _columns(
+        ("source", "string!", "Raw table the row came from"),
+        ("rule", "string!", "First rule it broke"),
+        ("row", "string!", "The raw row as JSON"),
+        ("run_id", "string!", "Run that put it here"),
+    ),
+)
+TEXTS = Table(
+    "texts",
+    "Each distinct normalised text once",
+    _columns(("text_id", "bigint!", "xxhash64 of the text"), ("text", "string!", "Normalised text")),
+    key=("text_id",),
+)
+TEXT_EMBEDDINGS = Table(
+    "text_embeddings",
+    "What the language model made of each text; a text is read once per model",
+    _columns(
+        ("text_id", "bigint!", "Text, in texts"),
+        ("model_digest", "string!", "Digest of the language model's files and settings"),
+        ("embedding", "array<float>!", "Mean-pooled, length-normalised vector"),
+    ),
+    key=("text_id", "model_digest"),
+)
+USER_DAILY = Table(
+    "user_daily",
+    "What each user did on each day: the pre-aggregates from which every window is built",
+    _columns(
+        ("user_key", "string!", "User"),
+        ("day", "date!", "UTC day"),
+        ("orders", "bigint", "Orders"),
+        ("items", "bigint", "Order lines"),
+        ("spend", "decimal(18,2)", "Money paid less refunds"),
+        ("refunds", "decimal(18,2)", "Money paid back, positive"),
+        ("discount", "decimal(18,2)", "Reductions"),
+        ("coupon_discount", "decimal(18,2)", "Reductions from coupons"),
+        ("discounted_items", "bigint", "Order lines with a reduction"),
+        ("order_value_max", "decimal(18,2)", "Largest order"),
+        ("order_value_sq", "bigint", "Sum of squared order values, each rounded to a whole number"),
+        ("morning_orders", "bigint", "Orders from 05:00 to 10:59 UTC"),
+        ("afternoon_orders", "bigint", "Orders from 11:00 to 16:59 UTC"),
+        ("evening_orders", "bigint", "Orders from 17:00 to 22:59 UTC"),
+        ("night_orders", "bigint", "Orders from 23:00 to 04:59 UTC"),
+        (
+            "tier_milli",
+            "bigint",
+            "Sum over lines of 1000 x the z-score of log unit price within the item's category",
+        ),
+        ("tier_items", "bigint", "Order lines that have such a z-score"),
+        ("premium_items", "bigint", "Order lines with a z-score over 0.5"),
+        ("category_spend", "map<string,decimal(18,2)>", "Positive spend by top-level category"),
+        ("browses", "bigint", "Browse actions"),
+        ("clicks", "bigint", "Click actions"),
+        ("carts", "bigint", "Cart actions"),
+        ("favourites", "bigint", "Favourite actions"),
+        ("coupons", "bigint", "Coupons redeemed"),
+        ("searches", "bigint", "Searches"),
+        ("reviews", "bigint", "Reviews"),
+        ("rating_milli", "bigint", "Sum of 1000 x rating"),
+        ("dwell_milli", "bigint", "Milliseconds spent browsing"),
+    ),
+    key=("user_key", "day"),
+)
+SCORES = Table(
+    "scores",
+    "Purchasing power of each user, as predicted on score_date",
+    _columns(
+        ("user_key", "string!", "User"),
+        ("score_date", "date!", "The prediction sees only events before this day"),
+        ("expected_spend", "double!", "Expected spend over the bundle's horizon, in the platform's currency"),
+        ("low", "double!", "Lower end of the 90 % prediction interval"),
+        ("high", "double!", "Upper end of the 90 % prediction interval"),
+        ("p_active", "double!", "Probability of any spend in the horizon"),
+        ("score", "double!", "Percentile 0-100 of expected_spend in the bundle's reference population"),
+        ("level", "string!", "A (score >= 80), B, C, D, E (score < 20)"),
+        ("risk_level", "string!", "low, medium or high: how wide the interval is for the expected spend"),
+        (
+            "reasons",
+            "array<struct<feature:string,value:double,contribution:double>>!",
+            "Features that moved the boosted-trees prediction most, with their share of log spend (TreeSHAP)",
+        ),
+        ("bundle_digest", "string!", "Model bundle that made the row"),
+        ("features_version", "bigint!", "Delta version of user_features that was read"),
+        ("code_version", "string!", "Version of bp-spark"),
+        ("scored_at", "timestamp!", "When, UTC"),
+    ),
+    key=("user_key", "score_date"),
+    partition_by=("score_date",),
+)
+SCORES_LATEST = Table(
+    "scores_latest", "The rows of scores of the newest score_date", SCORES.columns, key=("user_key",)
+)
+RUNS = Table(
+    "runs",
+    "What ran, on what, with which figures",
+    _columns(
+        ("run_id", "string!", "Run"),
+        ("stage", "string!", "ingest, clean, featurize, train, score"),
+        ("started_at", "timestamp!", "Start, UTC"),
+        ("seconds", "double!", "Duration"),
+        ("status", "string!", "done, unchanged or failed"),
+        ("inputs", "string", "Digest of what the stage read: the same digest, the same result"),
+        ("code_version", "string!", "Version of bp-spark"),
+        ("figures", "map<string,string>", "Counts and other results"),
+    ),
+    key=("run_id", "stage"),
+)
+METRICS = Table(
+    "metrics",
+    "How good each trained bundle and its members are",
+    _columns(
+        ("run_id", "string!", "Training run"),
+        ("bundle_digest", "string!", "Bundle"),
+        ("test_date", "date!", "Evaluation date; the horizon after it was not trained on"),
+        ("population", "string!", "all, seen or unseen users"),
+        ("member", "string!", "linear, trees, transformer or fused"),
+        ("metric", "string!", "Name of the figure"),
+        ("value", "double", "Figure"),
+        ("users", "bigint!", "Users it was computed over"),
+    ),
+    key=("run_id", "population", "member", "metric"),
+)
+SHARED_TABLES = (
+    *RAW_TABLES,
+    EVENTS,
+    QUARANTINE,
+    TEXTS,
+    TEXT_EMBEDDINGS,
+    USER_DAILY,
+    SCORES,
+    SCORES_LATEST,
+    RUNS,
+    METRICS,
+)
+
+
+class Lakehouse:
+    """The tables of one namespace, by path or managed by the metastore.
+
+    Every write is one Delta commit that replaces all rows, or all rows of given partition values, so that a repeated or
+    retried stage leaves the same rows; readers see the state before or after it, nothing between.
+    """
+
+    def __init__(self, spark: SparkSession, config: TablesConfig) -> None:
+        self.spark = spark
+        self.namespace = config.namespace
+        self._root = (
+            None if config.path is None else f"{_absolute(config.path)}/{config.namespace.replace('.', '/')}"
+        )
+
+    def location(self, name: str) -> str:
+        """Folder or object-store address of a table."""
+        if self._root is not None:
+            return f"{self._root}/{name}"
+        detail = self.spark.sql(f"DESCRIBE DETAIL {self._identifier(name)}").select("location").first()
+        assert detail is not None
+        return str(detail[0]).removeprefix("file:")
+
+    def exists(self, name: str) -> bool:
+        """Whether the table is there."""
+        if self._root is not None:
+            return DeltaTable.isDeltaTable(self.spark, self.location(name))
+        return self.spark.catalog.tableExists(self._identifier(name))
+
+    def read(self, name: str, version: int | None = None) -> DataFrame:
+        """A table, as it is now or as of a version.
+
+        Raises:
+            DataError: there is no such table.
+        """
+        if not self.exists(name):
+            raise DataError(
+                f"{self.namespace}.{name}", "table does not exist; run the stage that makes it first"
+            )
+        reader = self.spark.read.format("delta")
+        if version is not None:
+            reader = reader.option("versionAsOf", version)
+        return (
+            reader.load(self.location(name))
+            if self._root is not None
+            else reader.table(self._identifier(name))
+        )
+
+    def version(self, name: str) -> int:
+        """Newest Delta version of a table."""
+        return int(self._last_commit(name)["version"])
+
+    def inputs(self, name: str) -> str | None:
+        """The inputs digest that the newest write of the table recorded, ``None`` without table or digest."""
+        if not self.exists(name):
+            return None
+        try:
+            metadata = json.loads(self._last_commit(name)["userMetadata"] or "{}")
+        except json.JSONDecodeError:
+            return None
+        return metadata.get("inputs")
+
+    def replace(
+        self,
+        table: Table,
+        df: DataFrame,
+        *,
+        where: Mapping[str, Sequence[object]] | None = None,
+        inputs: str = "",
+    ) -> int:
+        """Replace a table's rows, or those with the given partition values, by ``df`` in one commit.
+
+        Args:
+            where: partition column -> values; rows of ``df`` must all have one of them (Delta checks it).
+            inputs: digest of what ``df`` was made from, recorded with the commit.
+
+        Returns:
+            The version written.
+
+        Raises:
+            DataError: ``df`` lacks a column or has one of another type.
+        """
+        self._create(table)
+        writer = (
+            conform(df, table)
+            .write.format("delta")
+            .mode("overwrite")
+            .option("userMetadata", _commit_metadata(inputs))
+        )
+        if where:
+            writer = writer.option("replaceWhere", " AND ".join(_one_of(*item) for item in where.items()))
+            # a feature added to the catalogue becomes a new column; older dates hold NULL in it
+            writer = writer.option("mergeSchema", "true")
+        elif _types(self.read(table.name).schema) != _types(table.schema):
+            writer = writer.option("overwriteSchema", "true")
+        if table.partition_by:
+            writer = writer.partitionBy(*table.partition_by)
+        self._save(writer, table.name)
+        return self.version(table.name)
+
+    def append(self, table: Table, df: DataFrame, *, inputs: str = "") -> None:
+        """Add rows to a table of records that are never replaced (embeddings, runs, metrics)."""
+        self._create(table)
+        writer = conform(df, table).write.format("delta").mode("append")
+        self._save(writer.option("userMetadata", _commit_metadata(inputs)), table.name)
+
+    def register(self) -> list[str]:
+        """Make path-based tables known by name to this session, for SQL; returns the names."""
+        names = [name for name in self._names_on_disk()]
+        for statement in self.ddl(names):
+            self.spark.sql(statement)
+        return names
+
+    def ddl(self, names: list[str]) -> list[str]:
+        """SQL that makes path-based tables known by name, in any Spark SQL client."""
+        return [
+            f"CREATE SCHEMA IF NOT EXISTS {_quoted(self.namespace)}",
+            *(
+                f"CREATE TABLE IF NOT EXISTS {self._identifier(name)} USING DELTA LOCATION '{self.location(name)}'"
+                for name in names
+            ),
+        ]
+
+    def _names_on_disk(self) -> list[str]:
+        known = [table.name for table in SHARED_TABLES] + ["user_features", "training_set"]
+        return [name for name in known if self.exists(name)]
+
+    def _identifier(self, name: str) -> str:
+        return f"{_quoted(self.namespace)}.`{name}`"
+
+    def _create(self, table: Table) -> None:
+        builder = DeltaTable.createIfNotExists(self.spark).comment(table.comment).addColumns(table.schema)
+        if self._root is not None:
+            builder = builder.location(self.location(table.name))
+        else:
+            self.spark.sql(f"CREATE SCHEMA IF NOT EXISTS {_quoted(self.namespace)}")
+            builder = builder.tableName(self._identifier(table.name))
+        if table.partition_by:
+            builder = builder.partitionedBy(*table.partition_by)
+        if not self.exists(table.name):
+            # Petastorm reads Parquet files and knows nothing of deletion vectors.
+            builder.property("delta.enableDeletionVectors", "false").execute()
+
+    def _save(self, writer: Any, name: str) -> None:
+        if self._root is not None:
+            writer.save(self.location(name))
+        else:
+            writer.saveAsTable(self._identifier(name))
+
+    def _last_commit(self, name: str) -> Any:
+        if self._root is not None:
+            table = DeltaTable.forPath(self.spark, self.location(name))
+        else:
+            table = DeltaTable.forName(self.spark, self._identifier(name))
+        commit = table.history(1).select("version", "userMetadata").first()
+        assert commit is not None
+        return commit
+
+
+def conform(df: DataFrame, table: Table) -> DataFrame:
+    """``df`` with exactly the table's columns, in its order.
+
+    Raises:
+        DataError: a column is missing or its type is not the table's.
+    """
+    present = {field.name: field.dataType for field in df.schema.fields}
+    selected: list[SparkColumn] = []
+    for field in table.schema.fields:
+        if field.name not in present:
+            raise DataError(table.name, "column is missing", column=field.name)
+        found, wanted = present[field.name].simpleString(), field.dataType.simpleString()
+        if found != wanted:
+            raise DataError(table.name, f"must be {wanted}, is {found}", column=field.name)
+        selected.append(F.col(field.name).alias(field.name, metadata=field.metadata))
+    return df.select(*selected)
+
+
+def _commit_metadata(inputs: str) -> str:
+    return json.dumps({"inputs": inputs, "code_version": __version__})
+
+
+def _one_of(column: str, values: Sequence[object]) -> str:
+    return f"`{column}` IN ({', '.join(repr(str(value)) for value in values)})"
+
+
+def _types(schema: StructType) -> list[tuple[str, str]]:
+    return [(field.name, field.dataType.simpleString()) for field in schema.fields]
+
+
+def _quoted(namespace: str) -> str:
+    return ".".join(f"`{part}`" for part in namespace.split("."))
+
+
+def _absolute(path: str) -> str:
+    return path.rstrip("/") if "://" in path else str(Path(path).resolve())

@@ -1,0 +1,163 @@
+"""Starting the ranks of a distributed training job: a function and its arguments in, what rank 0 returns out.
+
+:func:`run_ranks` starts them through pyspark's ``TorchDistributor``; inside, each rank enters
+:func:`process_group`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from pyspark.sql import SparkSession
+from torch import Tensor
+
+from bp_spark.config import TrainingConfig
+from bp_spark.errors import EnvironmentFault
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_ERROR_LINES = 8
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks of a job, as one of them sees it."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over all ranks; the same bits on each, so that all decide alike."""
+        total = values.detach().clone().to(self.device)
+        dist.all_reduce(total)
+        dist.broadcast(total, src=0)
+        return total.to(values.device)
+
+    def max(self, values: Tensor) -> Tensor:
+        """Element-wise maximum over all ranks."""
+        total = values.detach().clone().to(self.device)
+        dist.all_reduce(total, op=dist.ReduceOp.MAX)
+        return total.to(values.device)
+
+    def from_first(self, value: int) -> int:
+        """What rank 0 passes, on every rank."""
+        told = torch.tensor(value, device=self.device)
+        dist.broadcast(told, src=0)
+        return int(told)
+
+
+def run_ranks(
+    spark: SparkSession,
+    config: TrainingConfig,
+    run_dir: Path,
+    function: Callable[P, T],
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> T:
+    """Run ``function(*args, **kwargs)`` in ``config.processes`` ranks.
+
+    ``launcher: driver`` starts all ranks on this machine; they see its GPUs, whether Spark manages them or
+    not.
+    ``launcher: cluster`` starts each as a barrier task of an executor: there must be as many free task slots
+    as
+    ranks, no dynamic allocation, and ``run_dir`` and all data on a file system that every machine sees.
+
+    Args:
+        spark: the running session; ``TorchDistributor`` takes its settings from it.
+        config: number of ranks and where they run.
+        run_dir: an existing folder; a rank that fails leaves its traceback there.
+        function: importable by the ranks, or a closure that cloudpickle can send; so are its arguments.
+
+    Returns:
+        What rank 0 returned.
+
+    Raises:
+        EnvironmentFault: a rank failed or could not be started.
+    """
+    from pyspark.ml.torch.distributor import TorchDistributor
+
+    for old in run_dir.glob("rank-*.error"):
+        old.unlink()
+    on_driver = config.launcher == "driver"
+    # On the driver TorchDistributor would count GPUs that Spark manages only; without it ranks see all.
+    use_gpu = not on_driver and int(str(spark.conf.get("spark.task.resource.gpu.amount", "0"))) > 0
+    threads = _threads(spark, config)
+    try:
+        # Ranks' output is progress, not a result: it belongs on standard error.
+        with _environment_first(), redirect_stdout(sys.stderr):
+            distributor = TorchDistributor(config.processes, local_mode=on_driver, use_gpu=use_gpu)
+            distributor.logger.setLevel("WARNING")
+            result: Any = distributor.run(_rank, function, str(run_dir), threads, args, kwargs)
+            return result
+    except Exception as error:
+        raise EnvironmentFault(_explain(run_dir, error)) from None
+
+
+@contextmanager
+def process_group() -> Iterator[Group]:
+    """Join the other ranks: ``nccl`` if each rank on this machine has a GPU of its own, else ``gloo``.
+
+    Reads the variables that torchrun sets: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``,
+    ``MASTER_ADDR``, ``MASTER_PORT``.
+    """
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if torch.cuda.device_count() >= local_size:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    try:
+        yield Group(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _rank(function: Callable[..., T], run_dir: str, threads: int, args: tuple, kwargs: dict) -> T:
+    """What each rank runs. Its error travels by file: torchrun passes on an exit code only."""
+    torch.set_num_threads(threads)
+    try:
+        return function(*args, **kwargs)
+    except BaseException:
+        path = Path(run_dir) / f"rank-{os.environ['RANK']}.error"
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+        raise
+
+
+def _threads(spark: SparkSession, config: TrainingConfig) -> int:
+    """Cores of one rank: ranks that take more than their share slow each other down."""
+    if config.launcher == "cluster":
+        return int(str(spark.conf.get("spark.task.cpus", "1")))
+    return max(1, len(os.sched_getaffinity(0)) // config.processes)
+
+
+@contextmanager
+def _environment_first() -> Iterator[None]:
+    """This interpreter's environment first on ``PATH``, for ``torchrun`` and what it starts."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+def _explain(run_dir: Path, error: Exception) -> str:
+    """The first rank that failed brought the others down; its last lines say why."""
+    files = sorted(run_dir.glob("rank-*.error"), key=lambda path: path.stat().st_mtime_ns)
+    text = files[0].read_text(encoding="utf-8") if files else str(error)
+    lines = [line for line in text.splitlines() if line.strip()][-_ERROR_LINES:]
+    who = files[0].stem.replace("-", " ") if files else "the ranks"
+    return f"training: {who} failed; see {run_dir}\n" + "\n".join(lines)

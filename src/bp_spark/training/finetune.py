@@ -1,0 +1,468 @@
+"""Fine-tuning of the sequence model: a training and a validation snapshot in, a folder with the best network
+out.
+
+Data-parallel over ranks (DDP). Every rank reads its share of the row groups and takes the same number of
+steps. A step's loss is the mean over the rows of all ranks together, however many of them each rank has: each
+divides its sum of losses by the rows of all, counted in the same step, and undoes DDP's division by the
+number of ranks. A rank that has no row in a step takes part with a weight of zero. So each row counts once
+per epoch, nobody waits for a rank that has run out, and the gradient is that of one process with the whole
+batch.
+
+Every epoch starts from random numbers of (seed, epoch, rank) and reads rows in an order of (seed, epoch), so
+a checkpoint needs no state of generators, and a resumed run does what an undisturbed one does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from pyspark.sql import SparkSession
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from bp_spark import __version__
+from bp_spark.config import Config, TrainingConfig, digest
+from bp_spark.errors import ConfigError, DataError
+from bp_spark.loader import Columns, Feed, Snapshot
+from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, empty_user, tabular_matrix
+from bp_spark.model.network import SpendNetwork, Statistics
+from bp_spark.training.distributed import Group, process_group, run_ranks
+
+LABEL = "label_spend"
+MODEL_FOLDER = "model"
+CHECKPOINT_FILE = "checkpoint.pt"
+TENSORBOARD_FOLDER = "tensorboard"
+
+_SEED_STRIDE = 1_000_003
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a fine-tuning run came to.
+
+    Attributes:
+        folder: the best network, as :meth:`SpendNetwork.save` writes it.
+        epochs: epochs run, over all resumptions.
+        best_epoch: the epoch (from 1) of the best validation loss.
+        best_validation_loss: mean loss of a validation row after that epoch.
+        history: per epoch ``epoch``, ``train_loss``, ``valid_loss``, ``learning_rate``, ``rows_per_second``.
+        seconds: of this call, from starting the ranks to the saved network.
+    """
+
+    folder: Path
+    epochs: int
+    best_epoch: int
+    best_validation_loss: float
+    history: list[dict[str, float]]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a rank needs to know."""
+
+    train: Snapshot
+    valid: Snapshot
+    spec: InputSpec
+    texts: Path
+    config: Config
+    run_dir: Path
+    digest: str
+
+
+def finetune(
+    spark: SparkSession,
+    train: Snapshot,
+    valid: Snapshot,
+    spec: InputSpec,
+    texts_path: Path,
+    config: Config,
+    run_dir: Path,
+) -> FinetuneResult:
+    """Fine-tune the network of ``config.network`` as ``config.training`` says.
+
+    A run that was stopped goes on from its last epoch if called again with the same inputs; see
+    :func:`inputs_digest`.
+
+    Args:
+        spark: the running session, for starting ranks.
+        train: rows to fit on: ``label_spend`` and the columns of ``spec``.
+        valid: rows to stop early on.
+        spec: what the network reads.
+        texts_path: safetensors with ``ids`` (int64 [V], sorted) and ``embeddings`` (float [V, D]).
+        config: settings.
+        run_dir: folder of checkpoints, TensorBoard logs and the result; on a cluster one that all machines
+            see.
+
+    Raises:
+        DataError: the snapshots lack a column, or the file of texts is no such file.
+        EnvironmentFault: a rank failed.
+    """
+    started = time.monotonic()
+    for part in (train, valid):
+        for name in (LABEL, *spec.columns):
+            if name not in part.schema.names:
+                raise DataError(part.path, "must be a column of all files", column=name)
+    _read_texts(Path(texts_path))
+    run_dir = Path(run_dir).absolute()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    identity = inputs_digest(train, valid, spec, texts_path, config)
+    job = Job(train, valid, spec, Path(texts_path).absolute(), config, run_dir, identity)
+    state = run_ranks(spark, config.training, run_dir, train_rank, job)
+    return FinetuneResult(
+        folder=run_dir / MODEL_FOLDER,
+        epochs=state.epoch,
+        best_epoch=state.best_epoch,
+        best_validation_loss=state.best_loss,
+        history=state.history,
+        seconds=time.monotonic() - started,
+    )
+
+
+def inputs_digest(train: Snapshot, valid: Snapshot, spec: InputSpec, texts_path: Path, config: Config) -> str:
+    """Identity of what a run depends on. Files of a table have unique names, which stand for content."""
+    texts = hashlib.sha256(Path(texts_path).read_bytes()).hexdigest()
+    parts = (train.files, valid.files, spec.to_json(), texts, config.network, config.training, __version__)
+    return digest(*parts)
+
+
+@dataclass
+class Progress:
+    """Where a run stands after ``epoch`` epochs; see :class:`FinetuneResult`."""
+
+    epoch: int
+    best_epoch: int
+    best_loss: float
+    history: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """One rank's share of a split, and how it becomes tensors."""
+
+    feed: Feed
+    steps: int
+    spec: InputSpec
+    vocabulary_ids: np.ndarray
+    device: torch.device
+
+    @contextmanager
+    def epoch(self, seed: int) -> Iterator[Iterator[tuple[Batch, Tensor]]]:
+        """All rows of the share in ``steps`` batches, each with its labels, float32 [rows], not negative.
+
+        Without a row left the batch has one empty user and no label: a rank takes part in every step.
+        """
+        with self.feed.batches(self.steps, seed) as batches:
+            yield (self._tensors(columns) for columns in batches)
+
+    def _tensors(self, columns: Columns | None) -> tuple[Batch, Tensor]:
+        if columns is None:
+            batch, labels = collate(empty_user(self.spec), self.spec, self.vocabulary_ids), torch.zeros(0)
+        else:
+            batch = collate(columns, self.spec, self.vocabulary_ids)
+            labels = torch.from_numpy(columns[LABEL].astype(np.float32)).clamp(min=0)
+        return batch.to(self.device), labels.to(self.device)
+
+
+def train_rank(job: Job) -> Progress:
+    """What each rank does, from the first row to the saved network."""
+    settings = job.config.training
+    with process_group() as group:
+        ids, embeddings = _read_texts(job.texts)
+        train = _data(job.train, job, ids, group)
+        valid = _data(job.valid, job, ids, group)
+
+        torch.manual_seed(settings.seed)
+        network = SpendNetwork(job.spec, job.config.network, ids, embeddings)
+        network.fit_statistics(training_statistics(train, group))
+        network.to(group.device)
+        # Buffers are constant and equal on all ranks; to send the texts at each step would cost more than it.
+        model = DistributedDataParallel(network, broadcast_buffers=False)
+        optimizer = _optimizer(network, settings)
+        schedule = _schedule(optimizer, settings, train.steps * settings.max_epochs)
+
+        progress, best = _resume(job, group, network, optimizer, schedule)
+        with _report(job, group, progress.epoch) as report:
+            while (
+                progress.epoch < settings.max_epochs
+                and progress.epoch - progress.best_epoch < settings.patience
+            ):
+                epoch = progress.epoch + 1
+                train_loss, rows_per_second = _train_epoch(
+                    model, train, epoch, optimizer, schedule, settings, group
+                )
+                valid_loss = mean_loss(network, valid, group)
+                if not math.isfinite(train_loss + valid_loss):
+                    raise ConfigError(
+                        f"training.learning_rate: the loss is not finite after epoch {epoch}, try less"
+                    )
+                if valid_loss < progress.best_loss:
+                    progress.best_loss, progress.best_epoch, best = valid_loss, epoch, _copy(network)
+                progress.epoch = epoch
+                progress.history.append(
+                    {
+                        "epoch": epoch,
+                        "train_loss": train_loss,
+                        "valid_loss": valid_loss,
+                        "learning_rate": float(schedule.get_last_lr()[0]),
+                        "rows_per_second": rows_per_second,
+                    }
+                )
+                report(progress)
+                if group.rank == 0:
+                    _save_checkpoint(job, network, optimizer, schedule, progress, best)
+
+        network.load_state_dict(best)
+        if job.config.network.loss == "mse":
+            network.smearing.fill_(smearing(network, train, group))
+        if group.rank == 0:
+            network.save(job.run_dir / MODEL_FOLDER)
+    return progress
+
+
+def _train_epoch(
+    model: DistributedDataParallel,
+    train: Data,
+    epoch: int,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    settings: TrainingConfig,
+    group: Group,
+) -> tuple[float, float]:
+    """One pass over the training rows of all ranks: the mean loss of a row, and rows per second."""
+    started = time.monotonic()
+    order_seed = settings.seed * _SEED_STRIDE + epoch
+    torch.manual_seed(order_seed * _SEED_STRIDE + group.rank)
+    network: SpendNetwork = model.module
+    model.train()
+    total = torch.zeros(2, dtype=torch.float64, device=group.device)
+    with train.epoch(order_seed) as batches:
+        for batch, labels in batches:
+            rows_of_all = group.sum(torch.tensor(float(len(labels)), device=group.device)).clamp(min=1)
+            with _autocast(group.device):
+                outputs = model(batch)
+            loss = network.loss(outputs[: len(labels)], labels).sum()
+            optimizer.zero_grad()
+            (loss * group.size / rows_of_all).backward()
+            nn.utils.clip_grad_norm_(network.parameters(), settings.gradient_clip)
+            optimizer.step()
+            schedule.step()
+            total += torch.stack([loss.detach().double(), total.new_tensor(len(labels))])
+    loss_sum, rows = group.sum(total).tolist()
+    return loss_sum / rows, rows / (time.monotonic() - started)
+
+
+@torch.inference_mode()
+def mean_loss(network: SpendNetwork, data: Data, group: Group) -> float:
+    """Mean loss of a row over all ranks, in evaluation mode."""
+    network.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=group.device)
+    with data.epoch(seed=0) as batches:
+        for batch, labels in batches:
+            with _autocast(group.device):
+                outputs = network(batch)
+            loss = network.loss(outputs[: len(labels)], labels).double().sum()
+            total += torch.stack([loss, total.new_tensor(len(labels))])
+    loss_sum, rows = group.sum(total).tolist()
+    return loss_sum / rows
+
+
+@torch.inference_mode()
+def smearing(network: SpendNetwork, data: Data, group: Group) -> float:
+    """What ``exp`` of a predicted log1p spend is to be multiplied by, so that spend sums to what it was."""
+    network.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=group.device)
+    with data.epoch(seed=0) as batches:
+        for batch, labels in batches:
+            predicted = network(batch)[: len(labels), 0].double().exp().sum()
+            total += torch.stack([(1 + labels.double()).sum(), predicted])
+    actual, predicted_sum = group.sum(total).tolist()
+    return actual / predicted_sum
+
+
+def training_statistics(data: Data, group: Group) -> Statistics:
+    """Moments of features and labels over the rows of all ranks, from sums in float64.
+
+    Raises:
+        DataError: a label is missing or not finite.
+    """
+    features = len(data.spec.tabular)
+    present, first, second = np.zeros(features), np.zeros(features), np.zeros(features)
+    label = np.zeros(5)  # rows, positive ones, sum and sum of squares of their logs, sum of log1p
+    largest = 0.0
+    with data.feed.batches(data.steps, seed=0) as batches:
+        for columns in filter(None, batches):
+            values = tabular_matrix(columns, data.spec).astype(np.float64)
+            present += (~np.isnan(values)).sum(axis=0)
+            first += np.nansum(values, axis=0)
+            second += np.nansum(values**2, axis=0)
+            spend = columns[LABEL].astype(np.float64).clip(min=0)
+            if not np.isfinite(spend).all():
+                raise DataError("training set", "must be a finite number", column=LABEL)
+            logs = np.log(spend[spend > 0])
+            label += [len(spend), len(logs), logs.sum(), (logs**2).sum(), np.log1p(spend).sum()]
+            largest = max(largest, spend.max())
+    sums = group.sum(torch.from_numpy(np.concatenate([present, first, second, label]))).numpy()
+    present, first, second = sums[: 3 * features].reshape(3, features)
+    rows, active, log_sum, log_squares, log1p_sum = sums[3 * features :]
+    mean, std = _moments(present, first, second)
+    log_mean, log_std = _moments(active, log_sum, log_squares)
+    return Statistics(
+        mean=mean,
+        std=std,
+        missing=1 - present / rows,
+        active_share=active / rows,
+        log_mean=float(log_mean),
+        log_std=float(log_std),
+        log1p_mean=log1p_sum / rows,
+        max_label=float(group.max(torch.tensor(largest, dtype=torch.float64))),
+    )
+
+
+def _moments(count: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    mean = first / np.maximum(count, 1)
+    return mean, np.sqrt(np.maximum(second / np.maximum(count, 1) - mean**2, 0))
+
+
+def _data(snapshot: Snapshot, job: Job, ids: Tensor, group: Group) -> Data:
+    feed = Feed(snapshot.share(group.rank, group.size), (LABEL, *job.spec.tabular), HISTORY_COLUMNS)
+    steps = math.ceil(snapshot.rows / job.config.training.batch_size)
+    return Data(feed, steps, job.spec, ids.numpy(), group.device)
+
+
+def _autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU; most CPUs have no arithmetic for it and are slower than in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def _optimizer(network: nn.Module, settings: TrainingConfig) -> Optimizer:
+    """Weights decay; biases and the scales of norms, all vectors, don't."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate)
+
+
+def _schedule(optimizer: Optimizer, settings: TrainingConfig, steps: int) -> LRScheduler:
+    """Linear warmup, then a cosine to zero at the last step of ``max_epochs``."""
+    warmup = math.ceil(steps * settings.warmup_fraction)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+    return LambdaLR(optimizer, factor)
+
+
+def _copy(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+
+
+def _save_checkpoint(
+    job: Job,
+    network: nn.Module,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    progress: Progress,
+    best: dict[str, Tensor],
+) -> None:
+    path = job.run_dir / CHECKPOINT_FILE
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save(
+            {
+                "digest": job.digest,
+                "progress": asdict(progress),
+                "network": network.state_dict(),
+                "best": best,
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+            },
+            file,
+        )
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _resume(
+    job: Job, group: Group, network: SpendNetwork, optimizer: Optimizer, schedule: LRScheduler
+) -> tuple[Progress, dict[str, Tensor]]:
+    """Go on from the checkpoint if there is one of the same inputs; rank 0 decides for all."""
+    path = job.run_dir / CHECKPOINT_FILE
+    epoch = 0
+    if group.rank == 0 and path.exists():
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        epoch = saved["progress"]["epoch"] if saved["digest"] == job.digest else 0
+    if not group.from_first(epoch):
+        return Progress(0, 0, math.inf, []), _copy(network)
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    network.load_state_dict(saved["network"])
+    optimizer.load_state_dict(saved["optimizer"])
+    schedule.load_state_dict(saved["schedule"])
+    return Progress(**saved["progress"]), saved["best"]
+
+
+@contextmanager
+def _report(job: Job, group: Group, epochs_done: int) -> Iterator[Callable[[Progress], None]]:
+    """A line on standard error and TensorBoard scalars per epoch, from rank 0."""
+    if group.rank != 0:
+        yield lambda progress: None
+        return
+    epochs = job.config.training.max_epochs
+    with (
+        SummaryWriter(str(job.run_dir / TENSORBOARD_FOLDER), purge_step=epochs_done + 1) as writer,
+        tqdm(total=epochs, initial=epochs_done, desc="fine-tuning", unit="epoch", mininterval=0) as bar,
+    ):
+
+        def report(progress: Progress) -> None:
+            last = progress.history[-1]
+            for name, value in last.items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, progress.epoch)
+            bar.set_postfix(
+                train=f"{last['train_loss']:.4f}",
+                valid=f"{last['valid_loss']:.4f}",
+                best=progress.best_epoch,
+                refresh=False,
+            )
+            bar.update()
+            # The launcher passes output on line by line: without a line's end the bar would show at the end.
+            print(file=sys.stderr, flush=True)
+
+        yield report
+
+
+def _read_texts(path: Path) -> tuple[Tensor, Tensor]:
+    """Ids, int64 [V], and embeddings, [V, D]."""
+    try:
+        tensors = load_file(str(path))
+        ids, embeddings = tensors["ids"], tensors["embeddings"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DataError(str(path), f"must be a safetensors file of ids and embeddings: {error}") from error
+    if ids.ndim != 1 or embeddings.ndim != 2 or len(ids) != len(embeddings):
+        raise DataError(str(path), "must have one embedding per id")
+    if (ids.diff() <= 0).any():
+        raise DataError(str(path), "must be sorted and distinct", column="ids")
+    return ids, embeddings

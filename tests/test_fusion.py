@@ -1,0 +1,238 @@
+"""Fusion: calibration that keeps order, intervals that cover, scores that stand still."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from bp_spark.config import FusionConfig
+from bp_spark.errors import BundleError, DataError
+from bp_spark.model.fusion import LEVELS, OUTPUTS, RISKS, Fusion
+
+BOTH = FusionConfig(members=("trees", "transformer"))
+ONE = FusionConfig(members=("trees",))
+NUMBERS = ("expected_spend", "low", "high", "p_active", "score")
+
+
+def world(n: int, seed: int) -> pd.DataFrame:
+    """Users whose members are wrong by a factor and a power, a third of them without spend."""
+    rng = np.random.default_rng(seed)
+    mu = rng.normal(4.5, 1.6, n)
+    active = 1 / (1 + np.exp(3 - mu))
+    expected = active * np.exp(mu + 0.32)
+    return pd.DataFrame(
+        {
+            "label_spend": np.where(rng.random(n) < active, np.exp(mu + rng.normal(0, 0.8, n)), 0.0),
+            "trees": 0.6 * expected**0.95 * np.exp(rng.normal(0, 0.25, n)),
+            "transformer": expected**1.05 * np.exp(rng.normal(0, 0.35, n)),
+        }
+    )
+
+
+def members(frame: pd.DataFrame) -> dict[str, np.ndarray]:
+    return {name: frame[name].to_numpy() for name in frame.columns if name != "label_spend"}
+
+
+@pytest.fixture(scope="module")
+def fusion() -> Fusion:
+    return Fusion.fit(world(4000, seed=1), BOTH)
+
+
+def assert_sound(answers: dict[str, np.ndarray]) -> None:
+    assert tuple(answers) == OUTPUTS
+    for name in NUMBERS:
+        assert np.isfinite(answers[name]).all(), name
+    assert (answers["low"] >= 0).all()
+    assert (answers["low"] <= answers["expected_spend"]).all()
+    assert (answers["expected_spend"] <= answers["high"]).all()
+    assert ((answers["p_active"] >= 0) & (answers["p_active"] <= 1)).all()
+    assert ((answers["score"] >= 0) & (answers["score"] <= 100)).all()
+    assert set(answers["level"]) <= set(LEVELS)
+    assert set(answers["risk_level"]) <= set(RISKS)
+
+
+def test_fresh_users_fall_inside_the_interval_nine_times_in_ten():
+    fresh = world(20_000, seed=99)
+    rates = []
+    for seed in range(8):
+        answers = Fusion.fit(world(2000, seed=seed), BOTH).apply(members(fresh))
+        inside = (answers["low"] <= fresh["label_spend"]) & (fresh["label_spend"] <= answers["high"])
+        rates.append(inside.mean())
+    # Given the fitting rows, coverage scatters like a Beta: about sqrt(0.9 * 0.1 / 2000) = 0.007 each.
+    assert np.mean(rates) == pytest.approx(0.9, abs=0.01)
+    assert np.ptp(rates) < 0.06
+
+
+def test_every_fifth_of_users_is_covered(fusion):
+    fresh = world(20_000, seed=98)
+    answers = fusion.apply(members(fresh))
+    inside = (answers["low"] <= fresh["label_spend"]) & (fresh["label_spend"] <= answers["high"])
+    by_fifth = inside.groupby(
+        np.searchsorted(np.asarray(fusion.edges), np.log1p(answers["expected_spend"]))
+    ).mean()
+    assert len(by_fifth) == 5
+    assert by_fifth.between(0.85, 0.96).all()
+
+
+def test_expected_spend_is_calibrated_on_fresh_users(fusion):
+    fresh = world(50_000, seed=97)
+    expected = pd.Series(fusion.apply(members(fresh))["expected_spend"])
+    fifths = pd.qcut(expected, 5, labels=False)
+    ratio = expected.groupby(fifths).sum() / fresh["label_spend"].groupby(fifths).sum()
+    assert ratio.between(0.8, 1.25).all()
+    raw = fresh["trees"].groupby(fifths).sum() / fresh["label_spend"].groupby(fifths).sum()
+    assert not raw.between(0.8, 1.25).any()
+
+
+def test_p_active_is_the_share_of_active_users(fusion):
+    fresh = world(50_000, seed=96)
+    p = fusion.apply(members(fresh))["p_active"]
+    active = (fresh["label_spend"] > 0).groupby(pd.qcut(p, 5, labels=False, duplicates="drop")).mean()
+    said = pd.Series(p).groupby(pd.qcut(p, 5, labels=False, duplicates="drop")).mean()
+    assert (active - said).abs().max() < 0.04
+
+
+def test_one_member_keeps_its_order_without_new_ties():
+    fitted = Fusion.fit(world(3000, seed=2), ONE)
+    spend = np.concatenate([np.linspace(0, 50, 4001), np.geomspace(50.1, 1e7, 4000)])
+    answers = fitted.apply({"trees": spend})
+    assert_sound(answers)
+    assert (np.diff(answers["expected_spend"]) > 0).all()
+    assert (np.diff(answers["p_active"]) >= 0).all()
+    inside = (answers["score"] > 0) & (answers["score"] < 100)
+    assert (np.diff(answers["score"][inside]) > 0).all()
+
+
+def test_scores_are_percentiles_and_levels_fifths_of_the_reference(fusion):
+    answers = fusion.apply(members(world(4000, seed=1)))
+    ranks = pd.Series(answers["expected_spend"]).rank(pct=True) * 100
+    assert np.abs(ranks - answers["score"]).max() < 0.2
+    assert pd.Series(answers["level"]).value_counts(normalize=True).to_dict() == pytest.approx(
+        dict.fromkeys(LEVELS, 0.2), abs=0.002
+    )
+    shares = pd.Series(answers["risk_level"]).value_counts(normalize=True)
+    assert shares.to_dict() == pytest.approx(dict.fromkeys(RISKS, 1 / 3), abs=0.01)
+    bounds = pd.Series(answers["score"]).groupby(answers["level"]).agg(["min", "max"])
+    assert bounds.loc["A", "min"] >= 80
+    assert bounds.loc["E", "max"] < 20
+
+
+def test_another_reference_population_moves_scores_and_nothing_else():
+    data = world(2000, seed=3)
+    poor = data[data["trees"] < data["trees"].median()]
+    own, other = Fusion.fit(data, BOTH), Fusion.fit(data, BOTH, reference=poor.drop(columns="label_spend"))
+    a, b = own.apply(members(data)), other.apply(members(data))
+    for name in ("expected_spend", "low", "high", "p_active"):
+        np.testing.assert_array_equal(a[name], b[name])
+    assert (b["score"] >= a["score"] - 1e-9).all()
+
+
+def test_the_order_of_rows_does_not_matter_for_the_fit():
+    data = world(1500, seed=4)
+    shuffled = data.sample(frac=1, random_state=0)
+    a, b = (Fusion.fit(frame, BOTH).apply(members(data)) for frame in (data, shuffled))
+    for name in NUMBERS:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 70).flatmap(
+        lambda n: hnp.arrays(np.float64, (2, n), elements=st.floats(0, 1e9, allow_subnormal=False))
+    )
+)
+def test_an_answer_depends_on_its_row_only_and_is_sound(fusion, spend):
+    whole = fusion.apply({"trees": spend[0], "transformer": spend[1]})
+    assert_sound(whole)
+    for i in range(spend.shape[1]):
+        alone = fusion.apply({"trees": spend[0, i : i + 1], "transformer": spend[1, i : i + 1]})
+        for name in OUTPUTS:
+            assert alone[name][0] == whole[name][i]
+
+
+def test_json_brings_back_every_bit(fusion):
+    back = Fusion.from_json(json.loads(json.dumps(fusion.to_json())))
+    assert back == fusion
+    data = members(world(500, seed=5))
+    before, after = fusion.apply(data), back.apply(data)
+    for name in NUMBERS:
+        assert before[name].tobytes() == after[name].tobytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"edges": [1.0]},
+        {"unknown": 1},
+        {"calibration": {"x": [1.0, 1.0], "y": [1.0, 2.0]}},
+        {"calibration": {"x": [], "y": []}},
+        {"reference": {"x": [0.0]}},
+        {"lower": ["a"] * 5},
+        {"risk": [1.0]},
+        {"activity": {"x": [0.0, math.inf], "y": [0.0, 1.0]}},
+    ],
+)
+def test_a_malformed_document_is_refused(fusion, change):
+    with pytest.raises(BundleError, match="fusion"):
+        Fusion.from_json(fusion.to_json() | change)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        pd.DataFrame({"label_spend": np.zeros(100), "trees": np.linspace(0, 50, 100)}),
+        pd.DataFrame({"label_spend": np.zeros(50), "trees": np.zeros(50)}),
+        pd.DataFrame({"label_spend": np.linspace(0, 90, 100), "trees": np.zeros(100)}),
+        pd.DataFrame({"label_spend": np.linspace(0, 90, 100), "trees": np.full(100, 7.0)}),
+        pd.DataFrame({"label_spend": np.full(20, 3.0), "trees": np.linspace(1, 9, 20)}),
+        pd.DataFrame({"label_spend": np.linspace(900, 0, 900), "trees": np.linspace(0, 900, 900)}),
+        pd.DataFrame({"label_spend": np.full(600, -4.0), "trees": np.r_[np.zeros(590), np.full(10, 1e12)]}),
+    ],
+    ids=["nobody spends", "all zero", "says nothing", "constant", "20 rows", "upside down", "outliers"],
+)
+def test_degenerate_users_give_defined_answers(frame):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted = Fusion.fit(frame, ONE)
+        answers = fitted.apply({"trees": np.array([0.0, 1e-9, 1.0, 7.0, 50.0, 1e15])})
+    assert_sound(answers)
+    assert (np.diff(answers["expected_spend"]) > 0).sum() >= 4
+    assert (np.diff(answers["expected_spend"]) >= 0).all()
+
+
+def test_equal_users_share_the_middle_of_their_percentiles():
+    frame = pd.DataFrame(
+        {"label_spend": np.r_[np.zeros(50), np.full(50, 9.0)], "trees": np.r_[np.zeros(50), np.full(50, 9.0)]}
+    )
+    score = Fusion.fit(frame, ONE).apply({"trees": np.array([0.0, 9.0, 10.0])})["score"]
+    assert score == pytest.approx([25, 75, 100], abs=0.2)
+
+
+def test_no_users_give_no_answers(fusion):
+    answers = fusion.apply({"trees": np.empty(0), "transformer": np.empty(0)})
+    assert {name: values.shape for name, values in answers.items()} == dict.fromkeys(OUTPUTS, (0,))
+
+
+def test_too_few_rows_are_refused_with_the_number_needed():
+    with pytest.raises(DataError, match=r"20 rows at least for an interval of coverage 0.9 \(5 rows\)"):
+        Fusion.fit(world(5, seed=0), BOTH)
+
+
+def test_unusable_predictions_are_refused_by_name(fusion):
+    data = world(100, seed=0)
+    with pytest.raises(DataError, match=r"transformer.*missing"):
+        Fusion.fit(data.drop(columns="transformer"), BOTH)
+    with pytest.raises(DataError, match=r"trees: must be finite and >= 0 \(1 rows\)"):
+        Fusion.fit(data.assign(trees=np.r_[np.nan, np.ones(99)]), BOTH)
+    with pytest.raises(BundleError, match="no predictions of member 'transformer'"):
+        fusion.apply({"trees": np.ones(2)})
+    with pytest.raises(BundleError, match="'trees' predicted a negative or non-finite"):
+        fusion.apply({"trees": np.array([np.inf]), "transformer": np.ones(1)})
