@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import warnings
@@ -219,7 +220,7 @@ def test_a_missing_column_is_named():
 
 
 def test_the_rendered_table_shows_members_by_population():
-    console = Console(width=240, record=True, file=open("/dev/null", "w"))
+    console = Console(width=240, record=True, file=io.StringIO())
     console.print(ev.render(ev.metrics_table(frame(), ["trees", "fused"]), "test"))
     text = console.export_text()
     for words in ("all (60)", "seen (40)", "unseen (20)", "trees", "fused", "norm. Gini", "–"):

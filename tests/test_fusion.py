@@ -213,7 +213,7 @@ def test_equal_users_share_the_middle_of_their_percentiles():
         {"label_spend": np.r_[np.zeros(50), np.full(50, 9.0)], "trees": np.r_[np.zeros(50), np.full(50, 9.0)]}
     )
     score = Fusion.fit(frame, ONE).apply({"trees": np.array([0.0, 9.0, 10.0])})["score"]
-    assert score == pytest.approx([25, 75, 100], abs=0.2)
+    assert score == pytest.approx([25, 75, 100], abs=0.5)
 
 
 def test_no_users_give_no_answers(fusion):

@@ -30,6 +30,9 @@ _CALIBRATION_BINS, _CALIBRATION_ROWS = 20, 200
 _ACTIVITY_BINS, _ACTIVITY_ROWS = 50, 100
 _INTERVAL_GROUPS = 5
 _GRID = 1001
+# Keeps the relative width finite for users expected to spend nothing. Not 1, which would cancel against log1p
+# and make the width one constant per group: a third's border would then be decided by rounding.
+_CENT = 0.01
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,11 @@ class Fusion:
            correction factor stays. Each bin has one more user, who spends what the members say: a bin without
            any spend doesn't fall to 0.
         3. *Activity*: P(spend > 0) by the same binned isotonic fit, with half a user of either kind added.
-        4. *Interval*: split conformal prediction (Vovk et al. 2005), signed residuals in log1p space, Mondrian
-           by fifths of the expected spend, each tail by itself (Romano et al. 2019). The residuals are of the
+        4. *Interval*: split conformal prediction (Vovk et al. 2005), signed residuals in log1p space,
+           Mondrian by fifths of the expected spend, each tail by itself (Romano et al. 2019). They are of the
            rows that the calibration was fitted on: 20 knots on thousands of rows cost no measurable coverage,
            and a split would cost half the rows.
-        5. *Reference*: percentiles of the expected spend, and tertiles of ``(high - low) / (expected + 1)``.
+        5. *Reference*: percentiles of the expected spend, tertiles of ``(high - low) / (expected + 0.01)``.
 
         Args:
             frame: ``label_spend`` (below 0 counts as 0) and a column of predictions for each of
@@ -268,7 +271,7 @@ def _groups(x: np.ndarray, bins: int, smallest: int) -> np.ndarray:
 
 
 def _relative_width(answers: Mapping[str, np.ndarray]) -> np.ndarray:
-    return (answers["high"] - answers["low"]) / (answers["expected_spend"] + 1.0)
+    return (answers["high"] - answers["low"]) / (answers["expected_spend"] + _CENT)
 
 
 def _usable(values: np.ndarray) -> bool:

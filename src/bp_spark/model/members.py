@@ -150,8 +150,9 @@ class LinearMember:
 def fit_linear(df: DataFrame, features: Sequence[str], conf: LinearConfig) -> LinearMember:
     """Fit :class:`LinearMember` on the rows with ``split = 'train'``, distributed.
 
-    The penalty is ``conf.l2 / 2 * |coefficients|²`` on standardised features (Spark's ``regParam``). Three
-    passes over the data: means, least squares, smearing; cache ``df`` where computing it is dear.
+    ``conf.l2`` is Spark's ``regParam``: with features of unit variance and ``s`` the deviation of the labels,
+    the penalty is ``conf.l2 / s * |coefficients|² / 2`` beside half the mean squared error. Three passes over
+    the data: means, least squares, smearing; cache ``df`` where computing it is dear.
 
     Raises:
         DataError: a column is missing, or no row is a training row.
@@ -437,7 +438,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_bytes())
     except OSError as error:
         raise BundleError(f"{path}: can't be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not JSON or cut short ({error})") from None
     if not isinstance(document, dict):
         raise BundleError(f"{path}: must hold a JSON object, not a {type(document).__name__}")

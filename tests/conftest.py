@@ -1,0 +1,40 @@
+"""One Spark session for the whole test process: local, two cores, Delta, few shuffle partitions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from bp_spark import config
+from bp_spark.config import Config
+from bp_spark.session import get_session
+from bp_spark.tables import Lakehouse
+
+
+@pytest.fixture(scope="session")
+def spark() -> Iterator[SparkSession]:
+    session = get_session(config.load(), "bp-spark tests")
+    session.sparkContext.setLogLevel("OFF")
+    session.conf.set("spark.sql.shuffle.partitions", "2")
+    yield session
+    session.stop()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Config:
+    """Defaults, with everything that is written under the test's own folder."""
+    return config.load(
+        overrides=[
+            f"tables.path={tmp_path}/lakehouse",
+            f"bundles={tmp_path}/bundles",
+            f"training.work_dir={tmp_path}/work",
+        ]
+    )
+
+
+@pytest.fixture
+def lakehouse(spark: SparkSession, settings: Config) -> Lakehouse:
+    return Lakehouse(spark, settings.tables)

@@ -1,0 +1,92 @@
+"""Small synthetic training tables, shared by the tests of the loader, the network and the training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from deltalake import write_deltalake
+from safetensors.torch import save_file
+
+from bp_spark.model.inputs import InputSpec
+
+SPEC = InputSpec(tabular=("recency", "spend_90d"), log_scaled=frozenset({"spend_90d"}), history_length=12)
+TEXT_IDS = np.array([-700, -5, 3, 40, 2**60], np.int64)
+
+_TYPES = {
+    "seq_kind": pa.int32(),
+    "seq_age_days": pa.float32(),
+    "seq_amount": pa.float32(),
+    "seq_items": pa.float32(),
+    "seq_discount": pa.float32(),
+    "seq_text_id": pa.int64(),
+    "seq_weekday": pa.int32(),
+    "seq_hour": pa.int32(),
+}
+
+
+def arrays(values: Sequence[np.ndarray]) -> np.ndarray:
+    """An object array of arrays, whatever their lengths."""
+    out = np.empty(len(values), object)
+    for index, value in enumerate(values):
+        out[index] = value
+    return out
+
+
+def make_rows(count: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Users whose spend follows from their last order and a feature; about a fifth has no history and no spend."""
+    rng = np.random.default_rng(seed)
+    lengths = np.where(rng.random(count) < 0.2, 0, rng.integers(1, SPEC.history_length + 1, count))
+    level = np.exp(rng.normal(3, 1, count))
+    columns: dict[str, np.ndarray] = {"user_key": np.array([f"user{n}" for n in range(count)])}
+    columns["row"] = np.arange(count, dtype=np.float64)
+    columns["label_spend"] = np.where(lengths > 0, level * np.exp(rng.normal(0, 0.2, count)), 0.0)
+    columns["recency"] = np.where(rng.random(count) < 0.1, np.nan, rng.random(count) * 100)
+    columns["spend_90d"] = np.where(lengths > 0, level * np.exp(rng.normal(0, 0.5, count)), 0.0)
+    make = {
+        "seq_kind": lambda n, _: rng.integers(1, 9, n),
+        "seq_age_days": lambda n, _: np.sort(rng.random(n) * 200 + 0.1)[::-1],
+        "seq_amount": lambda n, user: level[user] * np.exp(rng.normal(0, 0.1, n)),
+        "seq_items": lambda n, _: rng.integers(1, 20, n),
+        "seq_discount": lambda n, _: rng.random(n),
+        "seq_text_id": lambda n, _: rng.choice([0, 17, *TEXT_IDS], n),
+        "seq_weekday": lambda n, _: rng.integers(1, 8, n),
+        "seq_hour": lambda n, _: rng.integers(0, 24, n),
+    }
+    for name, one in make.items():
+        dtype = _TYPES[name].to_pandas_dtype()
+        columns[name] = arrays([one(n, user).astype(dtype) for user, n in enumerate(lengths)])
+    return columns
+
+
+def take(columns: dict[str, np.ndarray], rows: np.ndarray | slice) -> dict[str, np.ndarray]:
+    """Some of the rows."""
+    return {name: values[rows] for name, values in columns.items()}
+
+
+def write_table(
+    path: Path, columns: dict[str, np.ndarray], split: str = "train", files: Sequence[int] | None = None
+) -> None:
+    """Append the rows to a Delta table, as files of the given numbers of rows (one file if not given)."""
+    table = pa.table(
+        {
+            name: pa.array(list(values), pa.list_(_TYPES[name])) if name in _TYPES else pa.array(values)
+            for name, values in columns.items()
+        }
+    )
+    table = table.append_column("split", pa.array([split] * len(table)))
+    start = 0
+    for rows in files or [len(table)]:
+        write_deltalake(str(path), table.slice(start, rows), mode="append", partition_by=["split"])
+        start += rows
+    assert start == len(table)
+
+
+def write_texts(path: Path) -> Path:
+    """A vocabulary with embeddings of 6 numbers."""
+    embeddings = torch.from_numpy(np.random.default_rng(1).normal(size=(len(TEXT_IDS), 6)).astype(np.float32))
+    save_file({"ids": torch.from_numpy(TEXT_IDS), "embeddings": embeddings}, str(path))
+    return path
