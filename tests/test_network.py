@@ -48,7 +48,7 @@ def histories(draw: st.DrawFn) -> list[list[dict[str, float]]]:
     event = st.fixed_dictionaries(
         {
             "seq_kind": st.integers(0, 12),
-            "seq_age_days": st.floats(0.01, 500, width=32),
+            "seq_age_days": st.floats(2**-7, 500, width=32),
             "seq_amount": st.floats(-1e4, 1e4, width=32),
             "seq_items": st.integers(0, 50).map(float),
             "seq_discount": st.floats(0, 100, width=32),

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import click
 import typer
+from pyspark.sql import Row
 from rich.console import Console
 from rich.table import Table
 
@@ -177,7 +178,7 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app([command, *given] if command else given, standalone_mode=False)
+        app([command, *given] if command else given, prog_name="bp-spark", standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
@@ -251,6 +252,6 @@ def _cell(value: Any) -> str:
         return f"{value:,.2f}"
     if isinstance(value, list):
         return ", ".join(_cell(item) for item in value)
-    if isinstance(value, tuple) and hasattr(value, "feature"):
-        return f"{value.feature}={_cell(value.value)} ({value.contribution:+.2f})"
+    if isinstance(value, Row) and "contribution" in value:
+        return f"{value['feature']}={_cell(value['value'])} ({value['contribution']:+.2f})"
     return str(value)

@@ -41,6 +41,8 @@ class SourceConfig(Section):
     """Where raw events come from."""
 
     kind: Literal["completejourney"] = "completejourney"
+    sample: float = Field(1.0, gt=0, le=1)
+    """Share of users, by hash, to take: a quick look at a large platform."""
 
 
 class CleaningConfig(Section):

@@ -134,7 +134,7 @@ def _ingest(run: Run) -> None:
         if run.lakehouse.inputs("raw_transactions") == inputs:
             figures["status"] = "unchanged"
             return
-        raw = source.read(run.spark)
+        raw = source.read(run.spark, run.config.source)
         # transactions last: their recorded inputs say that the whole ingest is done
         for table in sorted(RAW_TABLES, key=lambda table: table.name == "raw_transactions"):
             if table.name in raw:

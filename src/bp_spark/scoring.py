@@ -94,7 +94,7 @@ def answers(bundle: Bundle, columns: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """What the UDF returns for a batch: a row of ANSWERS for each row of ``columns``."""
     predicted = bundle.predict(columns)
     frame = pd.DataFrame({name: values for name, values in predicted.items() if not name.startswith("member_")})
-    return frame.assign(reasons=_reasons(bundle, columns, len(frame)))
+    return frame.assign(reasons=pd.Series(_reasons(bundle, columns, len(frame)), index=frame.index, dtype=object))
 
 
 def _reasons(bundle: Bundle, columns: Mapping[str, np.ndarray], rows: int) -> list[list[dict[str, Any]]]:

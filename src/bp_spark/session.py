@@ -54,7 +54,7 @@ def get_session(config: Config, name: str = "bp-spark") -> SparkSession:
             builder = builder.config("spark.driver.memory", os.environ.get("BP_SPARK_DRIVER_MEMORY", "4g"))
         spark = builder.getOrCreate()
     _require_delta(spark)
-    if spark.conf.get("spark.master", "").startswith("local"):
+    if str(spark.conf.get("spark.master", "")).startswith("local"):
         for key, value in LOCAL_SQL_SETTINGS.items():
             spark.conf.set(key, value)
     spark.conf.set("spark.sql.session.timeZone", "UTC")
@@ -64,7 +64,7 @@ def get_session(config: Config, name: str = "bp-spark") -> SparkSession:
 def _require_delta(spark: SparkSession) -> None:
     if "DATABRICKS_RUNTIME_VERSION" in os.environ:
         return
-    if "delta" not in spark.conf.get("spark.sql.extensions", "").lower():
+    if "delta" not in str(spark.conf.get("spark.sql.extensions", "")).lower():
         raise EnvironmentFault(
             "this Spark session has no Delta Lake: start it with SPARK_CONF_DIR pointing at this project's conf/ folder, "
             f"or pass --packages {DELTA_PACKAGE} and the two spark.sql settings of conf/spark-defaults.conf"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,7 @@ def embed(texts: DataFrame, config: TextsConfig) -> DataFrame:
     """
     folder, batch_size, max_tokens = model_folder(config.model), config.batch_size, config.max_tokens
 
-    def run(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    def run(batches: Iterable[pd.DataFrame]) -> Iterable[pd.DataFrame]:
         for batch in batches:
             vectors = _encode(batch["text"].tolist(), folder, batch_size, max_tokens)
             yield pd.DataFrame({"text_id": batch["text_id"], "embedding": list(vectors)})

