@@ -179,9 +179,7 @@ def reseal(folder: Path, change) -> None:
     (folder / "manifest.json").write_bytes(b._text(b._sealed(content)))
 
 
-@pytest.mark.parametrize(
-    "name", ["../escape.json", "/etc/passwd", "a/b.json", "..", "manifest.json", "", "a\nb"]
-)
+@pytest.mark.parametrize("name", ["../escape.json", "/etc/passwd", "a/b.json", "..", "manifest.json", "", "a\nb"])
 def test_file_names_cannot_leave_the_folder(copy, name):
     reseal(copy, lambda m: m["files"].update({name: m["files"]["trees.json"]}))
     with pytest.raises(BundleError, match="not allowed"):
@@ -300,7 +298,5 @@ def test_torch_is_not_imported_for_a_bundle_without_a_network(pristine):
     import subprocess
     import sys
 
-    code = (
-        f"import sys, bp_spark.model.bundle as b; b.load({str(pristine)!r}); sys.exit('torch' in sys.modules)"
-    )
+    code = f"import sys, bp_spark.model.bundle as b; b.load({str(pristine)!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -27,9 +27,7 @@ def pairs(low: int = 0, high: int = 1000) -> st.SearchStrategy[tuple[np.ndarray,
     """Spend and predictions of the same users, with many ties and zeros."""
     values = st.integers(low, high).map(float)
     return st.integers(2, 40).flatmap(
-        lambda n: st.tuples(
-            hnp.arrays(np.float64, n, elements=values), hnp.arrays(np.float64, n, elements=values)
-        )
+        lambda n: st.tuples(hnp.arrays(np.float64, n, elements=values), hnp.arrays(np.float64, n, elements=values))
     )
 
 
@@ -101,9 +99,7 @@ def test_gini_of_ties_is_the_mean_over_all_orders_of_the_tied():
 def test_decile_mape_is_that_of_the_deciles_written_out():
     truth, predicted = world()
     deciles = pd.DataFrame({"t": truth, "p": predicted}).groupby(pd.qcut(predicted, 10), observed=True).mean()
-    assert ev.decile_mape(truth, predicted) == pytest.approx(
-        ((deciles.p - deciles.t).abs() / deciles.t).mean()
-    )
+    assert ev.decile_mape(truth, predicted) == pytest.approx(((deciles.p - deciles.t).abs() / deciles.t).mean())
 
 
 def test_a_decile_without_spend_counts_against_the_mean_spend_of_all():
@@ -127,9 +123,7 @@ def test_top_decile_capture_counts_the_highest_predicted_tenth_rounded_up():
     assert ev.top_decile_capture(truth, np.ones(11)) == pytest.approx(2 / 11)
 
 
-@given(
-    hnp.arrays(np.int64, 30, elements=st.integers(0, 1)), hnp.arrays(np.int64, 30, elements=st.integers(0, 5))
-)
+@given(hnp.arrays(np.int64, 30, elements=st.integers(0, 1)), hnp.arrays(np.int64, 30, elements=st.integers(0, 5)))
 def test_auc_and_brier_are_those_of_scikit_learn(active, tenths):
     p = tenths / 5
     assert ev.brier(active > 0, p) == pytest.approx(np.mean((p - active) ** 2))
@@ -202,9 +196,7 @@ def test_the_table_has_every_member_and_population():
     assert table.groupby("population")["users"].first().to_dict() == {"all": 60, "seen": 40, "unseen": 20}
     indexed = table.set_index(["member", "population", "metric"])["value"]
     unseen = data[~data["seen"]]
-    assert indexed["trees", "unseen", "mae"] == ev.mae(
-        unseen["label_spend"].to_numpy(), unseen["trees"].to_numpy()
-    )
+    assert indexed["trees", "unseen", "mae"] == ev.mae(unseen["label_spend"].to_numpy(), unseen["trees"].to_numpy())
     assert ("fused", "all", "coverage") in indexed.index
     assert ("trees", "all", "coverage") not in indexed.index
 

@@ -75,9 +75,7 @@ def test_every_fifth_of_users_is_covered(fusion):
     fresh = world(20_000, seed=98)
     answers = fusion.apply(members(fresh))
     inside = (answers["low"] <= fresh["label_spend"]) & (fresh["label_spend"] <= answers["high"])
-    by_fifth = inside.groupby(
-        np.searchsorted(np.asarray(fusion.edges), np.log1p(answers["expected_spend"]))
-    ).mean()
+    by_fifth = inside.groupby(np.searchsorted(np.asarray(fusion.edges), np.log1p(answers["expected_spend"]))).mean()
     assert len(by_fifth) == 5
     assert by_fifth.between(0.85, 0.96).all()
 

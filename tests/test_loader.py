@@ -13,12 +13,12 @@ import pytest
 from deltalake import write_deltalake
 from petastorm import make_batch_reader
 from pyspark.sql import SparkSession
-from training_rows import make_rows, take, write_table
 
 from bp_spark import loader
 from bp_spark.errors import DataError
 from bp_spark.loader import Feed, snapshot, split_sizes
 from bp_spark.model.inputs import HISTORY_COLUMNS
+from training_rows import make_rows, take, write_table
 
 SCALARS = ("row", "label_spend")
 
@@ -90,7 +90,7 @@ def test_ranks_see_each_row_once_in_equally_many_steps(table: Path, ranks: int) 
     feeds = [Feed(share, SCALARS, HISTORY_COLUMNS) for share in shares]
     for epoch in range(2):
         batches = [read(feed, steps=9, seed=epoch) for feed in feeds]
-        assert sorted(row_numbers(sum(batches, []))) == list(range(90))
+        assert sorted(row_numbers([batch for own in batches for batch in own])) == list(range(90))
         assert {len(own) for own in batches} == {9}
         for share, own in zip(shares, batches, strict=True):
             sizes = sorted(0 if batch is None else len(batch["row"]) for batch in own)
@@ -106,7 +106,7 @@ def test_a_share_too_large_for_memory_is_read_once_per_pass(
     feeds = [Feed(snapshot(str(table)).share(rank, ranks), SCALARS, HISTORY_COLUMNS) for rank in range(ranks)]
     for epoch in range(2):
         batches = [read(feed, steps=11, seed=epoch) for feed in feeds]
-        assert sorted(row_numbers(sum(batches, []))) == list(range(90))
+        assert sorted(row_numbers([batch for own in batches for batch in own])) == list(range(90))
         assert {len(own) for own in batches} == {11}
 
 

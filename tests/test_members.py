@@ -13,7 +13,7 @@ from pyspark.sql import functions as F
 from scipy.stats import spearmanr
 
 from bp_spark.config import LinearConfig, TreesConfig
-from bp_spark.errors import BundleError, DataError, EnvironmentFault
+from bp_spark.errors import BundleError, DataError, PlatformError
 from bp_spark.model import members as m
 
 FEATURES = ("recency", "frequency", "monetary")
@@ -184,7 +184,7 @@ def test_a_session_without_spark_context_is_named():
         def sparkContext(self):  # noqa: N802
             raise AttributeError("JVM_ATTRIBUTE_NOT_SUPPORTED")
 
-    with pytest.raises(EnvironmentFault, match="Spark Connect"):
+    with pytest.raises(PlatformError, match="Spark Connect"):
         m.task_slots(Connect())
 
 
@@ -235,9 +235,7 @@ def test_truncated_files_are_refused_by_name(member, tmp_path, share):
         m.load_member(member.name, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "text", ["[]", "{}", '{"learner": {}}', '{"learner": 3}', "\x80\x04K\x01.", "[" * 100_000]
-)
+@pytest.mark.parametrize("text", ["[]", "{}", '{"learner": {}}', '{"learner": 3}', "\x80\x04K\x01.", "[" * 100_000])
 def test_foreign_files_are_refused_by_name(member, tmp_path, text):
     (tmp_path / member.FILE).write_bytes(text.encode("latin-1"))
     with pytest.raises(BundleError, match=member.FILE):

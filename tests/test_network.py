@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy import stats
-from training_rows import SPEC, TEXT_IDS, arrays, make_rows, take
 
 from bp_spark.config import NetworkConfig
 from bp_spark.errors import BundleError, ConfigError, DataError
 from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, empty_user
 from bp_spark.model.losses import log_mse_loss, ziln_loss
 from bp_spark.model.network import DESCRIPTION_FILE, WEIGHTS_FILE, SpendNetwork, Statistics, TransformerMember
+from training_rows import SPEC, TEXT_IDS, arrays, make_rows, take
 
 TINY = NetworkConfig(hidden_size=16, layers=2, heads=2, intermediate_size=16, adapter_size=8)
 

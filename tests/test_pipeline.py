@@ -148,9 +148,7 @@ def test_a_user_scores_the_same_whoever_shares_the_batch(line: Line) -> None:
     bundle = line.trained.bundle
     alone = scoring.score(users.orderBy("user_key").limit(3), bundle, TEST_DATE, 0, line.config.scoring).toPandas()
     night = _night(line.lakehouse, TEST_DATE).set_index("user_key")
-    np.testing.assert_allclose(
-        alone["expected_spend"], night.loc[alone["user_key"], "expected_spend"], rtol=1e-4
-    )
+    np.testing.assert_allclose(alone["expected_spend"], night.loc[alone["user_key"], "expected_spend"], rtol=1e-4)
 
 
 def test_training_never_sees_holdout_users_or_the_test_horizon(line: Line) -> None:
@@ -185,7 +183,9 @@ def test_metrics_cover_all_members_and_seen_and_unseen_users(line: Line) -> None
     assert users["seen"] + users["unseen"] == users["all"] == line.scored.users
     stored = line.lakehouse.read("metrics").filter(F.col("bundle_digest") == line.trained.bundle.digest)
     assert stored.count() == len(metrics)
-    spearman = metrics[(metrics["metric"] == "spearman") & (metrics["population"] == "all")].set_index("member")["value"]
+    spearman = metrics[(metrics["metric"] == "spearman") & (metrics["population"] == "all")].set_index("member")[
+        "value"
+    ]
     assert spearman["fused"] > 0.6
 
 
@@ -243,7 +243,7 @@ def test_a_flipped_bit_in_the_bundle_is_refused_and_leaves_scores_alone(line: Li
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
     versions = _versions(line.lakehouse, "scores")
-    with pytest.raises(BundleError, match="transformer.safetensors"):
+    with pytest.raises(BundleError, match=r"transformer\.safetensors"):
         pipeline.score(line.spark, line.config, TEST_DATE, copy)
     assert _versions(line.lakehouse, "scores") == versions
 

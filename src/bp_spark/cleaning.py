@@ -76,7 +76,8 @@ def clean(
         now: rows of a later time are refused.
 
     Returns:
-        events without duplicates; quarantine rows without run id; an observation that holds ``valid`` and ``duplicates`` (row counts) once the events were written.
+        events without duplicates; quarantine rows without run id; an observation that holds ``valid`` and
+        ``duplicates`` (row counts) once the events were written.
     """
     items = _items(raw)
     judged = [
@@ -84,9 +85,7 @@ def clean(
         for name in ("raw_transactions", "raw_behaviours", "raw_searches", "raw_reviews")
         if name in raw
     ]
-    names = [
-        name for name in ("raw_transactions", "raw_behaviours", "raw_searches", "raw_reviews") if name in raw
-    ]
+    names = [name for name in ("raw_transactions", "raw_behaviours", "raw_searches", "raw_reviews") if name in raw]
     quarantine = _union(
         [
             df.filter(F.col("rule").isNotNull()).select(
@@ -97,9 +96,7 @@ def clean(
             for name, df in zip(names, judged, strict=True)
         ]
     )
-    good = _union(
-        [_EVENT_OF[name](df.filter(F.col("rule").isNull())) for name, df in zip(names, judged, strict=True)]
-    )
+    good = _union([_EVENT_OF[name](df.filter(F.col("rule").isNull())) for name, df in zip(names, judged, strict=True)])
     counts = Observation("clean")
     events = (
         _identified(good)
@@ -116,9 +113,7 @@ def clean(
 
 
 def _first_broken(rules_of_table: Sequence[Rule]) -> Column:
-    return F.coalesce(
-        *(F.when(~F.coalesce(rule.holds, F.lit(False)), F.lit(rule.name)) for rule in rules_of_table)
-    )
+    return F.coalesce(*(F.when(~F.coalesce(rule.holds, F.lit(False)), F.lit(rule.name)) for rule in rules_of_table))
 
 
 def _event(kind: Column, **columns: Column) -> list[Column]:
@@ -133,10 +128,7 @@ def _event(kind: Column, **columns: Column) -> list[Column]:
     types = {field.name: field.dataType for field in EVENTS.schema.fields}
     wanted = [name for name in EVENTS.schema.names if name not in ("event_id", "text_id", "category")]
     selected = [given.get(name, F.lit(None)).cast(types[name]).alias(name) for name in wanted]
-    extra = [
-        given.get(name, F.lit(None)).cast("string").alias(name)
-        for name in ("line_id", "own_text", "delivery")
-    ]
+    extra = [given.get(name, F.lit(None)).cast("string").alias(name) for name in ("line_id", "own_text", "delivery")]
     return selected + extra
 
 
@@ -150,9 +142,7 @@ def _behaviours(df: DataFrame) -> DataFrame:
 
 
 def _searches(df: DataFrame) -> DataFrame:
-    return df.select(
-        *_event(F.lit("search"), item_id=F.col("clicked_item_id"), own_text=normalised(F.col("query")))
-    )
+    return df.select(*_event(F.lit("search"), item_id=F.col("clicked_item_id"), own_text=normalised(F.col("query"))))
 
 
 def _reviews(df: DataFrame) -> DataFrame:
@@ -227,9 +217,14 @@ def _described(df: DataFrame, items: DataFrame | None) -> DataFrame:
 def texts(raw: Mapping[str, DataFrame]) -> DataFrame:
     """Every normalised text behind a ``text_id`` of the events (and of items not yet bought): a column ``text``."""
     found = [(_items(raw), F.col("item_text"))]
-    found += [(raw.get("raw_searches"), normalised(F.col("query"))), (raw.get("raw_reviews"), normalised(F.col("text")))]
+    found += [
+        (raw.get("raw_searches"), normalised(F.col("query"))),
+        (raw.get("raw_reviews"), normalised(F.col("text"))),
+    ]
     frames = [df.select(text.alias("text")) for df, text in found if df is not None]
-    return _union(frames) if frames else raw["raw_transactions"].select(F.lit(None).cast("string").alias("text")).limit(0)
+    return (
+        _union(frames) if frames else raw["raw_transactions"].select(F.lit(None).cast("string").alias("text")).limit(0)
+    )
 
 
 def _union(frames: Sequence[DataFrame]) -> DataFrame:

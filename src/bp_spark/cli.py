@@ -96,9 +96,7 @@ def train(
 @app.command()
 def score(
     date: Annotated[str, typer.Option(help="Date YYYY-MM-DD to score; featurize must have been run for it.")],
-    bundle: Annotated[
-        Path | None, typer.Option(help="Folder of a model bundle; by default the promoted one.")
-    ] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Folder of a model bundle; by default the promoted one.")] = None,
     overrides: Overrides = None,
     config_file: ConfigOption = None,
 ) -> None:
@@ -112,7 +110,11 @@ def score(
 
     result = pipeline.score(_session(settings, "score"), settings, day, bundle)
     _print(_stage_table("score", result.stages))
-    done = "scored" if result.written else "were scored already, with the same bundle on the same features: nothing changed"
+    done = (
+        "scored"
+        if result.written
+        else "were scored already, with the same bundle on the same features: nothing changed"
+    )
     _print(f"{result.users:,} users {done} (bundle {result.bundle.digest[:12]})")
 
 
@@ -162,7 +164,7 @@ def demo(overrides: Overrides = None) -> None:
     )
     _print(_rows_table(list(shown), [list(row) for row in examples.collect()], title=f"Ten of {night.users:,} scores"))
     where = settings.tables.path
-    _print(f"Tables are in {where}; look around: bp-spark sql -c {DEMO_CONFIG} \"SELECT * FROM bp.scores_latest\"")
+    _print(f'Tables are in {where}; look around: bp-spark sql -c {DEMO_CONFIG} "SELECT * FROM bp.scores_latest"')
 
 
 @app.command()

@@ -55,7 +55,7 @@ class BundleError(BpSparkError):
     exit_code = 4
 
 
-class EnvironmentFault(BpSparkError):
+class PlatformError(BpSparkError):
     """The machine lacks something: no Java, no Delta jars, a worker process that died."""
 
     exit_code = 5

@@ -181,9 +181,7 @@ def evaluate(
         if values.shape != truth.shape or values.ndim != 1:
             raise DataError("predictions", f"must be {truth.shape}, not {values.shape}", column=name)
         if not np.isfinite(values).all():
-            raise DataError(
-                "predictions", "must be finite", column=name, count=int((~np.isfinite(values)).sum())
-            )
+            raise DataError("predictions", "must be finite", column=name, count=int((~np.isfinite(values)).sum()))
     truth = np.maximum(truth, 0.0)
     metrics = {name: metric(truth, predicted) for name, metric in POINT_METRICS.items()}
     if "low" in arrays and "high" in arrays:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from itertools import pairwise
 from typing import Literal
 
 from pyspark.sql import Column as SparkColumn
@@ -131,12 +132,8 @@ def _recency_frequency_monetary(b: _Builder) -> None:
         "log",
     )
     b.add("frequency", f"{days} - 1", "Days with a repeat purchase", "days", "all", "log")
-    b.add(
-        "purchase_day_rate", _ratio(days, tenure), "Purchase days per day since the first one", "share", "all"
-    )
-    b.add(
-        "monetary_value", _ratio(f"{spend} / 100", days), "Mean spend of a purchase day", "currency", "all", "log"
-    )
+    b.add("purchase_day_rate", _ratio(days, tenure), "Purchase days per day since the first one", "share", "all")
+    b.add("monetary_value", _ratio(f"{spend} / 100", days), "Mean spend of a purchase day", "currency", "all", "log")
     b.add("spend_total", f"{spend} / 100", "Spend less refunds", "currency", "all", "log")
 
 
@@ -167,7 +164,7 @@ def _windows(b: _Builder, windows: Sequence[int]) -> None:
                 "log",
             )
             b.add(f"items_per_order_{days}d", _ratio(items, orders), "Lines per order", "items", days, "log")
-    for short, long in zip(windows, windows[1:], strict=False):
+    for short, long in pairwise(windows):
         recent, base = b.total("spend", short), b.total("spend", long)
         b.add(
             f"trend_{short}d_{long}d",
@@ -336,9 +333,7 @@ def _discounts_and_prices(b: _Builder) -> None:
 def _habits(b: _Builder) -> None:
     span = 180
     spend = b.aggregate("weekday_spend", f"sum(if(age <= {span}, greatest(spend, 0), 0))")
-    for number, name in enumerate(
-        ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-    ):
+    for number, name in enumerate(("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")):
         part = b.aggregate(
             f"weekday_{number}", f"sum(if(age <= {span} and weekday(day) = {number}, greatest(spend, 0), 0))"
         )
@@ -471,10 +466,7 @@ def user_features_table(config: FeaturesConfig) -> Table:
         (
             Column("user_key", "string", "User", required=True),
             Column("as_of_date", "date", "Only events before this day are seen", required=True),
-            *(
-                Column(f.name, "float", f"{f.description} [{f.unit}; {f.window}]")
-                for f in catalogue(config).features
-            ),
+            *(Column(f.name, "float", f"{f.description} [{f.unit}; {f.window}]") for f in catalogue(config).features),
             *SEQUENCE_COLUMNS,
             Column(
                 "built_from",
@@ -558,11 +550,7 @@ def _total(column: SparkColumn) -> SparkColumn:
 def _stored(column: Column) -> SparkColumn:
     """A computed column in its stored type: cents become money, a missing count becomes 0."""
     if column.type == MONEY:
-        return (
-            (F.coalesce(F.col(column.name), F.lit(0)).cast("decimal(20,0)") / 100)
-            .cast(MONEY)
-            .alias(column.name)
-        )
+        return (F.coalesce(F.col(column.name), F.lit(0)).cast("decimal(20,0)") / 100).cast(MONEY).alias(column.name)
     if column.type == "bigint":
         return F.coalesce(F.col(column.name), F.lit(0)).cast("bigint").alias(column.name)
     return F.col(column.name)
@@ -617,9 +605,7 @@ def _order_days(events: DataFrame) -> DataFrame:
     return orders.groupBy("user_key", "day").agg(
         F.count(F.lit(1)).alias("orders"),
         F.max("amount").alias("order_value_max"),
-        F.sum(F.round((F.col("amount") / 100) * (F.col("amount") / 100)).cast("long")).alias(
-            "order_value_sq"
-        ),
+        F.sum(F.round((F.col("amount") / 100) * (F.col("amount") / 100)).cast("long")).alias("order_value_sq"),
         between(5, 10).alias("morning_orders"),
         between(11, 16).alias("afternoon_orders"),
         between(17, 22).alias("evening_orders"),
@@ -635,11 +621,7 @@ def _category_days(events: DataFrame) -> DataFrame:
         .groupBy("user_key", F.col("event_date").alias("day"), top_level.alias("category"))
         .agg(spend.alias("spend"))
         .groupBy("user_key", "day")
-        .agg(
-            F.map_from_entries(F.array_sort(F.collect_list(F.struct("category", "spend")))).alias(
-                "category_spend"
-            )
-        )
+        .agg(F.map_from_entries(F.array_sort(F.collect_list(F.struct("category", "spend")))).alias("category_spend"))
     )
 
 
@@ -772,7 +754,5 @@ def _history(events: DataFrame, as_of: Sequence[date], length: int) -> DataFrame
     return (
         tokens.groupBy("user_key", "as_of_date")
         .agg(F.array_sort(F.collect_list("entry")).alias("entries"))
-        .select(
-            "user_key", "as_of_date", *(F.col(f"entries.{c.name}").alias(c.name) for c in SEQUENCE_COLUMNS)
-        )
+        .select("user_key", "as_of_date", *(F.col(f"entries.{c.name}").alias(c.name) for c in SEQUENCE_COLUMNS))
     )

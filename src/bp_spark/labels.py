@@ -80,9 +80,7 @@ def training_set_table(config: FeaturesConfig) -> Table:
         "User features at past cutoffs with the spend that followed; holdout users are not in it",
         (
             *features.columns,
-            TableColumn(
-                "label_spend", "double", "Spend less refunds in the horizon after as_of_date", required=True
-            ),
+            TableColumn("label_spend", "double", "Spend less refunds in the horizon after as_of_date", required=True),
             TableColumn("split", "string", "train or valid, by the user's hash", required=True),
         ),
         key=features.key,

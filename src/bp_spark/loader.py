@@ -267,9 +267,7 @@ class Feed:
     def _pack(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Arrays as bytes: Petastorm joins array columns of equal length only."""
         for name, dtype in self.arrays.items():
-            frame[name] = [
-                b"" if array is None else array.astype(dtype, copy=False).tobytes() for array in frame[name]
-            ]
+            frame[name] = [b"" if array is None else array.astype(dtype, copy=False).tobytes() for array in frame[name]]
         return frame
 
     def _unpack(self, table: Mapping[str, np.ndarray]) -> Columns:
@@ -350,9 +348,7 @@ def _read_footers(files: tuple[str, ...]) -> tuple[pa.Schema, tuple[RowGroup, ..
     schema = footers[0].schema.to_arrow_schema()
     common = set.intersection(*(set(other.schema.to_arrow_schema().names) for other in footers))
     groups = tuple(
-        _describe(metadata.row_group(index))
-        for metadata in footers
-        for index in range(metadata.num_row_groups)
+        _describe(metadata.row_group(index)) for metadata in footers for index in range(metadata.num_row_groups)
     )
     return pa.schema([field for field in schema if field.name in common]), groups
 

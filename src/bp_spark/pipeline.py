@@ -46,7 +46,16 @@ from bp_spark.tables import (
 )
 from bp_spark.training.finetune import finetune
 
-RFM = ("recency_days", "frequency", "tenure_days", "monetary_value", "spend_30d", "spend_90d", "orders_30d", "orders_90d")
+RFM = (
+    "recency_days",
+    "frequency",
+    "tenure_days",
+    "monetary_value",
+    "spend_30d",
+    "spend_90d",
+    "orders_30d",
+    "orders_90d",
+)
 """Features of the linear baseline: recency, frequency and monetary value."""
 
 
@@ -209,7 +218,9 @@ def _featurize(run: Run, as_of: Sequence[date]) -> None:
     first, _ = _span(lakehouse)
     for day in as_of:
         if day <= first:
-            raise DataError("events", f"no event lies before the as-of date {day}; the first is of {first}", column="ts")
+            raise DataError(
+                "events", f"no event lies before the as-of date {day}; the first is of {first}", column="ts"
+            )
     table = features.user_features_table(config)
     built_from = digest(
         __version__, lakehouse.version("events"), lakehouse.version("user_daily"), config, features.catalogue(config)
@@ -295,7 +306,12 @@ def _training_set(run: Run, dates: Sequence[date]) -> DataFrame:
     lakehouse, config = run.lakehouse, run.config
     source = lakehouse.read("user_features").filter(F.col("as_of_date").isin(*dates))
     inputs = digest(
-        __version__, config.labels, config.features, lakehouse.version("user_features"), lakehouse.version("user_daily"), dates
+        __version__,
+        config.labels,
+        config.features,
+        lakehouse.version("user_features"),
+        lakehouse.version("user_daily"),
+        dates,
     )
     with run.stage("label", inputs) as figures:
         if lakehouse.inputs("training_set") == inputs:
@@ -509,7 +525,9 @@ def score(spark: SparkSession, config: Config, score_date: date, bundle_folder: 
         users = lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(score_date))
         source = users.select("built_from").distinct().collect()
         if not source:
-            raise DataError("user_features", f"holds no rows of {score_date}; run featurize for it", column="as_of_date")
+            raise DataError(
+                "user_features", f"holds no rows of {score_date}; run featurize for it", column="as_of_date"
+            )
         inputs = digest(__version__, bundle.digest, sorted(row[0] for row in source))
         with run.stage("score", inputs) as figures:
             expected = users.count()

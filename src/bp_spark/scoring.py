@@ -21,7 +21,7 @@ from pyspark.sql import functions as F
 
 from bp_spark import __version__
 from bp_spark.config import ScoringConfig
-from bp_spark.errors import EnvironmentFault
+from bp_spark.errors import PlatformError
 from bp_spark.model import bundle as bundles
 from bp_spark.model.bundle import Bundle
 
@@ -52,7 +52,7 @@ def score(
 
     Raises:
         BundleError: ``features`` lacks a column that the bundle reads.
-        EnvironmentFault: the session can't broadcast (Spark Connect).
+        PlatformError: the session can't broadcast (Spark Connect).
     """
     bundle.check_inputs(features.columns)
     spark = features.sparkSession
@@ -76,7 +76,7 @@ def prediction_udf(spark: SparkSession, bundle: Bundle) -> Any:
     Usable in SQL too: ``spark.udf.register("purchasing_power", prediction_udf(spark, bundle))``.
 
     Raises:
-        EnvironmentFault: the session can't broadcast (Spark Connect).
+        PlatformError: the session can't broadcast (Spark Connect).
     """
     carried = _broadcast(spark, bundle)
     digest = bundle.digest
@@ -120,7 +120,7 @@ def _broadcast(spark: SparkSession, bundle: Bundle) -> Broadcast[dict[str, bytes
     try:
         context = spark.sparkContext
     except PySparkAttributeError:
-        raise EnvironmentFault(
+        raise PlatformError(
             "scoring broadcasts the bundle, which Spark Connect can't: run it in a classic session"
         ) from None
     return context.broadcast({path.name: path.read_bytes() for path in sorted(bundle.folder.iterdir())})
@@ -149,4 +149,3 @@ def _pin_threads(bundle: Bundle) -> None:
         import torch
 
         torch.set_num_threads(cores)
-

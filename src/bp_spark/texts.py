@@ -17,7 +17,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from bp_spark.config import TextsConfig, digest
-from bp_spark.errors import EnvironmentFault
+from bp_spark.errors import PlatformError
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +111,7 @@ def model_folder(name: str) -> str:
     """Folder or hub name of a configured model; ``package:NAME`` asks the package for its folder.
 
     Raises:
-        EnvironmentFault: the package is not installed.
+        PlatformError: the package is not installed.
     """
     if not name.startswith("package:"):
         return name
@@ -119,7 +119,7 @@ def model_folder(name: str) -> str:
     try:
         return str(importlib.import_module(package).get_model_path())
     except ImportError as error:
-        raise EnvironmentFault(f"texts.model: the package {package} is not installed") from error
+        raise PlatformError(f"texts.model: the package {package} is not installed") from error
 
 
 def model_digest(config: TextsConfig) -> str:

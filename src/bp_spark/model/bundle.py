@@ -57,9 +57,7 @@ class Bundle:
         fusion: what joins them.
     """
 
-    def __init__(
-        self, folder: Path, manifest: Mapping[str, Any], members: Sequence[Member], fusion: Fusion
-    ) -> None:
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], members: Sequence[Member], fusion: Fusion) -> None:
         self.folder = folder
         self.manifest = manifest
         self.members = {member.name: member for member in members}
@@ -106,9 +104,7 @@ class Bundle:
         """
         self.check_inputs(columns)
         predictions = {name: member.predict(columns) for name, member in self.members.items()}
-        return {f"member_{name}": values for name, values in predictions.items()} | self.fusion.apply(
-            predictions
-        )
+        return {f"member_{name}": values for name, values in predictions.items()} | self.fusion.apply(predictions)
 
 
 def write(
@@ -275,9 +271,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if set(manifest) != set(_KEYS) or _text(_sealed(content)) != text:
         raise BundleError(f"{path}: differs from what was written (checksum)")
     inputs = manifest["inputs"]
-    if not all(
-        isinstance(names, list) and all(isinstance(n, str) for n in names) for names in inputs.values()
-    ):
+    if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in inputs.values()):
         raise BundleError(f"{path}: inputs must be lists of column names")
     return manifest
 

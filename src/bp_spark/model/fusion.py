@@ -113,9 +113,7 @@ class Fusion:
         edges = _edges(expected, _INTERVAL_GROUPS, rows_needed)
         residuals = np.log1p(spend) - expected
         group = np.searchsorted(edges, expected, side="right")
-        tails = [
-            _tails(residuals[group == number], (1 - conf.coverage) / 2) for number in range(len(edges) + 1)
-        ]
+        tails = [_tails(residuals[group == number], (1 - conf.coverage) / 2) for number in range(len(edges) + 1)]
         fusion = cls(
             members=tuple(conf.members),
             coverage=conf.coverage,
@@ -136,9 +134,7 @@ class Fusion:
         # Equal values share the middle of their percentiles.
         knots = grid.groupby("x", sort=True)["y"].mean()
         first, second = np.quantile(_relative_width(answers), [1 / 3, 2 / 3]).tolist()
-        return replace(
-            self, reference=Curve(_floats(knots.index), _floats(knots.to_numpy())), risk=(first, second)
-        )
+        return replace(self, reference=Curve(_floats(knots.index), _floats(knots.to_numpy())), risk=(first, second))
 
     def apply(self, predictions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Answers for users, from each member's expected spend.

@@ -24,7 +24,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark.config import LinearConfig, TreesConfig
-from bp_spark.errors import BundleError, DataError, EnvironmentFault
+from bp_spark.errors import BundleError, DataError, PlatformError
 
 TABLE = "training_set"
 LABEL = "label_spend"
@@ -258,9 +258,7 @@ class TreesMember:
         values = stack_columns(columns, self.features, np.float32)
         if not len(values):
             return np.empty((0, len(self.features) + 1), dtype=np.float64)
-        matrix = xgboost.DMatrix(
-            values, missing=np.nan, feature_names=list(self.features), nthread=self._threads
-        )
+        matrix = xgboost.DMatrix(values, missing=np.nan, feature_names=list(self.features), nthread=self._threads)
         return np.asarray(self._booster.predict(matrix, pred_contribs=True), dtype=np.float64)
 
     def importance(self) -> dict[str, float]:
@@ -320,7 +318,7 @@ def fit_trees(
 
     Raises:
         DataError: a column is missing; no training row; or no training row has any spend.
-        EnvironmentFault: the session is a Spark Connect one, which XGBoost's estimator can't use.
+        PlatformError: the session is a Spark Connect one, which XGBoost's estimator can't use.
     """
     from xgboost.spark import SparkXGBRegressor
 
@@ -388,12 +386,12 @@ def task_slots(spark: SparkSession) -> int:
     """How many tasks the cluster can run at once.
 
     Raises:
-        EnvironmentFault: the session has no SparkContext (Spark Connect).
+        PlatformError: the session has no SparkContext (Spark Connect).
     """
     try:
         context = spark.sparkContext._jsc.sc()
     except (PySparkAttributeError, AttributeError):
-        raise EnvironmentFault(
+        raise PlatformError(
             "the boosted trees need a SparkContext to train, which Spark Connect lacks: use a classic session"
         ) from None
     return int(context.maxNumConcurrentTasks(context.resourceProfileManager().resourceProfileFromId(0)))
@@ -402,9 +400,7 @@ def task_slots(spark: SparkSession) -> int:
 # ----------------------------------------------------------------------------------------------------- shared
 
 
-def stack_columns(
-    columns: Mapping[str, np.ndarray], names: Sequence[str], dtype: type[np.floating[Any]]
-) -> np.ndarray:
+def stack_columns(columns: Mapping[str, np.ndarray], names: Sequence[str], dtype: type[np.floating[Any]]) -> np.ndarray:
     """The named columns as one ``dtype[rows, names]`` array; infinite values become NaN.
 
     Raises:

@@ -94,9 +94,7 @@ class SpendNetwork(nn.Module):
     log_ceiling: Tensor
     smearing: Tensor
 
-    def __init__(
-        self, spec: InputSpec, config: NetworkConfig, vocabulary_ids: Tensor, text_embeddings: Tensor
-    ) -> None:
+    def __init__(self, spec: InputSpec, config: NetworkConfig, vocabulary_ids: Tensor, text_embeddings: Tensor) -> None:
         super().__init__()
         self.spec = spec
         self.config = config
@@ -234,9 +232,7 @@ class SpendNetwork(nn.Module):
         expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if wrong := sorted(name for name, _ in expected.items() ^ found.items()):
-            raise BundleError(
-                f"{path}: {len(set(wrong))} tensors don't fit {DESCRIPTION_FILE}, first {wrong[0]}"
-            )
+            raise BundleError(f"{path}: {len(set(wrong))} tensors don't fit {DESCRIPTION_FILE}, first {wrong[0]}")
         network.load_state_dict(tensors)
         return network.eval()
 
@@ -256,9 +252,7 @@ class SpendNetwork(nn.Module):
         length = batch.mask.sum(dim=1, keepdim=True)
         steps = torch.arange(mask.shape[1], device=mask.device)
         position = torch.where(mask & (steps > 0), length + 1 - steps, 0)
-        read = self.encoder(
-            inputs_embeds=tokens, attention_mask=mask.long(), position_ids=position
-        ).last_hidden_state
+        read = self.encoder(inputs_embeds=tokens, attention_mask=mask.long(), position_ids=position).last_hidden_state
         if self.pooling_score is None:
             weight = mask.to(read.dtype)
             return (read * weight.unsqueeze(-1)).sum(dim=1) / weight.sum(dim=1, keepdim=True)
@@ -268,9 +262,7 @@ class SpendNetwork(nn.Module):
     def _read_tabular(self, values: Tensor) -> Tensor:
         missing = values.isnan()
         scaled = ((values - self.tabular_mean) / self.tabular_std).clamp(-_TABULAR_LIMIT, _TABULAR_LIMIT)
-        return self.tabular(
-            torch.cat([scaled.masked_fill(missing, 0.0), missing * self.missing_seen], dim=-1)
-        )
+        return self.tabular(torch.cat([scaled.masked_fill(missing, 0.0), missing * self.missing_seen], dim=-1))
 
 
 class TransformerMember:

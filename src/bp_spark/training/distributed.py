@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -21,7 +22,7 @@ from pyspark.sql import SparkSession
 from torch import Tensor
 
 from bp_spark.config import TrainingConfig
-from bp_spark.errors import EnvironmentFault
+from bp_spark.errors import PlatformError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -83,7 +84,7 @@ def run_ranks(
         What rank 0 returned.
 
     Raises:
-        EnvironmentFault: a rank failed or could not be started.
+        PlatformError: a rank failed or could not be started.
     """
     from pyspark.ml.torch.distributor import TorchDistributor
 
@@ -91,22 +92,22 @@ def run_ranks(
         old.unlink()
     on_driver = config.launcher == "driver"
     # On the driver TorchDistributor would count GPUs that Spark manages only; without it ranks see all.
-    use_gpu = not on_driver and int(str(spark.conf.get("spark.task.resource.gpu.amount", "0"))) > 0
+    use_gpu = not on_driver and float(str(spark.conf.get("spark.task.resource.gpu.amount", "0"))) >= 1
     threads = _threads(spark, config)
     try:
         # Ranks' output is progress, not a result: it belongs on standard error.
-        with _environment_first(), redirect_stdout(sys.stderr):
+        with _environment(), redirect_stdout(sys.stderr):
             distributor = TorchDistributor(config.processes, local_mode=on_driver, use_gpu=use_gpu)
             distributor.logger.setLevel("WARNING")
             result: Any = distributor.run(_rank, function, str(run_dir), threads, args, kwargs)
             return result
     except Exception as error:
-        raise EnvironmentFault(_explain(run_dir, error)) from None
+        raise PlatformError(_explain(run_dir, error)) from None
 
 
 @contextmanager
 def process_group() -> Iterator[Group]:
-    """Join the other ranks: ``nccl`` if each rank on this machine has a GPU of its own, else ``gloo``.
+    """Join the other ranks for the block: ``nccl`` if each rank on this machine has a GPU of its own, else ``gloo``.
 
     Reads the variables that torchrun sets: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``,
     ``MASTER_ADDR``, ``MASTER_PORT``.
@@ -121,7 +122,13 @@ def process_group() -> Iterator[Group]:
         dist.init_process_group("gloo")
     try:
         yield Group(dist.get_rank(), dist.get_world_size(), device)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
+        # A DDP model that outlives its group hangs when it is freed: it joins the group's threads while it holds the
+        # lock they wait for. It must be gone first, so callers keep it local to a function inside the block.
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -144,20 +151,32 @@ def _threads(spark: SparkSession, config: TrainingConfig) -> int:
 
 
 @contextmanager
-def _environment_first() -> Iterator[None]:
-    """This interpreter's environment first on ``PATH``, for ``torchrun`` and what it starts."""
-    before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
+def _environment() -> Iterator[None]:
+    """This interpreter's folder first on ``PATH``, for ``torchrun``; and lines of output passed on as they come."""
+    before = dict(os.environ)
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before.get("PATH", "")])
+    os.environ["PYTHONUNBUFFERED"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         yield
     finally:
-        os.environ["PATH"] = before
+        for name in ("PATH", "PYTHONUNBUFFERED", "OMP_NUM_THREADS"):
+            os.environ.pop(name)
+            if name in before:
+                os.environ[name] = before[name]
 
 
 def _explain(run_dir: Path, error: Exception) -> str:
-    """The first rank that failed brought the others down; its last lines say why."""
+    """The first rank that failed brought the others down; the end of its traceback says why."""
     files = sorted(run_dir.glob("rank-*.error"), key=lambda path: path.stat().st_mtime_ns)
-    text = files[0].read_text(encoding="utf-8") if files else str(error)
-    lines = [line for line in text.splitlines() if line.strip()][-_ERROR_LINES:]
-    who = files[0].stem.replace("-", " ") if files else "the ranks"
-    return f"training: {who} failed; see {run_dir}\n" + "\n".join(lines)
+    if files:
+        return (
+            f"training: {files[0].stem.replace('-', ' ')} failed; see {files[0]}\n{_last_lines(files[0].read_text())}"
+        )
+    if isinstance(error, RuntimeError):
+        return f"training: the ranks ended without saying why (out of memory?)\n{_last_lines(str(error))}"
+    return f"training: the ranks could not be started: {str(error)[:500]}"
+
+
+def _last_lines(text: str) -> str:
+    return "\n".join([line for line in text.splitlines() if line.strip()][-_ERROR_LINES:])

@@ -49,8 +49,6 @@ MODEL_FOLDER = "model"
 CHECKPOINT_FILE = "checkpoint.pt"
 TENSORBOARD_FOLDER = "tensorboard"
 
-_SEED_STRIDE = 1_000_003
-
 
 @dataclass(frozen=True)
 class FinetuneResult:
@@ -112,7 +110,7 @@ def finetune(
 
     Raises:
         DataError: the snapshots lack a column, or the file of texts is no such file.
-        EnvironmentFault: a rank failed.
+        PlatformError: a rank failed.
     """
     started = time.monotonic()
     for part in (train, valid):
@@ -181,58 +179,56 @@ class Data:
 
 
 def train_rank(job: Job) -> Progress:
-    """What each rank does, from the first row to the saved network."""
-    settings = job.config.training
+    """What each rank runs."""
     with process_group() as group:
-        ids, embeddings = _read_texts(job.texts)
-        train = _data(job.train, job, ids, group)
-        valid = _data(job.valid, job, ids, group)
+        return _train(job, group)
 
-        torch.manual_seed(settings.seed)
-        network = SpendNetwork(job.spec, job.config.network, ids, embeddings)
-        network.fit_statistics(training_statistics(train, group))
-        network.to(group.device)
-        # Buffers are constant and equal on all ranks; to send the texts at each step would cost more than it.
-        model = DistributedDataParallel(network, broadcast_buffers=False)
-        optimizer = _optimizer(network, settings)
-        schedule = _schedule(optimizer, settings, train.steps * settings.max_epochs)
 
-        progress, best = _resume(job, group, network, optimizer, schedule)
-        with _report(job, group, progress.epoch) as report:
-            while (
-                progress.epoch < settings.max_epochs
-                and progress.epoch - progress.best_epoch < settings.patience
-            ):
-                epoch = progress.epoch + 1
-                train_loss, rows_per_second = _train_epoch(
-                    model, train, epoch, optimizer, schedule, settings, group
-                )
-                valid_loss = mean_loss(network, valid, group)
-                if not math.isfinite(train_loss + valid_loss):
-                    raise ConfigError(
-                        f"training.learning_rate: the loss is not finite after epoch {epoch}, try less"
-                    )
-                if valid_loss < progress.best_loss:
-                    progress.best_loss, progress.best_epoch, best = valid_loss, epoch, _copy(network)
-                progress.epoch = epoch
-                progress.history.append(
-                    {
-                        "epoch": epoch,
-                        "train_loss": train_loss,
-                        "valid_loss": valid_loss,
-                        "learning_rate": float(schedule.get_last_lr()[0]),
-                        "rows_per_second": rows_per_second,
-                    }
-                )
-                report(progress)
-                if group.rank == 0:
-                    _save_checkpoint(job, network, optimizer, schedule, progress, best)
+def _train(job: Job, group: Group) -> Progress:
+    """From the first row to the saved network."""
+    settings = job.config.training
+    ids, embeddings = _read_texts(job.texts)
+    train = _data(job.train, job, ids, group)
+    valid = _data(job.valid, job, ids, group)
 
-        network.load_state_dict(best)
-        if job.config.network.loss == "mse":
-            network.smearing.fill_(smearing(network, train, group))
-        if group.rank == 0:
-            network.save(job.run_dir / MODEL_FOLDER)
+    torch.manual_seed(settings.seed)
+    network = SpendNetwork(job.spec, job.config.network, ids, embeddings)
+    network.fit_statistics(training_statistics(train, group))
+    network.to(group.device)
+    # Buffers are constant and equal on all ranks; to send the texts at each step would cost more than it.
+    model = DistributedDataParallel(network, broadcast_buffers=False)
+    optimizer = _optimizer(network, settings)
+    schedule = _schedule(optimizer, settings, train.steps * settings.max_epochs)
+
+    progress, best = _resume(job, group, network, optimizer, schedule)
+    with _report(job, group, progress.epoch) as report:
+        while progress.epoch < settings.max_epochs and progress.epoch - progress.best_epoch < settings.patience:
+            epoch = progress.epoch + 1
+            train_loss, rows_per_second = _train_epoch(model, train, epoch, optimizer, schedule, settings, group)
+            valid_loss = mean_loss(network, valid, group)
+            if not math.isfinite(train_loss + valid_loss):
+                raise ConfigError(f"training.learning_rate: the loss is not finite after epoch {epoch}, try less")
+            if valid_loss < progress.best_loss:
+                progress.best_loss, progress.best_epoch, best = valid_loss, epoch, _copy(network)
+            progress.epoch = epoch
+            progress.history.append(
+                {
+                    "epoch": epoch,
+                    "train_loss": train_loss,
+                    "valid_loss": valid_loss,
+                    "learning_rate": float(schedule.get_last_lr()[0]),
+                    "rows_per_second": rows_per_second,
+                }
+            )
+            report(progress)
+            if group.rank == 0:
+                _save_checkpoint(job, network, optimizer, schedule, progress, best)
+
+    network.load_state_dict(best)
+    if job.config.network.loss == "mse":
+        network.smearing.fill_(smearing(network, train, group))
+    if group.rank == 0:
+        network.save(job.run_dir / MODEL_FOLDER)
     return progress
 
 
@@ -247,12 +243,11 @@ def _train_epoch(
 ) -> tuple[float, float]:
     """One pass over the training rows of all ranks: the mean loss of a row, and rows per second."""
     started = time.monotonic()
-    order_seed = settings.seed * _SEED_STRIDE + epoch
-    torch.manual_seed(order_seed * _SEED_STRIDE + group.rank)
+    torch.manual_seed(_seed(settings.seed, epoch, group.rank))
     network: SpendNetwork = model.module
     model.train()
     total = torch.zeros(2, dtype=torch.float64, device=group.device)
-    with train.epoch(order_seed) as batches:
+    with train.epoch(_seed(settings.seed, epoch)) as batches:
         for batch, labels in batches:
             rows_of_all = group.sum(torch.tensor(float(len(labels)), device=group.device)).clamp(min=1)
             with _autocast(group.device):
@@ -373,6 +368,11 @@ def _schedule(optimizer: Optimizer, settings: TrainingConfig, steps: int) -> LRS
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
     return LambdaLR(optimizer, factor)
+
+
+def _seed(*parts: int) -> int:
+    """One seed of 32 bits from several numbers, unrelated to that of their neighbours."""
+    return int(np.random.SeedSequence([abs(part) for part in parts]).generate_state(1)[0])
 
 
 def _copy(network: nn.Module) -> dict[str, Tensor]:
