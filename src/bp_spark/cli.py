@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,14 @@ ConfigOption = Annotated[
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help=OVERRIDES_HELP, metavar="[KEY=VALUE]...")]
 
+
+class QuarantineAction(StrEnum):
+    """What can be done with quarantined rows."""
+
+    show = "show"
+    replay = "replay"
+
+
 app = typer.Typer(
     name="bp-spark",
     help="Purchasing power of every user, every night, on Apache Spark.",
@@ -52,11 +61,14 @@ def featurize(
         typer.Option(help="Date YYYY-MM-DD to build features for, from events before it; may be repeated."),
     ],
     overrides: Overrides = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Derive everything anew from the raw tables, as after a change of rules.")
+    ] = False,
     config_file: ConfigOption = None,
 ) -> None:
-    """Ingest the source, clean it to events and quarantine, and write user_features for the as-of dates.
+    """Ingest what the source has delivered, clean it to events and quarantine, and write user_features for the as-of dates.
 
-    What has not changed since the last run is not done again.
+    Only new deliveries are read, and only the user-days that they touch are aggregated anew.
 
     Example: bp-spark featurize --as-of 2017-10-03 tables.path=/data/lakehouse
     """
@@ -64,7 +76,7 @@ def featurize(
     dates = [config.parse_date(text) for text in as_of]
     from bp_spark import pipeline
 
-    stages = pipeline.featurize(_session(settings, "featurize"), settings, dates)
+    stages = pipeline.featurize(_session(settings, "featurize"), settings, dates, rebuild)
     _print(_stage_table("featurize", stages))
 
 
@@ -116,6 +128,64 @@ def score(
         else "were scored already, with the same bundle on the same features: nothing changed"
     )
     _print(f"{result.users:,} users {done} (bundle {result.bundle.digest[:12]})")
+
+
+@app.command()
+def quarantine(
+    action: Annotated[QuarantineAction, typer.Argument(help="show: rows by source and rule; replay: judge them anew.")],
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Look into quarantine, or judge its rows anew after a change of rules, items or rates; good ones move to events.
+
+    Example: bp-spark quarantine replay cleaning.max_amount=5000000
+    """
+    settings = _settings(config_file, overrides)
+    from bp_spark import pipeline
+
+    spark = _session(settings, "quarantine")
+    if action is QuarantineAction.replay:
+        _print(_stage_table("quarantine replay", pipeline.replay_quarantine(spark, settings)))
+    else:
+        _print(
+            _rows_table(["source", "rule", "rows"], pipeline.quarantine_by_rule(spark, settings), title="quarantine")
+        )
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="Where to; must be empty or not there.")],
+    users: Annotated[int, typer.Option(min=1, help="Users of the platform.")] = 10_000,
+    days: Annotated[int, typer.Option(min=1, help="Days of events.")] = 365,
+    seed: Annotated[int, typer.Option(help="The same seed and settings, the same platform.")] = 7,
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Make a synthetic platform of any size: files of all five kinds of events, with dirt, and a mapping to read them.
+
+    Example: bp-spark generate platform --users 100000, then bp-spark featurize --as-of 2024-10-01 source.kind=files
+    source.mapping=platform/source.yaml
+    """
+    settings = _settings(config_file, overrides)
+    from bp_spark.sources import synthetic
+
+    wanted = synthetic.SyntheticConfig(users=users, days=days, seed=seed)
+    made = synthetic.generate(_session(settings, "generate"), wanted, str(folder))
+    _print(_rows_table(["table", "rows"], sorted(made.rows.items()), title=f"{folder}: {users:,} users, {days} days"))
+    _print(_rows_table(["table", "dirt", "rows"], [(*of, n) for of, n in sorted(made.dirt.items())], title="dirt"))
+
+
+@app.command()
+def features(overrides: Overrides = None, config_file: ConfigOption = None) -> None:
+    """Print the catalogue of features as Markdown: name, meaning, unit, window.
+
+    Example: bp-spark features > docs/features.md
+    """
+    from bp_spark.features import catalogue
+
+    found = catalogue(_settings(config_file, overrides).features).features
+    rows = [f"| `{f.name}` | {f.description} | {f.unit} | {f.window} |" for f in found]
+    print("\n".join(["| feature | what it is | unit | window, days |", "|---|---|---|---|", *rows]))
 
 
 @app.command()

@@ -40,7 +40,10 @@ class TablesConfig(Section):
 class SourceConfig(Section):
     """Where raw events come from."""
 
-    kind: Literal["completejourney"] = "completejourney"
+    kind: Literal["completejourney", "files"] = "completejourney"
+    """``completejourney``: the package; ``files``: CSV, JSON, Parquet or Delta as ``mapping`` describes them."""
+    mapping: str | None = None
+    """YAML file that says which column of which file is what; for ``files``."""
     sample: float = Field(1.0, gt=0, le=1)
     """Share of users, by hash, to take: a quick look at a large platform."""
 
@@ -51,7 +54,12 @@ class CleaningConfig(Section):
     max_amount: float = Field(1_000_000.0, gt=0)
     """Largest absolute amount of one order line, in the platform's currency."""
     currency: str = "USD"
-    """The platform's currency; lines in another one go to quarantine."""
+    """The platform's currency; lines in another one are converted by the source's rates."""
+    first_day: date = date(1995, 1, 1)
+    """Timestamps before it are mistakes."""
+    max_rating: float = Field(5.0, gt=0)
+    unknown_items: Literal["keep", "quarantine"] = "keep"
+    """What becomes of rows whose item the source doesn't describe."""
 
 
 class TextsConfig(Section):
@@ -61,6 +69,32 @@ class TextsConfig(Section):
     """A local folder, a hub name, or ``package:NAME`` of a Python package with ``get_model_path()``."""
     max_tokens: Positive = 32
     batch_size: Positive = 128
+    cheap_words: tuple[str, ...] = (
+        "cheap",
+        "discount",
+        "sale",
+        "budget",
+        "bargain",
+        "便宜",
+        "优惠",
+        "特价",
+        "折扣",
+        "平价",
+    )
+    """Words of a search that ask for a low price."""
+    premium_words: tuple[str, ...] = (
+        "premium",
+        "luxury",
+        "best",
+        "designer",
+        "original",
+        "高端",
+        "正品",
+        "奢侈",
+        "高档",
+        "进口",
+    )
+    """Words of a search that ask for high quality."""
     vocabulary: Positive = 100_000
     """The most frequent texts of the past that a bundle carries; the rest are unknown to it."""
 

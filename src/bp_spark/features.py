@@ -1,4 +1,4 @@
-"""Events -> ``user_daily`` -> ``user_features``; the catalogue of features lives here.
+"""``user_daily`` -> ``user_features``; the catalogue of features lives here.
 
 Point in time: a feature for date D reads only days before D. Every sum is over whole numbers (cents, thousandths), so that
 no order of addition, and so no cluster size and no rebuild, changes a feature by a bit.
@@ -6,7 +6,7 @@ no order of addition, and so no cluster size and no rebuild, changes a feature b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise
@@ -17,8 +17,10 @@ from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from bp_spark.config import FeaturesConfig
+from bp_spark.daily import cents
 from bp_spark.tables import KINDS, USER_DAILY, Column, Table
 
+KEY = ["user_key", "as_of_date"]
 MONEY = "decimal(18,2)"
 CATEGORY_BUCKETS = 16
 WEEKS = 12
@@ -101,6 +103,8 @@ def catalogue(config: FeaturesConfig) -> Catalogue:
     _season(b)
     _categories(b)
     _behaviour(b)
+    _searches(b)
+    _reviews(b)
     return Catalogue(tuple(b.features), b.aggregates)
 
 
@@ -283,51 +287,31 @@ def _discounts_and_prices(b: _Builder) -> None:
     for days in (30, 90, 365):
         spend, discount, coupon = (b.total(m, days) for m in ("spend", "discount", "coupon_discount"))
         items, refunds = b.total("items", days), b.total("refunds", days)
-        gross = f"greatest({spend}, 0) + {discount}"
+        gross = f"(greatest({spend}, 0) + {discount})"
+        paid = f"(greatest({spend}, 0) + {refunds})"
+        discounted = b.total("discounted_items", days)
+        b.add(f"discount_share_{days}d", _ratio(discount, gross), "Reductions over undiscounted spend", "share", days)
         b.add(
-            f"discount_share_{days}d",
-            _ratio(discount, gross),
-            "Reductions over undiscounted spend",
-            "share",
-            days,
+            f"coupon_share_{days}d", _ratio(coupon, gross), "Coupon reductions over undiscounted spend", "share", days
         )
-        b.add(
-            f"coupon_share_{days}d",
-            _ratio(coupon, gross),
-            "Coupon reductions over undiscounted spend",
-            "share",
-            days,
-        )
-        b.add(
-            f"discounted_items_{days}d",
-            _ratio(b.total("discounted_items", days), items),
-            "Share of order lines bought at a reduction",
-            "share",
-            days,
-        )
+        b.add(f"discounted_items_{days}d", _ratio(discounted, items), "Lines bought at a reduction", "share", days)
         b.add(f"coupons_{days}d", b.total("coupons", days), "Coupons redeemed", "coupons", days, "log")
-        b.add(
-            f"refund_share_{days}d",
-            _ratio(refunds, f"greatest({spend}, 0) + {refunds}"),
-            "Money paid back over money paid",
-            "share",
-            days,
-        )
-        tiered = b.total("tier_items", days)
+        b.add(f"refund_share_{days}d", _ratio(refunds, paid), "Money paid back over money paid", "share", days)
+    for days in (90, 365):
         b.add(
             f"price_tier_{days}d",
-            _ratio(f"{b.total('tier_milli', days)} / 1000", tiered),
-            "Mean price position within the item's category: z-score of log unit price against earlier days",
+            _ratio(f"c_tier_{days} / 1000", f"c_tiered_{days}"),
+            "Mean price position within the item's category: z-score of log unit price among all users' lines of a year",
             "z-score",
             days,
         )
-        b.add(
-            f"premium_share_{days}d",
-            _ratio(b.total("premium_items", days), tiered),
-            "Share of lines priced more than half a standard deviation over their category",
-            "share",
-            days,
-        )
+    b.add(
+        "premium_share_365d",
+        _ratio("c_premium", "c_total_365"),
+        "Share of spend in categories where the user buys half a standard deviation above the mean price",
+        "share",
+        365,
+    )
 
 
 def _habits(b: _Builder) -> None:
@@ -357,27 +341,39 @@ def _habits(b: _Builder) -> None:
 
 
 def _season(b: _Builder) -> None:
-    last_year = b.aggregate("same_period_last_year", "sum(if(age between 276 and 365, spend, 0))")
+    season = b.aggregate("same_period_last_year", "sum(if(age between 276 and 365, spend, 0))")
+    orders = b.aggregate("orders_same_period_last_year", "sum(if(age between 276 and 365, orders, 0))")
+    year = b.total("spend", 365)
+    window = "276 to 365 days"
+    known = "a_tenure >= 365"
     b.add(
         "spend_same_period_last_year",
-        f"if(a_tenure >= 365, {last_year} / 100, null)",
+        f"if({known}, {season} / 100, null)",
         "Spend in the 90 days that began a year before the as-of date",
         "currency",
-        "276 to 365 days",
+        window,
         "log",
+    )
+    b.add(
+        "orders_same_period_last_year",
+        f"if({known}, {orders}, null)",
+        "Orders in the 90 days that began a year before the as-of date",
+        "orders",
+        window,
+        "log",
+    )
+    b.add(
+        "season_share_last_year",
+        f"if({known}, {_ratio(season, year)}, null)",
+        "Share of the year's spend in the 90 days that began a year before the as-of date",
+        "share",
+        365,
     )
 
 
 def _categories(b: _Builder) -> None:
     for days in (90, 365):
-        b.add(
-            f"categories_{days}d",
-            f"c_count_{days}",
-            "Top-level categories bought from",
-            "categories",
-            days,
-            "log",
-        )
+        b.add(f"categories_{days}d", f"c_count_{days}", "Top-level categories bought from", "categories", days, "log")
         b.add(
             f"category_entropy_{days}d",
             f"c_entropy_{days}",
@@ -385,18 +381,14 @@ def _categories(b: _Builder) -> None:
             "nats",
             days,
         )
+    b.add("category_types_365d", "c_types", "Full category paths bought from", "categories", 365, "log")
     for rank in (1, 2, 3):
-        b.add(
-            f"category_share_top{rank}",
-            f"c_top_{rank}",
-            f"Share of spend in the user's category number {rank}",
-            "share",
-            365,
-        )
+        share = _ratio(f"coalesce(get(c_ranked, {rank - 1}), 0)", "c_total_365")
+        b.add(f"category_share_top{rank}", share, f"Share of spend in the user's category number {rank}", "share", 365)
     for bucket in range(CATEGORY_BUCKETS):
         b.add(
             f"category_share_hash{bucket:02d}",
-            f"c_hash_{bucket}",
+            _ratio(f"c_bucket_{bucket}", "c_total_365"),
             f"Share of spend in categories with hash {bucket} of {CATEGORY_BUCKETS} (Weinberger et al. 2009)",
             "share",
             365,
@@ -405,41 +397,80 @@ def _categories(b: _Builder) -> None:
 
 def _behaviour(b: _Builder) -> None:
     for days in (30, 90):
-        for measure in ("browses", "clicks", "carts", "favourites", "searches", "reviews"):
-            b.add(f"{measure}_{days}d", b.total(measure, days), measure.capitalize(), measure, days, "log")
+        for measure in ("browses", "clicks", "carts", "favourites"):
+            b.add(f"{measure}_{days}d", b.total(measure, days), f"{measure.capitalize()}", measure, days, "log")
         orders, carts, browses = (b.total(m, days) for m in ("orders", "carts", "browses"))
+        looked, looked_bought = b.total("items_browsed", days), b.total("items_browsed_bought", days)
+        carted, carted_bought = b.total("items_carted", days), b.total("items_carted_bought", days)
+        b.add(f"orders_per_browse_{days}d", _ratio(orders, browses), "Orders per browse", "ratio", days, "log")
+        b.add(f"orders_per_cart_{days}d", _ratio(orders, carts), "Orders per cart action", "ratio", days, "log")
+        b.add(f"items_browsed_{days}d", looked, "Items looked at, counted once a day", "items", days, "log")
         b.add(
-            f"orders_per_browse_{days}d",
-            _ratio(orders, browses),
-            "Orders per browse",
-            "ratio",
-            days,
-            "log",
-        )
-        b.add(
-            f"cart_abandonment_{days}d",
-            f"if({carts} > 0, greatest(1 - {_ratio(orders, carts)}, 0), null)",
-            "Share of cart actions beyond the number of orders",
+            f"browse_to_buy_{days}d",
+            _ratio(looked_bought, looked),
+            "Share of items looked at that were bought on the same day",
             "share",
             days,
         )
-    reviews = b.aggregate("reviews", "sum(reviews)")
+        b.add(
+            f"cart_abandonment_{days}d",
+            f"1 - {_ratio(carted_bought, carted)}",
+            "Share of items put into the cart that were not bought on the same day",
+            "share",
+            days,
+        )
+        dwelled, dwell = b.total("dwelled", days), b.total("dwell_milli", days)
+        b.add(
+            f"dwell_mean_{days}d", _ratio(f"{dwell} / 1000", dwelled), "Mean length of a browse", "seconds", days, "log"
+        )
+        b.add(f"dwell_total_{days}d", f"{dwell} / 1000", "Time spent browsing", "seconds", days, "log")
+    active = b.aggregate("activity_recency", "min(if(browses + clicks + carts + favourites + searches > 0, age, null))")
     b.add(
-        "rating_mean",
-        _ratio(f"{b.aggregate('rating', 'sum(rating_milli)')} / 1000", reviews),
-        "Mean rating given",
-        "rating",
+        "activity_recency_days",
+        active,
+        "Days since the last browse, click, cart, favourite or search",
+        "days",
         "all",
-    )
-    dwell, browses = b.total("dwell_milli", 90), b.total("browses", 90)
-    b.add(
-        "dwell_mean_90d",
-        _ratio(f"{dwell} / 1000", browses),
-        "Mean seconds of a browse",
-        "seconds",
-        90,
         "log",
     )
+
+
+def _searches(b: _Builder) -> None:
+    words = {
+        "cheap": "a word that asks for a low price",
+        "premium": "a word that asks for high quality",
+        "brand": "a brand",
+    }
+    for days in (30, 90):
+        searches = b.total("searches", days)
+        b.add(f"searches_{days}d", searches, "Searches", "searches", days, "log")
+        clicked = _ratio(b.total("searches_clicked", days), searches)
+        b.add(f"search_clicks_{days}d", clicked, "Share of searches with a click on a result", "share", days)
+        for word, meaning in words.items():
+            share = _ratio(b.total(f"searches_{word}", days), searches)
+            b.add(f"{word}_searches_{days}d", share, f"Share of searches with {meaning}", "share", days)
+    recency = b.aggregate("search_recency", "min(if(searches > 0, age, null))")
+    b.add("search_recency_days", recency, "Days since the last search", "days", "all", "log")
+
+
+def _reviews(b: _Builder) -> None:
+    for days in (90, 365):
+        reviews, rated, worded = (b.total(m, days) for m in ("reviews", "rated", "worded_reviews"))
+        b.add(f"reviews_{days}d", reviews, "Reviews", "reviews", days, "log")
+        rating = _ratio(f"{b.total('rating_milli', days)} / 1000", rated)
+        b.add(f"rating_mean_{days}d", rating, "Mean rating given", "rating", days)
+        low = _ratio(b.total("low_ratings", days), rated)
+        b.add(f"low_ratings_{days}d", low, "Share of ratings of 2 or less", "share", days)
+        sentiment = _ratio(f"{b.total('sentiment_centi', days)} / 100", worded)
+        b.add(
+            f"review_sentiment_{days}d",
+            sentiment,
+            "Mean sentiment of review texts, from complaint (-1) to praise (1), by the language model's embedding",
+            "cosine",
+            days,
+        )
+    per_order = _ratio(b.total("reviews", 365), b.total("orders", 365))
+    b.add("reviews_per_order_365d", per_order, "Reviews per order", "ratio", 365, "log")
 
 
 SEQUENCE_COLUMNS = (
@@ -480,181 +511,27 @@ def user_features_table(config: FeaturesConfig) -> Table:
     )
 
 
-# --- events -> user_daily ----------------------------------------------------------------------------------------------
-
-
-def history_tokens(events: DataFrame) -> DataFrame:
-    """One row for each order and day, and for each other event: what the history arrays are made of.
-
-    An order is split at midnight UTC, so that a token never holds events of two days and the history before a date is the
-    same whatever comes after it.
-    """
-    purchase = F.col("kind") == "purchase"
-    code = F.array_position(F.array(*(F.lit(kind) for kind in KINDS)), F.col("kind")).cast("int")
-    return (
-        events.withColumn("token", F.when(purchase, F.col("order_id")).otherwise(F.col("event_id")))
-        .groupBy("user_key", F.col("event_date").alias("day"), code.alias("kind"), "token")
-        .agg(
-            F.min("ts").alias("ts"),
-            F.coalesce(F.sum(_cents("amount")), F.lit(0)).alias("amount"),
-            F.count(F.when(purchase, 1)).alias("items"),
-            F.coalesce(F.sum(_cents("discount")), F.lit(0)).alias("discount"),
-            F.coalesce(F.max_by("text_id", F.struct("amount", "text_id")), F.lit(0)).alias("text_id"),
-        )
-    )
-
-
-def user_daily(events: DataFrame) -> DataFrame:
-    """EVENTS -> USER_DAILY."""
-    purchase = F.col("kind") == "purchase"
-
-    def counted(kind: str) -> SparkColumn:
-        return F.count_if(F.col("kind") == kind)
-
-    lines = _with_price_position(events)
-    per_day = lines.groupBy("user_key", F.col("event_date").alias("day")).agg(
-        F.count_if(purchase).alias("items"),
-        _total(F.when(purchase, _cents("amount"))).alias("spend"),
-        _total(F.when(purchase, F.greatest(-_cents("amount"), F.lit(0)))).alias("refunds"),
-        _total(_cents("discount")).alias("discount"),
-        _total(_cents("coupon_discount")).alias("coupon_discount"),
-        F.count_if(F.col("discount") > 0).alias("discounted_items"),
-        _total(F.round(F.col("tier") * 1000).cast("long")).alias("tier_milli"),
-        F.count("tier").alias("tier_items"),
-        F.count_if(F.col("tier") > 0.5).alias("premium_items"),
-        counted("browse").alias("browses"),
-        counted("click").alias("clicks"),
-        counted("cart").alias("carts"),
-        counted("favourite").alias("favourites"),
-        counted("coupon").alias("coupons"),
-        counted("search").alias("searches"),
-        counted("review").alias("reviews"),
-        _total(F.round(F.col("rating") * 1000).cast("long")).alias("rating_milli"),
-        _total(F.round(F.col("dwell_s") * 1000).cast("long")).alias("dwell_milli"),
-    )
-    return (
-        per_day.join(_order_days(events), ["user_key", "day"], "left")
-        .join(_category_days(events), ["user_key", "day"], "left")
-        .select(*(_stored(column) for column in USER_DAILY.columns))
-    )
-
-
-def _cents(column: str) -> SparkColumn:
-    return F.round(F.col(column).cast("double") * 100).cast("long")
-
-
-def _total(column: SparkColumn) -> SparkColumn:
-    return F.coalesce(F.sum(column), F.lit(0))
-
-
-def _stored(column: Column) -> SparkColumn:
-    """A computed column in its stored type: cents become money, a missing count becomes 0."""
-    if column.type == MONEY:
-        return (F.coalesce(F.col(column.name), F.lit(0)).cast("decimal(20,0)") / 100).cast(MONEY).alias(column.name)
-    if column.type == "bigint":
-        return F.coalesce(F.col(column.name), F.lit(0)).cast("bigint").alias(column.name)
-    return F.col(column.name)
-
-
-def _with_price_position(events: DataFrame) -> DataFrame:
-    """Add ``tier``: z-score of the line's log unit price in its category against all days before the line's own.
-
-    Only the past is compared with, so a tier never changes when later prices come in. NULL where fewer than 10 earlier
-    lines exist or the unit price is not positive; clipped to -3..3.
-    """
-    price = (F.col("amount") + F.coalesce("discount", F.lit(0))).cast("double") / F.col("quantity")
-    priced = (F.col("kind") == "purchase") & (F.col("quantity") > 0) & (price > 0)
-    with_price = events.withColumn("micro", F.when(priced, F.round(F.ln(price) * 1e6).cast("long")))
-    earlier = Window.partitionBy("category").orderBy("event_date").rowsBetween(Window.unboundedPreceding, -1)
-    milli = F.col("micro") / 1000
-    reference = (
-        with_price.filter(F.col("micro").isNotNull() & F.col("category").isNotNull())
-        .groupBy("category", "event_date")
-        .agg(
-            F.count("micro").alias("n"),
-            F.sum("micro").alias("s"),
-            F.sum(F.round(milli * milli).cast("long")).alias("q"),
-        )
-        .select(
-            "category",
-            "event_date",
-            F.sum("n").over(earlier).alias("n"),
-            (F.sum("s").over(earlier) / 1e6).alias("s"),
-            (F.sum("q").over(earlier) / 1e6).alias("q"),
-        )
-        .filter(F.col("n") >= 10)
-    )
-    mean = F.col("s") / F.col("n")
-    std = F.sqrt(F.greatest(F.col("q") / F.col("n") - mean * mean, F.lit(0.0)))
-    position = (F.col("micro") / 1e6 - mean) / std
-    return (
-        with_price.join(reference, ["category", "event_date"], "left")
-        .withColumn("tier", F.when(std > 1e-3, F.greatest(F.least(position, F.lit(3.0)), F.lit(-3.0))))
-        .drop("micro", "n", "s", "q")
-    )
-
-
-def _order_days(events: DataFrame) -> DataFrame:
-    """Per user and day: number, largest, squared sum and hours of orders."""
-    hour = F.hour("ts")
-
-    def between(first: int, last: int) -> SparkColumn:
-        return F.count_if(hour.between(first, last))
-
-    orders = history_tokens(events.filter(F.col("kind") == "purchase"))
-    return orders.groupBy("user_key", "day").agg(
-        F.count(F.lit(1)).alias("orders"),
-        F.max("amount").alias("order_value_max"),
-        F.sum(F.round((F.col("amount") / 100) * (F.col("amount") / 100)).cast("long")).alias("order_value_sq"),
-        between(5, 10).alias("morning_orders"),
-        between(11, 16).alias("afternoon_orders"),
-        between(17, 22).alias("evening_orders"),
-        F.count_if((hour >= 23) | (hour < 5)).alias("night_orders"),
-    )
-
-
-def _category_days(events: DataFrame) -> DataFrame:
-    top_level = F.split("category", " > ")[0]
-    spend = (F.sum(_cents("amount")).cast("decimal(20,0)") / 100).cast(MONEY)
-    return (
-        events.filter((F.col("kind") == "purchase") & (F.col("amount") > 0) & F.col("category").isNotNull())
-        .groupBy("user_key", F.col("event_date").alias("day"), top_level.alias("category"))
-        .agg(spend.alias("spend"))
-        .groupBy("user_key", "day")
-        .agg(F.map_from_entries(F.array_sort(F.collect_list(F.struct("category", "spend")))).alias("category_spend"))
-    )
-
-
 # --- user_daily -> user_features ---------------------------------------------------------------------------------------
 
 
-def user_features(
-    events: DataFrame, daily: DataFrame, as_of: Sequence[date], config: FeaturesConfig, built_from: str
-) -> DataFrame:
+def user_features(daily: DataFrame, as_of: Sequence[date], config: FeaturesConfig, built_from: str) -> DataFrame:
     """Features of every user with a purchase before each as-of date, from what happened before it.
 
     Args:
-        events: EVENTS, read for the history arrays.
-        daily: USER_DAILY, read for everything else.
+        daily: USER_DAILY.
         built_from: identity of the inputs, stored with each row.
     """
     features = catalogue(config)
     past = _before(_in_cents(daily), as_of).transform(_with_gaps)
-    aggregated = past.groupBy("user_key", "as_of_date").agg(
-        *(F.expr(sql).alias(name) for name, sql in features.aggregates.items())
-    )
-    keys = ["user_key", "as_of_date"]
+    aggregated = past.groupBy(*KEY).agg(*(F.expr(sql).alias(name) for name, sql in features.aggregates.items()))
     return (
         aggregated.filter(F.col("a_tenure").isNotNull())
-        .join(_category_features(past), keys, "left")
-        .join(_history(events, as_of, config.history_length), keys, "left")
+        .join(_category_features(daily, as_of), KEY, "left")
+        .join(_history(daily, as_of, config.history_length), KEY, "left")
         .select(
-            *keys,
+            *KEY,
             *(F.expr(f.expression).cast("float").alias(f.name) for f in features.features),
-            *(
-                F.coalesce(F.col(column.name), F.array().cast(column.type)).alias(column.name)
-                for column in SEQUENCE_COLUMNS
-            ),
+            *(F.coalesce(F.col(c.name), F.array().cast(c.type)).alias(c.name) for c in SEQUENCE_COLUMNS),
             F.lit(built_from).alias("built_from"),
         )
     )
@@ -662,60 +539,91 @@ def user_features(
 
 def _in_cents(daily: DataFrame) -> DataFrame:
     money = [column.name for column in USER_DAILY.columns if column.type == MONEY]
-    return daily.withColumns({name: _cents(name) for name in money})
+    return daily.drop("categories", "tokens").withColumns({name: cents(name) for name in money})
 
 
 def _before(df: DataFrame, as_of: Sequence[date]) -> DataFrame:
     """Each row once for every as-of date after its day, with ``as_of_date`` and its ``age`` in days (>= 1)."""
-    dates = F.array(*(F.lit(day) for day in sorted(as_of)))
-    return df.withColumn("as_of_date", F.explode(F.filter(dates, lambda d: d > F.col("day")))).withColumn(
+    days = F.array(*(F.lit(day) for day in sorted(as_of)))
+    df = df.filter(F.col("day") < F.lit(max(as_of)))
+    return df.withColumn("as_of_date", F.explode(F.filter(days, lambda d: d > F.col("day")))).withColumn(
         "age", F.datediff("as_of_date", "day")
     )
 
 
 def _with_gaps(past: DataFrame) -> DataFrame:
     """Add ``gap``: days since the user's previous purchase day, on purchase days after the first."""
-    order = Window.partitionBy("user_key", "as_of_date", F.col("orders") > 0).orderBy("day")
+    order = Window.partitionBy(*KEY, F.col("orders") > 0).orderBy("day")
     return past.withColumn("gap", F.when(F.col("orders") > 0, F.datediff("day", F.lag("day").over(order))))
 
 
-def _category_features(past: DataFrame) -> DataFrame:
-    spend = F.col("spend")
-    recent = F.when(F.col("age") <= 90, spend).otherwise(0)
-    bucket = F.pmod(F.xxhash64("category"), F.lit(CATEGORY_BUCKETS)).cast("int")
-    totals = (
-        past.filter("age <= 365")
-        .select("user_key", "as_of_date", "age", F.explode("category_spend").alias("category", "money"))
-        .withColumn("spend", _cents("money"))
-        .groupBy("user_key", "as_of_date", "category")
-        .agg(F.sum("spend").alias("spend_365"), F.sum(recent).alias("spend_90"))
-        .withColumn("bucket", bucket)
+def _category_features(daily: DataFrame, as_of: Sequence[date]) -> DataFrame:
+    """Diversity and shares of categories, and the position of prices within them, per user and date.
+
+    The reference of a price is what all users paid for lines of the category in the year before the as-of date: mean and
+    standard deviation of the log unit price. NULL where a category has fewer than 10 such lines.
+    """
+    entries = (
+        _before(daily.filter(F.size("categories") > 0).select("user_key", "day", "categories"), as_of)
+        .filter(F.col("age") <= 365)
+        .select(*KEY, "age", F.inline("categories"))
+    )
+    sums = ("spend", "priced", "price_micro")
+    recent = F.col("age") <= 90
+    by_category = entries.groupBy(*KEY, "category").agg(
+        *(F.sum(name).alias(f"{name}_365") for name in sums),
+        *(F.sum(F.when(recent, F.col(name)).otherwise(0)).alias(f"{name}_90") for name in sums),
+        F.sum("price_sq").alias("price_sq"),
+    )
+    n, mean = F.sum("priced_365"), F.sum("price_micro_365") / 1e6 / F.sum("priced_365")
+    variance = F.sum("price_sq") / 1e6 / n - mean * mean
+    reference = (
+        by_category.groupBy("as_of_date", "category")
+        .agg(n.alias("n"), mean.alias("mean"), F.sqrt(F.greatest(variance, F.lit(0.0))).alias("std"))
+        .filter((F.col("n") >= 10) & (F.col("std") > 1e-3))
+        .select("as_of_date", "category", "mean", "std")
+    )
+    joined = by_category.join(reference, ["as_of_date", "category"], "left")
+    top_level = F.split("category", " > ")[0]
+    bucket = F.pmod(F.xxhash64(top_level), F.lit(CATEGORY_BUCKETS)).cast("int")
+    mean, std = F.col("mean"), F.col("std")
+    positions = {d: (F.col(f"price_micro_{d}") / 1e6 - F.col(f"priced_{d}") * mean) / std for d in (90, 365)}
+    # rounded before they are added up: the sum is then the same in any order
+    milli = {days: F.round(position * 1000).cast("long") for days, position in positions.items()}
+    premium = F.col("spend_365") * (positions[365] > 0.5 * F.col("priced_365")).cast("int")
+    tops = (
+        joined.withColumn("bucket", bucket)
+        .groupBy(*KEY, top_level.alias("top"), "bucket")
+        .agg(
+            F.sum("spend_365").alias("spend_365"),
+            F.sum("spend_90").alias("spend_90"),
+            F.count_if(F.col("spend_365") > 0).alias("types"),
+            *(F.sum(value).alias(f"tier_{days}") for days, value in milli.items()),
+            *(
+                F.sum(F.when(F.col("std").isNotNull(), F.col(f"priced_{days}"))).alias(f"tiered_{days}")
+                for days in (90, 365)
+            ),
+            F.sum(premium).alias("premium"),
+        )
     )
     ranked = "array_sort(collect_list(spend_365), (a, b) -> cast(sign(b - a) as int))"
-    aggregates = [
-        *(F.count_if(F.col(f"spend_{days}") > 0).alias(f"c_count_{days}") for days in (90, 365)),
-        *(F.sum(f"spend_{days}").alias(f"c_total_{days}") for days in (90, 365)),
-        *(F.array_sort(F.collect_list(f"spend_{days}")).alias(f"c_spends_{days}") for days in (90, 365)),
-        F.expr(ranked).alias("c_ranked"),
-        *(
-            F.sum(F.when(F.col("bucket") == n, F.col("spend_365")).otherwise(0)).alias(f"c_bucket_{n}")
-            for n in range(CATEGORY_BUCKETS)
-        ),
-    ]
     return (
-        totals.groupBy("user_key", "as_of_date")
-        .agg(*aggregates)
-        .select(
-            "user_key",
-            "as_of_date",
-            *(f"c_count_{days}" for days in (90, 365)),
-            *(F.expr(_entropy(days)).alias(f"c_entropy_{days}") for days in (90, 365)),
+        tops.groupBy(*KEY)
+        .agg(
+            *(F.count_if(F.col(f"spend_{days}") > 0).alias(f"c_count_{days}") for days in (90, 365)),
+            *(F.sum(f"spend_{days}").alias(f"c_total_{days}") for days in (90, 365)),
+            *(F.array_sort(F.collect_list(f"spend_{days}")).alias(f"c_spends_{days}") for days in (90, 365)),
+            F.sum("types").alias("c_types"),
+            *(F.sum(f"tier_{days}").alias(f"c_tier_{days}") for days in (90, 365)),
+            *(F.sum(f"tiered_{days}").alias(f"c_tiered_{days}") for days in (90, 365)),
+            F.sum("premium").alias("c_premium"),
+            F.expr(ranked).alias("c_ranked"),
             *(
-                F.expr(_ratio(f"coalesce(get(c_ranked, {rank - 1}), 0)", "c_total_365")).alias(f"c_top_{rank}")
-                for rank in (1, 2, 3)
+                F.sum(F.when(F.col("bucket") == n, F.col("spend_365")).otherwise(0)).alias(f"c_bucket_{n}")
+                for n in range(CATEGORY_BUCKETS)
             ),
-            *(F.expr(_ratio(f"c_bucket_{n}", "c_total_365")).alias(f"c_hash_{n}") for n in range(CATEGORY_BUCKETS)),
         )
+        .withColumns({f"c_entropy_{days}": F.expr(_entropy(days)) for days in (90, 365)})
     )
 
 
@@ -725,34 +633,32 @@ def _entropy(days: int) -> str:
     return f"aggregate(filter(c_spends_{days}, x -> x > 0), 0D, (s, x) -> s - {share} * ln({share}))"
 
 
-def _history(events: DataFrame, as_of: Sequence[date], length: int) -> DataFrame:
-    """The last ``length`` tokens of each user before each date, oldest first, as parallel arrays."""
-    newest = Window.partitionBy("user_key", "as_of_date").orderBy(
-        F.col("ts").desc(), F.col("kind").desc(), F.col("token").desc()
+def _history(daily: DataFrame, as_of: Sequence[date], length: int) -> DataFrame:
+    """The last ``length`` tokens of each user before each date, oldest first, as parallel arrays.
+
+    Days older than the newest ``length`` tokens are dropped before anything is collected: a user's row stays small however
+    many events there are.
+    """
+    newer = Window.partitionBy(*KEY).orderBy(F.desc("day")).rowsBetween(Window.unboundedPreceding, -1)
+    days = _before(daily.select("user_key", "day", "tokens"), as_of)
+    needed = days.withColumn("newer", F.coalesce(F.sum(F.size("tokens")).over(newer), F.lit(0))).filter(
+        F.col("newer") < length
     )
-    start = F.to_timestamp("as_of_date")
-    age = (F.unix_micros(start) - F.unix_micros("ts")) / 86_400_000_000
-    tokens = (
-        _before(history_tokens(events), as_of)
-        .withColumn("n", F.row_number().over(newest))
-        .filter(F.col("n") <= length)
-        .withColumn(
-            "entry",
-            F.struct(
-                (-F.col("n")).alias("n"),
-                F.col("kind").alias("seq_kind"),
-                age.cast("float").alias("seq_age_days"),
-                (F.col("amount") / 100).cast("float").alias("seq_amount"),
-                F.col("items").cast("float").alias("seq_items"),
-                (F.col("discount") / 100).cast("float").alias("seq_discount"),
-                F.col("text_id").alias("seq_text_id"),
-                (F.weekday("ts") + 1).cast("int").alias("seq_weekday"),
-                F.hour("ts").cast("int").alias("seq_hour"),
-            ),
-        )
-    )
+    start = F.unix_micros(F.to_timestamp("as_of_date"))
+    fields: dict[str, Callable[[SparkColumn], SparkColumn]] = {
+        "seq_kind": lambda t: t["kind"],
+        "seq_age_days": lambda t: ((start - F.unix_micros(t["ts"])) / 86_400_000_000).cast("float"),
+        "seq_amount": lambda t: (t["amount"] / 100).cast("float"),
+        "seq_items": lambda t: t["items"].cast("float"),
+        "seq_discount": lambda t: (t["discount"] / 100).cast("float"),
+        "seq_text_id": lambda t: t["text_id"],
+        "seq_weekday": lambda t: (F.weekday(t["ts"]) + 1).cast("int"),
+        "seq_hour": lambda t: F.hour(t["ts"]).cast("int"),
+    }
     return (
-        tokens.groupBy("user_key", "as_of_date")
-        .agg(F.array_sort(F.collect_list("entry")).alias("entries"))
-        .select("user_key", "as_of_date", *(F.col(f"entries.{c.name}").alias(c.name) for c in SEQUENCE_COLUMNS))
+        needed.groupBy(*KEY)
+        .agg(F.array_sort(F.collect_list(F.struct("day", "tokens"))).alias("days"))
+        .withColumn("all", F.flatten("days.tokens"))
+        .withColumn("kept", F.slice("all", F.greatest(F.size("all") - length + 1, F.lit(1)), length))
+        .select(*KEY, *(F.transform("kept", field).alias(name) for name, field in fields.items()))
     )

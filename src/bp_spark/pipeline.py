@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pyspark.sql import DataFrame, SparkSession
+from pyspark import StorageLevel
+from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 from safetensors.numpy import save_file
 
-from bp_spark import __version__, cleaning, evaluation, features, labels, scoring, texts
+from bp_spark import __version__, cleaning, daily, evaluation, features, labels, scoring, texts
 from bp_spark.config import Config, digest
 from bp_spark.errors import DataError
 from bp_spark.loader import snapshot
@@ -31,7 +32,9 @@ from bp_spark.model.fusion import Fusion
 from bp_spark.model.inputs import InputSpec
 from bp_spark.model.members import Member, fit_linear, fit_trees
 from bp_spark.sources import open_source
+from bp_spark.sources.contract import Delivery
 from bp_spark.tables import (
+    DELIVERIES,
     EVENTS,
     METRICS,
     QUARANTINE,
@@ -118,8 +121,14 @@ def _run(spark: SparkSession, config: Config) -> Iterator[Run]:
 # --- featurize ---------------------------------------------------------------------------------------------------------
 
 
-def featurize(spark: SparkSession, config: Config, as_of: Sequence[date]) -> list[dict[str, Any]]:
-    """Ingest, clean, embed new texts, and build the features of the as-of dates.
+def featurize(
+    spark: SparkSession, config: Config, as_of: Sequence[date], rebuild: bool = False
+) -> list[dict[str, Any]]:
+    """Ingest what is new, clean it, embed new texts, update the user-days it touches, build features of the as-of dates.
+
+    Args:
+        as_of: dates to build features for.
+        rebuild: derive everything anew from the raw tables: after a change of the cleaning rules, say.
 
     Returns:
         The stages that ran, as in ``runs``.
@@ -129,54 +138,143 @@ def featurize(spark: SparkSession, config: Config, as_of: Sequence[date]) -> lis
     """
     with _run(spark, config) as run:
         _ingest(run)
-        _clean(run)
+        _clean(run, rebuild)
         _embed(run)
-        _aggregate(run)
+        _aggregate(run, rebuild)
         _featurize(run, as_of)
         return run.records
 
 
 def _ingest(run: Run) -> None:
-    source = open_source(run.config.source)
-    inputs = digest(__version__, run.config.source, source.fingerprint())
-    with run.stage("ingest", inputs) as figures:
-        if run.lakehouse.inputs("raw_transactions") == inputs:
+    config, lakehouse = run.config.source, run.lakehouse
+    source, identity = open_source(config), digest(config)
+    with run.stage("ingest", identity) as figures:
+        known, last = _ingested(lakehouse, identity)
+        fresh = [delivery for delivery in source.deliveries(run.spark) if delivery not in known]
+        figures["deliveries"] = len(fresh)
+        if not fresh:
             figures["status"] = "unchanged"
             return
-        raw = source.read(run.spark, run.config.source)
-        # transactions last: their recorded inputs say that the whole ingest is done
-        for table in sorted(RAW_TABLES, key=lambda table: table.name == "raw_transactions"):
+        number = last + 1
+        raw = source.read(run.spark, fresh)
+        if not last and raw["raw_transactions"].isEmpty():
+            raise DataError("raw_transactions", "holds no rows; there is nobody to score")
+        now = F.lit(datetime.now(UTC))
+        for table in RAW_TABLES:
             if table.name in raw:
-                run.lakehouse.replace(table, raw[table.name], inputs=inputs)
-                figures[table.name] = run.lakehouse.read(table.name).count()
+                rows = raw[table.name].transform(lambda df: _sampled(df, config.sample))
+                rows = rows.withColumns({"ingest_id": F.lit(number).cast("bigint"), "ingested_at": now})
+                lakehouse.replace(table, rows, where={"ingest_id": [number]})
+                figures[table.name] = lakehouse.read(table.name).filter(F.col("ingest_id") == number).count()
+        read = [(identity, d.table, d.name, d.fingerprint, number) for d in fresh]
+        # deliveries last: with its commit, and not before, the ingest has happened
+        lakehouse.append(DELIVERIES, run.spark.createDataFrame(read, DELIVERIES.schema), note={"ingest_id": number})
 
 
-def _clean(run: Run) -> None:
+def _ingested(lakehouse: Lakehouse, source: str) -> tuple[set[Delivery], int]:
+    """Deliveries of the source that were read, and the number of the last ingest of any (0 for none)."""
+    if not lakehouse.exists("deliveries"):
+        return set(), 0
+    rows = lakehouse.read("deliveries").collect()
+    known = {Delivery(row["table"], row["name"], row["fingerprint"]) for row in rows if row["source"] == source}
+    return known, max(row["ingest_id"] for row in rows)
+
+
+def _sampled(df: DataFrame, share: float) -> DataFrame:
+    if share == 1 or "user_id" not in df.columns:
+        return df
+    return df.filter(F.pmod(F.xxhash64("user_id"), F.lit(labels.BUCKETS)) < int(share * labels.BUCKETS))
+
+
+def _clean(run: Run, rebuild: bool) -> None:
     lakehouse = run.lakehouse
     raw = {table.name: lakehouse.read(table.name) for table in RAW_TABLES if lakehouse.exists(table.name)}
-    versions = {name: lakehouse.version(name) for name in raw}
-    inputs = digest(__version__, versions, run.config.cleaning)
-    with run.stage("clean", inputs) as figures:
-        if lakehouse.inputs("events") == inputs:
+    last = int(lakehouse.note("deliveries")["ingest_id"])
+    done = lakehouse.note("events")
+    first = 1 if rebuild or done.get("format") != cleaning.FORMAT else int(done["through"]) + 1
+    rules = digest(run.config.cleaning)
+    with run.stage("clean", digest(rules, first, last)) as figures:
+        if first > last:
             figures["status"] = "unchanged"
             return
-        logs = [name for name in raw if name not in ("raw_items", "raw_users")]
-        rows = sum(raw[name].count() for name in logs)
-        if raw["raw_transactions"].isEmpty():
-            raise DataError("raw_transactions", "holds no rows; there is nobody to score")
-        events, quarantine, counts = cleaning.clean(raw, run.config.cleaning, datetime.now(UTC))
-        lakehouse.replace(QUARANTINE, quarantine.withColumn("run_id", F.lit(run.run_id)), inputs=inputs)
-        lakehouse.replace(TEXTS, texts.distinct_texts(cleaning.texts(raw)), inputs=inputs)
-        lakehouse.replace(EVENTS, events, inputs=inputs)
-        figures["rows"] = rows
+        batch = {name: raw[name].filter(F.col("ingest_id").between(first, last)) for name in raw}
+        judged = cleaning.judge(batch, raw, run.config.cleaning)
+        ingests = list(range(first, last + 1))
+        figures["rows"] = sum(batch[name].count() for name in judged)
+        refused = cleaning.quarantine(judged)
+        lakehouse.replace(QUARANTINE, refused, where=None if first == 1 else {"ingest_id": ingests})
+        kept = lakehouse.read("quarantine").filter(F.col("ingest_id").between(first, last))
+        figures["quarantine"] = kept.count()
+        _add_texts(run, batch, raw, rebuild=first == 1)
+        note = {"format": cleaning.FORMAT, "through": last, "rules": rules}
+        _add_events(run, cleaning.events(judged), note, figures, rebuild=first == 1)
+        _require_balance(figures)
+        if first > 1 and done["rules"] != rules:
+            figures["note"] = "older rows were judged by other cleaning settings; featurize --rebuild judges them anew"
+
+
+def _add_texts(run: Run, batch: Mapping[str, DataFrame], raw: Mapping[str, DataFrame], *, rebuild: bool) -> None:
+    """Store the texts of the batch that are new."""
+    lakehouse = run.lakehouse
+    brands = cleaning.brands(raw["raw_items"]) if "raw_items" in raw else None
+    if rebuild:
+        lakehouse.replace(TEXTS, texts.distinct_texts(cleaning.texts(batch), brands, run.config.texts))
+        return
+    found = cleaning.texts(batch).withColumn("text_id", texts.text_id(F.col("text")))
+    fresh = found.join(lakehouse.read("texts").select("text_id"), "text_id", "left_anti").drop("text_id")
+    rows = texts.distinct_texts(fresh, brands, run.config.texts).localCheckpoint()
+    if not rows.isEmpty():
+        lakehouse.append(TEXTS, rows)
+
+
+def _add_events(
+    run: Run, found: DataFrame, note: Mapping[str, Any], figures: dict[str, object], *, rebuild: bool
+) -> None:
+    """Store the events of a batch that are new, correct those that changed, count those that are there already."""
+    lakehouse = run.lakehouse
+    if rebuild:
+        counts = Observation("events")
+        repeated = F.coalesce(F.sum((F.col("copy") > 1).cast("long")), F.lit(0)).alias("duplicates")
+        lakehouse.replace(EVENTS, found.observe(counts, repeated).filter("copy = 1"), note=note)
         figures["events"] = lakehouse.read("events").count()
         figures["duplicates"] = counts.get["duplicates"]
-        figures["quarantine"] = lakehouse.read("quarantine").count()
-        _require_balance(rows, figures)
+        return
+    with (
+        _kept(found) as rows,
+        _kept(cleaning.against_known(rows.filter("copy = 1"), _same_days(run, rows))) as sorted_out,
+    ):
+        states = {row["state"]: row["count"] for row in sorted_out.groupBy("state").count().collect()}
+        new, changed, known = (states.get(state, 0) for state in (cleaning.NEW, cleaning.CHANGED, cleaning.KNOWN))
+        if changed:
+            days = _days(sorted_out, "event_date")
+            fresh = sorted_out.filter(F.col("state") != cleaning.KNOWN)
+            lakehouse.merge(EVENTS, fresh, within={"event_date": days}, note=note)
+        else:
+            lakehouse.append(EVENTS, sorted_out.filter(F.col("state") == cleaning.NEW), note=note)
+        figures["events"], figures["corrections"] = new, changed
+        figures["duplicates"] = rows.filter("copy > 1").count() + known + changed
 
 
-def _require_balance(rows: int, figures: Mapping[str, Any]) -> None:
-    kept = figures["events"] + figures["duplicates"] + figures["quarantine"]
+def _same_days(run: Run, rows: DataFrame) -> DataFrame:
+    return run.lakehouse.read("events").filter(F.col("event_date").isin(_days(rows, "event_date")))
+
+
+def _days(df: DataFrame, column: str) -> list[date]:
+    return sorted(row[0] for row in df.select(column).distinct().collect())
+
+
+@contextmanager
+def _kept(df: DataFrame) -> Iterator[DataFrame]:
+    """The frame, computed once for the block."""
+    kept = df.persist(StorageLevel.MEMORY_AND_DISK)
+    try:
+        yield kept
+    finally:
+        kept.unpersist()
+
+
+def _require_balance(figures: Mapping[str, Any]) -> None:
+    rows, kept = figures["rows"], figures["events"] + figures["duplicates"] + figures["quarantine"]
     if kept != rows:
         raise DataError(
             "events",
@@ -184,6 +282,45 @@ def _require_balance(rows: int, figures: Mapping[str, Any]) -> None:
             f"+ quarantine ({figures['quarantine']})",
             count=rows - kept,
         )
+
+
+def replay_quarantine(spark: SparkSession, config: Config) -> list[dict[str, Any]]:
+    """Judge the rows in quarantine anew, after a change of rules, items or rates, and move the good ones into ``events``.
+
+    Raises:
+        DataError: nothing was cleaned yet.
+    """
+    with _run(spark, config) as run:
+        lakehouse = run.lakehouse
+        rows = lakehouse.read("quarantine").localCheckpoint()
+        known = {name: lakehouse.read(name) for name in ("raw_items", "raw_rates") if lakehouse.exists(name)}
+        done = lakehouse.note("events")
+        with run.stage("replay", digest(config.cleaning, lakehouse.version("quarantine"))) as figures:
+            figures["rows"] = rows.count()
+            # what is known today counts for rows that were refused for not knowing it
+            today = {name: df.withColumn("ingest_id", F.lit(0).cast("bigint")) for name, df in known.items()}
+            raw = {name: cleaning.from_quarantine(rows, name) for name in cleaning.LOGS}
+            judged = {name: df.localCheckpoint() for name, df in cleaning.judge(raw, today, config.cleaning).items()}
+            _add_texts(run, {name: df.filter("rule IS NULL") for name, df in judged.items()}, known, rebuild=False)
+            note = {key: done[key] for key in ("format", "through", "rules")}
+            _add_events(run, cleaning.events(judged), note, figures, rebuild=False)
+            # events first: stopped between the two, a row is in both and the next replay counts it as a duplicate
+            lakehouse.replace(QUARANTINE, cleaning.quarantine(judged))
+            figures["quarantine"] = lakehouse.read("quarantine").count()
+            _require_balance(figures)
+        _embed(run)
+        _aggregate(run, rebuild=False)
+        return run.records
+
+
+def quarantine_by_rule(spark: SparkSession, config: Config) -> list[tuple[str, str, int]]:
+    """Source, rule and number of rows in quarantine, most first.
+
+    Raises:
+        DataError: nothing was cleaned yet.
+    """
+    rows = Lakehouse(spark, config.tables).read("quarantine").groupBy("source", "rule").count()
+    return [tuple(row) for row in rows.orderBy(F.desc("count"), "source", "rule").collect()]
 
 
 def _embed(run: Run) -> None:
@@ -194,23 +331,45 @@ def _embed(run: Run) -> None:
         if lakehouse.inputs("text_embeddings") == inputs:
             figures["status"] = "unchanged"
             return
-        known = lakehouse.read("texts")
+        unread = lakehouse.read("texts")
         if lakehouse.exists("text_embeddings"):
-            known = texts.unread(known, lakehouse.read("text_embeddings"), model)
+            unread = texts.unread(unread, lakehouse.read("text_embeddings"), model)
         # as many tasks as cores: the model is loaded once in each
-        known = known.repartition(run.spark.sparkContext.defaultParallelism, "text_id")
-        lakehouse.append(TEXT_EMBEDDINGS, texts.embed(known, config), inputs=inputs)
+        unread = unread.repartition(run.spark.sparkContext.defaultParallelism, "text_id")
+        lakehouse.append(TEXT_EMBEDDINGS, texts.embed(unread, config), inputs=inputs)
         figures["texts"] = lakehouse.read("text_embeddings").filter(F.col("model_digest") == model).count()
 
 
-def _aggregate(run: Run) -> None:
-    inputs = digest(__version__, run.lakehouse.version("events"))
-    with run.stage("aggregate", inputs) as figures:
-        if run.lakehouse.inputs("user_daily") == inputs:
+def _aggregate(run: Run, rebuild: bool) -> None:
+    """Update ``user_daily`` for the users and days whose events changed since it was last written."""
+    lakehouse, config = run.lakehouse, run.config
+    model = texts.model_digest(config.texts)
+    kept = config.features.history_length
+    definition = digest(daily.FORMAT, cleaning.FORMAT, model, kept)
+    version, done = lakehouse.version("events"), lakehouse.note("user_daily")
+    with run.stage("aggregate", digest(definition, version)) as figures:
+        events = lakehouse.read("events", version)
+        words = lakehouse.read("texts")
+        vectors = lakehouse.read("text_embeddings").filter(F.col("model_digest") == model)
+        note = {"definition": definition, "events": version}
+        if rebuild or done.get("definition") != definition or int(done["events"]) > version:
+            lakehouse.replace(USER_DAILY, daily.user_daily(events, words, vectors, kept), note=note)
+            figures["user_days"] = lakehouse.read("user_daily").count()
+            return
+        if done["events"] == version:
             figures["status"] = "unchanged"
             return
-        run.lakehouse.replace(USER_DAILY, features.user_daily(run.lakehouse.read("events")), inputs=inputs)
-        figures["user_days"] = run.lakehouse.read("user_daily").count()
+        touched = lakehouse.changes("events", int(done["events"])).select("user_key", F.col("event_date").alias("day"))
+        touched = touched.distinct().localCheckpoint()
+        figures["user_days"] = touched.count()
+        days = _days(touched, "day")
+        figures["days"] = len(days)
+        theirs = events.filter(F.col("event_date").isin(days)).join(
+            touched.withColumnRenamed("day", "event_date"), ["user_key", "event_date"], "left_semi"
+        )
+        rows = daily.user_daily(theirs, words, vectors, kept).localCheckpoint()
+        gone = touched.join(rows, daily.KEY, "left_anti")
+        lakehouse.merge(USER_DAILY, rows, within={"day": days}, gone=gone, note=note)
 
 
 def _featurize(run: Run, as_of: Sequence[date]) -> None:
@@ -222,18 +381,14 @@ def _featurize(run: Run, as_of: Sequence[date]) -> None:
                 "events", f"no event lies before the as-of date {day}; the first is of {first}", column="ts"
             )
     table = features.user_features_table(config)
-    built_from = digest(
-        __version__, lakehouse.version("events"), lakehouse.version("user_daily"), config, features.catalogue(config)
-    )
+    built_from = digest(__version__, lakehouse.version("user_daily"), config, features.catalogue(config))
     with run.stage("featurize", built_from) as figures:
         missing = [day for day in as_of if day not in _built(lakehouse, built_from)]
         figures["dates"] = len(missing)
         if not missing:
             figures["status"] = "unchanged"
             return
-        rows = features.user_features(
-            lakehouse.read("events"), lakehouse.read("user_daily"), missing, config, built_from
-        )
+        rows = features.user_features(lakehouse.read("user_daily"), missing, config, built_from)
         lakehouse.replace(table, rows, where={"as_of_date": missing}, inputs=built_from)
         built = lakehouse.read("user_features").filter(F.col("as_of_date").isin(*missing))
         figures["users"] = built.count()

@@ -6,7 +6,8 @@ In: a DataFrame and a :class:`Table`. Out: a Delta table whose rows of one date 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,10 @@ from bp_spark import __version__
 from bp_spark.config import TablesConfig
 from bp_spark.errors import DataError
 
+_NOTES_SEARCHED = 100
+_LISTED_VALUES = 200
+_FILES_A_MONTH = 32
+
 
 @dataclass(frozen=True)
 class Column:
@@ -35,13 +40,17 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """One table: what a row is, its columns, the columns that identify a row, the columns it is partitioned by."""
+    """One table: what a row is, its columns, the columns that identify a row, the columns it is
+    partitioned by; whether Delta keeps a feed of its changes, for stages that follow only these; and the SQL expressions by
+    which a table that is written whole is laid out in files, so that those of other months can be skipped."""
 
     name: str
     comment: str
     columns: tuple[Column, ...]
     key: tuple[str, ...] = ()
     partition_by: tuple[str, ...] = ()
+    change_feed: bool = False
+    laid_out_by: tuple[str, ...] = ()
 
     @cached_property
     def schema(self) -> StructType:
@@ -61,6 +70,17 @@ def _columns(*rows: tuple[str, str, str]) -> tuple[Column, ...]:
 
 # --- the raw contract: what a platform brings ---------------------------------------------------------------------------
 
+_DELIVERED = (
+    ("delivery", "string", "File or batch the row came in"),
+    ("unreadable", "map<string,string>", "Values that are not of their column's type, as delivered"),
+)
+_INGESTED = (
+    ("ingest_id", "bigint!", "Number of the ingest that brought the row, from 1"),
+    ("ingested_at", "timestamp!", "Time of that ingest, UTC"),
+)
+INGEST_COLUMNS = tuple(name for name, _, _ in _INGESTED)
+"""Columns of raw tables that the ingest adds; sources bring the others."""
+
 RAW_TRANSACTIONS = Table(
     "raw_transactions",
     "Order lines as the platform delivered them",
@@ -75,8 +95,10 @@ RAW_TRANSACTIONS = Table(
         ("discount", "decimal(18,2)", "Price reduction already taken off the amount"),
         ("coupon_discount", "decimal(18,2)", "Part of the reductions that came from coupons"),
         ("currency", "string", "ISO 4217 code"),
-        ("delivery", "string", "File or batch the row came in"),
+        *_DELIVERED,
+        *_INGESTED,
     ),
+    partition_by=("ingest_id",),
 )
 RAW_BEHAVIOURS = Table(
     "raw_behaviours",
@@ -87,8 +109,10 @@ RAW_BEHAVIOURS = Table(
         ("action", "string", "browse, click, cart, favourite or coupon"),
         ("item_id", "string", "Item acted on, if any"),
         ("dwell_s", "double", "Seconds spent, if measured"),
-        ("delivery", "string", "File or batch the row came in"),
+        *_DELIVERED,
+        *_INGESTED,
     ),
+    partition_by=("ingest_id",),
 )
 RAW_SEARCHES = Table(
     "raw_searches",
@@ -98,8 +122,10 @@ RAW_SEARCHES = Table(
         ("ts", "timestamp", "Time of the search, UTC"),
         ("query", "string", "What the user typed"),
         ("clicked_item_id", "string", "Item clicked in the results, if any"),
-        ("delivery", "string", "File or batch the row came in"),
+        *_DELIVERED,
+        *_INGESTED,
     ),
+    partition_by=("ingest_id",),
 )
 RAW_REVIEWS = Table(
     "raw_reviews",
@@ -110,8 +136,10 @@ RAW_REVIEWS = Table(
         ("item_id", "string", "Item reviewed"),
         ("rating", "double", "Rating on the platform's scale"),
         ("text", "string", "What the user wrote"),
-        ("delivery", "string", "File or batch the row came in"),
+        *_DELIVERED,
+        *_INGESTED,
     ),
+    partition_by=("ingest_id",),
 )
 RAW_ITEMS = Table(
     "raw_items",
@@ -122,7 +150,10 @@ RAW_ITEMS = Table(
         ("category", "string", "Category path from broad to narrow, joined by ' > '"),
         ("brand", "string", "Brand"),
         ("price", "decimal(18,2)", "List price, if known"),
+        *_DELIVERED,
+        *_INGESTED,
     ),
+    partition_by=("ingest_id",),
 )
 RAW_USERS = Table(
     "raw_users",
@@ -131,15 +162,44 @@ RAW_USERS = Table(
         ("user_id", "string", "Platform's user id"),
         ("signup_ts", "timestamp", "Time of registration, UTC"),
         ("segment", "map<string,string>", "Segment name to value, as income or age bracket"),
+        *_DELIVERED,
+        *_INGESTED,
     ),
+    partition_by=("ingest_id",),
 )
-RAW_TABLES = (RAW_TRANSACTIONS, RAW_BEHAVIOURS, RAW_SEARCHES, RAW_REVIEWS, RAW_ITEMS, RAW_USERS)
+RAW_RATES = Table(
+    "raw_rates",
+    "Exchange rates as delivered",
+    _columns(
+        ("currency", "string", "ISO 4217 code"),
+        ("day", "date", "Day from which the rate holds"),
+        ("rate", "decimal(18,8)", "What one unit is worth in the platform's currency"),
+        *_DELIVERED,
+        *_INGESTED,
+    ),
+    partition_by=("ingest_id",),
+)
+RAW_LOGS = (RAW_TRANSACTIONS, RAW_BEHAVIOURS, RAW_SEARCHES, RAW_REVIEWS)
+"""Tables of events: each of their rows ends in events, duplicates or quarantine."""
+RAW_TABLES = (*RAW_LOGS, RAW_ITEMS, RAW_USERS, RAW_RATES)
 
 # --- what the stages make ----------------------------------------------------------------------------------------------
 
 KINDS = ("purchase", "browse", "click", "cart", "favourite", "coupon", "search", "review")
 """Kinds of events; a kind's position, from 1, is its code in ``seq_kind``."""
 
+DELIVERIES = Table(
+    "deliveries",
+    "Files that were ingested; a file with the same fingerprint is never read again",
+    _columns(
+        ("source", "string!", "Digest of the source's settings"),
+        ("table", "string!", "Raw table that its rows went to"),
+        ("name", "string!", "What the platform calls it"),
+        ("fingerprint", "string!", "Changes when its content does"),
+        ("ingest_id", "bigint!", "Number of the ingest that read it, from 1"),
+    ),
+    key=("source", "table", "name", "fingerprint"),
+)
 EVENTS = Table(
     "events",
     "One log of everything users did; a refund is a purchase with a negative amount",
@@ -151,16 +211,19 @@ EVENTS = Table(
         ("kind", "string!", "purchase, browse, click, cart, favourite, coupon, search or review"),
         ("order_id", "string", "Order of a purchase"),
         ("item_id", "string", "Item"),
-        ("category", "string", "Category path of the item from broad to narrow"),
+        ("category", "string", "Category path of the item, from broad to narrow, as known when the event came in"),
         ("text_id", "bigint", "Normalised text of the item, query or review, in texts"),
-        ("amount", "decimal(18,2)", "Money paid; negative for a refund"),
+        ("amount", "decimal(18,2)", "Money paid, in the platform's currency; negative for a refund"),
         ("quantity", "double", "Units of a purchase"),
         ("discount", "decimal(18,2)", "Reduction already taken off the amount"),
         ("coupon_discount", "decimal(18,2)", "Part of the reduction that came from coupons"),
         ("rating", "double", "Rating of a review"),
         ("dwell_s", "double", "Seconds of a browse, if measured"),
+        ("ingest_id", "bigint!", "First ingest that brought it"),
     ),
     key=("event_id",),
+    change_feed=True,
+    laid_out_by=("trunc(event_date, 'MONTH')", f"pmod(xxhash64(user_key), {_FILES_A_MONTH})"),
 )
 QUARANTINE = Table(
     "quarantine",
@@ -169,13 +232,21 @@ QUARANTINE = Table(
         ("source", "string!", "Raw table the row came from"),
         ("rule", "string!", "First rule it broke"),
         ("row", "string!", "The raw row as JSON"),
-        ("run_id", "string!", "Run that put it here"),
+        ("ingest_id", "bigint!", "Ingest that brought it"),
     ),
+    partition_by=("ingest_id",),
 )
 TEXTS = Table(
     "texts",
-    "Each distinct normalised text once",
-    _columns(("text_id", "bigint!", "xxhash64 of the text"), ("text", "string!", "Normalised text")),
+    "Each distinct normalised text once, with the words in it that tell of price",
+    _columns(
+        ("text_id", "bigint!", "xxhash64 of the text"),
+        ("text", "string!", "Normalised text"),
+        ("ingest_id", "bigint!", "First ingest that brought it"),
+        ("cheap_words", "int!", "Words that ask for a low price"),
+        ("premium_words", "int!", "Words that ask for high quality"),
+        ("brand_words", "int!", "Names of brands that were known by that ingest"),
+    ),
     key=("text_id",),
 )
 TEXT_EMBEDDINGS = Table(
@@ -185,47 +256,63 @@ TEXT_EMBEDDINGS = Table(
         ("text_id", "bigint!", "Text, in texts"),
         ("model_digest", "string!", "Digest of the language model's files and settings"),
         ("embedding", "array<float>!", "Mean-pooled, length-normalised vector"),
+        ("sentiment", "float!", "Nearer to praise (up to 1) or to complaint (down to -1)"),
     ),
     key=("text_id", "model_digest"),
 )
+TOKEN = "struct<ts:timestamp,kind:int,amount:bigint,items:bigint,discount:bigint,text_id:bigint>"
+CATEGORY_DAY = "struct<category:string,spend:bigint,priced:bigint,price_micro:bigint,price_sq:bigint>"
 USER_DAILY = Table(
     "user_daily",
     "What each user did on each day: the pre-aggregates from which every window is built",
     _columns(
         ("user_key", "string!", "User"),
         ("day", "date!", "UTC day"),
-        ("orders", "bigint", "Orders"),
-        ("items", "bigint", "Order lines"),
-        ("spend", "decimal(18,2)", "Money paid less refunds"),
-        ("refunds", "decimal(18,2)", "Money paid back, positive"),
-        ("discount", "decimal(18,2)", "Reductions"),
-        ("coupon_discount", "decimal(18,2)", "Reductions from coupons"),
-        ("discounted_items", "bigint", "Order lines with a reduction"),
-        ("order_value_max", "decimal(18,2)", "Largest order"),
-        ("order_value_sq", "bigint", "Sum of squared order values, each rounded to a whole number"),
-        ("morning_orders", "bigint", "Orders from 05:00 to 10:59 UTC"),
-        ("afternoon_orders", "bigint", "Orders from 11:00 to 16:59 UTC"),
-        ("evening_orders", "bigint", "Orders from 17:00 to 22:59 UTC"),
-        ("night_orders", "bigint", "Orders from 23:00 to 04:59 UTC"),
+        ("orders", "bigint!", "Orders; a refund is none"),
+        ("items", "bigint!", "Order lines, without refunds"),
+        ("spend", "decimal(18,2)!", "Money paid less refunds"),
+        ("refunds", "decimal(18,2)!", "Money paid back, positive"),
+        ("discount", "decimal(18,2)!", "Reductions"),
+        ("coupon_discount", "decimal(18,2)!", "Reductions from coupons"),
+        ("discounted_items", "bigint!", "Order lines with a reduction"),
+        ("order_value_max", "decimal(18,2)!", "Largest order"),
+        ("order_value_sq", "bigint!", "Sum of squared order values, each square rounded to a whole number"),
+        ("morning_orders", "bigint!", "Orders from 05:00 to 10:59 UTC"),
+        ("afternoon_orders", "bigint!", "Orders from 11:00 to 16:59 UTC"),
+        ("evening_orders", "bigint!", "Orders from 17:00 to 22:59 UTC"),
+        ("night_orders", "bigint!", "Orders from 23:00 to 04:59 UTC"),
+        ("browses", "bigint!", "Browse actions"),
+        ("clicks", "bigint!", "Click actions"),
+        ("carts", "bigint!", "Cart actions"),
+        ("favourites", "bigint!", "Favourite actions"),
+        ("coupons", "bigint!", "Coupons redeemed"),
+        ("dwelled", "bigint!", "Browse actions of measured length"),
+        ("dwell_milli", "bigint!", "Milliseconds of them"),
+        ("items_browsed", "bigint!", "Distinct items browsed, clicked or marked as favourite"),
+        ("items_browsed_bought", "bigint!", "Those of them bought on the same day"),
+        ("items_carted", "bigint!", "Distinct items put into the cart"),
+        ("items_carted_bought", "bigint!", "Those of them bought on the same day"),
+        ("searches", "bigint!", "Searches"),
+        ("searches_clicked", "bigint!", "Searches with a click on a result"),
+        ("searches_cheap", "bigint!", "Searches with a word that asks for a low price"),
+        ("searches_premium", "bigint!", "Searches with a word that asks for high quality"),
+        ("searches_brand", "bigint!", "Searches that name a brand"),
+        ("reviews", "bigint!", "Reviews"),
+        ("rated", "bigint!", "Reviews with a rating"),
+        ("rating_milli", "bigint!", "Sum of 1000 x rating"),
+        ("low_ratings", "bigint!", "Ratings of 2 or less"),
+        ("worded_reviews", "bigint!", "Reviews with a text"),
+        ("sentiment_centi", "bigint!", "Sum over them of 100 x sentiment"),
         (
-            "tier_milli",
-            "bigint",
-            "Sum over lines of 1000 x the z-score of log unit price within the item's category",
+            "categories",
+            f"array<{CATEGORY_DAY}>!",
+            "By category path: positive spend in cents; priced lines, sum and sum of squares of their log unit price "
+            "(in millionths, and in squared thousandths)",
         ),
-        ("tier_items", "bigint", "Order lines that have such a z-score"),
-        ("premium_items", "bigint", "Order lines with a z-score over 0.5"),
-        ("category_spend", "map<string,decimal(18,2)>", "Positive spend by top-level category"),
-        ("browses", "bigint", "Browse actions"),
-        ("clicks", "bigint", "Click actions"),
-        ("carts", "bigint", "Cart actions"),
-        ("favourites", "bigint", "Favourite actions"),
-        ("coupons", "bigint", "Coupons redeemed"),
-        ("searches", "bigint", "Searches"),
-        ("reviews", "bigint", "Reviews"),
-        ("rating_milli", "bigint", "Sum of 1000 x rating"),
-        ("dwell_milli", "bigint", "Milliseconds spent browsing"),
+        ("tokens", f"array<{TOKEN}>!", "The day's last orders and other events, oldest first; money in cents"),
     ),
     key=("user_key", "day"),
+    laid_out_by=("trunc(day, 'MONTH')", f"pmod(xxhash64(user_key), {_FILES_A_MONTH})"),
 )
 SCORES = Table(
     "scores",
@@ -286,6 +373,7 @@ METRICS = Table(
 )
 SHARED_TABLES = (
     *RAW_TABLES,
+    DELIVERIES,
     EVENTS,
     QUARANTINE,
     TEXTS,
@@ -339,17 +427,25 @@ class Lakehouse:
 
     def version(self, name: str) -> int:
         """Newest Delta version of a table."""
-        return int(self._last_commit(name)["version"])
+        newest = self._delta(name).history(1).select("version").first()
+        assert newest is not None
+        return int(newest[0])
+
+    def note(self, name: str) -> dict[str, Any]:
+        """What the newest write by this package recorded in its commit; empty without a table."""
+        if not self.exists(name):
+            return {}
+        # maintenance commits (OPTIMIZE, VACUUM, table properties) carry no note
+        noted = self._delta(name).history(_NOTES_SEARCHED).filter(F.col("userMetadata").isNotNull())
+        newest = noted.orderBy(F.desc("version")).select("userMetadata").first()
+        try:
+            return json.loads(newest[0]) if newest else {}
+        except json.JSONDecodeError:
+            return {}
 
     def inputs(self, name: str) -> str | None:
         """The inputs digest that the newest write of the table recorded, ``None`` without table or digest."""
-        if not self.exists(name):
-            return None
-        try:
-            metadata = json.loads(self._last_commit(name)["userMetadata"] or "{}")
-        except json.JSONDecodeError:
-            return None
-        return metadata.get("inputs")
+        return self.note(name).get("inputs")
 
     def replace(
         self,
@@ -358,12 +454,14 @@ class Lakehouse:
         *,
         where: Mapping[str, Sequence[object]] | None = None,
         inputs: str = "",
+        note: Mapping[str, object] | None = None,
     ) -> int:
         """Replace a table's rows, or those with the given partition values, by ``df`` in one commit.
 
         Args:
             where: partition column -> values; rows of ``df`` must all have one of them (Delta checks it).
             inputs: digest of what ``df`` was made from, recorded with the commit.
+            note: more to record with it.
 
         Returns:
             The version written.
@@ -372,9 +470,10 @@ class Lakehouse:
             DataError: ``df`` lacks a column or has one of another type.
         """
         self._create(table)
-        writer = (
-            conform(df, table).write.format("delta").mode("overwrite").option("userMetadata", _commit_metadata(inputs))
-        )
+        rows = conform(df, table)
+        if table.laid_out_by and not where:
+            rows = rows.repartition(*(F.expr(sql) for sql in table.laid_out_by))
+        writer = rows.write.format("delta").mode("overwrite").option("userMetadata", _noted(inputs, note))
         if where:
             writer = writer.option("replaceWhere", " AND ".join(_one_of(*item) for item in where.items()))
             # a feature added to the catalogue becomes a new column; older dates hold NULL in it
@@ -386,11 +485,56 @@ class Lakehouse:
         self._save(writer, table.name)
         return self.version(table.name)
 
-    def append(self, table: Table, df: DataFrame, *, inputs: str = "") -> None:
-        """Add rows to a table of records that are never replaced (embeddings, runs, metrics)."""
+    def append(
+        self, table: Table, df: DataFrame, *, inputs: str = "", note: Mapping[str, object] | None = None
+    ) -> None:
+        """Add rows to a table in one commit, with a note of what they were made from."""
         self._create(table)
         writer = conform(df, table).write.format("delta").mode("append")
-        self._save(writer.option("userMetadata", _commit_metadata(inputs)), table.name)
+        self._save(writer.option("userMetadata", _noted(inputs, note)), table.name)
+
+    def merge(
+        self,
+        table: Table,
+        df: DataFrame,
+        *,
+        within: Mapping[str, Sequence[object]],
+        gone: DataFrame | None = None,
+        inputs: str = "",
+        note: Mapping[str, object] | None = None,
+    ) -> None:
+        """Update the rows that have the keys of ``df``, insert those that are new, in one commit.
+
+        Args:
+            df: rows, each key once.
+            within: column -> the values that it has in ``df``: only files that can hold them are read.
+            gone: keys, not in ``df``, whose rows are deleted.
+        """
+        self._create(table)
+        source = conform(df, table).withColumn("_gone", F.lit(False))
+        if gone is not None:
+            keys = [F.col(field.name) if field.name in table.key else _typed_null(field) for field in table.schema]
+            source = source.unionByName(gone.select(*keys).withColumn("_gone", F.lit(True)))
+        same = [f"t.`{column}` = s.`{column}`" for column in table.key]
+        narrowed = [_narrowed(f"t.`{column}`", values) for column, values in within.items()]
+        values: dict[str, str | SparkColumn] = {f"`{name}`": f"s.`{name}`" for name in table.schema.names}
+        merge = (
+            self._delta(table.name)
+            .alias("t")
+            .merge(source.alias("s"), " AND ".join([*narrowed, *same]))
+            .whenMatchedDelete("s._gone")
+            .whenMatchedUpdate(set=values)
+            .whenNotMatchedInsert("NOT s._gone", values)
+        )
+        with _setting(self.spark, "spark.databricks.delta.commitInfo.userMetadata", _noted(inputs, note)):
+            merge.execute()
+
+    def changes(self, name: str, since: int) -> DataFrame:
+        """Rows written, in their old and new form, or deleted by the commits after version ``since``."""
+        if self.version(name) <= since:
+            return self.read(name).limit(0)
+        reader = self.spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", since + 1)
+        return reader.load(self.location(name)) if self._root is not None else reader.table(self._identifier(name))
 
     def register(self) -> list[str]:
         """Make path-based tables known by name to this session, for SQL; returns the names."""
@@ -425,6 +569,8 @@ class Lakehouse:
             builder = builder.tableName(self._identifier(table.name))
         if table.partition_by:
             builder = builder.partitionedBy(*table.partition_by)
+        if table.change_feed:
+            builder = builder.property("delta.enableChangeDataFeed", "true")
         if not self.exists(table.name):
             # Petastorm reads Parquet files and knows nothing of deletion vectors.
             builder.property("delta.enableDeletionVectors", "false").execute()
@@ -435,14 +581,10 @@ class Lakehouse:
         else:
             writer.saveAsTable(self._identifier(name))
 
-    def _last_commit(self, name: str) -> Any:
+    def _delta(self, name: str) -> DeltaTable:
         if self._root is not None:
-            table = DeltaTable.forPath(self.spark, self.location(name))
-        else:
-            table = DeltaTable.forName(self.spark, self._identifier(name))
-        commit = table.history(1).select("version", "userMetadata").first()
-        assert commit is not None
-        return commit
+            return DeltaTable.forPath(self.spark, self.location(name))
+        return DeltaTable.forName(self.spark, self._identifier(name))
 
 
 def conform(df: DataFrame, table: Table) -> DataFrame:
@@ -463,8 +605,35 @@ def conform(df: DataFrame, table: Table) -> DataFrame:
     return df.select(*selected)
 
 
-def _commit_metadata(inputs: str) -> str:
-    return json.dumps({"inputs": inputs, "code_version": __version__})
+def _typed_null(field: StructField) -> SparkColumn:
+    return F.lit(None).cast(field.dataType).alias(field.name)
+
+
+def _noted(inputs: str, note: Mapping[str, object] | None) -> str:
+    return json.dumps({"inputs": inputs, "code_version": __version__, **(note or {})})
+
+
+@contextmanager
+def _setting(spark: SparkSession, key: str, value: str) -> Iterator[None]:
+    before = spark.conf.get(key, None)
+    spark.conf.set(key, value)
+    try:
+        yield
+    finally:
+        if before is None:
+            spark.conf.unset(key)
+        else:
+            spark.conf.set(key, before)
+
+
+def _narrowed(column: str, values: Sequence[object]) -> str:
+    """A condition that Delta can skip files by; for many values their range, which it can still use."""
+    texts = sorted({str(value) for value in values})
+    if not texts:
+        return "false"
+    if len(texts) > _LISTED_VALUES:
+        return f"{column} BETWEEN {texts[0]!r} AND {texts[-1]!r}"
+    return f"{column} IN ({', '.join(map(repr, texts))})"
 
 
 def _one_of(column: str, values: Sequence[object]) -> str:

@@ -1,6 +1,5 @@
-"""Distinct texts -> embeddings by a frozen, pre-trained language model; each text is read once per model, ever.
-
-In: ``texts`` (text_id, text). Out: rows of ``text_embeddings`` for those texts that the model has not read yet.
+"""Texts as the platform has them -> ``texts``, each distinct one once, and ``text_embeddings``, what a frozen, pre-trained
+language model makes of them; each text is read once per model, ever.
 """
 
 from __future__ import annotations
@@ -23,6 +22,20 @@ if TYPE_CHECKING:
     import torch
 
 MAX_CHARACTERS = 2_000
+PRAISE = (
+    "excellent quality i love it",
+    "great product works perfectly highly recommended",
+    "very satisfied will buy again",
+    "质量很好 非常喜欢",
+    "很满意 值得推荐 会再次购买",
+)
+COMPLAINT = (
+    "terrible quality i hate it",
+    "broken product does not work waste of money",
+    "very disappointed will never buy again",
+    "质量很差 非常失望",
+    "不满意 浪费钱 不会再买",
+)
 
 
 def normalised(text: Column) -> Column:
@@ -36,10 +49,50 @@ def text_id(text: Column) -> Column:
     return F.when(text.isNotNull(), F.xxhash64(text))
 
 
-def distinct_texts(texts: DataFrame) -> DataFrame:
-    """Rows of TEXTS from a column ``text`` of normalised texts, each once."""
-    known = texts.filter(F.col("text").isNotNull()).select(text_id(F.col("text")).alias("text_id"), "text")
-    return known.groupBy("text_id").agg(F.min("text").alias("text"))
+def terms(text: Column) -> Column:
+    """What a word or a brand may be in a normalised text: its words, pairs of neighbouring words, and, since Chinese is written
+    without spaces, the runs of 2 to 4 characters of words that have Chinese ones."""
+    words = F.split(text, " ")
+    after = F.concat(F.slice(words, 2, F.size(words)), F.array(F.lit("")))
+    pairs = F.zip_with(words, after, lambda one, other: F.concat_ws(" ", one, other))
+
+    def runs(word: Column) -> Column:
+        starts = F.sequence(F.lit(1), F.length(word))
+
+        def of_length(size: int) -> Column:
+            return F.transform(starts, lambda at: word.substr(at, F.lit(size)))
+
+        by_length = [of_length(size) for size in (2, 3, 4)]
+        return F.when(word.rlike(r"\p{IsHan}"), F.concat(*by_length)).otherwise(F.array().cast("array<string>"))
+
+    return F.array_distinct(F.concat(words, pairs, F.flatten(F.transform(words, runs))))
+
+
+def distinct_texts(found: DataFrame, brands: DataFrame | None, config: TextsConfig) -> DataFrame:
+    """Rows of TEXTS, each text once.
+
+    Args:
+        found: ``text``, normalised, and ``ingest_id``; as often as it comes.
+        brands: ``brand``, normalised, and ``known_from``: what the source calls brands, where it has items.
+    """
+    distinct = found.groupBy("text").agg(F.min("ingest_id").alias("ingest_id"))
+    identified = distinct.select(text_id(F.col("text")).alias("text_id"), "text", "ingest_id")
+    # two texts of one hash, which 64 bits make all but impossible, would be one
+    once = identified.groupBy("text_id").agg(F.min_by(F.struct("text", "ingest_id"), "text").alias("t"))
+    counted = once.select("text_id", "t.*").withColumn("terms", terms(F.col("text")))
+    for column, words in (("cheap_words", config.cheap_words), ("premium_words", config.premium_words)):
+        wanted = F.array(*(F.lit(word.lower()) for word in words)).cast("array<string>")
+        counted = counted.withColumn(column, F.size(F.array_intersect("terms", wanted)))
+    if brands is None:
+        return counted.withColumn("brand_words", F.lit(0)).drop("terms")
+    named = (
+        counted.select("text_id", "ingest_id", F.explode("terms").alias("brand"))
+        .join(brands, "brand")
+        .filter(F.col("known_from") <= F.col("ingest_id"))
+        .groupBy("text_id")
+        .agg(F.count(F.lit(1)).cast("int").alias("brand_words"))
+    )
+    return counted.drop("terms").join(named, "text_id", "left").fillna(0, ["brand_words"])
 
 
 def unread(texts: DataFrame, embeddings: DataFrame, model_digest: str) -> DataFrame:
@@ -55,17 +108,24 @@ def embed(texts: DataFrame, config: TextsConfig) -> DataFrame:
         texts: ``text_id``, ``text``.
 
     Returns:
-        ``text_id``, ``model_digest``, ``embedding`` (float32 [D], mean over tokens, unit length: Reimers & Gurevych 2019).
+        ``text_id``, ``model_digest``, ``embedding`` (float32 [D], mean over tokens, unit length: Reimers & Gurevych 2019),
+        ``sentiment``: cosine to the mean of praising sentences less that to the mean of complaining ones, halved.
     """
     folder, batch_size, max_tokens = model_folder(config.model), config.batch_size, config.max_tokens
 
     def run(batches: Iterable[pd.DataFrame]) -> Iterable[pd.DataFrame]:
+        axis = None
         for batch in batches:
+            if axis is None:
+                praise, complaint = (
+                    _encode(list(anchors), folder, batch_size, max_tokens) for anchors in (PRAISE, COMPLAINT)
+                )
+                axis = (praise.mean(0) - complaint.mean(0)) / 2
             vectors = _encode(batch["text"].tolist(), folder, batch_size, max_tokens)
-            yield pd.DataFrame({"text_id": batch["text_id"], "embedding": list(vectors)})
+            yield pd.DataFrame({"text_id": batch["text_id"], "embedding": list(vectors), "sentiment": vectors @ axis})
 
-    return texts.mapInPandas(run, "text_id bigint, embedding array<float>").select(
-        "text_id", F.lit(model_digest(config)).alias("model_digest"), "embedding"
+    return texts.mapInPandas(run, "text_id bigint, embedding array<float>, sentiment float").select(
+        "text_id", F.lit(model_digest(config)).alias("model_digest"), "embedding", "sentiment"
     )
 
 

@@ -1,17 +1,24 @@
-"""Sources: each brings a platform's data into the raw contract of :mod:`bp_spark.tables`.
-
-A source is a module with ``read(spark, config) -> dict[table name, DataFrame]`` and ``fingerprint() -> str`` (the same
-fingerprint and settings, the same rows: the ingest of an unchanged source is skipped).
-"""
+"""Sources: each brings a platform's data into the raw contract of :mod:`bp_spark.tables`."""
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from bp_spark.config import SourceConfig
-from bp_spark.sources import completejourney
+from bp_spark.errors import ConfigError
+from bp_spark.sources.contract import Source
 
 
-def open_source(config: SourceConfig) -> ModuleType:
-    """The module that reads the configured source."""
-    return {"completejourney": completejourney}[config.kind]
+def open_source(config: SourceConfig) -> Source:
+    """The configured source.
+
+    Raises:
+        ConfigError: ``source.mapping`` is missing or wrong.
+    """
+    if config.kind == "completejourney":
+        from bp_spark.sources.completejourney import CompleteJourney
+
+        return CompleteJourney()
+    from bp_spark.sources.files import FilesSource
+
+    if config.mapping is None:
+        raise ConfigError("source.mapping: must name the YAML file that describes the files")
+    return FilesSource(config.mapping)

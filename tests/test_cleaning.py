@@ -1,0 +1,204 @@
+"""Raw rows end in events, duplicates or quarantine: which rows, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+
+from bp_spark import cleaning, config
+from bp_spark.config import CleaningConfig
+from histories import raw_frame, sorted_rows
+
+CONFIG = config.load().cleaning
+GOOD = {
+    "user_id": "u1",
+    "order_id": "o1",
+    "item_id": "i1",
+    "ts": "2024-03-01 10:00:00",
+    "quantity": "2",
+    "amount": "9.90",
+    "currency": "USD",
+    "delivery": "a",
+}
+ACTION = {"user_id": "u1", "ts": "2024-03-01 10:00:00", "action": "browse", "item_id": "i1", "delivery": "a"}
+SEARCH = {"user_id": "u1", "ts": "2024-03-01 10:00:00", "query": "Red Shoes", "delivery": "a"}
+REVIEW = {"user_id": "u1", "ts": "2024-03-01 10:00:00", "item_id": "i1", "rating": "4", "text": "fine", "delivery": "a"}
+
+
+def judged(
+    spark: SparkSession, table: str, *rows: dict[str, Any], settings: CleaningConfig = CONFIG, **known: DataFrame
+) -> dict[str, DataFrame]:
+    return cleaning.judge({table: raw_frame(spark, table, *rows)}, known, settings)
+
+
+def reasons(spark: SparkSession, table: str, *rows: dict[str, Any], **more: Any) -> list[str | None]:
+    found = judged(spark, table, *rows, **more)[table]
+    return [row["rule"] for row in found.select("rule", "delivery").orderBy("delivery").collect()]
+
+
+def kept(spark: SparkSession, *batches: DataFrame, table: str = "raw_transactions") -> list[dict[str, Any]]:
+    """Events of several deliveries of a table, cleaned at once."""
+    rows = batches[0]
+    for batch in batches[1:]:
+        rows = rows.unionByName(batch)
+    found = cleaning.events(cleaning.judge({table: rows}, {}, CONFIG)).filter("copy = 1")
+    return [row.asDict() for row in found.orderBy("ts", "amount").collect()]
+
+
+def numbered(*changes: dict[str, Any], base: dict[str, Any] = GOOD) -> list[dict[str, Any]]:
+    """Rows in a known order: their delivery is their number."""
+    return [{**base, **change, "delivery": f"{number:03d}"} for number, change in enumerate(changes)]
+
+
+def test_each_broken_rule_is_named(spark: SparkSession) -> None:
+    cases: dict[str, dict[str, Any]] = {
+        "user_id is missing": {"user_id": " "},
+        "user_id is broken text": {"user_id": "u\ufffd1"},
+        "ts is missing": {"ts": None},
+        "ts is unreadable": {"ts": "yesterday"},
+        "ts is in the future": {"ts": "2024-06-02 00:00:00"},
+        "ts is before 1995-01-01": {"ts": "1970-01-01 00:00:00"},
+        "amount is missing": {"amount": None},
+        "amount is unreadable": {"amount": "12,5x"},
+        "amount is beyond 1e+06": {"amount": "1000000.01"},
+        "currency has no rate": {"currency": "XYZ"},
+        "quantity is not a finite number": {"quantity": "NaN"},
+    }
+    assert reasons(spark, "raw_transactions", *numbered(*cases.values())) == list(cases)
+
+
+def test_rules_of_actions_searches_and_reviews(spark: SparkSession) -> None:
+    actions = numbered({"action": "stare"}, {"dwell_s": "-1"}, {"dwell_s": "30"}, base=ACTION)
+    assert reasons(spark, "raw_behaviours", *actions) == ["action is unknown", "dwell_s is not within a day", None]
+    searches = numbered({"query": "  "}, {"query": "a\u0000b"}, {"query": "手机"}, base=SEARCH)
+    assert reasons(spark, "raw_searches", *searches) == ["query is missing", "query is broken text", None]
+    reviews = numbered({"rating": "6"}, {"rating": None, "text": None}, {"rating": None}, {"text": None}, base=REVIEW)
+    assert reasons(spark, "raw_reviews", *reviews) == [
+        "rating is beyond 0..5",
+        "rating and text are missing",
+        None,
+        None,
+    ]
+
+
+def test_a_row_in_quarantine_is_whole_and_comes_back_as_it_was(spark: SparkSession) -> None:
+    row = {**GOOD, "ts": "2024-03-01 10:00:00.123456", "amount": "12,5x", "user_id": "用户'\"\\"}
+    raw = raw_frame(spark, "raw_transactions", row)
+    refused = cleaning.quarantine(cleaning.judge({"raw_transactions": raw}, {}, CONFIG))
+    assert refused.first()["rule"] == "amount is unreadable"  # type: ignore[index]
+    assert sorted_rows(cleaning.from_quarantine(refused, "raw_transactions")) == sorted_rows(raw)
+
+
+def test_two_equal_lines_of_one_delivery_are_two_and_delivered_again_still_two(spark: SparkSession) -> None:
+    line = {**GOOD, "quantity": "1"}
+    first = raw_frame(spark, "raw_transactions", line, line)
+    again = raw_frame(spark, "raw_transactions", {**line, "delivery": "b"}, {**line, "delivery": "b"}, ingest_id=2)
+    assert len(kept(spark, first)) == 2
+    assert len(kept(spark, first, again)) == 2
+
+
+def test_a_third_equal_line_in_a_later_delivery_is_new(spark: SparkSession) -> None:
+    first = raw_frame(spark, "raw_transactions", GOOD, GOOD)
+    more = raw_frame(spark, "raw_transactions", *[{**GOOD, "delivery": "b"}] * 3, ingest_id=2)
+    assert len(kept(spark, first, more)) == 3
+
+
+def test_a_line_with_an_identity_is_corrected_by_its_newest_delivery(spark: SparkSession) -> None:
+    first = raw_frame(spark, "raw_transactions", {**GOOD, "line_id": "1", "amount": "9.90"})
+    fixed = raw_frame(spark, "raw_transactions", {**GOOD, "line_id": "1", "amount": "8.00"}, ingest_id=2)
+    events = kept(spark, first, fixed)
+    assert [float(event["amount"]) for event in events] == [8.0]
+    assert events[0]["ingest_id"] == 1
+
+
+def test_what_is_known_already_is_told_from_what_is_new_or_corrected(spark: SparkSession) -> None:
+    before = raw_frame(spark, "raw_transactions", *({**GOOD, "line_id": line} for line in ("1", "2")))
+    after = raw_frame(
+        spark,
+        "raw_transactions",
+        {**GOOD, "line_id": "1"},
+        {**GOOD, "line_id": "2", "amount": "1.00"},
+        {**GOOD, "line_id": "3", "amount": "2.00"},
+        ingest_id=2,
+    )
+    known, fresh = (
+        cleaning.events(cleaning.judge({"raw_transactions": raw}, {}, CONFIG)).drop("copy") for raw in (before, after)
+    )
+    found = cleaning.against_known(fresh, known).orderBy("amount").collect()
+    assert [(float(row["amount"]), row["state"], row["ingest_id"]) for row in found] == [
+        (1.0, cleaning.CHANGED, 1),
+        (2.0, cleaning.NEW, 2),
+        (9.9, cleaning.KNOWN, 1),
+    ]
+
+
+def test_amounts_are_converted_by_the_newest_rate_of_their_day(spark: SparkSession) -> None:
+    rates = raw_frame(
+        spark,
+        "raw_rates",
+        {"currency": "CNY", "day": "2024-01-01", "rate": "0.10"},
+        {"currency": "CNY", "day": "2024-03-01", "rate": "0.20"},
+        {"currency": "CNY", "day": "2024-03-02", "rate": "0.30"},
+    )
+    rows = numbered(
+        {"currency": "CNY", "ts": "2024-02-01 00:00:00"},
+        {"currency": "CNY", "discount": "1.00"},
+        {"currency": "CNY", "ts": "2023-12-31 23:59:59"},
+        {"currency": None},
+    )
+    found = judged(spark, "raw_transactions", *rows, raw_rates=rates)
+    events = cleaning.events(found).orderBy("ts", "amount").collect()
+    assert [float(event["amount"]) for event in events] == [0.99, 1.98, 9.9]
+    assert float(events[1]["discount"]) == 0.2
+    assert [row["rule"] for row in cleaning.quarantine(found).collect()] == ["currency has no rate"]
+
+
+def test_a_rate_counts_from_the_ingest_that_brought_it(spark: SparkSession) -> None:
+    rates = raw_frame(spark, "raw_rates", {"currency": "CNY", "day": "2024-01-01", "rate": "0.10"}, ingest_id=2)
+    assert reasons(spark, "raw_transactions", {**GOOD, "currency": "CNY"}, raw_rates=rates) == ["currency has no rate"]
+
+
+def test_events_are_described_by_what_was_known_of_the_item_then(spark: SparkSession) -> None:
+    items = raw_frame(spark, "raw_items", {"item_id": "i1", "title": "Milk", "category": "Food > Milk"}).unionByName(
+        raw_frame(spark, "raw_items", {"item_id": "i1", "title": "Milk", "category": "Drinks > Milk"}, ingest_id=3)
+    )
+    rows = raw_frame(spark, "raw_transactions", GOOD, ingest_id=2).unionByName(
+        raw_frame(spark, "raw_transactions", {**GOOD, "amount": "5.00"}, ingest_id=3)
+    )
+    events = cleaning.events(cleaning.judge({"raw_transactions": rows}, {"raw_items": items}, CONFIG))
+    assert [row["category"] for row in events.orderBy("ingest_id").collect()] == ["Food > Milk", "Drinks > Milk"]
+    assert events.select("text_id").distinct().count() == 1
+
+
+@pytest.mark.parametrize(("policy", "reason"), [("keep", None), ("quarantine", "item is unknown")])
+def test_unknown_items_are_kept_or_refused_as_configured(spark: SparkSession, policy: str, reason: str | None) -> None:
+    items = raw_frame(spark, "raw_items", {"item_id": "other"})
+    settings = config.load(overrides=[f"cleaning.unknown_items={policy}"]).cleaning
+    assert reasons(spark, "raw_transactions", GOOD, settings=settings, raw_items=items) == [reason]
+
+
+def test_a_bare_order_log_gives_events(spark: SparkSession) -> None:
+    rows = numbered(
+        {}, {"ts": "2024-03-01 10:00:01"}, base={"user_id": "u1", "ts": "2024-03-01 10:00:00", "amount": "5"}
+    )
+    events = kept(spark, raw_frame(spark, "raw_transactions", *rows))
+    assert len({event["order_id"] for event in events}) == 2
+    assert all(event["item_id"] is None and event["kind"] == "purchase" for event in events)
+
+
+def test_every_kind_becomes_an_event_with_its_text(spark: SparkSession) -> None:
+    raw = {
+        "raw_transactions": raw_frame(spark, "raw_transactions", GOOD),
+        "raw_behaviours": raw_frame(spark, "raw_behaviours", ACTION, {**ACTION, "action": "coupon"}),
+        "raw_searches": raw_frame(spark, "raw_searches", SEARCH),
+        "raw_reviews": raw_frame(spark, "raw_reviews", REVIEW),
+    }
+    items = raw_frame(spark, "raw_items", {"item_id": "i1", "title": "Red shoes!"})
+    events = cleaning.events(cleaning.judge(raw, {"raw_items": items}, CONFIG))
+    text_of = {row["kind"]: row["text_id"] for row in events.collect()}
+    assert set(text_of) == {"purchase", "browse", "coupon", "search", "review"}
+    assert text_of["search"] == text_of["purchase"] != text_of["review"]
+    known = {row["text"] for row in cleaning.texts({**raw, "raw_items": items}).collect()}
+    assert known == {"red shoes", "fine"}

@@ -1,0 +1,387 @@
+"""Files of any shape become the raw contract: nothing vanishes, no value is guessed at, times are what the platform meant."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from bp_spark.errors import ConfigError, DataError
+from bp_spark.sources.files import FilesSource
+from bp_spark.tables import INGEST_COLUMNS, RAW_TRANSACTIONS
+
+ORDERS = """
+transactions:
+  path: "*.csv"
+  format: csv
+  columns: {user_id: who, ts: at, amount: paid}
+"""
+
+
+def source_of(folder: Path, mapping: str, **files: str) -> FilesSource:
+    """A source in ``folder`` with this mapping; files are given as ``name__csv="text"``."""
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text, encoding="utf-8")
+    (folder / "shop.yaml").write_text(mapping, encoding="utf-8")
+    return FilesSource(folder / "shop.yaml")
+
+
+def rows_of(spark: SparkSession, source: FilesSource, table: str = "raw_transactions") -> list[Any]:
+    df = source.read(spark, source.deliveries(spark))[table]
+    times = [name for name in df.columns if name in ("ts", "signup_ts")]
+    # collected timestamps are shown in the zone of the machine; the instant itself is not
+    exact = df.withColumns({name: F.unix_micros(name) for name in times})
+    return sorted(exact.collect(), key=lambda row: str(row.asDict()))
+
+
+def utc(*parts: int) -> int:
+    return int(datetime(*parts, tzinfo=UTC).timestamp()) * 1_000_000  # type: ignore[arg-type, misc]
+
+
+@pytest.fixture
+def session_zone(spark: SparkSession) -> Iterator[Any]:
+    yield lambda zone: spark.conf.set("spark.sql.session.timeZone", zone)
+    spark.conf.set("spark.sql.session.timeZone", "UTC")
+
+
+def test_csv_with_own_names_formats_and_zone(spark: SparkSession, tmp_path: Path) -> None:
+    mapping = """
+transactions:
+  path: "*.csv"
+  format: csv
+  options: {sep: ";"}
+  timezone: Asia/Shanghai
+  columns:
+    user_id: 客户
+    order_id: 单号
+    ts: {column: 时间, format: "yyyy/MM/dd HH:mm"}
+    amount: {column: 实付 金额}
+    quantity: {value: 1}
+    currency: {value: CNY}
+    item_id: {column: 商品, values: {苹果: apple}}
+"""
+    text = '客户;单号;时间;实付 金额;商品;多余\n007;1;2024/05/01 08:30;12.50;苹果;x\n王五;2;2024/05/02 00:00;-3;"梨;""大""";\n'
+    source = source_of(tmp_path, mapping, 订单__csv=text)
+    df = source.read(spark, source.deliveries(spark))["raw_transactions"]
+    assert df.columns == [name for name in RAW_TRANSACTIONS.schema.names if name not in INGEST_COLUMNS]
+    first, second = rows_of(spark, source)
+    assert (first.user_id, first.order_id, first.ts) == ("007", "1", utc(2024, 5, 1, 0, 30))
+    assert (first.amount, first.quantity, first.currency) == (Decimal("12.50"), 1.0, "CNY")
+    assert (first.item_id, first.delivery, first.unreadable) == ("apple", "订单.csv", None)
+    assert (second.user_id, second.amount, second.item_id) == ("王五", Decimal("-3.00"), '梨;"大"')
+    assert second.ts == utc(2024, 5, 1, 16)
+
+
+def test_multi_line_text_is_one_value(spark: SparkSession, tmp_path: Path) -> None:
+    mapping = ORDERS + "reviews: {path: r.txt, format: csv, options: {multiLine: true}, columns: "
+    mapping += "{user_id: who, ts: at, text: said}}"
+    source = source_of(
+        tmp_path, mapping, o__csv="who,at,paid\n", r__txt='who,at,said\n1,2024-01-01,"good,\nand ""cheap"""\n'
+    )
+    [row] = rows_of(spark, source, "raw_reviews")
+    assert row.text == 'good,\nand "cheap"'
+    assert rows_of(spark, source) == []
+
+
+def test_json_lines_keep_numbers_as_they_were_written(spark: SparkSession, tmp_path: Path) -> None:
+    mapping = """
+transactions:
+  path: orders
+  format: json
+  columns:
+    user_id: id
+    ts: {column: t, unit: ms}
+    amount: paid
+users:
+  path: users.json
+  format: json
+  columns: {user_id: id, signup_ts: since, segment: {columns: {age: age_bracket, income: income}}}
+"""
+    (tmp_path / "orders").mkdir()
+    lines = '{"id": 12345678901234567890, "t": 1714550400123, "paid": 1e2}\n{"id": "007", "t": "soon"}\n'
+    (tmp_path / "orders" / "a.json").write_text(lines)
+    source = source_of(
+        tmp_path, mapping, users__json='{"id": 1, "since": "2020-01-01T00:00:00+08:00", "age_bracket": "20-29"}\n'
+    )
+    late, big = rows_of(spark, source)
+    assert (big.user_id, big.amount) == ("12345678901234567890", Decimal("100.00"))
+    assert big.ts == utc(2024, 5, 1, 8) + 123_000
+    assert (late.user_id, late.amount, late.unreadable) == ("007", None, {"ts": "soon"})
+    assert late.delivery == "orders/a.json"
+    [user] = rows_of(spark, source, "raw_users")
+    assert (user.segment, user.signup_ts) == ({"age": "20-29"}, utc(2019, 12, 31, 16))
+
+
+def test_parquet_ids_of_any_type_become_plain_text(spark: SparkSession, tmp_path: Path) -> None:
+    mapping = """
+transactions:
+  path: "*.parquet"
+  format: parquet
+  timezone: Asia/Shanghai
+  columns: {user_id: u, order_id: o, line_id: l, ts: t, amount: a}
+"""
+    instant = pa.array([datetime(2024, 1, 1, 12, tzinfo=UTC)] * 2, pa.timestamp("us", "UTC"))
+    table = {
+        "u": pa.array([7, 8]),
+        "o": pa.array([123.0, None]),
+        "l": pa.array(["0012", ""]),
+        "t": instant,
+        "a": pa.array([0.1, 1e20]),
+    }
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    # another file may hold other types and columns in another order
+    other = {"a": pa.array([Decimal("5.555")]), "t": pa.array([datetime(2024, 1, 1, 8)], pa.timestamp("us"))}
+    other |= {"u": pa.array([9.5]), "o": pa.array(["x"]), "l": pa.array([1]), "more": pa.array([1])}
+    pq.write_table(pa.table(other), tmp_path / "b.parquet")
+    days = {"u": pa.array(["d"]), "o": pa.array(["x"]), "l": pa.array([1]), "a": pa.array([1])}
+    days["t"] = pa.array([datetime(2024, 1, 1).date()])
+    pq.write_table(pa.table(days), tmp_path / "c.parquet")
+    rows = {row.user_id: row for row in rows_of(spark, source_of(tmp_path, mapping))}
+    assert [rows["7"].order_id, rows["8"].order_id, rows["9.5"].order_id] == ["123", None, "x"]
+    assert [rows["7"].line_id, rows["8"].line_id, rows["9.5"].line_id] == ["0012", None, "1"]
+    assert [rows["7"].amount, rows["8"].amount, rows["9.5"].amount] == [Decimal("0.10"), None, Decimal("5.56")]
+    assert rows["8"].unreadable == {"amount": "100000000000000000000"}
+    assert [rows["7"].ts, rows["9.5"].ts] == [utc(2024, 1, 1, 12), utc(2024, 1, 1)]
+    assert rows["d"].ts == utc(2023, 12, 31, 16)
+    assert {rows[key].delivery for key in ("7", "9.5")} == {"a.parquet", "b.parquet"}
+
+
+def test_delta_gives_the_newest_version_with_its_partitions(spark: SparkSession, tmp_path: Path) -> None:
+    mapping = """
+transactions:
+  path: orders 表
+  format: delta
+  columns: {user_id: id, ts: at, amount: paid, currency: land}
+"""
+    source = source_of(tmp_path, mapping)
+    path = str(tmp_path / "orders 表")
+
+    def write(rows: list[tuple[int, str, float]], mode: str) -> None:
+        df = spark.createDataFrame(rows, "id int, land string, paid double").withColumn(
+            "at", F.timestamp_seconds(F.lit(0))
+        )
+        df.write.format("delta").partitionBy("land").mode(mode).save(path)
+
+    with pytest.raises(DataError, match="orders 表"):
+        source.deliveries(spark)
+    write([(1, "gone", 1.0)], "overwrite")
+    removed = source.deliveries(spark)
+    write([(2, "a b/中", 2.0), (3, "us", 3.0)], "overwrite")
+    assert [(row.user_id, row.currency) for row in rows_of(spark, source)] == [("2", "a b/中"), ("3", "us")]
+    kept = source.deliveries(spark)
+    assert not set(removed) & set(kept)
+    write([(4, "us", 4.0)], "append")
+    [new] = set(source.deliveries(spark)) - set(kept)
+    [row] = source.read(spark, [new])["raw_transactions"].collect()
+    assert (row.user_id, row.delivery) == ("4", new.name)
+    assert new.name.startswith("orders 表/land=us/")
+
+
+def test_bare_order_log_leaves_the_rest_to_cleaning(spark: SparkSession, tmp_path: Path) -> None:
+    [row] = rows_of(spark, source_of(tmp_path, ORDERS, day1__csv="who,at,paid\n007,2024-05-01 09:30:00,12.50\n"))
+    assert (row.user_id, row.ts, row.amount) == ("007", utc(2024, 5, 1, 9, 30), Decimal("12.50"))
+    assert (row.order_id, row.item_id, row.currency, row.quantity) == (None, None, None, None)
+
+
+def test_bad_values_and_corrupt_lines_are_kept_as_text(spark: SparkSession, tmp_path: Path) -> None:
+    lines = ["1,2024-05-01,5", '2,soon,"12,5x"', "3,12:30,7", "4,2024-05-01", "5,2024-05-01,1,2", "6,2024-02-30,", ",,"]
+    rows = rows_of(spark, source_of(tmp_path, ORDERS, a__csv="\n".join(["who,at,paid", *lines])))
+    assert len(rows) == len(lines)
+    assert all(row.delivery == "a.csv" for row in rows)
+    of = {row.user_id: row for row in rows if row.user_id}
+    assert of["1"].unreadable is None
+    assert of["2"].unreadable == {"ts": "soon", "amount": "12,5x"}
+    assert of["3"].unreadable == {"ts": "12:30"}
+    assert of["6"].unreadable == {"ts": "2024-02-30"}
+    torn = [row for row in rows if row.unreadable and "row" in row.unreadable]
+    assert [row.unreadable for row in torn] == [{"row": "4,2024-05-01"}, {"row": "5,2024-05-01,1,2"}]
+    assert all((row.user_id, row.ts, row.amount) == (None, None, None) for row in torn)
+
+
+def test_corrupt_json_is_kept_as_text(spark: SparkSession, tmp_path: Path) -> None:
+    text = '{"who": 1, "at": "2024-05-01", "paid": 2}\n{"who": 1, "at\n'
+    rows = rows_of(spark, source_of(tmp_path, ORDERS.replace("csv", "json"), a__json=text))
+    assert {row.user_id: row.unreadable for row in rows} == {"1": None, None: {"row": '{"who": 1, "at'}}
+
+
+def test_another_encoding_needs_the_session_to_allow_it(spark: SparkSession, tmp_path: Path) -> None:
+    source = source_of(tmp_path, ORDERS.replace("format: csv", "format: csv\n  options: {encoding: GBK}"))
+    (tmp_path / "a.csv").write_bytes("who,at,paid\n王五,2024-05-01,5\n".encode("gbk"))
+    with pytest.raises(DataError, match=r"a\.csv: can't be read: .*GBK"):
+        source.read(spark, source.deliveries(spark))
+    spark.conf.set("spark.sql.legacy.javaCharsets", "true")
+    try:
+        assert [row.user_id for row in rows_of(spark, source)] == ["王五"]
+    finally:
+        spark.conf.unset("spark.sql.legacy.javaCharsets")
+
+
+def test_new_and_changed_files_are_new_deliveries(spark: SparkSession, tmp_path: Path) -> None:
+    text = "who,at,paid\n1,2024-05-01,5\n"
+    source = source_of(tmp_path, ORDERS, a__csv=text, _b__csv=text)
+    before = source.deliveries(spark)
+    assert [(found.table, found.name) for found in before] == [("raw_transactions", "a.csv")]
+    assert source.deliveries(spark) == before
+    (tmp_path / "c [1]+%20.csv").write_text(text)
+    [new] = set(source.deliveries(spark)) - set(before)
+    assert new.name == "c [1]+%20.csv"
+    [row] = source.read(spark, [new])["raw_transactions"].collect()
+    assert row.delivery == new.name
+    os.utime(tmp_path / "a.csv", (0, 0))
+    changed = [found for found in source.deliveries(spark) if found.name == "a.csv"]
+    assert changed[0].fingerprint != before[0].fingerprint
+
+
+def test_files_outside_the_mappings_folder_have_their_address(spark: SparkSession, tmp_path: Path) -> None:
+    for folder in ("maps", "data/x"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "data/x/a.csv").write_text("who,at,paid\n1,2024-05-01,5\n")
+    for path in ("../data/*/a.csv", f"{tmp_path}/data/x/*.csv", f"file://{tmp_path}/data"):
+        source = source_of(tmp_path / "maps", ORDERS.replace("*.csv", path))
+        [row] = rows_of(spark, source)
+        assert row.delivery == source.deliveries(spark)[0].name == f"file:{tmp_path}/data/x/a.csv"
+
+
+def test_columns_are_found_by_name_in_every_file(spark: SparkSession, tmp_path: Path) -> None:
+    source_of(
+        tmp_path,
+        ORDERS,
+        a__csv="who,at,paid\n1,2024-05-01,5\n",
+        b__csv="\ufeffpaid,who,note,at\n6,2,x,2024-05-02\n",
+        e__csv="",
+    )
+    (tmp_path / "z.csv.gz").write_bytes(gzip.compress(b"at,who,paid\n2024-05-03,3,7\n"))
+    (tmp_path / "shop.yaml").write_text(ORDERS.replace("*.csv", "*.csv*"))
+    rows = rows_of(spark, FilesSource(tmp_path / "shop.yaml"))
+    assert [(row.user_id, row.amount) for row in rows] == [("1", Decimal(5)), ("2", Decimal(6)), ("3", Decimal(7))]
+
+
+def test_csv_without_a_header_is_mapped_by_position(spark: SparkSession, tmp_path: Path) -> None:
+    mapping = ORDERS.replace("who, ts: at, amount: paid", "_c0, ts: _c1, amount: _c2")
+    mapping = mapping.replace("format: csv", "format: csv\n  options: {header: false}")
+    source = source_of(tmp_path, mapping, a__csv="1,2024-05-01,5\n", b__csv="2,2024-05-01,6,x\n", e__csv="")
+    assert [(row.user_id, row.unreadable) for row in rows_of(spark, source)] == [("1", None), ("2", None)]
+
+
+def test_a_missing_column_names_file_and_columns(spark: SparkSession, tmp_path: Path) -> None:
+    source = source_of(
+        tmp_path, ORDERS, a__csv="who,at,paid\n1,2024-05-01,5\n", b__csv="who,at,amount\n1,2024-05-01,5\n"
+    )
+    with pytest.raises(DataError, match=r"b\.csv\.paid: column is missing; there are who, at, amount"):
+        source.read(spark, source.deliveries(spark))
+
+
+def test_a_file_of_another_format_is_named(spark: SparkSession, tmp_path: Path) -> None:
+    source = source_of(tmp_path, ORDERS.replace("format: csv", "format: parquet"), a__csv="who,at,paid\n")
+    with pytest.raises(DataError, match=r"a\.csv: can't be read"):
+        source.read(spark, source.deliveries(spark))
+
+
+def test_no_transactions_is_an_error_and_no_other_table_is(spark: SparkSession, tmp_path: Path) -> None:
+    mapping = ORDERS + "items: {path: 'items/*.csv', format: csv, columns: {item_id: id}}"
+    with pytest.raises(DataError, match=r"'\*\.csv'"):
+        source_of(tmp_path, mapping).deliveries(spark)
+    source = source_of(tmp_path, mapping, a__csv="who,at,paid\n")
+    assert [found.table for found in source.deliveries(spark)] == ["raw_transactions"]
+
+
+@pytest.mark.parametrize("zone", ["UTC", "America/New_York"])
+def test_times_do_not_depend_on_the_session(spark: SparkSession, tmp_path: Path, session_zone: Any, zone: str) -> None:
+    session_zone(zone)
+    mapping = """
+timezone: Asia/Shanghai
+transactions:
+  path: "*.csv"
+  format: csv
+  columns:
+    user_id: who
+    amount: {value: 1}
+    ts: at
+reviews:
+  path: "*.csv"
+  format: csv
+  columns:
+    user_id: who
+    ts: {column: local, format: "dd.MM.yyyy HH:mm[ XXX]", timezone: America/New_York}
+rates:
+  path: "*.csv"
+  format: csv
+  columns: {currency: who, rate: {value: 2}, day: at}
+"""
+    ours = [
+        "2024-05-01 08:00:00",
+        "2024-05-01T08:00:00.5",
+        "2024-05-01",
+        "2024-05-01T00:00:00Z",
+        "2024-05-01 08:00 +08:00",
+    ]
+    theirs = ["10.03.2024 02:30", "03.11.2024 01:30", "01.05.2024 08:00 +08:00", "01.05.2024 00:00", "2024-05-01 08:00"]
+    text = "".join(f"{n},{a},{b}\n" for n, (a, b) in enumerate(zip(ours, theirs, strict=True)))
+    source = source_of(tmp_path, mapping, a__csv="who,at,local\n" + text)
+    midnight = utc(2024, 5, 1)
+    first = [row.ts for row in rows_of(spark, source)]
+    assert first == [midnight, midnight + 500_000, midnight - 8 * 3_600_000_000, midnight, midnight]
+    skipped, twice, offset, plain, wrong = rows_of(spark, source, "raw_reviews")
+    assert [skipped.ts, twice.ts] == [utc(2024, 3, 10, 7, 30), utc(2024, 11, 3, 5, 30)]
+    assert [offset.ts, plain.ts] == [midnight, utc(2024, 5, 1, 4)]
+    assert (wrong.ts, wrong.unreadable) == (None, {"ts": "2024-05-01 08:00"})
+    assert {str(row.day) for row in rows_of(spark, source, "raw_rates")} == {"2024-05-01"}
+
+
+def test_named_values_are_renamed_and_others_stay(spark: SparkSession, tmp_path: Path) -> None:
+    mapping = ORDERS + "behaviours: {path: b.txt, format: csv, columns: {user_id: who, ts: at, "
+    mapping += "action: {column: event, values: {view: browse, pv: browse, 加购: cart}}}}"
+    events = ["view", "pv", "加购", "click", "dance", ""]
+    text = "who,at,event\n" + "".join(f"{n},2024-05-01,{event}\n" for n, event in enumerate(events))
+    source = source_of(tmp_path, mapping, a__csv="who,at,paid\n", b__txt=text)
+    actions = {row.user_id: row.action for row in rows_of(spark, source, "raw_behaviours")}
+    assert [actions[str(n)] for n in range(6)] == ["browse", "browse", "cart", "click", "dance", None]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("amount: paid", "amout: paid"), r"unknown key transactions\.columns\.amout; did you mean amount\?"),
+        (("amount: paid", "discount: paid"), r"transactions\.columns\.amount is missing"),
+        (("transactions:", "transaction:"), r"unknown key transaction; did you mean transactions\?"),
+        (("format: csv", "formt: csv"), r"unknown key transactions\.formt; did you mean format\?"),
+        (("format: csv", "format: xls"), r"transactions\.format: .*'xls'"),
+        (("ts: at", "ts: {column: at, unit: h}"), r"transactions\.columns\.ts\.unit"),
+        (("ts: at", "ts: {column: at, unit: s, format: yyyy}"), "not both"),
+        (("ts: at", "ts: {column: at, timezone: Asia/Bejing}"), r"ts\.timezone: .*time zone"),
+        (("ts: at", "ts: {}"), "needs either column or value"),
+        (("user_id: who", "user_id: {column: who, unit: s}"), r"unknown key transactions\.columns\.user_id\.unit"),
+        (("format: csv", "format: csv\n  options: {mode: DROPMALFORMED}"), "no row may vanish"),
+        (("transactions:", "- transactions:"), "must be a mapping of tables, not a list"),
+    ],
+)
+def test_mapping_errors_name_file_and_key(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        source_of(tmp_path, ORDERS.replace(*change))
+    assert "shop.yaml" in str(caught.value)
+
+
+def test_a_missing_mapping_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="can't be read"):
+        FilesSource(tmp_path / "none.yaml")
+
+
+def test_formats_and_units_are_checked_before_rows_are_read(spark: SparkSession, tmp_path: Path) -> None:
+    wrong = ORDERS.replace("ts: at", "ts: {column: at, format: YYYY-MM-dd}")
+    source = source_of(tmp_path, wrong, a__csv="who,at,paid\n1,2024-05-01,5\n")
+    with pytest.raises(ConfigError, match=r"transactions\.columns\.ts\.format: 'YYYY-MM-dd'"):
+        source.read(spark, source.deliveries(spark))
+    pq.write_table(pa.table({"who": [1], "at": [1714550400], "paid": [1]}), tmp_path / "a.parquet")
+    source = source_of(tmp_path, ORDERS.replace("csv", "parquet"))
+    with pytest.raises(ConfigError, match=r"transactions\.columns\.ts: column at is a number"):
+        source.read(spark, source.deliveries(spark))

