@@ -246,6 +246,8 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
             loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{name}: can't be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{name}: must be UTF-8 text: {error}") from error
         except yaml.YAMLError as error:
             raise ConfigError(f"{name}: not YAML: {error}") from error
         if loaded is not None and not isinstance(loaded, dict):

@@ -47,7 +47,7 @@ def future_spend(daily: DataFrame, as_of: Sequence[date], horizon_days: int) -> 
 
     Users without any event in the horizon have no row; their label is 0.
     """
-    dates = F.array(*(F.lit(day) for day in sorted(as_of)))
+    dates = F.array(*(F.lit(day) for day in sorted(set(as_of))))
     age = F.datediff("day", "as_of_date")
     return (
         daily.withColumn("as_of_date", F.explode(F.filter(dates, lambda d: d <= F.col("day"))))

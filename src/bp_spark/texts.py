@@ -39,8 +39,10 @@ COMPLAINT = (
 
 
 def normalised(text: Column) -> Column:
-    """Lower case, letters and digits of any script, single spaces; NULL where nothing is left."""
-    plain = F.regexp_replace(F.lower(F.substring(text, 1, MAX_CHARACTERS)), r"[^\p{L}\p{N}]+", " ")
+    """Lower case, letters (with their marks) and digits of any script, single spaces; NULL where nothing is left."""
+    # from the first character that belongs to no letter or digit to the next letter or digit
+    between = r"^[^\p{L}\p{N}]+|[^\p{L}\p{M}\p{N}][^\p{L}\p{N}]*"
+    plain = F.regexp_replace(F.lower(F.substring(text, 1, MAX_CHARACTERS)), between, " ")
     return F.nullif(F.trim(plain), F.lit(""))
 
 
@@ -171,15 +173,19 @@ def model_folder(name: str) -> str:
     """Folder or hub name of a configured model; ``package:NAME`` asks the package for its folder.
 
     Raises:
-        PlatformError: the package is not installed.
+        PlatformError: the folder isn't there, or the package is not installed or holds no model.
     """
     if not name.startswith("package:"):
+        if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
+            raise PlatformError(f"texts.model: there is no folder {name}")
         return name
     package = name.removeprefix("package:")
     try:
         return str(importlib.import_module(package).get_model_path())
     except ImportError as error:
         raise PlatformError(f"texts.model: the package {package} is not installed") from error
+    except AttributeError as error:
+        raise PlatformError(f"texts.model: the package {package} has no get_model_path()") from error
 
 
 def model_digest(config: TextsConfig) -> str:
