@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +14,21 @@ from bp_spark.config import Config
 from bp_spark.session import get_session
 from bp_spark.tables import Lakehouse
 
+# Tiny tables: to compile plans and machine code as for large ones would be most of the time.
+os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
+TEST_SETTINGS = {
+    "spark.sql.shuffle.partitions": "2",
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+}
+
 
 @pytest.fixture(scope="session")
 def spark() -> Iterator[SparkSession]:
     session = get_session(config.load(), "bp-spark tests")
     session.sparkContext.setLogLevel("OFF")
-    session.conf.set("spark.sql.shuffle.partitions", "2")
+    for key, value in TEST_SETTINGS.items():
+        session.conf.set(key, value)
     yield session
     session.stop()
 

@@ -18,7 +18,9 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, capture_output=True, text=True, cwd=cwd, env=environment, timeout=600, check=False)
 
 
-@pytest.mark.parametrize("command", ["featurize", "train", "score", "sql", "demo"])
+@pytest.mark.parametrize(
+    "command", ["featurize", "train", "score", "sql", "quarantine", "generate", "features", "demo"]
+)
 def test_help_teaches_each_command(command: str) -> None:
     result = run("bp-spark", command, "--help")
     assert result.returncode == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -20,7 +19,7 @@ from bp_spark.config import Config
 from bp_spark.errors import BundleError, DataError
 from bp_spark.loader import snapshot
 from bp_spark.model import bundle as bundles
-from bp_spark.tables import RAW_TRANSACTIONS, Lakehouse
+from bp_spark.tables import Lakehouse
 
 TEST_DATE = date(2017, 10, 3)
 SMALL = [
@@ -259,13 +258,39 @@ def test_training_without_enough_history_is_refused(line: Line) -> None:
         pipeline.train(line.spark, line.config, date(2017, 3, 1))
 
 
-def test_an_empty_source_is_refused(spark: SparkSession, line: Line, tmp_path: Path) -> None:
-    settings = config.load(overrides=[*SMALL, f"tables.path={tmp_path}/lakehouse"])
-    shutil.copytree(Path(line.lakehouse.location("raw_items")), tmp_path / "lakehouse/bp/raw_items")
-    empty = spark.createDataFrame([], RAW_TRANSACTIONS.schema)
-    lakehouse = Lakehouse(spark, settings.tables)
-    inputs = json.loads(json.dumps(line.lakehouse.inputs("raw_transactions")))
-    lakehouse.replace(RAW_TRANSACTIONS, empty, inputs=inputs)
-    with pytest.raises(DataError, match="raw_transactions: holds no rows"):
-        pipeline.featurize(spark, settings, [TEST_DATE])
-    assert not lakehouse.exists("events")
+SHARED = (
+    "spend_",
+    "orders_",
+    "items_",
+    "recency",
+    "tenure",
+    "frequency",
+    "monetary",
+    "gap_",
+    "overdue",
+    "weekly_",
+    "trend_",
+)
+OF_ITEMS = ("items_browsed", "orders_per_browse", "orders_per_cart")
+
+
+@pytest.mark.slow
+def test_a_bare_order_log_gives_the_features_that_the_whole_source_gives(line: Line, tmp_path: Path) -> None:
+    log = line.lakehouse.read("raw_transactions").select("user_id", "order_id", "ts", "amount")
+    log.write.csv(str(tmp_path / "log"), header=True, timestampFormat="yyyy-MM-dd HH:mm:ss")
+    columns = "{user_id: user_id, order_id: order_id, ts: ts, amount: amount}"
+    (tmp_path / "source.yaml").write_text(
+        f"transactions: {{path: 'log/*.csv', format: csv, columns: {columns}}}\n", encoding="utf-8"
+    )
+    settings = config.load(
+        overrides=[f"tables.path={tmp_path}/lakehouse", "source.kind=files", f"source.mapping={tmp_path}/source.yaml"]
+    )
+    pipeline.featurize(line.spark, settings, [TEST_DATE])
+    both = [
+        lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(TEST_DATE)).toPandas().set_index("user_key")
+        for lakehouse in (line.lakehouse, Lakehouse(line.spark, settings.tables))
+    ]
+    names = [name for name in both[0] if name.startswith(SHARED) and not name.startswith(OF_ITEMS)]
+    assert len(names) > 60
+    whole, bare = (frame.sort_index()[names] for frame in both)
+    pd.testing.assert_frame_equal(whole, bare)

