@@ -26,7 +26,8 @@ SMALL = [
     "source.sample=0.1",
     "labels.cutoffs=2",
     "labels.cutoff_step_days=30",
-    "training.max_epochs=2",
+    "training.max_epochs=4",
+    "training.learning_rate=0.005",
     "training.batch_size=64",
     "network.hidden_size=16",
     "network.layers=1",
@@ -34,7 +35,8 @@ SMALL = [
     "network.intermediate_size=16",
     "network.adapter_size=16",
     "features.history_length=16",
-    "trees.rounds=20",
+    "trees.rounds=60",
+    "trees.learning_rate=0.1",
 ]
 
 

@@ -137,7 +137,7 @@ def _measures(tokens: DataFrame, tokens_kept: int) -> DataFrame:
 
 def _category_days(events: DataFrame) -> DataFrame:
     """``categories`` of each user and day."""
-    price = (F.col("amount") + F.coalesce("discount", F.lit(0))).cast("double") / F.col("quantity")
+    price = F.try_divide((F.col("amount") + F.coalesce("discount", F.lit(0))).cast("double"), F.col("quantity"))
     micro = F.round(F.ln(price) * 1e6).cast("long")
     purchases = events.filter((F.col("kind") == "purchase") & (F.col("amount") >= 0) & F.col("category").isNotNull())
     with_price = purchases.withColumn("micro", F.when((F.col("quantity") > 0) & (price > 0), micro))

@@ -575,8 +575,9 @@ def _category_features(daily: DataFrame, as_of: Sequence[date]) -> DataFrame:
         *(F.sum(F.when(recent, F.col(name)).otherwise(0)).alias(f"{name}_90") for name in sums),
         F.sum("price_sq").alias("price_sq"),
     )
-    n, mean = F.sum("priced_365"), F.sum("price_micro_365") / 1e6 / F.sum("priced_365")
-    variance = F.sum("price_sq") / 1e6 / n - mean * mean
+    n = F.sum("priced_365")
+    mean = F.try_divide(F.sum("price_micro_365") / 1e6, n)
+    variance = F.try_divide(F.sum("price_sq") / 1e6, n) - mean * mean
     reference = (
         by_category.groupBy("as_of_date", "category")
         .agg(n.alias("n"), mean.alias("mean"), F.sqrt(F.greatest(variance, F.lit(0.0))).alias("std"))
