@@ -19,7 +19,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "command", ["featurize", "train", "score", "sql", "quarantine", "generate", "features", "demo"]
+    "command", ["featurize", "adapt-language", "train", "score", "sql", "quarantine", "generate", "features", "demo"]
 )
 def test_help_teaches_each_command(command: str) -> None:
     result = run("bp-spark", command, "--help")

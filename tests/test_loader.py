@@ -126,6 +126,22 @@ def test_values_arrive_unchanged(tmp_path: Path) -> None:
             np.testing.assert_array_equal(found, wanted)
 
 
+def test_a_table_without_arrays_is_read_texts_included(tmp_path: Path) -> None:
+    texts = [f"text {number} 牛奶" for number in range(40)]
+    write_deltalake(str(tmp_path / "t"), pa.table({"row": range(40), "text": texts}))
+    batches = read(Feed(snapshot(str(tmp_path / "t")).share(0, 1), ("row", "text"), ()))
+    assert [len(batch["row"]) for batch in batches if batch is not None] == [8] * 5
+    assert sorted(
+        (row, text) for b in batches if b is not None for row, text in zip(b["row"], b["text"], strict=True)
+    ) == (list(enumerate(texts)))
+
+
+def test_the_size_of_texts_is_that_of_their_characters(tmp_path: Path) -> None:
+    texts = [f"{number:4}" + "x" * 996 for number in range(500)]
+    write_deltalake(str(tmp_path / "t"), pa.table({"text": texts}))
+    assert 500 * 1000 < snapshot(str(tmp_path / "t")).share(0, 1).size < 500 * 1200
+
+
 def test_the_order_depends_on_the_seed_alone(table: Path) -> None:
     share = snapshot(str(table)).share(0, 1)
     used = Feed(share, SCALARS, HISTORY_COLUMNS)

@@ -6,6 +6,7 @@ Results go to standard output, progress and errors to standard error. Exit codes
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from pyspark.sql import Row
 from rich.console import Console
@@ -153,6 +153,29 @@ def quarantine(
 
 
 @app.command()
+def adapt_language(
+    output: Annotated[Path, typer.Argument(help="Folder to make, for the adapted model; must not be there.")],
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Optional: go on pre-training the language model on the platform's own texts, by guessing masked words (under DDP).
+
+    Needs the table texts, which featurize makes. A stopped run goes on from its last epoch. Then set texts.model=OUTPUT:
+    featurize embeds each text anew with it, and train must follow. The loss on held-out texts, printed before and after,
+    says whether the model knows the platform's words better; whether scores got better, train's metrics say.
+
+    Example: bp-spark adapt-language models/our-words language.epochs=3 training.processes=2, then bp-spark featurize
+    --as-of 2017-10-03 texts.model=./models/our-words
+    """
+    settings = _settings(config_file, overrides)
+    from bp_spark import pipeline
+
+    stages = pipeline.adapt_language(_session(settings, "adapt-language"), settings, output)
+    _print(_stage_table("adapt-language", stages))
+    _print(f"To use it: texts.model={output.absolute()} in the settings of featurize, train and score")
+
+
+@app.command()
 def generate(
     folder: Annotated[str, typer.Argument(help="Where to: a folder or an object store's address, empty or not there.")],
     users: Annotated[int, typer.Option(min=1, help="Users of the platform.")] = 10_000,
@@ -210,7 +233,7 @@ def sql(
     try:
         found = spark.sql(query)
     except (AnalysisException, ParseException) as error:
-        raise click.UsageError(str(error).split("\n")[0]) from None
+        raise typer.BadParameter(str(error).strip().splitlines()[0], param_hint="QUERY") from None
     _print(_rows_table(found.columns, [list(row) for row in found.limit(rows).collect()]))
 
 
@@ -250,14 +273,8 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app([command, *given] if command else given, prog_name="bp-spark", standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.ClickException as error:
-        error.show(sys.stderr)
-        sys.exit(error.exit_code)
-    except click.exceptions.Abort:
-        _fail("stopped", 130)
+        # ends the process itself, also after a usage error
+        app([command, *given] if command else given, prog_name="bp-spark")
     except BpSparkError as error:
         _fail(f"error: {error}", error.exit_code)
     except Exception:
@@ -266,7 +283,19 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
 
 
 def _fail(message: str, code: int) -> None:
-    print(message, file=sys.stderr, flush=True)
+    if "PYSPARK_GATEWAY_PORT" in os.environ:
+        # spark-submit passes what Python writes to standard error on to its own standard output
+        from py4j.protocol import Py4JError
+        from pyspark import SparkContext
+        from pyspark.java_gateway import launch_gateway
+
+        try:
+            gateway: Any = SparkContext._gateway or launch_gateway()
+            gateway.jvm.java.lang.System.err.println(message)
+        except (Py4JError, OSError):
+            print(message, file=sys.stderr, flush=True)
+    else:
+        print(message, file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -106,6 +106,29 @@ class TextsConfig(Section):
     """The most frequent texts of the past that a bundle carries; the rest are unknown to it."""
 
 
+class LanguageConfig(Section):
+    """Pre-training of the language model on the platform's own texts (``bp-spark adapt-language``): masked language
+    modelling, Devlin et al. 2019. Ranks, their launcher, seed, gradient clip and work folder are those of ``training``.
+    """
+
+    epochs: Positive = 3
+    """Passes over the texts, at most."""
+    batch_size: Positive = 128
+    """Texts of one step over all ranks."""
+    learning_rate: float = Field(5e-5, gt=0)
+    """Highest learning rate, reached after warmup; it then falls linearly to 0."""
+    mask_share: float = Field(0.15, gt=0, lt=1)
+    """Share of a text's tokens that the model has to guess."""
+    max_texts: Positive = 1_000_000
+    """About so many texts are read, chosen by hash, where the platform has more."""
+    patience: Positive = 2
+    """Epochs without a better loss on held-out texts before stopping."""
+    warmup_fraction: Fraction = 0.06
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = Field(0.01, ge=0)
+    """L2 penalty, decoupled; biases and the scales of norms have none."""
+
+
 class FeaturesConfig(Section):
     """How much of a user's past is read."""
 
@@ -228,6 +251,7 @@ class Config(Section):
     source: SourceConfig = SourceConfig()
     cleaning: CleaningConfig = CleaningConfig()
     texts: TextsConfig = TextsConfig()
+    language: LanguageConfig = LanguageConfig()
     features: FeaturesConfig = FeaturesConfig()
     labels: LabelsConfig = LabelsConfig()
     network: NetworkConfig = NetworkConfig()

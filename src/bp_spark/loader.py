@@ -47,6 +47,7 @@ WORKERS = 2
 
 _VALUE_BYTES = 8
 _ARRAY_BYTES = 112  # of a numpy array object, whatever it holds
+_TEXT_BYTES = 56  # of a Python string, whatever it holds
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Feed:
     Args:
         share: the rows.
         scalars: names of the plain columns to read; no others are decoded.
-        arrays: names of the array columns to read; rows are ordered by the length of the first.
+        arrays: names of the array columns to read; rows are ordered by the length of the first, if there is one.
 
     A small share (:data:`MEMORY_LIMIT`) is decoded by the first pass and kept; a larger one is decoded by
     each.
@@ -234,8 +235,10 @@ class Feed:
     def _by_length(
         self, rows: Columns, picked: np.ndarray, sizes: list[int], rng: np.random.Generator
     ) -> Iterator[Columns | None]:
-        lengths = [len(array) for array in rows[next(iter(self.arrays))][picked]]
-        parts = np.split(picked[np.argsort(lengths, kind="stable")], np.cumsum(sizes)[:-1])
+        if self.arrays:
+            lengths = [len(array) for array in rows[next(iter(self.arrays))][picked]]
+            picked = picked[np.argsort(lengths, kind="stable")]
+        parts = np.split(picked, np.cumsum(sizes)[:-1])
         for index in rng.permutation(len(parts)):
             yield _take(rows, parts[index]) if len(parts[index]) else None
 
@@ -357,4 +360,6 @@ def _describe(group: pq.RowGroupMetaData) -> RowGroup:
     chunks = [group.column(index) for index in range(group.num_columns)]
     arrays = sum("." in chunk.path_in_schema for chunk in chunks)
     size = _VALUE_BYTES * sum(chunk.num_values for chunk in chunks) + _ARRAY_BYTES * arrays * group.num_rows
+    texts = [chunk for chunk in chunks if chunk.physical_type == "BYTE_ARRAY"]
+    size += sum(_TEXT_BYTES * chunk.num_values + chunk.total_uncompressed_size for chunk in texts)
     return RowGroup(group.num_rows, size)

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +42,19 @@ from bp_spark.loader import Columns, Feed, Snapshot
 from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, empty_user, tabular_matrix
 from bp_spark.model.network import SpendNetwork, Statistics
 from bp_spark.training.distributed import Group, process_group, run_ranks
+from bp_spark.training.progress import (
+    TENSORBOARD_FOLDER,
+    Progress,
+    autocast,
+    decayed,
+    resume,
+    save_checkpoint,
+    seed_of,
+    weights,
+)
 
 LABEL = "label_spend"
 MODEL_FOLDER = "model"
-CHECKPOINT_FILE = "checkpoint.pt"
-TENSORBOARD_FOLDER = "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -140,16 +147,6 @@ def inputs_digest(train: Snapshot, valid: Snapshot, spec: InputSpec, texts_path:
     return digest(*parts)
 
 
-@dataclass
-class Progress:
-    """Where a run stands after ``epoch`` epochs; see :class:`FinetuneResult`."""
-
-    epoch: int
-    best_epoch: int
-    best_loss: float
-    history: list[dict[str, float]]
-
-
 @dataclass(frozen=True)
 class Data:
     """One rank's share of a split, and how it becomes tensors."""
@@ -200,7 +197,7 @@ def _train(job: Job, group: Group) -> Progress:
     optimizer = _optimizer(network, settings)
     schedule = _schedule(optimizer, settings, train.steps * settings.max_epochs)
 
-    progress, best = _resume(job, group, network, optimizer, schedule)
+    progress, best = resume(job.run_dir, job.digest, group, network, optimizer, schedule)
     with _report(job, group, progress.epoch) as report:
         while progress.epoch < settings.max_epochs and progress.epoch - progress.best_epoch < settings.patience:
             epoch = progress.epoch + 1
@@ -209,7 +206,7 @@ def _train(job: Job, group: Group) -> Progress:
             if not math.isfinite(train_loss + valid_loss):
                 raise ConfigError(f"training.learning_rate: the loss is not finite after epoch {epoch}, try less")
             if valid_loss < progress.best_loss:
-                progress.best_loss, progress.best_epoch, best = valid_loss, epoch, _copy(network)
+                progress.best_loss, progress.best_epoch, best = valid_loss, epoch, weights(network)
             progress.epoch = epoch
             progress.history.append(
                 {
@@ -222,7 +219,7 @@ def _train(job: Job, group: Group) -> Progress:
             )
             report(progress)
             if group.rank == 0:
-                _save_checkpoint(job, network, optimizer, schedule, progress, best)
+                save_checkpoint(job.run_dir, job.digest, network, optimizer, schedule, progress, best)
 
     network.load_state_dict(best)
     if job.config.network.loss == "mse":
@@ -243,14 +240,14 @@ def _train_epoch(
 ) -> tuple[float, float]:
     """One pass over the training rows of all ranks: the mean loss of a row, and rows per second."""
     started = time.monotonic()
-    torch.manual_seed(_seed(settings.seed, epoch, group.rank))
+    torch.manual_seed(seed_of(settings.seed, epoch, group.rank))
     network: SpendNetwork = model.module
     model.train()
     total = torch.zeros(2, dtype=torch.float64, device=group.device)
-    with train.epoch(_seed(settings.seed, epoch)) as batches:
+    with train.epoch(seed_of(settings.seed, epoch)) as batches:
         for batch, labels in batches:
             rows_of_all = group.sum(torch.tensor(float(len(labels)), device=group.device)).clamp(min=1)
-            with _autocast(group.device):
+            with autocast(group.device):
                 outputs = model(batch)
             loss = network.loss(outputs[: len(labels)], labels).sum()
             optimizer.zero_grad()
@@ -270,7 +267,7 @@ def mean_loss(network: SpendNetwork, data: Data, group: Group) -> float:
     total = torch.zeros(2, dtype=torch.float64, device=group.device)
     with data.epoch(seed=0) as batches:
         for batch, labels in batches:
-            with _autocast(group.device):
+            with autocast(group.device):
                 outputs = network(batch)
             loss = network.loss(outputs[: len(labels)], labels).double().sum()
             total += torch.stack([loss, total.new_tensor(len(labels))])
@@ -341,18 +338,8 @@ def _data(snapshot: Snapshot, job: Job, ids: Tensor, group: Group) -> Data:
     return Data(feed, steps, job.spec, ids.numpy(), group.device)
 
 
-def _autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on a GPU; most CPUs have no arithmetic for it and are slower than in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
 def _optimizer(network: nn.Module, settings: TrainingConfig) -> Optimizer:
-    """Weights decay; biases and the scales of norms, all vectors, don't."""
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups = decayed(network, settings.weight_decay)
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9)
     return torch.optim.AdamW(groups, lr=settings.learning_rate)
@@ -368,60 +355,6 @@ def _schedule(optimizer: Optimizer, settings: TrainingConfig, steps: int) -> LRS
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
     return LambdaLR(optimizer, factor)
-
-
-def _seed(*parts: int) -> int:
-    """One seed of 32 bits from several numbers, unrelated to that of their neighbours."""
-    return int(np.random.SeedSequence([abs(part) for part in parts]).generate_state(1)[0])
-
-
-def _copy(network: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
-
-
-def _save_checkpoint(
-    job: Job,
-    network: nn.Module,
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    progress: Progress,
-    best: dict[str, Tensor],
-) -> None:
-    path = job.run_dir / CHECKPOINT_FILE
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save(
-            {
-                "digest": job.digest,
-                "progress": asdict(progress),
-                "network": network.state_dict(),
-                "best": best,
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-            },
-            file,
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _resume(
-    job: Job, group: Group, network: SpendNetwork, optimizer: Optimizer, schedule: LRScheduler
-) -> tuple[Progress, dict[str, Tensor]]:
-    """Go on from the checkpoint if there is one of the same inputs; rank 0 decides for all."""
-    path = job.run_dir / CHECKPOINT_FILE
-    epoch = 0
-    if group.rank == 0 and path.exists():
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        epoch = saved["progress"]["epoch"] if saved["digest"] == job.digest else 0
-    if not group.from_first(epoch):
-        return Progress(0, 0, math.inf, []), _copy(network)
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    network.load_state_dict(saved["network"])
-    optimizer.load_state_dict(saved["optimizer"])
-    schedule.load_state_dict(saved["schedule"])
-    return Progress(**saved["progress"]), saved["best"]
 
 
 @contextmanager

@@ -1,0 +1,120 @@
+"""What the training jobs share: where a run stands, its checkpoints, and how its random numbers are seeded.
+
+A checkpoint is one file, written beside its place and renamed into it, that only a run of the same inputs goes on from.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from bp_spark.training.distributed import Group
+
+CHECKPOINT_FILE = "checkpoint.pt"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        epoch: epochs run, over all resumptions.
+        best_epoch: the epoch (from 1) of the best validation loss.
+        best_loss: that loss.
+        history: figures of each epoch.
+    """
+
+    epoch: int
+    best_epoch: int
+    best_loss: float
+    history: list[dict[str, float]]
+
+
+def save_checkpoint(
+    folder: Path,
+    digest: str,
+    network: nn.Module,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    progress: Progress,
+    best: dict[str, Tensor],
+) -> None:
+    """Write the state of a run over its older one.
+
+    Args:
+        folder: of the run.
+        digest: identity of the run's inputs.
+        best: weights of the best epoch.
+    """
+    path = folder / CHECKPOINT_FILE
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save(
+            {
+                "digest": digest,
+                "progress": asdict(progress),
+                "network": network.state_dict(),
+                "best": best,
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+            },
+            file,
+        )
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def resume(
+    folder: Path, digest: str, group: Group, network: nn.Module, optimizer: Optimizer, schedule: LRScheduler
+) -> tuple[Progress, dict[str, Tensor]]:
+    """Go on from the checkpoint if there is one of the same inputs; rank 0 decides for all.
+
+    Returns:
+        Where the run stands, and the best weights; those of ``network`` before the first epoch.
+    """
+    path = folder / CHECKPOINT_FILE
+    epoch = 0
+    if group.rank == 0 and path.exists():
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        epoch = saved["progress"]["epoch"] if saved["digest"] == digest else 0
+    if not group.from_first(epoch):
+        return Progress(0, 0, math.inf, []), weights(network)
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    network.load_state_dict(saved["network"])
+    optimizer.load_state_dict(saved["optimizer"])
+    schedule.load_state_dict(saved["schedule"])
+    return Progress(**saved["progress"]), saved["best"]
+
+
+def weights(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of the network's state in main memory."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+
+
+def decayed(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Parameter groups of an optimizer: weights decay; biases and the scales of norms, all vectors, don't."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU; most CPUs have no arithmetic for it and are slower than in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def seed_of(*parts: int) -> int:
+    """One seed of 32 bits from several numbers, unrelated to that of their neighbours."""
+    return int(np.random.SeedSequence([abs(part) for part in parts]).generate_state(1)[0])

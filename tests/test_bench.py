@@ -1,0 +1,115 @@
+"""The benchmarks run, and what they compare is the same work; how fast it is, no test says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pytest
+from bench import data
+from bench.duckdb_peer import MACROS, dialect
+
+from bp_spark import config
+from bp_spark.features import SEQUENCE_COLUMNS, catalogue
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("bench")
+    command = [
+        sys.executable,
+        "-m",
+        "bench.data",
+        "--quick",
+        "--folder",
+        str(folder),
+        "--out",
+        str(folder / "data.json"),
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=850)
+    assert [path.name for path in folder.iterdir()] == ["data.json"]
+    return json.loads((folder / "data.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_spark_and_duckdb_do_the_same_work(figures: dict[str, Any]) -> None:
+    for full in figures["full"].values():
+        assert full["compared"]["equal_cells"] > data.EQUAL_CELLS
+        assert full["compared"]["users"] > 50
+        assert full["ratio"] == pytest.approx(full["spark_seconds"] / full["duckdb_seconds"])
+
+
+@pytest.mark.slow
+def test_every_row_of_the_dirty_platform_is_accounted_for(figures: dict[str, Any]) -> None:
+    dirt = figures["dirt"]
+    assert dirt["balanced"]
+    assert dirt["rows"] == dirt["events"] + dirt["duplicates"] + dirt["quarantine"]
+    assert dirt["share"] == pytest.approx(0.05, abs=0.01)
+    assert dirt["latent"]["spearman"] > 0.1
+
+
+@pytest.mark.slow
+def test_the_figures_of_the_nights_are_there(figures: dict[str, Any]) -> None:
+    assert figures["growth"]["ratio"] > 0
+    assert figures["new_day"]["events"] > 0
+    assert figures["new_day"]["ratio"] > 0
+    assert figures["embedding"]["second_seconds"] < figures["embedding"]["first_seconds"]
+    assert set(figures["goals"]) == {"full", "new_day"}
+
+
+@pytest.mark.parametrize(
+    ("spark_sql", "value"),
+    [
+        ("aggregate(array(3, 1, 2), 0L, (s, x) -> s + x)", 6),
+        ("aggregate(array(300, 400), 0D, (s, x) -> s + x / 100 * (x / 100))", 25.0),
+        ("array_sort(array(3, 1, 2))[1]", 2),
+        ("array_max(array(3, 1, 2))", 3),
+        ("size(filter(array(3, -1, 2), x -> x > 0))", 2),
+        ("try_divide(1, 0)", None),
+        ("try_divide(1, 4)", 0.25),
+        ("get(array(7, 8), 1)", 8),
+        ("get(array(7, 8), 2)", None),
+        ("weekday(DATE '2024-01-01')", 0),
+        ("if(2 > 1, 3 * 2.5D, null)", 7.5),
+    ],
+)
+def test_the_catalogues_sql_means_the_same_in_duckdb(spark_sql: str, value: float | None) -> None:
+    connection = duckdb.connect()
+    connection.execute(MACROS)
+    assert connection.execute(f"SELECT {dialect(spark_sql)}").fetchone() == (value,)
+
+
+def _features(**changes: Any) -> pa.Table:
+    settings = config.load()
+    columns: dict[str, Any] = {"user_key": ["b", "a"]}
+    columns |= {feature.name: pa.array([1.0, None], pa.float32()) for feature in catalogue(settings.features).features}
+    columns |= {c.name: pa.array([[1, 2], []], pa.list_(pa.int64())) for c in SEQUENCE_COLUMNS}
+    return pa.table(columns | changes)
+
+
+def test_equal_features_pass_in_any_order_of_users() -> None:
+    compared = data.compare(_features(), _features().take([1, 0]), config.load())
+    assert compared["equal_cells"] == 1
+    assert compared["users"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"user_key": ["b", "c"]}, "not of the same ones"),
+        ({"recency_days": pa.array([1.1, None], pa.float32())}, "recency_days"),
+        ({"recency_days": pa.array([1.0, 0.0], pa.float32())}, "recency_days"),
+        ({"seq_kind": pa.array([[1, 3], []], pa.list_(pa.int64()))}, "seq_kind"),
+        ({"seq_kind": pa.array([[1], [2]], pa.list_(pa.int64()))}, "seq_kind"),
+    ],
+)
+def test_features_that_differ_fail_loudly(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(data.BenchError, match=message):
+        data.compare(_features(), _features(**changes), config.load())
