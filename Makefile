@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint format lock clean
+.PHONY: help install demo test test-fast bench-data lint format lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ test: lint ## lint, types, import contract, all tests
 
 test-fast: install ## all but the heavy tests
 	$(BIN)/python -m pytest -m 'not slow'
+
+bench-data: install ## the data half against DuckDB, growth, a new day, dirt: JSON to standard output
+	$(BIN)/python -m bench.data
 
 lint: install ## ruff, mypy, import contract
 	$(BIN)/ruff check .
