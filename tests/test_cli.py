@@ -76,3 +76,7 @@ def test_a_spark_without_delta_is_told_what_is_missing(tmp_path: Path) -> None:
     )
     assert result.returncode == 5
     assert "no Delta Lake" in result.stderr
+
+
+def test_the_page_of_features_is_the_catalogue() -> None:
+    assert run("bp-spark", "features").stdout == (ROOT / "docs/features.md").read_text(encoding="utf-8")
