@@ -11,9 +11,9 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 import pytest
+
 from bench import data
 from bench.duckdb_peer import MACROS, dialect
-
 from bp_spark import config
 from bp_spark.features import SEQUENCE_COLUMNS, catalogue
 

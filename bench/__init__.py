@@ -1,0 +1,1 @@
+"""Measurements side by side; results go to ``build/bench``."""
