@@ -156,7 +156,7 @@ def changed_after(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
     return pd.concat([kept, added], ignore_index=True).astype(object)
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**31))
 def test_future_events_do_not_change_features(spark: SparkSession, seed: int) -> None:
     rows = random_events(seed, users=20).astype(object)
