@@ -160,7 +160,7 @@ class NetworkConfig(Section):
     heads: Positive = 4
     intermediate_size: Positive = 128
     adapter_size: Positive = 64
-    dropout: Fraction = 0.25
+    dropout: Fraction = 0.1
     pooling: Literal["attention", "mean"] = "attention"
     loss: Literal["ziln", "mse"] = "ziln"
     """``ziln``: zero-inflated lognormal (Wang et al. 2019); ``mse``: squared error of log1p spend."""
@@ -186,7 +186,7 @@ class TrainingConfig(Section):
     """Epochs without a better validation loss before stopping."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(5e-4, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
     """L2 penalty (decoupled for AdamW)."""
     warmup_fraction: Fraction = 0.1
     gradient_clip: float = Field(1.0, gt=0)
