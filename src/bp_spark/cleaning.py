@@ -22,14 +22,14 @@ from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from bp_spark.config import CleaningConfig
-from bp_spark.tables import EVENTS, RAW_LOGS, RAW_TABLES
+from bp_spark.sources.contract import RAW
+from bp_spark.tables import EVENTS, RAW_LOGS
 from bp_spark.texts import normalised, text_id
 
 FORMAT = 1
 """Raised when events mean something else than before: older ones are then cleaned anew."""
 
 ACTIONS = ("browse", "click", "cart", "favourite", "coupon")
-RAW = {table.name: table for table in RAW_TABLES}
 LOGS = tuple(table.name for table in RAW_LOGS)
 MONEY = "decimal(18,2)"
 
@@ -135,7 +135,6 @@ def _judgeable(df: DataFrame, table: str, known: Mapping[str, DataFrame], config
 
 def _item_versions(raw_items: DataFrame) -> DataFrame:
     """What was known of each item from one ingest (``_from``) to before another (``_to``)."""
-    leaf = F.element_at(F.split("category", " > "), -1)
     newest = Window.partitionBy("item_id", "ingest_id").orderBy(F.desc("delivery"), F.desc("title"), F.desc("category"))
     later = Window.partitionBy("item_id").orderBy("ingest_id")
     forever = F.lit(2**62)
@@ -148,9 +147,15 @@ def _item_versions(raw_items: DataFrame) -> DataFrame:
             F.col("ingest_id").alias("_from"),
             F.coalesce(F.lead("ingest_id").over(later), forever).alias("_to"),
             F.nullif(F.trim("category"), F.lit("")).alias("category"),
-            normalised(F.coalesce(F.col("title"), leaf)).alias("item_text"),
+            _item_text().alias("item_text"),
         )
     )
+
+
+def _item_text() -> Column:
+    """The text that describes an item: its title, else the narrowest part of its category."""
+    leaf = F.element_at(F.split("category", " > "), -1)
+    return normalised(F.coalesce(F.col("title"), leaf))
 
 
 def _with_rate(df: DataFrame, raw_rates: DataFrame | None, currency: str) -> DataFrame:
@@ -293,15 +298,12 @@ def _identified(df: DataFrame) -> DataFrame:
 
 def texts(raw: Mapping[str, DataFrame]) -> DataFrame:
     """Every normalised text of items, queries and reviews: ``text``, ``ingest_id`` of the ingest that brought it."""
-    leaf = F.element_at(F.split("category", " > "), -1)
     source = {
-        "raw_items": F.coalesce(F.col("title"), leaf),
-        "raw_searches": F.col("query"),
-        "raw_reviews": F.col("text"),
+        "raw_items": _item_text(),
+        "raw_searches": normalised(F.col("query")),
+        "raw_reviews": normalised(F.col("text")),
     }
-    found = [
-        raw[name].select(normalised(text).alias("text"), "ingest_id") for name, text in source.items() if name in raw
-    ]
+    found = [raw[name].select(text.alias("text"), "ingest_id") for name, text in source.items() if name in raw]
     nothing = raw[next(iter(raw))].select(F.lit(None).cast("string").alias("text"), "ingest_id").limit(0)
     return _union([nothing, *found]).filter(F.col("text").isNotNull())
 

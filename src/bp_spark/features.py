@@ -17,11 +17,10 @@ from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from bp_spark.config import FeaturesConfig
-from bp_spark.daily import cents
+from bp_spark.daily import MONEY, cents
 from bp_spark.tables import KINDS, USER_DAILY, Column, Table
 
 KEY = ["user_key", "as_of_date"]
-MONEY = "decimal(18,2)"
 CATEGORY_BUCKETS = 16
 WEEKS = 12
 

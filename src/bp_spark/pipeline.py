@@ -383,15 +383,16 @@ def _featurize(run: Run, as_of: Sequence[date]) -> None:
     table = features.user_features_table(config)
     built_from = digest(__version__, lakehouse.version("user_daily"), config, features.catalogue(config))
     with run.stage("featurize", built_from) as figures:
-        missing = [day for day in as_of if day not in _built(lakehouse, built_from)]
+        built = _built(lakehouse, built_from)
+        missing = [day for day in as_of if day not in built]
         figures["dates"] = len(missing)
         if not missing:
             figures["status"] = "unchanged"
             return
         rows = features.user_features(lakehouse.read("user_daily"), missing, config, built_from)
         lakehouse.replace(table, rows, where={"as_of_date": missing}, inputs=built_from)
-        built = lakehouse.read("user_features").filter(F.col("as_of_date").isin(*missing))
-        figures["users"] = built.count()
+        written = lakehouse.read("user_features").filter(F.col("as_of_date").isin(*missing))
+        figures["users"] = written.count()
 
 
 def _built(lakehouse: Lakehouse, built_from: str) -> set[date]:
