@@ -6,8 +6,8 @@ In: sizes. Out: ``build/bench/data.json``, also on standard output, with these f
   files with as many threads (:mod:`bench.duckdb_peer`); the features of both are compared cell by cell. Neither embeds texts:
   DuckDB is given what the language model made of them.
 - ``growth``: seconds of the largest size over those of the smallest, without embedding.
-- ``new_day``: a night with one more delivery day over the rebuild of the same tables.
-- ``embedding``: the stage ``embed`` on a night without new texts, and on the first.
+- ``new_day``: of each size, a night with one more delivery day over the rebuild of the same tables.
+- ``embedding``: of each size, the stage ``embed`` on a night without new texts, and on the first.
 - ``dirt``: every raw row is an event, a duplicate or in quarantine, in the numbers that the generator wrote; and how well the
   features tell the purchasing power behind a user.
 
@@ -401,6 +401,10 @@ def run(sizes: Sizes, folder: Path, threads: int, memory: str) -> dict[str, Any]
     clock = time.monotonic()
     spark = get_session(config.load(), "bp-spark bench")
     spark.sparkContext.setLogLevel("ERROR")
+    if sizes == QUICK:
+        # to compile would be most of the time of toy sizes
+        spark.conf.set("spark.sql.codegen.wholeStage", "false")
+        spark.conf.set("spark.sql.codegen.factoryMode", "NO_CODEGEN")
     if sizes.warm_up:
         at = make_platform(spark, folder / "warm-up", sizes.warm_up, sizes)
         at.featurize(at.last_night)
@@ -409,16 +413,19 @@ def run(sizes: Sizes, folder: Path, threads: int, memory: str) -> dict[str, Any]
         "machine": _machine(threads, memory),
         "start_up_seconds": time.monotonic() - clock,
         "full": {},
+        "new_day": {},
+        "embedding": {},
     }
     builds: dict[int, float] = {}
     for events in sorted(sizes.full):
         at = make_platform(spark, folder / str(events), events, sizes)
         figures["full"][str(events)], first = measure_full(at, events, threads, memory)
         builds[events] = seconds(first) - seconds(first, "embed")
-        if events == min(sizes.full):
-            figures |= measure_nights(at, first)
+        for name, measured in measure_nights(at, first).items():
+            figures[name][str(events)] = measured
         shutil.rmtree(at.root)
         _say(figures["full"][str(events)])
+        _say(figures["new_day"][str(events)])
     smallest, largest = min(builds), max(builds)
     figures["growth"] = {"from": smallest, "to": largest, "ratio": builds[largest] / builds[smallest]}
     if sizes.dirt:
@@ -427,7 +434,7 @@ def run(sizes: Sizes, folder: Path, threads: int, memory: str) -> dict[str, Any]
         shutil.rmtree(at.root)
     figures["goals"] = {
         "full": {"at_most": GOALS["full"], "is": figures["full"][str(largest)]["ratio"]},
-        "new_day": {"at_most": GOALS["new_day"], "is": figures["new_day"]["ratio"]},
+        "new_day": {"at_most": GOALS["new_day"], "is": figures["new_day"][str(largest)]["ratio"]},
     }
     figures["load_at_end"] = os.getloadavg()
     return figures

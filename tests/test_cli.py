@@ -45,6 +45,16 @@ def test_a_date_that_is_none_is_one_clear_error() -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_a_synthetic_platform_that_cannot_be_is_one_clear_error(tmp_path: Path) -> None:
+    result = run(
+        "bp-spark", "generate", str(tmp_path / "platform"), "synthetic.malformed_rate=0.9", "synthetic.late_rate=0.2"
+    )
+    assert result.returncode == 2
+    assert "must be less than 1 together" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "platform").exists()
+
+
 def test_a_missing_option_is_a_usage_error() -> None:
     result = run("bp-spark", "score")
     assert result.returncode == 2

@@ -15,7 +15,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from scipy import stats
 
-from bp_spark.errors import DataError
+from bp_spark.errors import ConfigError, DataError
 from bp_spark.sources import synthetic
 from bp_spark.sources.files import FilesSource
 from bp_spark.sources.synthetic import LOGS, Summary, SyntheticConfig, generate
@@ -262,6 +262,11 @@ def test_peaks_and_evenings_are_busier(platform: Platform) -> None:
     assert daily.max() > 1.6 * daily.median()
     hourly = ts.dt.hour.value_counts()
     assert hourly[20] > 5 * hourly[3]
+
+
+def test_too_few_items_for_one_of_each_kind_are_refused(spark: SparkSession, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"synthetic\.items \(3\)"):
+        generate(spark, SyntheticConfig(items=3), str(tmp_path))
 
 
 def test_items_follow_zipfs_law_within_a_cell(spark: SparkSession) -> None:

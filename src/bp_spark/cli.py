@@ -178,23 +178,21 @@ def adapt_language(
 @app.command()
 def generate(
     folder: Annotated[str, typer.Argument(help="Where to: a folder or an object store's address, empty or not there.")],
-    users: Annotated[int, typer.Option(min=1, help="Users of the platform.")] = 10_000,
-    days: Annotated[int, typer.Option(min=1, help="Days of events.")] = 365,
-    seed: Annotated[int, typer.Option(help="The same seed and settings, the same platform.")] = 7,
     overrides: Overrides = None,
     config_file: ConfigOption = None,
 ) -> None:
-    """Make a synthetic platform of any size: files of all five kinds of events, with dirt, and a mapping to read them.
+    """Make the synthetic platform of the section synthetic: files of all five kinds of events, with dirt, and a mapping to
+    read them.
 
-    Example: bp-spark generate platform --users 100000, then bp-spark featurize --as-of 2024-10-01 source.kind=files
+    Example: bp-spark generate platform synthetic.users=100000, then bp-spark featurize --as-of 2024-10-01 source.kind=files
     source.mapping=platform/source.yaml
     """
     settings = _settings(config_file, overrides)
     from bp_spark.sources import synthetic
 
-    wanted = synthetic.SyntheticConfig(users=users, days=days, seed=seed)
-    made = synthetic.generate(_session(settings, "generate"), wanted, folder)
-    _print(_rows_table(["table", "rows"], sorted(made.rows.items()), title=f"{folder}: {users:,} users, {days} days"))
+    made = synthetic.generate(_session(settings, "generate"), settings.synthetic, folder)
+    size = f"{settings.synthetic.users:,} users, {settings.synthetic.days} days"
+    _print(_rows_table(["table", "rows"], sorted(made.rows.items()), title=f"{folder}: {size}"))
     _print(_rows_table(["table", "dirt", "rows"], [(*of, n) for of, n in sorted(made.dirt.items())], title="dirt"))
 
 

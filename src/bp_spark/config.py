@@ -21,6 +21,7 @@ from bp_spark.errors import ConfigError
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Folder = Annotated[str, Field(min_length=1)]
+Delivered = Literal["transactions", "behaviours", "searches", "reviews", "items"]
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -244,6 +245,49 @@ class EvaluationConfig(Section):
     """Users brought to the driver for exact metrics and calibration; a larger platform is sampled by hash."""
 
 
+class SyntheticConfig(Section):
+    """The synthetic platform that ``bp-spark generate`` makes; shares are of the rows of each log."""
+
+    users: Positive = 10_000
+    days: Positive = 365
+    first_day: date = date(2024, 1, 1)
+    items: Positive | None = None
+    """Items on offer; by default one for 20 users, from 200 to 200,000."""
+    seed: int = 7
+    duplicate_rate: Fraction = 0.01
+    """Rows that come again in a later delivery."""
+    late_rate: Fraction = 0.02
+    """Rows that are delivered 1-30 days after their day."""
+    malformed_rate: Fraction = 0.01
+    refund_rate: Fraction = 0.03
+    """Order lines paid back 1-14 days later (within the period)."""
+    chinese_share: float = Field(0.5, ge=0, le=1)
+    """Share of users who write, and of items that are titled, in Chinese."""
+    kinds: Annotated[tuple[Delivered, ...], AfterValidator(_distinct)] = (
+        "transactions",
+        "behaviours",
+        "searches",
+        "reviews",
+        "items",
+    )
+    """What the platform delivers, beside users and rates."""
+    whale_events: int = Field(0, ge=0)
+    """Browse events that one more user leaves; 0 for no such user."""
+    hot_item_share: Fraction = 0.0
+    """Share of visited items that are one and the same."""
+
+    @property
+    def item_count(self) -> int:
+        """Items on offer."""
+        return self.items or max(200, min(200_000, self.users // 20))
+
+    @model_validator(mode="after")
+    def _dirt_leaves_clean_rows(self) -> SyntheticConfig:
+        if self.duplicate_rate + self.late_rate + self.malformed_rate >= 1:
+            raise ValueError("duplicate_rate, late_rate and malformed_rate must be less than 1 together")
+        return self
+
+
 class Config(Section):
     """All settings of the platform. See each section."""
 
@@ -261,6 +305,7 @@ class Config(Section):
     fusion: FusionConfig = FusionConfig()
     scoring: ScoringConfig = ScoringConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    synthetic: SyntheticConfig = SyntheticConfig()
     bundles: Folder = "bundles"
     """Folder of model bundles; ``bundles/current`` names the promoted one."""
 

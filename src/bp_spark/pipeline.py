@@ -6,6 +6,7 @@ the run. A stage whose inputs are unchanged is skipped; every stage leaves a row
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -334,8 +335,9 @@ def _embed(run: Run) -> None:
         unread = lakehouse.read("texts")
         if lakehouse.exists("text_embeddings"):
             unread = texts.unread(unread, lakehouse.read("text_embeddings"), model)
-        # as many tasks as cores: the model is loaded once in each
-        unread = unread.repartition(run.spark.sparkContext.defaultParallelism, "text_id")
+        # the model is loaded once in each task: as many as there are cores, but one for a handful of texts
+        tasks = min(run.spark.sparkContext.defaultParallelism, math.ceil(unread.count() / texts.TEXTS_PER_TASK))
+        unread = unread.repartition(max(1, tasks), "text_id")
         lakehouse.append(TEXT_EMBEDDINGS, texts.embed(unread, config), inputs=inputs)
         figures["texts"] = lakehouse.read("text_embeddings").filter(F.col("model_digest") == model).count()
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 MAX_CHARACTERS = 2_000
+TEXTS_PER_TASK = 500
+"""To read fewer takes less time than to load the model."""
 PRAISE = (
     "excellent quality i love it",
     "great product works perfectly highly recommended",

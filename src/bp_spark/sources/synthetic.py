@@ -38,21 +38,19 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, timedelta
-from typing import Any, Literal
+from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import yaml
-from pydantic import Field, model_validator
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 from scipy import special
 
-from bp_spark.config import Fraction, Positive, Section
-from bp_spark.errors import DataError
+from bp_spark.config import SyntheticConfig
+from bp_spark.errors import ConfigError, DataError
 
 LOGS = ("transactions", "behaviours", "searches", "reviews")
-Kind = Literal["transactions", "behaviours", "searches", "reviews", "items"]
 Key = Column | str
 
 # --- constants of the model; rates are per day, values in USD ------------------------------------------------------------
@@ -176,43 +174,6 @@ DELIVERED: Mapping[str, tuple[str, ...]] = {
 """Columns of each table's files; all text but ``quantity`` (int) and ``dwell_s`` (double)."""
 
 
-class SyntheticConfig(Section):
-    """Size, seed and dirt of a synthetic platform; shares are of the rows of each log."""
-
-    users: Positive = 10_000
-    days: Positive = 365
-    first_day: date = date(2024, 1, 1)
-    items: int | None = Field(None, ge=CELLS)
-    """Items on offer; by default one for 20 users, from 200 to 200,000."""
-    seed: int = 7
-    duplicate_rate: Fraction = 0.01
-    """Rows that come again in a later delivery."""
-    late_rate: Fraction = 0.02
-    """Rows that are delivered 1-30 days after their day."""
-    malformed_rate: Fraction = 0.01
-    refund_rate: Fraction = 0.03
-    """Order lines paid back 1-14 days later (within the period)."""
-    chinese_share: float = Field(0.5, ge=0, le=1)
-    """Share of users who write, and of items that are titled, in Chinese."""
-    kinds: tuple[Kind, ...] = ("transactions", "behaviours", "searches", "reviews", "items")
-    """What the platform delivers, beside users and rates."""
-    whale_events: int = Field(0, ge=0)
-    """Browse events that one more user, ``WHALE``, leaves."""
-    hot_item_share: Fraction = 0.0
-    """Share of visited items that are ``HOT_ITEM``."""
-
-    @property
-    def item_count(self) -> int:
-        """Items on offer."""
-        return self.items or max(200, min(200_000, self.users // 20))
-
-    @model_validator(mode="after")
-    def _dirt_leaves_clean_rows(self) -> SyntheticConfig:
-        if self.duplicate_rate + self.late_rate + self.malformed_rate >= 1:
-            raise ValueError("duplicate_rate, late_rate and malformed_rate must be less than 1 together")
-        return self
-
-
 WHALE = "u-whale"
 HOT_ITEM = "i00000000"
 
@@ -237,9 +198,12 @@ def generate(spark: SparkSession, config: SyntheticConfig, folder: str) -> Summa
         Counts of rows and dirt, as also in ``truth/dirt`` (table, kind, rows).
 
     Raises:
+        ConfigError: too few items for one of each type and price tier.
         DataError: the folder holds something.
     """
     started = time.monotonic()
+    if config.item_count < CELLS:
+        raise ConfigError(f"synthetic.items ({config.item_count}): must be {CELLS} at least, one of each type and tier")
     folder = folder.rstrip("/")
     _require_empty(spark, folder)
     # read back, so that no optimiser computes a user's latent truth anew for each filter that follows
