@@ -179,7 +179,7 @@ def test_labels_are_the_spend_of_the_horizon_in_the_events(line: Line) -> None:
 
 def test_metrics_cover_all_members_and_seen_and_unseen_users(line: Line) -> None:
     metrics = line.trained.metrics
-    assert set(metrics["member"]) == {"linear", "trees", "transformer", "fused"}
+    assert set(metrics["member"]) == {"linear", "btyd", "trees", "transformer", "fused"}
     users = metrics.drop_duplicates("population").set_index("population")["users"]
     assert users["seen"] + users["unseen"] == users["all"] == line.scored.users
     stored = line.lakehouse.read("metrics").filter(F.col("bundle_digest") == line.trained.bundle.digest)

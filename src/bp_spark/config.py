@@ -220,11 +220,11 @@ class LinearConfig(Section):
 class FusionConfig(Section):
     """How members become one expected spend."""
 
-    members: Annotated[tuple[Literal["linear", "trees", "transformer"], ...], AfterValidator(_distinct)] = (
+    members: Annotated[tuple[Literal["linear", "btyd", "trees", "transformer"], ...], AfterValidator(_distinct)] = (
         "trees",
         "transformer",
     )
-    """Members in the (geometric) mean."""
+    """Members in the (geometric) mean: linear, btyd, trees, transformer."""
     coverage: float = Field(0.9, gt=0, lt=1)
     """Share of users whose spend should fall inside ``low``..``high``."""
 

@@ -28,6 +28,7 @@ from bp_spark.config import Config, digest
 from bp_spark.errors import DataError
 from bp_spark.loader import snapshot
 from bp_spark.model import bundle as bundles
+from bp_spark.model.btyd import fit_btyd
 from bp_spark.model.bundle import Bundle
 from bp_spark.model.fusion import Fusion
 from bp_spark.model.inputs import InputSpec
@@ -575,11 +576,13 @@ def _fit(run: Run, rows: DataFrame, vocabulary: Path, folder: Path) -> list[Memb
     rows.persist()
     with run.stage("fit linear"):
         linear = fit_linear(rows, RFM, config.linear)
+    with run.stage("fit btyd"):
+        btyd = fit_btyd(rows, config.labels.horizon_days)
     with run.stage("fit trees") as figures:
         trees = fit_trees(rows, catalogue.names, config.trees, seed=config.training.seed)
         figures["rounds"] = trees.rounds
     rows.unpersist()
-    members: list[Member] = [linear, trees]
+    members: list[Member] = [linear, btyd, trees]
     if "transformer" in config.fusion.members:
         members.append(_fit_transformer(run, catalogue, vocabulary, folder))
     return members

@@ -364,7 +364,7 @@ METRICS = Table(
         ("bundle_digest", "string!", "Bundle"),
         ("test_date", "date!", "Evaluation date; the horizon after it was not trained on"),
         ("population", "string!", "all, seen or unseen users"),
-        ("member", "string!", "linear, trees, transformer or fused"),
+        ("member", "string!", "linear, btyd, trees, transformer or fused"),
         ("metric", "string!", "Name of the figure"),
         ("value", "double", "Figure"),
         ("users", "bigint!", "Users it was computed over"),

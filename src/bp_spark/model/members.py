@@ -2,8 +2,8 @@
 
 In: the training set as a Spark DataFrame (features, ``label_spend``, ``split``) to fit, numpy columns to
 predict. Out: :class:`Member` objects that save themselves as plain files (JSON, safetensors; nothing is ever
-unpickled). The linear and the boosted-trees member live here; the sequence model is
-:class:`bp_spark.model.network.TransformerMember`.
+unpickled). The linear and the boosted-trees member live here; the purchase-process model is
+:class:`bp_spark.model.btyd.BtydMember`, the sequence model :class:`bp_spark.model.network.TransformerMember`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Member(Protocol):
 
     @property
     def name(self) -> str:
-        """Short name, unique in a bundle: ``linear``, ``trees``, ``transformer``."""
+        """Short name, unique in a bundle: ``linear``, ``btyd``, ``trees``, ``transformer``."""
         ...
 
     def predict(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -75,6 +75,11 @@ def load_member(name: str, folder: Path) -> Member:
         return LinearMember.load(folder)
     if name == TreesMember.name:
         return TreesMember.load(folder)
+    if name == "btyd":
+        # it imports this module
+        from bp_spark.model.btyd import BtydMember
+
+        return BtydMember.load(folder)
     if name == "transformer":
         # torch takes seconds to import: bundles without a sequence model don't pay for it.
         from bp_spark.model.network import TransformerMember
@@ -129,7 +134,7 @@ class LinearMember:
     def load(cls, folder: Path) -> Self:
         """Read ``linear.json``; see :meth:`Member.load`."""
         path = Path(folder) / cls.FILE
-        document = _read_json(path)
+        document = read_json(path)
         if set(document) != {field.name for field in fields(cls)}:
             raise BundleError(f"{path}: not a linear member")
         try:
@@ -158,7 +163,7 @@ def fit_linear(df: DataFrame, features: Sequence[str], conf: LinearConfig) -> Li
     Raises:
         DataError: a column is missing, or no row is a training row.
     """
-    _require(df, [*features, LABEL, SPLIT])
+    require(df, [*features, LABEL, SPLIT])
     train = df.where(F.col(SPLIT) == "train").select(
         F.log1p(_spend()).alias(LABEL), *[_signed_log(name).alias(name) for name in features]
     )
@@ -276,7 +281,7 @@ class TreesMember:
     def load(cls, folder: Path) -> Self:
         """Read ``trees.json``; see :meth:`Member.load`."""
         path = Path(folder) / cls.FILE
-        document = _read_json(path)
+        document = read_json(path)
         try:
             learner = document["learner"]
             ours = learner["objective"]["name"] == "reg:tweedie" and len(learner["feature_names"]) > 0
@@ -323,7 +328,7 @@ def fit_trees(
     """
     from xgboost.spark import SparkXGBRegressor
 
-    _require(df, [*features, LABEL, SPLIT, *key, *([weight] if weight else [])])
+    require(df, [*features, LABEL, SPLIT, *key, *([weight] if weight else [])])
     valid = F.col(SPLIT) == "valid"
     rows = df.where(F.col(SPLIT).isin("train", "valid"))
     counted = rows.agg(
@@ -424,13 +429,23 @@ def _signed_log(name: str) -> Column:
     return F.signum(value) * F.log1p(F.abs(value))
 
 
-def _require(df: DataFrame, names: Iterable[str]) -> None:
+def require(df: DataFrame, names: Iterable[str]) -> None:
+    """Make sure that the training set has these columns.
+
+    Raises:
+        DataError: one is missing; the message names it.
+    """
     for name in names:
         if name not in df.columns:
             raise DataError(TABLE, "column is missing", column=name)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a member's file.
+
+    Raises:
+        BundleError: the file can't be read or holds no JSON object.
+    """
     try:
         document = json.loads(path.read_bytes())
     except OSError as error:
