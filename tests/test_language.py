@@ -41,6 +41,7 @@ from bp_spark.errors import ConfigError, DataError
 from bp_spark.loader import Snapshot, snapshot
 from bp_spark.tables import Lakehouse
 from bp_spark.training import language as module
+from bp_spark.training import loop
 from bp_spark.training.distributed import process_group
 from bp_spark.training.language import (
     HELD_OUT,
@@ -315,15 +316,15 @@ class StoppedError(Exception):
 
 def adapt_and_stop_after(epochs: int, stopped: Job) -> None:
     """Adapt until the checkpoint of that epoch is written and another epoch is under way, then fail."""
-    count, mean_loss = itertools.count(0), module.mean_loss
+    count, mean_losses = itertools.count(1), loop.mean_losses
 
-    def fail_later(*args: Any) -> float:
+    def fail_later(*args: Any) -> list[float]:
         if next(count) > epochs:
             raise StoppedError
-        return mean_loss(*args)
+        return mean_losses(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "mean_loss", fail_later)
+        patch.setattr(loop, "mean_losses", fail_later)
         with pytest.raises(StoppedError):
             adapt_rank(stopped)
     assert not stopped.output.exists()
@@ -333,14 +334,14 @@ def test_a_stopped_run_goes_on_where_it_was(folder: Path, single_rank: None) -> 
     stopped = job(folder, "stopped", "language.epochs=3")
     adapt_and_stop_after(2, stopped)
     epochs: list[int] = []
-    train_epoch = module._train_epoch
+    train_epoch = loop.train_epoch
 
-    def counted(*args: Any) -> float:
-        epochs.append(args[3])
+    def counted(*args: Any) -> list[float]:
+        epochs.append(args[2])
         return train_epoch(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_train_epoch", counted)
+        patch.setattr(loop, "train_epoch", counted)
         resumed = adapt_rank(stopped)
     assert epochs == [3]
     undisturbed_job = job(folder, "undisturbed", "language.epochs=3")
@@ -359,7 +360,8 @@ def losses(outcome: Outcome) -> list[float]:
 def test_a_model_that_gets_no_better_stays_as_it_is(folder: Path, single_rank: None) -> None:
     useless = job(folder, "useless", "language.learning_rate=1e-30", "language.epochs=5", "language.patience=1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "mean_loss", lambda *args: 3.0)
+        for where in (module, loop):
+            patch.setattr(where, "mean_losses", lambda *args: [3.0])
         progress = adapt_rank(useless).progress
     assert (progress.epoch, progress.best_epoch) == (1, 0)
     before, after = (load_file(str(path / "model.safetensors")) for path in (folder / "bert", useless.output))
@@ -369,8 +371,7 @@ def test_a_model_that_gets_no_better_stays_as_it_is(folder: Path, single_rank: N
 
 def test_a_loss_that_is_not_finite_is_an_error(folder: Path, single_rank: None) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        values = iter([3.0, math.nan])
-        patch.setattr(module, "mean_loss", lambda *args: next(values))
+        patch.setattr(loop, "mean_losses", lambda *args: [math.nan])
         with pytest.raises(ConfigError, match=r"language\.learning_rate"):
             adapt_rank(job(folder, "wild", "language.epochs=1"))
 

@@ -21,8 +21,10 @@ from bp_spark.errors import DataError, PlatformError
 from bp_spark.loader import Snapshot, snapshot
 from bp_spark.model.network import WEIGHTS_FILE, TransformerMember
 from bp_spark.training import finetune as module
+from bp_spark.training import loop
 from bp_spark.training.distributed import process_group, run_ranks
 from bp_spark.training.finetune import Job, finetune, inputs_digest, train_rank
+from bp_spark.training.progress import TENSORBOARD_FOLDER
 from training_rows import SPEC, make_rows, write_table, write_texts
 
 TINY = (
@@ -107,15 +109,15 @@ class StoppedError(Exception):
 
 def train_and_stop_after(epochs: int, stopped: Job) -> None:
     """Train until the checkpoint of that epoch is written and another epoch is under way, then fail."""
-    count, mean_loss = itertools.count(1), module.mean_loss
+    count, mean_losses = itertools.count(1), loop.mean_losses
 
-    def fail_later(*args: Any) -> float:
+    def fail_later(*args: Any) -> list[float]:
         if next(count) > epochs:
             raise StoppedError
-        return mean_loss(*args)
+        return mean_losses(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "mean_loss", fail_later)
+        patch.setattr(loop, "mean_losses", fail_later)
         with pytest.raises(StoppedError):
             train_rank(stopped)
 
@@ -228,7 +230,7 @@ def test_two_ranks_learn_what_spend_depends_on(spark: SparkSession, tmp_path: Pa
     assert 0.7 < predicted.sum() / actual.sum() < 1.3
     assert result.epochs == len(result.history) <= 15
     assert result.best_validation_loss == min(row["valid_loss"] for row in result.history)
-    assert list((tmp_path / "run" / module.TENSORBOARD_FOLDER).iterdir())
+    assert list((tmp_path / "run" / TENSORBOARD_FOLDER).iterdir())
 
 
 def test_a_failed_rank_says_why_in_a_few_lines(spark: SparkSession, tmp_path: Path) -> None:

@@ -1,26 +1,18 @@
 """Fine-tuning of the sequence model: a training and a validation snapshot in, a folder with the best network
 out.
 
-Data-parallel over ranks (DDP). Every rank reads its share of the row groups and takes the same number of
-steps. A step's loss is the mean over the rows of all ranks together, however many of them each rank has: each
-divides its sum of losses by the rows of all, counted in the same step, and undoes DDP's division by the
-number of ranks. A rank that has no row in a step takes part with a weight of zero. So each row counts once
-per epoch, nobody waits for a rank that has run out, and the gradient is that of one process with the whole
-batch.
-
-Every epoch starts from random numbers of (seed, epoch, rank) and reads rows in an order of (seed, epoch), so
-a checkpoint needs no state of generators, and a resumed run does what an undisturbed one does.
+Every rank reads its share of the row groups; :mod:`bp_spark.training.loop` says how ranks step together.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,29 +21,17 @@ from pyspark.sql import SparkSession
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from bp_spark import __version__
 from bp_spark.config import Config, TrainingConfig, digest
-from bp_spark.errors import ConfigError, DataError
+from bp_spark.errors import DataError
 from bp_spark.loader import Columns, Feed, Snapshot
 from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, empty_user, tabular_matrix
 from bp_spark.model.network import SpendNetwork, Statistics
 from bp_spark.training.distributed import Group, process_group, run_ranks
-from bp_spark.training.progress import (
-    TENSORBOARD_FOLDER,
-    Progress,
-    autocast,
-    decayed,
-    resume,
-    save_checkpoint,
-    seed_of,
-    weights,
-)
+from bp_spark.training.loop import Loop, run_epochs
+from bp_spark.training.progress import Progress, decayed, resume, warmup_cosine
 
 LABEL = "label_spend"
 MODEL_FOLDER = "model"
@@ -124,7 +104,7 @@ def finetune(
         for name in (LABEL, *spec.columns):
             if name not in part.schema.names:
                 raise DataError(part.path, "must be a column of all files", column=name)
-    _read_texts(Path(texts_path))
+    read_texts(Path(texts_path))
     run_dir = Path(run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     identity = inputs_digest(train, valid, spec, texts_path, config)
@@ -184,7 +164,7 @@ def train_rank(job: Job) -> Progress:
 def _train(job: Job, group: Group) -> Progress:
     """From the first row to the saved network."""
     settings = job.config.training
-    ids, embeddings = _read_texts(job.texts)
+    ids, embeddings = read_texts(job.texts)
     train = _data(job.train, job, ids, group)
     valid = _data(job.valid, job, ids, group)
 
@@ -192,36 +172,31 @@ def _train(job: Job, group: Group) -> Progress:
     network = SpendNetwork(job.spec, job.config.network, ids, embeddings)
     network.fit_statistics(training_statistics(train, group))
     network.to(group.device)
-    # Buffers are constant and equal on all ranks; to send the texts at each step would cost more than it.
-    model = DistributedDataParallel(network, broadcast_buffers=False)
     optimizer = _optimizer(network, settings)
-    schedule = _schedule(optimizer, settings, train.steps * settings.max_epochs)
+    schedule = warmup_cosine(optimizer, settings.warmup_fraction, train.steps * settings.max_epochs)
 
     progress, best = resume(job.run_dir, job.digest, group, network, optimizer, schedule)
-    with _report(job, group, progress.epoch) as report:
-        while progress.epoch < settings.max_epochs and progress.epoch - progress.best_epoch < settings.patience:
-            epoch = progress.epoch + 1
-            train_loss, rows_per_second = _train_epoch(model, train, epoch, optimizer, schedule, settings, group)
-            valid_loss = mean_loss(network, valid, group)
-            if not math.isfinite(train_loss + valid_loss):
-                raise ConfigError(f"training.learning_rate: the loss is not finite after epoch {epoch}, try less")
-            if valid_loss < progress.best_loss:
-                progress.best_loss, progress.best_epoch, best = valid_loss, epoch, weights(network)
-            progress.epoch = epoch
-            progress.history.append(
-                {
-                    "epoch": epoch,
-                    "train_loss": train_loss,
-                    "valid_loss": valid_loss,
-                    "learning_rate": float(schedule.get_last_lr()[0]),
-                    "rows_per_second": rows_per_second,
-                }
-            )
-            report(progress)
-            if group.rank == 0:
-                save_checkpoint(job.run_dir, job.digest, network, optimizer, schedule, progress, best)
-
-    network.load_state_dict(best)
+    loop = Loop(
+        name="fine-tuning",
+        section="training",
+        network=network,
+        parts=("spend",),
+        losses=partial(losses, network),
+        learned=train.epoch,
+        held_out=valid.epoch,
+        steps=train.steps,
+        rows=job.train.rows,
+        optimizer=optimizer,
+        schedule=schedule,
+        max_epochs=settings.max_epochs,
+        patience=settings.patience,
+        gradient_clip=settings.gradient_clip,
+        seed=settings.seed,
+        run_dir=job.run_dir,
+        digest=job.digest,
+        group=group,
+    )
+    run_epochs(loop, progress, best)
     if job.config.network.loss == "mse":
         network.smearing.fill_(smearing(network, train, group))
     if group.rank == 0:
@@ -229,50 +204,15 @@ def _train(job: Job, group: Group) -> Progress:
     return progress
 
 
-def _train_epoch(
-    model: DistributedDataParallel,
-    train: Data,
-    epoch: int,
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    settings: TrainingConfig,
-    group: Group,
-) -> tuple[float, float]:
-    """One pass over the training rows of all ranks: the mean loss of a row, and rows per second."""
-    started = time.monotonic()
-    torch.manual_seed(seed_of(settings.seed, epoch, group.rank))
-    network: SpendNetwork = model.module
-    model.train()
-    total = torch.zeros(2, dtype=torch.float64, device=group.device)
-    with train.epoch(seed_of(settings.seed, epoch)) as batches:
-        for batch, labels in batches:
-            rows_of_all = group.sum(torch.tensor(float(len(labels)), device=group.device)).clamp(min=1)
-            with autocast(group.device):
-                outputs = model(batch)
-            loss = network.loss(outputs[: len(labels)], labels).sum()
-            optimizer.zero_grad()
-            (loss * group.size / rows_of_all).backward()
-            nn.utils.clip_grad_norm_(network.parameters(), settings.gradient_clip)
-            optimizer.step()
-            schedule.step()
-            total += torch.stack([loss.detach().double(), total.new_tensor(len(labels))])
-    loss_sum, rows = group.sum(total).tolist()
-    return loss_sum / rows, rows / (time.monotonic() - started)
+def losses(network: SpendNetwork, model: nn.Module, batch: tuple[Batch, Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of the rows that have a label, float32 [1], and their number, [1].
 
-
-@torch.inference_mode()
-def mean_loss(network: SpendNetwork, data: Data, group: Group) -> float:
-    """Mean loss of a row over all ranks, in evaluation mode."""
-    network.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=group.device)
-    with data.epoch(seed=0) as batches:
-        for batch, labels in batches:
-            with autocast(group.device):
-                outputs = network(batch)
-            loss = network.loss(outputs[: len(labels)], labels).double().sum()
-            total += torch.stack([loss, total.new_tensor(len(labels))])
-    loss_sum, rows = group.sum(total).tolist()
-    return loss_sum / rows
+    ``model`` is ``network``, or what DDP makes of it.
+    """
+    inputs, labels = batch
+    outputs = model(inputs)
+    loss = network.loss(outputs[: len(labels)], labels).sum()
+    return loss.unsqueeze(0), loss.new_tensor([len(labels)])
 
 
 @torch.inference_mode()
@@ -345,49 +285,7 @@ def _optimizer(network: nn.Module, settings: TrainingConfig) -> Optimizer:
     return torch.optim.AdamW(groups, lr=settings.learning_rate)
 
 
-def _schedule(optimizer: Optimizer, settings: TrainingConfig, steps: int) -> LRScheduler:
-    """Linear warmup, then a cosine to zero at the last step of ``max_epochs``."""
-    warmup = math.ceil(steps * settings.warmup_fraction)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
-
-    return LambdaLR(optimizer, factor)
-
-
-@contextmanager
-def _report(job: Job, group: Group, epochs_done: int) -> Iterator[Callable[[Progress], None]]:
-    """A line on standard error and TensorBoard scalars per epoch, from rank 0."""
-    if group.rank != 0:
-        yield lambda progress: None
-        return
-    epochs = job.config.training.max_epochs
-    with (
-        SummaryWriter(str(job.run_dir / TENSORBOARD_FOLDER), purge_step=epochs_done + 1) as writer,
-        tqdm(total=epochs, initial=epochs_done, desc="fine-tuning", unit="epoch", mininterval=0) as bar,
-    ):
-
-        def report(progress: Progress) -> None:
-            last = progress.history[-1]
-            for name, value in last.items():
-                if name != "epoch":
-                    writer.add_scalar(name, value, progress.epoch)
-            bar.set_postfix(
-                train=f"{last['train_loss']:.4f}",
-                valid=f"{last['valid_loss']:.4f}",
-                best=progress.best_epoch,
-                refresh=False,
-            )
-            bar.update()
-            # The launcher passes output on line by line: without a line's end the bar would show at the end.
-            print(file=sys.stderr, flush=True)
-
-        yield report
-
-
-def _read_texts(path: Path) -> tuple[Tensor, Tensor]:
+def read_texts(path: Path) -> tuple[Tensor, Tensor]:
     """Ids, int64 [V], and embeddings, [V, D]."""
     try:
         tensors = load_file(str(path))

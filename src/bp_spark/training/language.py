@@ -3,8 +3,7 @@ encoder and its tokenizer out, which ``texts.model=FOLDER`` then reads.
 
 Masked language modelling (Devlin et al. 2019), data-parallel over ranks (DDP). Every rank reads all texts once, keeps
 those that fall to it by hash, tokenised, and takes the same number of steps in every epoch: its texts of a step are its
-share of ``language.batch_size``, give or take a few. A step's loss is the mean over the masked tokens of all ranks
-together, so no rank's tokens count for more than another's, and a rank without a text takes part with a weight of zero.
+share of ``language.batch_size``, give or take a few. :mod:`bp_spark.training.loop` says how ranks step together.
 
 Which tokens are masked is drawn anew in each epoch from (seed, epoch, rank), and always alike for the held-out texts, so
 that their losses before and after can be compared, and a resumed run does what an undisturbed one does.
@@ -15,12 +14,12 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,6 @@ import torch
 from pyspark.sql import SparkSession
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -52,16 +46,8 @@ from bp_spark.errors import ConfigError, DataError
 from bp_spark.loader import Feed, Snapshot, split_sizes
 from bp_spark.texts import model_digest, model_folder
 from bp_spark.training.distributed import Group, process_group, run_ranks
-from bp_spark.training.progress import (
-    TENSORBOARD_FOLDER,
-    Progress,
-    autocast,
-    decayed,
-    resume,
-    save_checkpoint,
-    seed_of,
-    weights,
-)
+from bp_spark.training.loop import Loop, mean_losses, run_epochs
+from bp_spark.training.progress import Progress, decayed, resume, seed_of
 
 HELD_OUT = 0.05
 """Share of the texts, by hash, that the model never learns from: they tell what it has learned."""
@@ -71,8 +57,6 @@ READ_ROWS = 10_000
 """Texts that are tokenised together."""
 POOL_BATCHES = 16
 """Batches whose texts are ordered by length together: enough for little padding, few enough to stay random."""
-SECONDS_PER_LINE = 10
-"""Least time between two lines of progress."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +73,7 @@ class LanguageResult:
         loss_before: cross-entropy of a masked token of the held-out texts, in nats, before the first epoch.
         loss_after: the same after the best epoch.
         history: per epoch (from 0: before the first) ``epoch``, ``valid_loss`` and, from 1, ``train_loss``,
-            ``learning_rate``, ``texts_per_second``.
+            ``learning_rate``, ``rows_per_second``.
         seconds: of this call, from starting the ranks to the saved encoder.
     """
 
@@ -296,6 +280,16 @@ class Data:
         return ids, (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
 
 
+@dataclass(frozen=True)
+class Masked:
+    """Texts with tokens hidden: ids int64, attention int64 and chosen bool, all [texts, longest]; wanted int64 [chosen]."""
+
+    ids: Tensor
+    attention: Tensor
+    chosen: Tensor
+    wanted: Tensor
+
+
 def adapt_rank(job: Job) -> Outcome:
     """What each rank runs."""
     with process_group() as group:
@@ -314,105 +308,58 @@ def _adapt(job: Job, group: Group) -> Outcome:
 
     torch.manual_seed(training.seed)
     network = MaskedLanguageModel(AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32)).to(group.device)
-    model = DistributedDataParallel(network, broadcast_buffers=False)
     optimizer = torch.optim.AdamW(decayed(network, settings.weight_decay), lr=settings.learning_rate)
     steps = learned.steps * settings.epochs
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(steps * settings.warmup_fraction), steps)
 
     progress, best = resume(job.run_dir, job.digest, group, network, optimizer, schedule)
-    with _report(job, group, progress.epoch, learned.steps) as (step_done, report):
-        if not progress.epoch:
-            progress.best_loss = mean_loss(network, held_out, masking, group)
-            progress.history.append({"epoch": 0, "valid_loss": progress.best_loss})
-            report(progress)
-        while progress.epoch < settings.epochs and progress.epoch - progress.best_epoch < settings.patience:
-            started, epoch = time.monotonic(), progress.epoch + 1
-            train_loss = _train_epoch(model, learned, masking, epoch, optimizer, schedule, job.config, group, step_done)
-            seconds = time.monotonic() - started
-            valid_loss = mean_loss(network, held_out, masking, group)
-            if not math.isfinite(train_loss + valid_loss):
-                raise ConfigError(f"language.learning_rate: the loss is not finite after epoch {epoch}, try less")
-            if valid_loss < progress.best_loss:
-                progress.best_loss, progress.best_epoch, best = valid_loss, epoch, weights(network)
-            progress.epoch = epoch
-            progress.history.append(
-                {
-                    "epoch": epoch,
-                    "train_loss": train_loss,
-                    "valid_loss": valid_loss,
-                    "learning_rate": float(schedule.get_last_lr()[0]),
-                    "texts_per_second": learned.total / seconds,
-                }
-            )
-            report(progress)
-            if group.rank == 0:
-                save_checkpoint(job.run_dir, job.digest, network, optimizer, schedule, progress, best)
-
-    network.load_state_dict(best)
+    loop = Loop(
+        name="adapting the language model",
+        section="language",
+        network=network,
+        parts=("tokens",),
+        losses=losses,
+        learned=partial(masked, learned, masking, group),
+        held_out=partial(masked, held_out, masking, group),
+        steps=learned.steps,
+        rows=learned.total,
+        optimizer=optimizer,
+        schedule=schedule,
+        max_epochs=settings.epochs,
+        patience=settings.patience,
+        gradient_clip=training.gradient_clip,
+        seed=training.seed,
+        run_dir=job.run_dir,
+        digest=job.digest,
+        group=group,
+    )
+    if not progress.epoch:
+        (progress.best_loss,) = mean_losses(network, losses, loop.held_out, group)
+        progress.history.append({"epoch": 0, "valid_loss": progress.best_loss})
+    run_epochs(loop, progress, best)
     if group.rank == 0:
         _save(network.model.base_model, folder, job.output)
     return Outcome(progress, learned.total, held_out.total)
 
 
-def _train_epoch(
-    model: DistributedDataParallel,
-    learned: Data,
-    masking: Masking,
-    epoch: int,
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    config: Config,
-    group: Group,
-    step_done: Callable[[], None],
-) -> float:
-    """One pass over the texts of all ranks: the mean loss of a masked token."""
-    own_seed = seed_of(config.training.seed, epoch, group.rank)
-    torch.manual_seed(own_seed)
-    generator = torch.Generator().manual_seed(own_seed)
-    model.train()
-    total = torch.zeros(2, dtype=torch.float64, device=group.device)
-    for ids, attention in learned.epoch(seed_of(config.training.seed, epoch)):
-        loss, tokens = _loss(model, ids, attention, masking, generator, group.device)
-        tokens_of_all = group.sum(torch.tensor(float(tokens), device=group.device)).clamp(min=1)
-        optimizer.zero_grad()
-        # DDP divides by the number of ranks; undone, so that each token of a step counts the same
-        (loss * group.size / tokens_of_all).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clip)
-        optimizer.step()
-        schedule.step()
-        total += torch.stack([loss.detach().double(), total.new_tensor(tokens)])
-        step_done()
-    loss_sum, tokens_sum = group.sum(total).tolist()
-    return loss_sum / max(tokens_sum, 1)
+@contextmanager
+def masked(data: Data, masking: Masking, group: Group, seed: int) -> Iterator[Iterator[Masked]]:
+    """A pass over a rank's texts with tokens hidden; what is hidden depends on the seed and the rank."""
+    generator = torch.Generator().manual_seed(seed_of(seed, group.rank))
+
+    def hide(ids: Tensor, attention: Tensor) -> Masked:
+        hidden, chosen = masking(ids, generator)
+        tensors = (hidden, attention, chosen, ids[chosen])
+        return Masked(*(tensor.to(group.device) for tensor in tensors))
+
+    yield (hide(ids, attention) for ids, attention in data.epoch(seed))
 
 
-@torch.inference_mode()
-def mean_loss(network: MaskedLanguageModel, data: Data, masking: Masking, group: Group) -> float:
-    """Mean loss of a masked token over all ranks, in evaluation mode; the same tokens are masked each time."""
-    network.eval()
-    generator = torch.Generator().manual_seed(group.rank)
-    total = torch.zeros(2, dtype=torch.float64, device=group.device)
-    for ids, attention in data.epoch(seed=0):
-        loss, tokens = _loss(network, ids, attention, masking, generator, group.device)
-        total += torch.stack([loss.double(), total.new_tensor(tokens)])
-    loss_sum, tokens_sum = group.sum(total).tolist()
-    return loss_sum / max(tokens_sum, 1)
-
-
-def _loss(
-    model: nn.Module,
-    ids: Tensor,
-    attention: Tensor,
-    masking: Masking,
-    generator: torch.Generator,
-    device: torch.device,
-) -> tuple[Tensor, int]:
-    """Sum of the cross-entropies of the masked tokens of a batch, and their number."""
-    hidden, chosen = masking(ids, generator)
-    wanted = ids[chosen].to(device)
-    with autocast(device):
-        scores = model(hidden.to(device), attention.to(device), chosen.to(device))
-    return cross_entropy(scores.float(), wanted, reduction="sum"), len(wanted)
+def losses(model: nn.Module, batch: Masked) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropies of the masked tokens of a batch, float32 [1], and their number, [1]."""
+    scores = model(batch.ids, batch.attention, batch.chosen)
+    loss = cross_entropy(scores.float(), batch.wanted, reduction="sum")
+    return loss.unsqueeze(0), loss.new_tensor([len(batch.wanted)])
 
 
 def read_texts(job: Job, tokenizer: PreTrainedTokenizerBase, group: Group) -> tuple[Data, Data]:
@@ -494,39 +441,3 @@ def _save(adapted: nn.Module, source: str, output: Path) -> None:
         draft.rename(output)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-@contextmanager
-def _report(
-    job: Job, group: Group, epochs_done: int, steps: int
-) -> Iterator[tuple[Callable[[], None], Callable[[Progress], None]]]:
-    """From rank 0: lines on standard error as steps are done, and TensorBoard scalars per epoch."""
-    if group.rank != 0:
-        yield lambda: None, lambda progress: None
-        return
-    epochs = job.config.language.epochs
-    with (
-        SummaryWriter(str(job.run_dir / TENSORBOARD_FOLDER), purge_step=epochs_done + 1) as writer,
-        tqdm(
-            total=epochs * steps,
-            initial=epochs_done * steps,
-            desc="adapting the language model",
-            unit="step",
-            mininterval=SECONDS_PER_LINE,
-            miniters=1,
-        ) as bar,
-    ):
-
-        def step_done() -> None:
-            # The launcher passes output on line by line: without a line's end the bar would show at the end.
-            if bar.update():
-                print(file=sys.stderr, flush=True)
-
-        def report(progress: Progress) -> None:
-            for name, value in progress.history[-1].items():
-                if name != "epoch":
-                    writer.add_scalar(name, value, progress.epoch)
-            bar.set_postfix(loss=f"{progress.history[-1]['valid_loss']:.4f}", best=progress.best_epoch)
-            print(file=sys.stderr, flush=True)
-
-        yield step_done, report

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from bp_spark.training.distributed import Group
 
@@ -108,6 +108,18 @@ def decayed(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
+
+
+def warmup_cosine(optimizer: Optimizer, warmup_fraction: float, steps: int) -> LRScheduler:
+    """Linear warmup, then a cosine to zero at the last of ``steps``."""
+    warmup = math.ceil(steps * warmup_fraction)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+    return LambdaLR(optimizer, factor)
 
 
 def autocast(device: torch.device) -> torch.autocast:
