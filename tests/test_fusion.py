@@ -109,6 +109,31 @@ def test_one_member_keeps_its_order_without_new_ties():
     assert (np.diff(answers["score"][inside]) > 0).all()
 
 
+def test_the_better_member_weighs_more_and_a_useless_one_all_but_nothing() -> None:
+    frame = world(4000, seed=5)
+    rng = np.random.default_rng(5)
+    frame["btyd"] = frame["trees"] * np.exp(rng.normal(0, 1.5, len(frame)))
+    frame["linear"] = rng.permutation(frame["trees"].to_numpy())
+    conf = FusionConfig(members=("linear", "btyd", "trees"), shrinkage=1e-4)
+    weights = dict(zip(conf.members, Fusion.fit(frame, conf).weights, strict=True))
+    assert sum(weights.values()) == pytest.approx(1)
+    assert min(weights.values()) >= 0
+    assert weights["trees"] > 0.6
+    assert weights["linear"] < 0.15
+    equal = Fusion.fit(frame, conf.model_copy(update={"shrinkage": 1e6})).weights
+    assert equal == pytest.approx([1 / 3] * 3, abs=1e-3)
+
+
+def test_members_that_say_too_much_altogether_are_stacked_and_calibrated_all_the_same() -> None:
+    frame = world(4000, seed=6)
+    louder = frame.assign(trees=frame["trees"] * 4, transformer=frame["transformer"] * 4)
+    fitted = [Fusion.fit(rows, BOTH) for rows in (frame, louder)]
+    np.testing.assert_allclose(fitted[0].weights, fitted[1].weights, rtol=1e-6)
+    one, other = (fusion.apply(members(rows)) for fusion, rows in zip(fitted, (frame, louder), strict=True))
+    spenders = one["expected_spend"] > 10
+    np.testing.assert_allclose(one["expected_spend"][spenders], other["expected_spend"][spenders], rtol=0.05)
+
+
 def test_scores_are_percentiles_and_levels_fifths_of_the_reference(fusion):
     answers = fusion.apply(members(world(4000, seed=1)))
     ranks = pd.Series(answers["expected_spend"]).rank(pct=True) * 100

@@ -172,52 +172,92 @@ def test_every_user_keeps_a_row_and_who_did_nothing_spent_0(spark: SparkSession)
     assert len(found) == 4
 
 
-def test_the_training_set_is_the_features_with_label_and_split() -> None:
+def test_the_training_set_is_the_features_with_label_and_fold() -> None:
     table = labels.training_set_table(FeaturesConfig())
     names = table.schema.names
-    assert names[-2:] == ["label_spend", "split"]
+    assert names[-5:] == ["label_spend", "exposure_days", "weight", "complete", "fold"]
     assert set(table.key) == {"user_key", "as_of_date"}
     assert not table.schema["label_spend"].nullable
 
 
-# --- the split ---------------------------------------------------------------------------------------------------------
+# --- horizons that were not over -----------------------------------------------------------------------------------------
 
 
-def sides(spark: SparkSession, users: list[str], config: LabelsConfig) -> dict[str, str]:
+def test_newer_cutoffs_have_seen_a_third_of_the_horizon_at_least() -> None:
+    config = LabelsConfig(horizon_days=90, recent_cutoffs=9, cutoff_step_days=14)
+    newest = DAY - timedelta(days=90)
+    recent = labels.recent_cutoffs(newest, DAY, config)
+    assert [(DAY - day).days for day in recent] == [76, 62, 48, 34]
+    assert labels.recent_cutoffs(newest, DAY, config.model_copy(update={"recent_cutoffs": 2})) == recent[:2]
+    assert labels.recent_cutoffs(newest, DAY, config.model_copy(update={"recent_cutoffs": 0})) == []
+
+
+def test_a_label_of_a_part_of_the_horizon_is_scaled_up_and_weighs_less(spark: SparkSession) -> None:
+    config = LabelsConfig(horizon_days=90)
+    old, recent = DAY - timedelta(days=100), DAY - timedelta(days=30)
+    rows = spark.createDataFrame(
+        [("a", old, 7.0), ("a", recent, 20.0)], "user_key string, as_of_date date, label_spend double"
+    )
+    whole, part = labels.weighed(rows, DAY, config).orderBy("as_of_date").collect()
+    assert (whole["label_spend"], whole["exposure_days"], whole["complete"], whole["weight"]) == (7.0, 90, True, 1.0)
+    assert (part["label_spend"], part["exposure_days"], part["complete"]) == (60.0, 30, False)
+    assert part["weight"] == pytest.approx(1 / 3)
+
+
+def test_older_labels_weigh_less_where_a_half_life_is_set(spark: SparkSession) -> None:
+    config = LabelsConfig(horizon_days=90, recency_half_life_days=60)
+    dates = [DAY - timedelta(days=days) for days in (210, 150, 90, 45)]
+    rows = spark.createDataFrame(
+        [("a", day, 1.0) for day in dates], "user_key string, as_of_date date, label_spend double"
+    )
+    found = labels.weighed(rows, DAY, config).orderBy("as_of_date").collect()
+    assert [row["weight"] for row in found] == pytest.approx([0.25, 0.5, 1.0, 0.5])
+
+
+def test_spend_from_the_test_date_on_is_never_seen(spark: SparkSession) -> None:
+    as_of = DAY - timedelta(days=10)
+    days = daily(spark, [("a", -5, 300), ("a", -1, 50), ("a", 0, 1_000), ("a", 40, 1_000), ("b", 0, 70)])
+    found = labels.future_spend(days, [as_of], HORIZON, DAY).collect()
+    assert [(row["user_key"], row["label_spend"]) for row in found] == [("a", 3.5)]
+
+
+# --- folds ---------------------------------------------------------------------------------------------------------------
+
+
+def folds(spark: SparkSession, users: list[str], config: LabelsConfig) -> dict[str, int]:
     rows = spark.createDataFrame([(user,) for user in users], "user_key string")
-    return {row[0]: row[1] for row in rows.select("user_key", labels.split(config)).collect()}
+    return {row[0]: row[1] for row in rows.select("user_key", labels.fold(config)).collect()}
 
 
-def test_a_user_stays_on_one_side_for_ever(spark: SparkSession) -> None:
-    users = ["1", "2", "1001", "u-42", "小明", ""]
-    found = sides(spark, users, LabelsConfig())
+def test_a_user_stays_in_one_fold_for_ever(spark: SparkSession) -> None:
+    users = ["1", "1001", "u-42", "小明", "", "7"]
+    found = folds(spark, users, LabelsConfig())
     # pinned: another hash would let models of tomorrow learn from holdout users of today
-    assert [found[user] for user in users] == ["train", "train", "valid", "train", "train", "holdout"]
-    assert sides(spark, users[::-1], LabelsConfig()) == found
-    assert sides(spark, users[:1], LabelsConfig(horizon_days=7, cutoffs=1)) == {"1": found["1"]}
+    assert [found[user] for user in users] == [0, 0, 2, 1, 2, labels.HOLDOUT]
+    assert folds(spark, users[::-1], LabelsConfig()) == found
+    assert folds(spark, users[:1], LabelsConfig(horizon_days=7, cutoffs=1)) == {"1": found["1"]}
 
 
-@pytest.mark.parametrize(("holdout", "valid"), [(0.2, 0.15), (0.5, 0.5), (0.0, 0.1), (0.3, 0.0), (0.0, 0.0)])
-def test_shares_are_near_those_configured(spark: SparkSession, holdout: float, valid: float) -> None:
-    config = LabelsConfig(holdout_fraction=holdout, validation_fraction=valid)
+@pytest.mark.parametrize(("holdout", "number"), [(0.2, 3), (0.5, 2), (0.0, 5)])
+def test_shares_are_near_those_configured(spark: SparkSession, holdout: float, number: int) -> None:
+    config = LabelsConfig(holdout_fraction=holdout, folds=number)
     users = spark.range(20_000).select(F.concat(F.lit("user-"), F.col("id").cast("string")).alias("user_key"))
-    counted = users.groupBy(labels.split(config).alias("side")).count().collect()
-    shares = {row["side"]: row["count"] / 20_000 for row in counted}
-    assert set(shares) <= {"holdout", "valid", "train"}
-    assert sum(shares.values()) == 1
-    assert shares.get("holdout", 0) == pytest.approx(holdout, abs=0.015 if holdout else 0)
-    assert shares.get("valid", 0) == pytest.approx((1 - holdout) * valid, abs=0.015 if valid else 0)
+    counted = users.groupBy(labels.fold(config).alias("fold")).count().collect()
+    shares = {row["fold"]: row["count"] / 20_000 for row in counted}
+    assert shares.pop(labels.HOLDOUT, 0) == pytest.approx(holdout, abs=0.015 if holdout else 0)
+    assert shares == pytest.approx(dict.fromkeys(range(number), (1 - holdout) / number), abs=0.015)
 
 
-def test_another_share_of_validation_leaves_the_holdout_alone(spark: SparkSession) -> None:
+def test_another_number_of_folds_leaves_the_holdout_alone(spark: SparkSession) -> None:
     users = [str(number) for number in range(2_000)]
-    few, many = (sides(spark, users, LabelsConfig(validation_fraction=share)) for share in (0.1, 0.4))
-    assert {user for user in users if few[user] == "holdout"} == {user for user in users if many[user] == "holdout"}
-    assert {user for user in users if few[user] == "valid"} <= {user for user in users if many[user] == "valid"}
+    few, many = (folds(spark, users, LabelsConfig(folds=number)) for number in (2, 7))
+    held_out = {user for user in users if few[user] == labels.HOLDOUT}
+    assert held_out == {user for user in users if many[user] == labels.HOLDOUT} != set()
 
 
 def test_the_user_column_may_have_another_name(spark: SparkSession) -> None:
     rows = spark.createDataFrame([("1001",)], "who string")
-    row = rows.select(labels.split(LabelsConfig(), "who")).first()
+    row = rows.select(labels.fold(LabelsConfig(), "who"), labels.split(LabelsConfig(), "who")).first()
     assert row is not None
-    assert row[0] == sides(spark, ["1001"], LabelsConfig())["1001"]
+    assert row[0] == folds(spark, ["1001"], LabelsConfig())["1001"]
+    assert row[1] == {labels.HOLDOUT: "holdout", 0: "valid"}.get(row[0], "train")

@@ -65,6 +65,11 @@ def trees(training_set) -> m.TreesMember:
     return m.fit_trees(training_set, FEATURES, SMALL, seed=7)
 
 
+@pytest.fixture(scope="module")
+def sqrt_trees(training_set) -> m.SqrtTreesMember:
+    return m.fit_trees(training_set, FEATURES, SMALL, seed=7, kind=m.SqrtTreesMember)
+
+
 def saved_bytes(member: m.Member, folder) -> bytes:
     folder.mkdir()
     member.save(folder)
@@ -132,6 +137,51 @@ def test_trees_rank_users_and_keep_the_level(frame, trees):
 def test_trees_stop_early_and_keep_the_best_rounds_only(training_set):
     member = m.fit_trees(training_set, FEATURES, SMALL.model_copy(update={"rounds": 300}), seed=7, patience=5)
     assert member.rounds < 100
+
+
+def test_trees_of_a_given_number_of_rounds_need_no_validation_rows(training_set):
+    everyone = training_set.withColumn("split", F.lit("train"))
+    assert m.fit_trees(everyone, FEATURES, SMALL, seed=7, rounds=11).rounds == 11
+
+
+def test_trees_on_the_root_of_spend_rank_users_and_keep_the_level(frame, sqrt_trees, tmp_path):
+    spend = sqrt_trees.predict(columns(frame))
+    assert spend.dtype == np.float64
+    assert (spend >= 0).all()
+    assert spearmanr(spend, frame["label_spend"]).statistic > 0.6
+    train = frame["split"] == "train"
+    assert spend[train].sum() == pytest.approx(frame["label_spend"].clip(lower=0)[train].sum(), rel=1e-6)
+    assert (
+        saved_bytes(m.load_member("sqrt_trees", _saved(sqrt_trees, tmp_path / "a")), tmp_path / "b")
+        == (tmp_path / "a" / "sqrt_trees.json").read_bytes()
+    )
+
+
+def test_rows_of_no_weight_change_neither_trees_nor_their_level(spark, frame, tmp_path):
+    ghosts = frame.assign(user_key="g" + frame["user_key"], label_spend=1e5, weight=0.0)
+    both = spark.createDataFrame(pd.concat([frame.assign(weight=1.0), ghosts]))
+    member = m.fit_trees(both, FEATURES, SMALL, seed=7, kind=m.SqrtTreesMember, weight="weight")
+    spend = member.predict(columns(frame))
+    assert spend.mean() == pytest.approx(frame["label_spend"].clip(lower=0).mean(), rel=0.15)
+
+
+def test_a_booster_of_another_loss_or_without_smearing_is_refused(trees, sqrt_trees, tmp_path):
+    folder = _saved(trees, tmp_path / "a")
+    (folder / "trees.json").rename(folder / "sqrt_trees.json")
+    with pytest.raises(BundleError, match=r"sqrt_trees\.json: not a booster of reg:squarederror"):
+        m.SqrtTreesMember.load(folder)
+    folder = _saved(sqrt_trees, tmp_path / "b")
+    document = json.loads((folder / "sqrt_trees.json").read_text())
+    document["learner"]["attributes"].pop("smearing")
+    (folder / "sqrt_trees.json").write_text(json.dumps(document))
+    with pytest.raises(BundleError, match=r"sqrt_trees\.json: must have an attribute smearing"):
+        m.SqrtTreesMember.load(folder)
+
+
+def _saved(member: m.Member, folder):
+    folder.mkdir()
+    member.save(folder)
+    return folder
 
 
 def test_trees_are_the_same_however_spark_laid_out_the_rows(spark, frame, trees, tmp_path):
@@ -245,7 +295,7 @@ def test_foreign_files_are_refused_by_name(member, tmp_path, text):
 def test_a_booster_of_another_objective_is_refused(tmp_path):
     data = xgboost.DMatrix(np.arange(20.0).reshape(10, 2), label=np.arange(10.0), feature_names=["a", "b"])
     xgboost.train({"objective": "reg:squarederror"}, data, 2).save_model(tmp_path / "trees.json")
-    with pytest.raises(BundleError, match=r"trees\.json: not a Tweedie booster"):
+    with pytest.raises(BundleError, match=r"trees\.json: not a booster of reg:tweedie"):
         m.TreesMember.load(tmp_path)
 
 

@@ -26,6 +26,7 @@ SMALL = [
     "source.sample=0.1",
     "labels.cutoffs=2",
     "labels.cutoff_step_days=30",
+    "labels.folds=2",
     "training.max_epochs=4",
     "training.learning_rate=0.005",
     "training.batch_size=64",
@@ -154,16 +155,23 @@ def test_a_user_scores_the_same_whoever_shares_the_batch(line: Line) -> None:
 
 def test_training_never_sees_holdout_users_or_the_test_horizon(line: Line) -> None:
     rows = line.lakehouse.read("training_set")
-    split = labels.split(line.config.labels)
-    assert rows.filter(split == "holdout").isEmpty()
-    assert rows.filter(split != F.col("split")).isEmpty()
-    newest = rows.agg(F.max("as_of_date")).first()
-    assert newest is not None
-    assert newest[0] + timedelta(days=line.config.labels.horizon_days) <= TEST_DATE
+    fold = labels.fold(line.config.labels)
+    assert rows.filter(fold == labels.HOLDOUT).isEmpty()
+    assert rows.filter(fold != F.col("fold")).isEmpty()
+    assert rows.filter(F.date_add("as_of_date", F.col("exposure_days")) > F.lit(TEST_DATE)).isEmpty()
+    seen = rows.agg(F.sum(F.col("label_spend") * F.col("exposure_days"))).first()
+    days = line.lakehouse.read("user_daily").filter(F.col("day") < F.lit(TEST_DATE))
+    joined = rows.select("user_key", "as_of_date", "exposure_days").join(days, "user_key")
+    within = F.datediff("day", "as_of_date").between(0, F.col("exposure_days") - 1)
+    spent = joined.filter(within).agg(F.sum("spend")).first()
+    assert seen is not None
+    assert spent is not None
+    assert seen[0] / line.config.labels.horizon_days == pytest.approx(float(spent[0]))
+    assert {row[0] for row in rows.select("complete").distinct().collect()} == {True, False}
 
 
 def test_labels_are_the_spend_of_the_horizon_in_the_events(line: Line) -> None:
-    row = line.lakehouse.read("training_set").orderBy(F.desc("label_spend")).first()
+    row = line.lakehouse.read("training_set").filter("complete").orderBy(F.desc("label_spend")).first()
     assert row is not None
     end = row["as_of_date"] + timedelta(days=line.config.labels.horizon_days)
     spent = (
@@ -179,7 +187,7 @@ def test_labels_are_the_spend_of_the_horizon_in_the_events(line: Line) -> None:
 
 def test_metrics_cover_all_members_and_seen_and_unseen_users(line: Line) -> None:
     metrics = line.trained.metrics
-    assert set(metrics["member"]) == {"linear", "btyd", "trees", "transformer", "fused"}
+    assert set(metrics["member"]) == {"linear", "btyd", "trees", "sqrt_trees", "transformer", "fused"}
     users = metrics.drop_duplicates("population").set_index("population")["users"]
     assert users["seen"] + users["unseen"] == users["all"] == line.scored.users
     stored = line.lakehouse.read("metrics").filter(F.col("bundle_digest") == line.trained.bundle.digest)

@@ -21,6 +21,7 @@ from bp_spark.errors import ConfigError
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Folder = Annotated[str, Field(min_length=1)]
+MemberName = Literal["linear", "btyd", "trees", "sqrt_trees", "transformer"]
 Delivered = Literal["transactions", "behaviours", "searches", "reviews", "items"]
 
 
@@ -143,14 +144,18 @@ class LabelsConfig(Section):
     """What is predicted, for whom, from which past dates."""
 
     horizon_days: Positive = 90
-    holdout_fraction: Fraction = 0.2
-    """Share of users, by hash, that no model is ever fitted on."""
-    validation_fraction: Fraction = 0.15
-    """Share of the other users, by hash, kept for early stopping, calibration and intervals."""
+    holdout_fraction: Fraction = 0.1
+    """Share of users, by hash, that no model is ever fitted on: they tell how good a model is for users it has not seen."""
+    folds: int = Field(3, ge=2)
+    """Parts of the other users, by hash: each is predicted by models of the rest, for stacking, calibration and intervals."""
     cutoffs: Positive = 8
-    """How many past as-of dates are labelled."""
+    """How many past as-of dates with a whole horizon are labelled."""
+    recent_cutoffs: int = Field(4, ge=0)
+    """How many newer ones at most, of whose horizon a third at least was seen; the trees learn from them."""
     cutoff_step_days: Positive = 14
     """Days between two of them."""
+    recency_half_life_days: Positive | None = None
+    """Days in which the weight of a past label halves; null for no such weight."""
 
 
 class NetworkConfig(Section):
@@ -205,7 +210,7 @@ class TreesConfig(Section):
     learning_rate: float = Field(0.02, gt=0)
     min_child_weight: float = Field(20.0, ge=0)
     subsample: float = Field(0.7, gt=0, le=1)
-    colsample_bytree: float = Field(0.25, gt=0, le=1)
+    colsample_bytree: float = Field(0.1, gt=0, le=1)
     reg_lambda: float = Field(1.0, ge=0)
     tweedie_variance_power: float = Field(1.5, gt=1, lt=2)
     workers: Positive = 2
@@ -220,11 +225,15 @@ class LinearConfig(Section):
 class FusionConfig(Section):
     """How members become one expected spend."""
 
-    members: Annotated[tuple[Literal["linear", "btyd", "trees", "transformer"], ...], AfterValidator(_distinct)] = (
+    members: Annotated[tuple[MemberName, ...], AfterValidator(_distinct)] = (
+        "btyd",
         "trees",
+        "sqrt_trees",
         "transformer",
     )
-    """Members in the (geometric) mean: linear, btyd, trees, transformer."""
+    """Members that are stacked: linear, btyd, trees, sqrt_trees, transformer."""
+    shrinkage: float = Field(0.01, ge=0)
+    """How much the weights of members are drawn towards equal ones, relative to what their predictions say."""
     coverage: float = Field(0.9, gt=0, lt=1)
     """Share of users whose spend should fall inside ``low``..``high``."""
 

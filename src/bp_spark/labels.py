@@ -1,11 +1,15 @@
 """Past as-of dates and the spend that followed them: what models learn from, and who is kept apart.
 
-A cutoff's horizon ends before the test date. Users are split by a hash of their key, so that a user is on one side for ever:
-``holdout`` users are never fitted on, ``valid`` users stop training early and calibrate, ``train`` users fit.
+Nothing from the test date on is seen. Cutoffs whose horizon was over by then are labelled whole; newer ones, of which a part
+was seen, at what was seen, scaled up to the horizon (:func:`labelled`).
+
+Users are split by a hash of their key, so that a user is on one side for ever: ``holdout`` users are never fitted on, the
+others are in one of ``labels.folds`` folds, for cross-fitting: what a model says of a fold before it has seen its users.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from datetime import date, timedelta
 
@@ -19,7 +23,11 @@ from bp_spark.tables import Column as TableColumn
 from bp_spark.tables import Table
 
 MIN_HISTORY_DAYS = 30
+MIN_EXPOSURE = 1 / 3
+"""Share of the horizon that must have been seen of a cutoff for its spend to tell of the whole."""
 BUCKETS = 10_000
+HOLDOUT = -1
+"""Fold of the users that no model is fitted on."""
 
 
 def cutoffs(first_event: date, test_date: date, config: LabelsConfig) -> list[date]:
@@ -42,15 +50,29 @@ def cutoffs(first_event: date, test_date: date, config: LabelsConfig) -> list[da
     return usable
 
 
-def future_spend(daily: DataFrame, as_of: Sequence[date], horizon_days: int) -> DataFrame:
+def recent_cutoffs(newest: date, test_date: date, config: LabelsConfig) -> list[date]:
+    """The as-of dates after the ``newest`` complete one, oldest first, of whose horizon a third at least was over.
+
+    They are what a platform with little history, or one that has changed of late, can learn most from.
+    """
+    shortest = math.ceil(MIN_EXPOSURE * config.horizon_days)
+    dates = [newest + timedelta(days=step * config.cutoff_step_days) for step in range(1, config.recent_cutoffs + 1)]
+    return [day for day in dates if (test_date - day).days >= shortest]
+
+
+def future_spend(daily: DataFrame, as_of: Sequence[date], horizon_days: int, until: date | None = None) -> DataFrame:
     """Spend less refunds in the ``horizon_days`` days from each as-of date on: user_key, as_of_date, label_spend.
 
     Users without any event in the horizon have no row; their label is 0.
+
+    Args:
+        until: the first day that is not seen; by default none.
     """
     dates = F.array(*(F.lit(day) for day in sorted(set(as_of))))
     age = F.datediff("day", "as_of_date")
+    seen = daily if until is None else daily.filter(F.col("day") < F.lit(until))
     return (
-        daily.withColumn("as_of_date", F.explode(F.filter(dates, lambda d: d <= F.col("day"))))
+        seen.withColumn("as_of_date", F.explode(F.filter(dates, lambda d: d <= F.col("day"))))
         .filter(age < horizon_days)
         .groupBy("user_key", "as_of_date")
         .agg((F.sum(F.round(F.col("spend").cast("double") * 100).cast("long")) / 100).alias("label_spend"))
@@ -64,12 +86,40 @@ def labelled(features: DataFrame, spend: DataFrame) -> DataFrame:
     )
 
 
-def split(config: LabelsConfig, user_key: str = "user_key") -> Column:
-    """``holdout``, ``valid`` or ``train`` by the user's hash."""
+def weighed(rows: DataFrame, test_date: date, config: LabelsConfig) -> DataFrame:
+    """Add what fitting needs to know of a label: ``exposure_days``, ``complete`` and ``weight``; scale it up to the horizon.
+
+    The spend of a shorter exposure, times horizon over exposure, has the same expectation under a steady rate and a variance
+    that is larger by that factor, so it weighs exposure over horizon. ``labels.recency_half_life_days`` halves the weight of a
+    row for each so many days that its horizon has been over.
+    """
+    horizon = F.lit(float(config.horizon_days))
+    until = F.datediff(F.lit(test_date), "as_of_date")
+    exposure = F.least(until, F.lit(config.horizon_days))
+    weight = F.col("exposure_days") / horizon
+    if config.recency_half_life_days is not None:
+        over = F.greatest(until - config.horizon_days, F.lit(0))
+        weight = weight * F.pow(F.lit(0.5), over / F.lit(float(config.recency_half_life_days)))
+    return (
+        rows.withColumn("exposure_days", exposure)
+        .withColumn("complete", F.col("exposure_days") == config.horizon_days)
+        .withColumn("weight", weight.cast("float"))
+        .withColumn("label_spend", F.col("label_spend") * horizon / F.col("exposure_days"))
+    )
+
+
+def fold(config: LabelsConfig, user_key: str = "user_key") -> Column:
+    """The user's fold by hash, 0 to ``folds - 1``; HOLDOUT for users held out of all fitting."""
     place = F.pmod(F.xxhash64(F.lit("split"), F.col(user_key)), F.lit(BUCKETS))
-    holdout = int(config.holdout_fraction * BUCKETS)
-    valid = holdout + int((1 - config.holdout_fraction) * config.validation_fraction * BUCKETS)
-    return F.when(place < holdout, "holdout").when(place < valid, "valid").otherwise("train")
+    # another hash: folds stay even however many users are held out
+    number = F.pmod(F.xxhash64(F.lit("fold"), F.col(user_key)), F.lit(config.folds)).cast("int")
+    return F.when(place < int(config.holdout_fraction * BUCKETS), HOLDOUT).otherwise(number)
+
+
+def split(config: LabelsConfig, user_key: str = "user_key") -> Column:
+    """``holdout``, ``valid`` (the first fold) or ``train`` by the user's hash."""
+    number = fold(config, user_key)
+    return F.when(number == HOLDOUT, "holdout").when(number == 0, "valid").otherwise("train")
 
 
 def training_set_table(config: FeaturesConfig) -> Table:
@@ -80,9 +130,20 @@ def training_set_table(config: FeaturesConfig) -> Table:
         "User features at past cutoffs with the spend that followed; holdout users are not in it",
         (
             *features.columns,
-            TableColumn("label_spend", "double", "Spend less refunds in the horizon after as_of_date", required=True),
-            TableColumn("split", "string", "train or valid, by the user's hash", required=True),
+            TableColumn(
+                "label_spend",
+                "double",
+                "Spend less refunds in the horizon after as_of_date; where that was not over yet, in exposure_days, times "
+                "horizon over exposure",
+                required=True,
+            ),
+            TableColumn("exposure_days", "int", "Days of the horizon that were seen", required=True),
+            TableColumn("weight", "float", "Weight of the row in fitting", required=True),
+            TableColumn("complete", "boolean", "Whether the whole horizon was seen", required=True),
+            TableColumn(
+                "fold", "int", "Part, by the user's hash, that is predicted by models of the other parts", required=True
+            ),
         ),
         key=features.key,
-        partition_by=("split",),
+        partition_by=("complete", "fold"),
     )

@@ -113,20 +113,20 @@ class Snapshot:
         return Share(self.files, self.schema, rank, count, rows, size)
 
 
-def snapshot(path: str, version: int | None = None, where: Mapping[str, str] | None = None) -> Snapshot:
+def snapshot(path: str, version: int | None = None, where: Mapping[str, str | Sequence[str]] | None = None) -> Snapshot:
     """Look up which files make up a version of a Delta table, and their row groups.
 
     Args:
         path: local folder or object-store URL of the table.
         version: ``None`` for the newest.
-        where: values of partition columns, for part of the table.
+        where: value or values of partition columns, for part of the table.
 
     Raises:
         DataError: no such table, version or partition column; no rows; the table has deletion vectors or
         renamed
             columns (column mapping), which Petastorm would not see.
 
-    >>> snapshot("lakehouse/training_set", where={"split": "train"}).rows  # doctest: +SKIP
+    >>> snapshot("lakehouse/training_set", where={"complete": "true", "fold": ["1", "2"]}).rows  # doctest: +SKIP
     15120
     """
     try:
@@ -142,7 +142,10 @@ def snapshot(path: str, version: int | None = None, where: Mapping[str, str] | N
     if marked := sum(batch.num_rows for batch in table.deletion_vectors()):
         rule = "must have no deletion vectors: Petastorm would read the deleted rows"
         raise DataError(path, f"{rule}, {marked} files have")
-    chosen = [(column, "=", value) for column, value in conditions.items()]
+    chosen = [
+        (column, "=", value) if isinstance(value, str) else (column, "in", list(value))
+        for column, value in conditions.items()
+    ]
     files = tuple(sorted(_url(uri) for uri in table.file_uris(file_pruning_predicate=chosen or None)))
     found = Snapshot(path, table.version(), files, *_read_footers(files))
     if not found.rows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -26,13 +26,13 @@ from safetensors.numpy import save_file
 from bp_spark import __version__, cleaning, daily, evaluation, features, labels, scoring, texts
 from bp_spark.config import Config, digest
 from bp_spark.errors import DataError
-from bp_spark.loader import snapshot
+from bp_spark.loader import Snapshot, snapshot
 from bp_spark.model import bundle as bundles
 from bp_spark.model.btyd import fit_btyd
 from bp_spark.model.bundle import Bundle
 from bp_spark.model.fusion import Fusion
 from bp_spark.model.inputs import InputSpec
-from bp_spark.model.members import Member, fit_linear, fit_trees
+from bp_spark.model.members import Member, SqrtTreesMember, TreesMember, fit_linear, fit_trees
 from bp_spark.sources import open_source
 from bp_spark.sources.contract import Delivery
 from bp_spark.tables import (
@@ -486,15 +486,14 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
         first, last = _span(lakehouse)
         test_date = test_date or last - timedelta(days=config.labels.horizon_days)
         dates = labels.cutoffs(first, test_date, config.labels)
+        dates += labels.recent_cutoffs(dates[-1], test_date, config.labels)
         _featurize(run, [*dates, test_date])
-        rows = _training_set(run, dates)
+        rows = _training_set(run, dates, test_date)
         folder = _work_folder(run)
         vocabulary = _vocabulary(run, test_date, folder)
-        members = _fit(run, rows, vocabulary, folder)
-        calibration = _predict(rows.filter("split = 'valid'"), members, config)
-        today = _test_rows(run, test_date)
-        reference = _predict(today, members, config)
-        fusion = Fusion.fit(calibration, config.fusion, reference)
+        members, out_of_fold = _cross_fit(run, rows, vocabulary, folder)
+        reference = _predict(_test_rows(run, test_date), members, config)
+        fusion = Fusion.fit(out_of_fold, config.fusion, reference)
         complete = last >= test_date + timedelta(days=config.labels.horizon_days)
         metrics = _evaluate(reference, members, fusion) if complete else pd.DataFrame()
         bundle = _write_bundle(run, members, fusion, metrics, test_date)
@@ -504,7 +503,7 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
         return TrainResult(bundle, metrics, promoted, reason, run.records)
 
 
-def _training_set(run: Run, dates: Sequence[date]) -> DataFrame:
+def _training_set(run: Run, dates: Sequence[date], test_date: date) -> DataFrame:
     lakehouse, config = run.lakehouse, run.config
     source = lakehouse.read("user_features").filter(F.col("as_of_date").isin(*dates))
     inputs = digest(
@@ -514,21 +513,23 @@ def _training_set(run: Run, dates: Sequence[date]) -> DataFrame:
         lakehouse.version("user_features"),
         lakehouse.version("user_daily"),
         dates,
+        test_date,
     )
     with run.stage("label", inputs) as figures:
         if lakehouse.inputs("training_set") == inputs:
             figures["status"] = "unchanged"
             return lakehouse.read("training_set")
-        spend = labels.future_spend(lakehouse.read("user_daily"), dates, config.labels.horizon_days)
+        spend = labels.future_spend(lakehouse.read("user_daily"), dates, config.labels.horizon_days, test_date)
         rows = (
-            labels.labelled(source, spend)
-            .withColumn("split", labels.split(config.labels))
-            .filter(F.col("split") != "holdout")
+            labels.weighed(labels.labelled(source, spend), test_date, config.labels)
+            .withColumn("fold", labels.fold(config.labels))
+            .filter(F.col("fold") != labels.HOLDOUT)
         )
-        # ranks share the row groups of the files: a few for each rank
-        files = 4 * config.training.processes
-        place = F.xxhash64("user_key", "as_of_date")
-        rows = rows.repartition(files, place).sortWithinPartitions("user_key", "as_of_date")
+        # ranks share the row groups of the files: a few of each fold for each rank
+        files = math.ceil(4 * config.training.processes / config.labels.folds)
+        place = F.pmod(F.xxhash64("user_key", "as_of_date"), F.lit(files))
+        rows = rows.repartition(2 * files * config.labels.folds, "complete", "fold", place)
+        rows = rows.sortWithinPartitions("complete", "fold", "user_key", "as_of_date")
         lakehouse.replace(labels.training_set_table(config.features), rows, inputs=inputs)
         written = lakehouse.read("training_set")
         figures["rows"] = written.count()
@@ -571,24 +572,75 @@ def _vocabulary(run: Run, test_date: date, folder: Path) -> Path:
     return path
 
 
-def _fit(run: Run, rows: DataFrame, vocabulary: Path, folder: Path) -> list[Member]:
-    config, catalogue = run.config, features.catalogue(run.config.features)
+Fit = Callable[[int | None, int | None], tuple[Member, int]]
+"""Fits a member without the users of a fold, stopping early on them, or (``None``) on all users for a given length: of trees,
+of epochs. Returns the length too."""
+
+
+def _cross_fit(run: Run, rows: DataFrame, vocabulary: Path, folder: Path) -> tuple[list[Member], pd.DataFrame]:
+    """Members fitted on all folds, and what members that were fitted without a user's fold say of that user.
+
+    The frame has the rows whose whole horizon was seen, at most ``evaluation.max_users`` of them, with a column for each
+    member.
+    """
+    folds = range(run.config.labels.folds)
     rows.persist()
-    with run.stage("fit linear"):
-        linear = fit_linear(rows, RFM, config.linear)
-    with run.stage("fit btyd"):
-        btyd = fit_btyd(rows, config.labels.horizon_days)
-    with run.stage("fit trees") as figures:
-        trees = fit_trees(rows, catalogue.names, config.trees, seed=config.training.seed)
-        figures["rounds"] = trees.rounds
+    frame = _sample(rows.filter("complete"), run.config).toPandas()
+    columns = {name: frame[name].to_numpy() for name in frame.columns}
+    rows_of = [np.flatnonzero(columns["fold"] == fold) for fold in folds]
+    members, out_of_fold = [], {}
+    for name, fit in _fits(run, rows, vocabulary, folder).items():
+        with run.stage(f"fit {name}") as figures:
+            said, lengths = np.empty(len(frame)), []
+            for fold in folds:
+                member, length = fit(fold, None)
+                here = {column: values[rows_of[fold]] for column, values in columns.items()}
+                said[rows_of[fold]] = member.predict(here)
+                lengths.append(length)
+            length = max(1, round(float(np.mean(lengths))))
+            member, _ = fit(None, length)
+            members.append(member)
+            out_of_fold[name] = said
+            if any(lengths):
+                figures["lengths"], figures["length"] = lengths, length
     rows.unpersist()
-    members: list[Member] = [linear, btyd, trees]
+    return members, frame[["user_key", "as_of_date", "label_spend"]].assign(**out_of_fold)
+
+
+def _fits(run: Run, rows: DataFrame, vocabulary: Path, folder: Path) -> dict[str, Fit]:
+    """How each member is fitted; the baselines linear and btyd always are."""
+    config, catalogue = run.config, features.catalogue(run.config.features)
+
+    def split(fold: int | None) -> DataFrame:
+        if fold is None:
+            return rows.withColumn("split", F.lit("train"))
+        held_out = F.when(F.col("fold") != fold, "train").when(F.col("complete"), "valid").otherwise("unused")
+        return rows.withColumn("split", held_out)
+
+    def linear(fold: int | None, _: int | None) -> tuple[Member, int]:
+        return fit_linear(split(fold).filter("complete"), RFM, config.linear), 0
+
+    def btyd(fold: int | None, _: int | None) -> tuple[Member, int]:
+        return fit_btyd(split(fold), config.labels.horizon_days), 0
+
+    def boosted(kind: type[TreesMember]) -> Fit:
+        def fit(fold: int | None, rounds: int | None) -> tuple[Member, int]:
+            settings, seed = config.trees, config.training.seed
+            member = fit_trees(
+                split(fold), catalogue.names, settings, seed=seed, kind=kind, rounds=rounds, weight="weight"
+            )
+            return member, member.rounds
+
+        return fit
+
+    fits: dict[str, Fit] = {"linear": linear, "btyd": btyd}
+    fits |= {kind.name: boosted(kind) for kind in (TreesMember, SqrtTreesMember) if kind.name in config.fusion.members}
     if "transformer" in config.fusion.members:
-        members.append(_fit_transformer(run, catalogue, vocabulary, folder))
-    return members
+        fits["transformer"] = _transformer_fit(run, catalogue, vocabulary, folder)
+    return fits
 
 
-def _fit_transformer(run: Run, catalogue: features.Catalogue, vocabulary: Path, folder: Path) -> Member:
+def _transformer_fit(run: Run, catalogue: features.Catalogue, vocabulary: Path, folder: Path) -> Fit:
     # torch takes seconds to import: a platform without a sequence model doesn't pay for it
     from bp_spark.model.network import TransformerMember
 
@@ -599,20 +651,19 @@ def _fit_transformer(run: Run, catalogue: features.Catalogue, vocabulary: Path, 
         history_length=config.features.history_length,
     )
     version, path = lakehouse.version("training_set"), lakehouse.location("training_set")
-    with run.stage("fit transformer") as figures:
-        result = finetune(
-            run.spark,
-            snapshot(path, version, {"split": "train"}),
-            snapshot(path, version, {"split": "valid"}),
-            spec,
-            vocabulary,
-            config,
-            folder,
-        )
-        figures["epochs"] = result.epochs
-        figures["best_epoch"] = result.best_epoch
-        figures["validation_loss"] = round(result.best_validation_loss, 5)
-    return TransformerMember.load(result.folder)
+
+    def part(folds: Iterable[int]) -> Snapshot:
+        return snapshot(path, version, {"complete": "true", "fold": [str(fold) for fold in folds]})
+
+    def fit(fold: int | None, epochs: int | None) -> tuple[Member, int]:
+        everyone = range(config.labels.folds)
+        learned = part(other for other in everyone if other != fold)
+        held_out = None if fold is None else part([fold])
+        place = folder / ("all" if fold is None else f"without-{fold}")
+        result = finetune(run.spark, learned, held_out, spec, vocabulary, config, place, epochs=epochs)
+        return TransformerMember.load(result.folder), result.best_epoch
+
+    return fit
 
 
 def _test_rows(run: Run, test_date: date) -> DataFrame:
@@ -620,18 +671,23 @@ def _test_rows(run: Run, test_date: date) -> DataFrame:
     lakehouse, config = run.lakehouse, run.config.labels
     users = lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(test_date))
     spend = labels.future_spend(lakehouse.read("user_daily"), [test_date], config.horizon_days)
-    return labels.labelled(users, spend).withColumn("seen", labels.split(config) != "holdout")
+    return labels.labelled(users, spend).withColumn("seen", labels.fold(config) != labels.HOLDOUT)
 
 
 def _predict(rows: DataFrame, members: Sequence[Member], config: Config) -> pd.DataFrame:
-    """Each member's predictions of at most ``evaluation.max_users`` rows, taken by hash, as a frame on the driver."""
-    total, most = rows.count(), config.evaluation.max_users
-    if total > most:
-        rows = rows.filter(F.pmod(F.xxhash64("user_key"), F.lit(1_000_000)) < int(1_000_000 * most / total))
-    frame = rows.toPandas()
+    """Each member's predictions of a sample of the rows, as a frame on the driver."""
+    frame = _sample(rows, config).toPandas()
     columns = {name: frame[name].to_numpy() for name in frame.columns}
     kept = [name for name in ("user_key", "as_of_date", "label_spend", "seen") if name in frame]
     return frame[kept].assign(**{member.name: member.predict(columns) for member in members})
+
+
+def _sample(rows: DataFrame, config: Config) -> DataFrame:
+    """At most about ``evaluation.max_users`` of the rows, taken by hash of the user."""
+    total, most = rows.count(), config.evaluation.max_users
+    if total <= most:
+        return rows
+    return rows.filter(F.pmod(F.xxhash64("user_key"), F.lit(1_000_000)) < int(1_000_000 * most / total))
 
 
 def _evaluate(predictions: pd.DataFrame, members: Sequence[Member], fusion: Fusion) -> pd.DataFrame:

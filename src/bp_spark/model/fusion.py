@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import nnls
 from sklearn.isotonic import isotonic_regression
 
 from bp_spark.config import FusionConfig
@@ -51,7 +52,8 @@ class Curve:
 class Fusion:
     """What turns members' predictions into scores. Frozen; see :meth:`fit` for the meaning of each step.
 
-    ``calibration`` maps log1p of the members' geometric mean to log1p of the expected spend, ``activity``
+    ``weights`` are the members' shares in the stack: not negative, 1 together. ``calibration`` maps log1p of the stack to
+    log1p of the expected spend, ``activity``
     log1p of the expected spend to P(spend > 0). ``edges`` (log1p expected spend) part the groups of the
     interval, ``lower`` and ``upper`` are the residual quantiles of each group in log1p space. ``reference``
     maps expected spend to its percentile 0–100 in the reference population, ``risk`` holds the tertiles of
@@ -59,6 +61,7 @@ class Fusion:
     """
 
     members: tuple[str, ...]
+    weights: tuple[float, ...]
     coverage: float
     calibration: Curve
     activity: Curve
@@ -70,9 +73,13 @@ class Fusion:
 
     @classmethod
     def fit(cls, frame: pd.DataFrame, conf: FusionConfig, reference: pd.DataFrame | None = None) -> Self:
-        """Learn the fusion from users that no member was fitted on.
+        """Learn the fusion from out-of-fold predictions: each of users that the predicting member was not fitted on.
 
-        1. *Mean*: the geometric mean of ``conf.members``, taken of ``1 + spend``. One member is legal.
+        1. *Stack* (Breiman 1996, "Stacked regressions"): the square of the weighted mean of the square roots of
+           ``conf.members``. Non-negative least squares of root spend on root predictions, drawn towards equal weights by
+           ``conf.shrinkage`` times the mean square of a prediction, then made 1 together: which level is right is left to
+           the calibration. Roots weigh a user by neither the square of the spend, as money does, nor its ratio, as
+           logarithms do. One member is legal.
         2. *Calibration*: users in up to 20 bins by that mean, at least 200 in each; mean spend by bin, made
            monotone (pool adjacent violators), one knot per pooled block, straight lines in log1p space.
            Pooled blocks differ strictly, so users keep their order and no plateau makes ties, as plain
@@ -105,8 +112,10 @@ class Fusion:
                 f"{rows_needed} rows at least for an interval of coverage {conf.coverage}",
                 count=len(frame),
             )
-        mean = _mean_log({name: _column(frame, name) for name in conf.members}, conf.members)
         spend = np.maximum(_column(frame, "label_spend", signed=True), 0.0)
+        roots = np.sqrt(np.stack([_column(frame, name) for name in conf.members], axis=1))
+        weights = _stacking_weights(roots, np.sqrt(spend), conf.shrinkage)
+        mean = _stacked_log(roots, weights)
         calibration = _fit_calibration(mean, spend)
         expected = _calibrate(calibration, mean)
         activity = _fit_activity(expected, spend)
@@ -116,6 +125,7 @@ class Fusion:
         tails = [_tails(residuals[group == number], (1 - conf.coverage) / 2) for number in range(len(edges) + 1)]
         fusion = cls(
             members=tuple(conf.members),
+            weights=_floats(weights),
             coverage=conf.coverage,
             calibration=calibration,
             activity=activity,
@@ -155,7 +165,8 @@ class Fusion:
                 raise BundleError(f"fusion: no predictions of member {name!r}")
             if not _usable(predictions[name]):
                 raise BundleError(f"fusion: member {name!r} predicted a negative or non-finite spend")
-        logs = _calibrate(self.calibration, _mean_log(predictions, self.members))
+        roots = np.sqrt(np.stack([np.asarray(predictions[name], np.float64) for name in self.members], axis=1))
+        logs = _calibrate(self.calibration, _stacked_log(roots, np.asarray(self.weights)))
         expected = np.expm1(logs)
         group = np.searchsorted(np.asarray(self.edges), logs, side="right")
         low = np.maximum(np.expm1(logs + np.asarray(self.lower)[group]), 0.0)
@@ -192,6 +203,7 @@ class Fusion:
         try:
             fusion = cls(
                 members=tuple(str(name) for name in document["members"]),
+                weights=_floats(document["weights"]),
                 coverage=float(document["coverage"]),
                 calibration=_curve(document["calibration"]),
                 activity=_curve(document["activity"]),
@@ -203,16 +215,33 @@ class Fusion:
             )
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise BundleError(f"fusion: malformed ({error!r})") from None
+        if len(fusion.weights) != len(fusion.members) or min(fusion.weights) < 0:
+            raise BundleError("fusion: members and weights don't fit together")
         if not len(fusion.edges) + 1 == len(fusion.lower) == len(fusion.upper):
             raise BundleError("fusion: edges, lower and upper don't fit together")
         return fusion
 
 
-def _mean_log(predictions: Mapping[str, np.ndarray], members: Sequence[str]) -> np.ndarray:
-    total = np.zeros(len(predictions[members[0]]))
-    for name in members:
-        total += np.log1p(np.asarray(predictions[name], dtype=np.float64))
-    return total / len(members)
+def _stacking_weights(roots: np.ndarray, target: np.ndarray, shrinkage: float) -> np.ndarray:
+    """Weights, float64 [members], of the columns of ``roots`` [rows, members]; see :meth:`Fusion.fit`."""
+    members = roots.shape[1]
+    equal = np.full(members, 1.0 / members)
+    plain = roots.mean(axis=1)
+    # members that say too much altogether are no reason to heed the largest least
+    level = float(plain @ target) / max(float(plain @ plain), 1e-300)
+    pull = math.sqrt(shrinkage * float((roots**2).sum()) / members)
+    rows, answers = np.vstack([roots, pull * np.eye(members)]), np.concatenate([target, pull * level * equal])
+    weights, _ = nnls(rows, answers)
+    return weights / weights.sum() if weights.sum() > 0 else equal
+
+
+def _stacked_log(roots: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """log1p of the stack, float64 [rows]."""
+    total = np.zeros(len(roots))
+    # Member by member and not by a matrix product: BLAS sums in an order that depends on the number of rows.
+    for column, weight in zip(roots.T, weights, strict=True):
+        total += weight * column
+    return np.log1p(total**2)
 
 
 def _fit_calibration(mean: np.ndarray, spend: np.ndarray) -> Curve:

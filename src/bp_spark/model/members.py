@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
+import pandas as pd
 import xgboost
 from pyspark.errors import PySparkAttributeError
 from pyspark.ml.feature import VectorAssembler
@@ -37,7 +39,7 @@ class Member(Protocol):
 
     @property
     def name(self) -> str:
-        """Short name, unique in a bundle: ``linear``, ``btyd``, ``trees``, ``transformer``."""
+        """Short name, unique in a bundle: ``linear``, ``btyd``, ``trees``, ``sqrt_trees``, ``transformer``."""
         ...
 
     def predict(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -71,10 +73,10 @@ def load_member(name: str, folder: Path) -> Member:
     Raises:
         BundleError: there is no such member, or its files can't be used.
     """
-    if name == LinearMember.name:
-        return LinearMember.load(folder)
-    if name == TreesMember.name:
-        return TreesMember.load(folder)
+    kinds: tuple[type[Member], ...] = (LinearMember, TreesMember, SqrtTreesMember)
+    for kind in kinds:
+        if name == kind.name:
+            return kind.load(folder)
     if name == "btyd":
         # it imports this module
         from bp_spark.model.btyd import BtydMember
@@ -221,12 +223,13 @@ class TreesMember:
     (2018). The log of the answer is a sum over trees, hence :meth:`contributions` in log space.
 
     Args:
-        booster: a fitted booster of objective ``reg:tweedie`` that knows its feature names.
+        booster: a fitted booster of the class's objective that knows its feature names.
         threads: threads of one prediction. 1 suits scoring, where each core has a Python worker of its own.
     """
 
     name: ClassVar[str] = "trees"
     FILE: ClassVar[str] = "trees.json"
+    OBJECTIVE: ClassVar[str] = "reg:tweedie"
 
     def __init__(self, booster: xgboost.Booster, threads: int = 1) -> None:
         self.features: tuple[str, ...] = tuple(booster.feature_names or ())
@@ -245,14 +248,10 @@ class TreesMember:
 
     def predict(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """Expected spend, ``float64[rows]``; see :meth:`Member.predict`."""
-        values = stack_columns(columns, self.features, np.float32)
-        if not len(values):
-            return np.empty(0, dtype=np.float64)
-        spend = self._booster.inplace_predict(values, missing=np.nan, validate_features=False)
-        return np.asarray(spend, dtype=np.float64)
+        return self._raw(columns)
 
     def contributions(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-        """What each feature added to the log of the expected spend: exact TreeSHAP (Lundberg et al. 2020).
+        """What each feature added to the booster's sum over trees: exact TreeSHAP (Lundberg et al. 2020).
 
         Returns:
             ``float64[rows, features + 1]``, features in the order of ``self.features``, the last column the
@@ -274,27 +273,67 @@ class TreesMember:
         return {name: gain / total for name, gain in sorted(gains.items(), key=lambda item: -item[1])}
 
     def save(self, folder: Path) -> None:
-        """Write ``trees.json``: XGBoost's own JSON, feature names included."""
+        """Write XGBoost's own JSON, feature names included."""
         (Path(folder) / self.FILE).write_bytes(self._booster.save_raw("json"))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read ``trees.json``; see :meth:`Member.load`."""
+        """Read what :meth:`save` wrote; see :meth:`Member.load`."""
         path = Path(folder) / cls.FILE
         document = read_json(path)
         try:
             learner = document["learner"]
-            ours = learner["objective"]["name"] == "reg:tweedie" and len(learner["feature_names"]) > 0
+            ours = learner["objective"]["name"] == cls.OBJECTIVE and len(learner["feature_names"]) > 0
         except (KeyError, TypeError):
             ours = False
         if not ours:
-            raise BundleError(f"{path}: not a Tweedie booster with feature names")
+            raise BundleError(f"{path}: not a booster of {cls.OBJECTIVE} with feature names")
         booster = xgboost.Booster()
         try:
             booster.load_model(bytearray(path.read_bytes()))
         except (xgboost.core.XGBoostError, ValueError) as error:
             raise BundleError(f"{path}: XGBoost refuses it: {str(error).splitlines()[0]}") from None
-        return cls(booster)
+        try:
+            return cls(booster)
+        except ValueError as error:
+            raise BundleError(f"{path}: {error}") from None
+
+    def _raw(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        values = stack_columns(columns, self.features, np.float32)
+        if not len(values):
+            return np.empty(0, dtype=np.float64)
+        said = self._booster.inplace_predict(values, missing=np.nan, validate_features=False)
+        return np.asarray(said, dtype=np.float64)
+
+
+class SqrtTreesMember(TreesMember):
+    """Gradient-boosted trees with the squared error of the square root of spend.
+
+    The root steadies the variance of a compound Poisson sum (Bartlett 1936, "The square root transformation in
+    analysis of variance"), is defined at 0, and heeds large spenders more than a logarithm does.
+    ``expected = max(sum over trees, 0)² * smearing``; ``smearing``, an attribute of the booster, makes the spend of the
+    training rows come to what it was (Duan 1983, as a ratio of sums). :meth:`contributions` are in root units.
+
+    Raises:
+        ValueError: the booster has no smearing.
+    """
+
+    name: ClassVar[str] = "sqrt_trees"
+    FILE: ClassVar[str] = "sqrt_trees.json"
+    OBJECTIVE: ClassVar[str] = "reg:squarederror"
+
+    def __init__(self, booster: xgboost.Booster, threads: int = 1) -> None:
+        super().__init__(booster, threads)
+        self.smearing = float(booster.attr("smearing") or "nan")
+        if not (math.isfinite(self.smearing) and self.smearing >= 0):
+            raise ValueError("must have an attribute smearing, a number")
+
+    def predict(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Expected spend, ``float64[rows]``; see :meth:`Member.predict`."""
+        return np.maximum(self._raw(columns), 0.0) ** 2 * self.smearing
+
+
+Trees = TypeVar("Trees", bound=TreesMember)
 
 
 def fit_trees(
@@ -303,11 +342,13 @@ def fit_trees(
     conf: TreesConfig,
     *,
     seed: int,
+    kind: type[Trees] = TreesMember,  # type: ignore[assignment]
     patience: int = 40,
+    rounds: int | None = None,
     weight: str | None = None,
     key: Sequence[str] = KEY,
-) -> TreesMember:
-    """Fit :class:`TreesMember` on ``split = 'train'``, stopped early on ``split = 'valid'``, distributed.
+) -> Trees:
+    """Fit boosted trees on ``split = 'train'``, stopped early on ``split = 'valid'``, distributed.
 
     The rows are laid out by a hash of their key and sorted by it, so that the same rows and number of workers
     give the same trees however Spark read them.
@@ -318,7 +359,9 @@ def fit_trees(
         conf: settings; ``conf.workers`` is an upper bound, for a barrier stage with more tasks than the
             cluster has slots would wait until it fails.
         seed: of row and column sampling.
+        kind: which member: its loss.
         patience: rounds without a better validation loss before stopping; unused without validation rows.
+        rounds: trees at most, by default ``conf.rounds``.
         weight: column of row weights, if any.
         key: columns that identify a row.
 
@@ -331,10 +374,12 @@ def fit_trees(
     require(df, [*features, LABEL, SPLIT, *key, *([weight] if weight else [])])
     valid = F.col(SPLIT) == "valid"
     rows = df.where(F.col(SPLIT).isin("train", "valid"))
+    weighed = F.col(weight).cast("float") if weight else F.lit(1.0)
     counted = rows.agg(
         F.count_if(~valid).alias("train"),
         F.count_if(valid).alias("valid"),
         F.max(F.when(~valid, _spend())).alias("top"),
+        F.sum(F.when(~valid, _spend() * weighed)).alias("spend"),
     ).first()
     if counted is None or counted["train"] == 0:
         raise DataError(TABLE, "no training row", column=SPLIT)
@@ -342,12 +387,13 @@ def fit_trees(
         raise DataError(TABLE, "no training row has any spend", column=LABEL, count=counted["train"])
     workers = max(1, min(conf.workers, task_slots(df.sparkSession)))
     position = F.xxhash64(*[F.col(name).cast("string") for name in key])
+    by_root = issubclass(kind, SqrtTreesMember)
     laid_out = (
         rows.select(
             *[F.col(name).cast("float").alias(name) for name in features],
-            _spend().alias("_label"),
+            (F.sqrt(_spend()) if by_root else _spend()).alias("_label"),
             valid.alias("_valid"),
-            *([F.col(weight).cast("float").alias("_weight")] if weight else []),
+            weighed.alias("_weight"),
             position.alias("_position"),
         )
         .repartition(workers, F.col("_position"))
@@ -358,15 +404,19 @@ def fit_trees(
         early = {"validation_indicator_col": "_valid", "early_stopping_rounds": patience}
     if weight:
         early["weight_col"] = "_weight"
+    power = conf.tweedie_variance_power
+    loss: dict[str, Any] = (
+        {"eval_metric": "rmse"}
+        if by_root
+        else {"tweedie_variance_power": power, "eval_metric": f"tweedie-nloglik@{power}"}
+    )
     logging.getLogger("XGBoost-PySpark").setLevel(logging.WARNING)
-    fitted = SparkXGBRegressor(
+    estimator = SparkXGBRegressor(
         features_col=list(features),
         label_col="_label",
         num_workers=workers,
-        objective="reg:tweedie",
-        tweedie_variance_power=conf.tweedie_variance_power,
-        eval_metric=f"tweedie-nloglik@{conf.tweedie_variance_power}",
-        n_estimators=conf.rounds,
+        objective=kind.OBJECTIVE,
+        n_estimators=rounds or conf.rounds,
         max_depth=conf.max_depth,
         learning_rate=conf.learning_rate,
         min_child_weight=conf.min_child_weight,
@@ -378,14 +428,34 @@ def fit_trees(
         tree_method="hist",
         device="cpu",
         verbose=False,
+        **loss,
         **early,
-    ).fit(laid_out)
+    )
+    fitted = estimator.fit(laid_out)
     booster = fitted.get_booster()
     if counted["valid"]:
         # A plain booster predicts with every tree it holds, also with those after the best round.
         booster = booster[: booster.best_iteration + 1]
     booster.feature_names = list(features)
-    return TreesMember(booster)
+    if by_root:
+        booster.set_attr(smearing="1.0")
+        said = _predicted_spend(laid_out.where("NOT _valid"), features, booster)
+        booster.set_attr(smearing=repr(counted["spend"] / said if said > 0 else 1.0))
+    return kind(booster)
+
+
+def _predicted_spend(rows: DataFrame, features: Sequence[str], booster: xgboost.Booster) -> float:
+    """Weighted sum of what the booster, a member without smearing, says of the rows, on the executors."""
+    document = bytes(booster.save_raw("json"))
+
+    def summed(frames: Iterable[pd.DataFrame]) -> Iterable[pd.DataFrame]:
+        member = SqrtTreesMember(xgboost.Booster(model_file=bytearray(document)))
+        for frame in frames:
+            said = member.predict({name: frame[name].to_numpy() for name in features})
+            yield pd.DataFrame({"said": [float((said * frame["_weight"].to_numpy(np.float64)).sum())]})
+
+    parts = rows.select(*features, "_weight").mapInPandas(summed, "said double").collect()
+    return math.fsum(row["said"] for row in parts)
 
 
 def task_slots(spark: SparkSession) -> int:

@@ -63,7 +63,8 @@ class Job:
     """All that a rank needs to know."""
 
     train: Snapshot
-    valid: Snapshot
+    valid: Snapshot | None
+    epochs: int
     spec: InputSpec
     texts: Path
     config: Config
@@ -74,11 +75,13 @@ class Job:
 def finetune(
     spark: SparkSession,
     train: Snapshot,
-    valid: Snapshot,
+    valid: Snapshot | None,
     spec: InputSpec,
     texts_path: Path,
     config: Config,
     run_dir: Path,
+    *,
+    epochs: int | None = None,
 ) -> FinetuneResult:
     """Fine-tune the network of ``config.network`` as ``config.training`` says.
 
@@ -88,27 +91,29 @@ def finetune(
     Args:
         spark: the running session, for starting ranks.
         train: rows to fit on: ``label_spend`` and the columns of ``spec``.
-        valid: rows to stop early on.
+        valid: rows to stop early on; without any the network of the last epoch is taken.
         spec: what the network reads.
         texts_path: safetensors with ``ids`` (int64 [V], sorted) and ``embeddings`` (float [V, D]).
         config: settings.
         run_dir: folder of checkpoints, TensorBoard logs and the result; on a cluster one that all machines
             see.
+        epochs: to run, of the schedule of ``training.max_epochs``; by default until a stop.
 
     Raises:
         DataError: the snapshots lack a column, or the file of texts is no such file.
         PlatformError: a rank failed.
     """
     started = time.monotonic()
-    for part in (train, valid):
+    for part in (train, *([valid] if valid else [])):
         for name in (LABEL, *spec.columns):
             if name not in part.schema.names:
                 raise DataError(part.path, "must be a column of all files", column=name)
     read_texts(Path(texts_path))
     run_dir = Path(run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
-    identity = inputs_digest(train, valid, spec, texts_path, config)
-    job = Job(train, valid, spec, Path(texts_path).absolute(), config, run_dir, identity)
+    epochs = min(epochs or config.training.max_epochs, config.training.max_epochs)
+    identity = digest(inputs_digest(train, valid, spec, texts_path, config), epochs)
+    job = Job(train, valid, epochs, spec, Path(texts_path).absolute(), config, run_dir, identity)
     state = run_ranks(spark, config.training, run_dir, train_rank, job)
     return FinetuneResult(
         folder=run_dir / MODEL_FOLDER,
@@ -120,10 +125,18 @@ def finetune(
     )
 
 
-def inputs_digest(train: Snapshot, valid: Snapshot, spec: InputSpec, texts_path: Path, config: Config) -> str:
+def inputs_digest(train: Snapshot, valid: Snapshot | None, spec: InputSpec, texts_path: Path, config: Config) -> str:
     """Identity of what a run depends on. Files of a table have unique names, which stand for content."""
     texts = hashlib.sha256(Path(texts_path).read_bytes()).hexdigest()
-    parts = (train.files, valid.files, spec.to_json(), texts, config.network, config.training, __version__)
+    parts = (
+        train.files,
+        valid.files if valid else None,
+        spec.to_json(),
+        texts,
+        config.network,
+        config.training,
+        __version__,
+    )
     return digest(*parts)
 
 
@@ -166,7 +179,7 @@ def _train(job: Job, group: Group) -> Progress:
     settings = job.config.training
     ids, embeddings = read_texts(job.texts)
     train = _data(job.train, job, ids, group)
-    valid = _data(job.valid, job, ids, group)
+    valid = None if job.valid is None else _data(job.valid, job, ids, group)
 
     torch.manual_seed(settings.seed)
     network = SpendNetwork(job.spec, job.config.network, ids, embeddings)
@@ -183,12 +196,12 @@ def _train(job: Job, group: Group) -> Progress:
         parts=("spend",),
         losses=partial(losses, network),
         learned=train.epoch,
-        held_out=valid.epoch,
+        held_out=None if valid is None else valid.epoch,
         steps=train.steps,
         rows=job.train.rows,
         optimizer=optimizer,
         schedule=schedule,
-        max_epochs=settings.max_epochs,
+        max_epochs=job.epochs,
         patience=settings.patience,
         gradient_clip=settings.gradient_clip,
         seed=settings.seed,

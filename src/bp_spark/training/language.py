@@ -313,6 +313,7 @@ def _adapt(job: Job, group: Group) -> Outcome:
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(steps * settings.warmup_fraction), steps)
 
     progress, best = resume(job.run_dir, job.digest, group, network, optimizer, schedule)
+    held_out_pass = partial(masked, held_out, masking, group)
     loop = Loop(
         name="adapting the language model",
         section="language",
@@ -320,7 +321,7 @@ def _adapt(job: Job, group: Group) -> Outcome:
         parts=("tokens",),
         losses=losses,
         learned=partial(masked, learned, masking, group),
-        held_out=partial(masked, held_out, masking, group),
+        held_out=held_out_pass,
         steps=learned.steps,
         rows=learned.total,
         optimizer=optimizer,
@@ -334,7 +335,7 @@ def _adapt(job: Job, group: Group) -> Outcome:
         group=group,
     )
     if not progress.epoch:
-        (progress.best_loss,) = mean_losses(network, losses, loop.held_out, group)
+        (progress.best_loss,) = mean_losses(network, losses, held_out_pass, group)
         progress.history.append({"epoch": 0, "valid_loss": progress.best_loss})
     run_epochs(loop, progress, best)
     if group.rank == 0:

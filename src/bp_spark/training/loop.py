@@ -64,7 +64,7 @@ class Loop:
         parts: names of the K parts of the loss; the loss is the sum of their means.
         losses: how a batch becomes losses.
         learned: passes over what is learned from.
-        held_out: passes over what tells when to stop.
+        held_out: passes over what tells when to stop; without any the last epoch is the best one.
         steps: batches of a pass over ``learned``.
         rows: of all ranks in such a pass.
         max_epochs, patience: when to stop: at the latest, and without a better loss on ``held_out``.
@@ -80,7 +80,7 @@ class Loop:
     parts: tuple[str, ...]
     losses: Losses
     learned: Pass
-    held_out: Pass
+    held_out: Pass | None
     steps: int
     rows: int
     optimizer: Optimizer
@@ -99,7 +99,8 @@ def run_epochs(loop: Loop, progress: Progress, best: dict[str, Tensor]) -> None:
 
     Args:
         loop: what to do.
-        progress: where the run stands; moved on. An epoch adds ``epoch``, ``train_loss``, ``valid_loss``,
+        progress: where the run stands; moved on. An epoch adds ``epoch``, ``train_loss``, ``valid_loss`` (of what is
+            learned from, where nothing is held out),
             ``learning_rate``, ``rows_per_second`` to its history and, of several parts, ``valid_loss_PART``.
         best: weights of the best epoch so far.
 
@@ -112,13 +113,14 @@ def run_epochs(loop: Loop, progress: Progress, best: dict[str, Tensor]) -> None:
     with _report(loop, progress) as (step_done, epoch_done):
         while progress.epoch < loop.max_epochs and progress.epoch - progress.best_epoch < loop.patience:
             started, epoch = time.monotonic(), progress.epoch + 1
-            train_loss = sum(train_epoch(loop, model, epoch, step_done))
-            seconds = time.monotonic() - started
-            parts = mean_losses(network, loop.losses, loop.held_out, group)
+            parts = train_epoch(loop, model, epoch, step_done)
+            train_loss, seconds = sum(parts), time.monotonic() - started
+            if loop.held_out is not None:
+                parts = mean_losses(network, loop.losses, loop.held_out, group)
             valid_loss = sum(parts)
             if not math.isfinite(train_loss + valid_loss):
                 raise ConfigError(f"{loop.section}.learning_rate: the loss is not finite after epoch {epoch}, try less")
-            if valid_loss < progress.best_loss:
+            if loop.held_out is None or valid_loss < progress.best_loss:
                 progress.best_loss, progress.best_epoch, best = valid_loss, epoch, weights(network)
             progress.epoch = epoch
             named = zip(loop.parts, parts, strict=True) if len(parts) > 1 else ()
