@@ -52,6 +52,7 @@ def test_where_picks_a_partition(table: Path) -> None:
     write_table(table, make_rows(20), split="valid")
     assert snapshot(str(table), where={"split": "valid"}).rows == 20
     assert snapshot(str(table), where={"split": "train"}).rows == 90
+    assert snapshot(str(table), where={"split": ["train", "valid"]}).rows == 110
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,8 @@ def job(folder: Path, run: str, *overrides: str) -> Job:
     conf, texts = config(*overrides), folder / "texts.safetensors"
     run_dir = folder / run
     run_dir.mkdir(exist_ok=True)
-    return Job(train, valid, SPEC, texts, conf, run_dir, inputs_digest(train, valid, SPEC, texts, conf))
+    identity = inputs_digest(train, valid, SPEC, texts, conf)
+    return Job(train, valid, conf.training.max_epochs, SPEC, texts, conf, run_dir, identity)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -192,6 +193,16 @@ def test_training_stops_early_and_keeps_the_best_epoch(tmp_path: Path, single_ra
     losses = [row["valid_loss"] for row in progress.history]
     assert progress.best_loss == min(losses) == losses[progress.best_epoch - 1]
     assert progress.epoch == progress.best_epoch + 2 < 30
+
+
+def test_a_run_without_validation_rows_is_that_of_so_many_epochs(folder: Path, single_rank: None) -> None:
+    with_validation = job(folder, "watched", "training.max_epochs=4", "training.patience=4")
+    progress = train_rank(with_validation)
+    os.environ["MASTER_PORT"] = str(free_port())
+    (folder / "unwatched").mkdir()
+    again = train_rank(replace(with_validation, valid=None, epochs=progress.best_epoch, run_dir=folder / "unwatched"))
+    assert again.epoch == again.best_epoch == progress.best_epoch
+    assert_equal_weights(folder / "watched", folder / "unwatched", 0)
 
 
 def test_a_loss_that_is_not_finite_is_an_error(folder: Path, single_rank: None) -> None:
