@@ -34,6 +34,7 @@ SMALL = [
     "features.windows=[30, 90]",
     "training.launcher=cluster",
     "training.processes=2",
+    "pretraining.max_epochs=1",
     "training.max_epochs=1",
     "training.batch_size=64",
     "network.hidden_size=16",

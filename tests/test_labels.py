@@ -180,6 +180,12 @@ def test_the_training_set_is_the_features_with_label_and_fold() -> None:
     assert not table.schema["label_spend"].nullable
 
 
+def test_rows_without_holdout_users_say_which_side_the_others_are_on(spark: SparkSession) -> None:
+    rows = spark.createDataFrame([("1",), ("小明",), ("7",)], "user_key string")
+    found = {row["user_key"]: row["split"] for row in labels.without_holdout(rows, LabelsConfig()).collect()}
+    assert found == {"1": "valid", "小明": "train"}
+
+
 # --- horizons that were not over -----------------------------------------------------------------------------------------
 
 

@@ -266,7 +266,7 @@ def _fewer_texts(folder: Path) -> None:
 
 def _newer_format(folder: Path) -> None:
     path = folder / DESCRIPTION_FILE
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
 
 
 @pytest.mark.parametrize(

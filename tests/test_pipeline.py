@@ -27,6 +27,7 @@ SMALL = [
     "labels.cutoffs=2",
     "labels.cutoff_step_days=30",
     "labels.folds=2",
+    "pretraining.max_epochs=2",
     "training.max_epochs=4",
     "training.learning_rate=0.005",
     "training.batch_size=64",
@@ -168,6 +169,16 @@ def test_training_never_sees_holdout_users_or_the_test_horizon(line: Line) -> No
     assert spent is not None
     assert seen[0] / line.config.labels.horizon_days == pytest.approx(float(spent[0]))
     assert {row[0] for row in rows.select("complete").distinct().collect()} == {True, False}
+
+
+def test_pre_training_reads_what_is_known_on_the_test_date_of_users_that_are_not_held_out(line: Line) -> None:
+    rows, split = line.lakehouse.read("pretraining_set"), labels.split(line.config.labels)
+    users = line.lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(TEST_DATE))
+    assert rows.count() == users.filter(split != "holdout").count()
+    assert rows.filter((split != F.col("split")) | (F.col("as_of_date") != F.lit(TEST_DATE))).isEmpty()
+    assert not any(name.startswith("label") for name in rows.columns)
+    (stage,) = (stage for stage in line.trained.stages if stage["stage"] == "pretrain")
+    assert (stage["status"], stage["figures"]["epochs"]) == ("done", "2")
 
 
 def test_labels_are_the_spend_of_the_horizon_in_the_events(line: Line) -> None:

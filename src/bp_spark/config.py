@@ -178,6 +178,25 @@ class NetworkConfig(Section):
         return self
 
 
+class PretrainingConfig(Section):
+    """Pre-training of the sequence model's history half on histories without labels. Ranks, their launcher, weight decay,
+    warmup, gradient clip, seed and work folder are those of ``training``.
+    """
+
+    max_epochs: int = Field(100, ge=0)
+    """Passes over the histories, at most; 0: no pre-training."""
+    patience: Positive = 15
+    """Epochs without a better validation loss before stopping."""
+    batch_size: Positive = 128
+    """Users of one step over all ranks."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Highest learning rate, reached after warmup; a cosine brings it down to 0."""
+    mask_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share of the events that the encoder has to guess."""
+    temperature: float = Field(0.1, gt=0)
+    """Of the choice of an event's text among the batch's: the lower, the more the nearest wrong ones count."""
+
+
 class TrainingConfig(Section):
     """The DDP fine-tuning job."""
 
@@ -308,6 +327,7 @@ class Config(Section):
     features: FeaturesConfig = FeaturesConfig()
     labels: LabelsConfig = LabelsConfig()
     network: NetworkConfig = NetworkConfig()
+    pretraining: PretrainingConfig = PretrainingConfig()
     training: TrainingConfig = TrainingConfig()
     trees: TreesConfig = TreesConfig()
     linear: LinearConfig = LinearConfig()

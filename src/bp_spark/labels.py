@@ -18,7 +18,7 @@ from pyspark.sql import functions as F
 
 from bp_spark.config import FeaturesConfig, LabelsConfig
 from bp_spark.errors import DataError
-from bp_spark.features import user_features_table
+from bp_spark.features import SEQUENCE_COLUMNS, user_features_table
 from bp_spark.tables import Column as TableColumn
 from bp_spark.tables import Table
 
@@ -122,6 +122,11 @@ def split(config: LabelsConfig, user_key: str = "user_key") -> Column:
     return F.when(number == HOLDOUT, "holdout").when(number == 0, "valid").otherwise("train")
 
 
+def without_holdout(rows: DataFrame, config: LabelsConfig) -> DataFrame:
+    """The rows of ``train`` and ``valid`` users, told apart by ``split``."""
+    return rows.withColumn("split", split(config)).filter(F.col("split") != "holdout")
+
+
 def training_set_table(config: FeaturesConfig) -> Table:
     """Features, label and split of all cutoffs."""
     features = user_features_table(config)
@@ -146,4 +151,20 @@ def training_set_table(config: FeaturesConfig) -> Table:
         ),
         key=features.key,
         partition_by=("complete", "fold"),
+    )
+
+
+def pretraining_set_table() -> Table:
+    """Histories without labels, for :mod:`bp_spark.training.pretrain`."""
+    return Table(
+        "pretraining_set",
+        "User histories without labels; holdout users are not in it",
+        (
+            TableColumn("user_key", "string", "User", required=True),
+            TableColumn("as_of_date", "date", "Only events before this day are seen", required=True),
+            *SEQUENCE_COLUMNS,
+            TableColumn("split", "string", "train or valid, by the user's hash", required=True),
+        ),
+        key=("user_key", "as_of_date"),
+        partition_by=("split",),
     )

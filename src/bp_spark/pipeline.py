@@ -491,7 +491,8 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
         rows = _training_set(run, dates, test_date)
         folder = _work_folder(run)
         vocabulary = _vocabulary(run, test_date, folder)
-        members, out_of_fold = _cross_fit(run, rows, vocabulary, folder)
+        encoder = _pretrain(run, test_date, vocabulary)
+        members, out_of_fold = _cross_fit(run, rows, vocabulary, folder, encoder)
         reference = _predict(_test_rows(run, test_date), members, config)
         fusion = Fusion.fit(out_of_fold, config.fusion, reference)
         complete = last >= test_date + timedelta(days=config.labels.horizon_days)
@@ -572,12 +573,55 @@ def _vocabulary(run: Run, test_date: date, folder: Path) -> Path:
     return path
 
 
+def _pretrain(run: Run, test_date: date, vocabulary: Path) -> Path | None:
+    """The history half of the transformer, pre-trained on histories as of the test date; ``None`` if it isn't wanted."""
+    config, lakehouse = run.config, run.lakehouse
+    if "transformer" not in config.fusion.members or not config.pretraining.max_epochs:
+        return None
+    # torch takes seconds to import: a platform without a sequence model doesn't pay for it
+    from bp_spark.training import pretrain
+
+    with run.stage("pretrain", digest(config.pretraining, lakehouse.version("user_features"), test_date)) as figures:
+        train, valid = _pretraining_set(run, test_date)
+        work = Path(config.training.work_dir).absolute()
+        folder = work / f"pretraining-{pretrain.inputs_digest(train, valid, vocabulary, config)}"
+        result = pretrain.pretrain(run.spark, train, valid, vocabulary, config, folder)
+        figures["users"] = train.rows
+        figures["epochs"] = result.epochs
+        figures["best_epoch"] = result.best_epoch
+        figures["validation_loss"] = round(result.best_validation_loss, 5)
+    return result.folder
+
+
+def _pretraining_set(run: Run, test_date: date) -> tuple[Snapshot, Snapshot]:
+    """Histories as of the test date of users to learn from, and of those that tell when to stop."""
+    config, lakehouse = run.config, run.lakehouse
+    source = lakehouse.version("user_features")
+    inputs = digest(__version__, config.labels, source, config.training.processes, test_date)
+    if lakehouse.inputs("pretraining_set") != inputs:
+        table = labels.pretraining_set_table()
+        users = lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(test_date))
+        rows = labels.without_holdout(users, config.labels).select(*table.schema.names)
+        lakehouse.replace(table, _spread(rows, run), inputs=inputs)
+    path, version = lakehouse.location("pretraining_set"), lakehouse.version("pretraining_set")
+    return snapshot(path, version, {"split": "train"}), snapshot(path, version, {"split": "valid"})
+
+
+def _spread(rows: DataFrame, run: Run) -> DataFrame:
+    """Rows in a few files for each rank: ranks share the row groups of the files."""
+    place = F.xxhash64("user_key", "as_of_date")
+    files = 4 * run.config.training.processes
+    return rows.repartition(files, place).sortWithinPartitions("user_key", "as_of_date")
+
+
 Fit = Callable[[int | None, int | None], tuple[Member, int]]
 """Fits a member without the users of a fold, stopping early on them, or (``None``) on all users for a given length: of trees,
 of epochs. Returns the length too."""
 
 
-def _cross_fit(run: Run, rows: DataFrame, vocabulary: Path, folder: Path) -> tuple[list[Member], pd.DataFrame]:
+def _cross_fit(
+    run: Run, rows: DataFrame, vocabulary: Path, folder: Path, encoder: Path | None
+) -> tuple[list[Member], pd.DataFrame]:
     """Members fitted on all folds, and what members that were fitted without a user's fold say of that user.
 
     The frame has the rows whose whole horizon was seen, at most ``evaluation.max_users`` of them, with a column for each
@@ -589,7 +633,7 @@ def _cross_fit(run: Run, rows: DataFrame, vocabulary: Path, folder: Path) -> tup
     columns = {name: frame[name].to_numpy() for name in frame.columns}
     rows_of = [np.flatnonzero(columns["fold"] == fold) for fold in folds]
     members, out_of_fold = [], {}
-    for name, fit in _fits(run, rows, vocabulary, folder).items():
+    for name, fit in _fits(run, rows, vocabulary, folder, encoder).items():
         with run.stage(f"fit {name}") as figures:
             said, lengths = np.empty(len(frame)), []
             for fold in folds:
@@ -607,7 +651,7 @@ def _cross_fit(run: Run, rows: DataFrame, vocabulary: Path, folder: Path) -> tup
     return members, frame[["user_key", "as_of_date", "label_spend"]].assign(**out_of_fold)
 
 
-def _fits(run: Run, rows: DataFrame, vocabulary: Path, folder: Path) -> dict[str, Fit]:
+def _fits(run: Run, rows: DataFrame, vocabulary: Path, folder: Path, encoder: Path | None) -> dict[str, Fit]:
     """How each member is fitted; the baselines linear and btyd always are."""
     config, catalogue = run.config, features.catalogue(run.config.features)
 
@@ -636,11 +680,13 @@ def _fits(run: Run, rows: DataFrame, vocabulary: Path, folder: Path) -> dict[str
     fits: dict[str, Fit] = {"linear": linear, "btyd": btyd}
     fits |= {kind.name: boosted(kind) for kind in (TreesMember, SqrtTreesMember) if kind.name in config.fusion.members}
     if "transformer" in config.fusion.members:
-        fits["transformer"] = _transformer_fit(run, catalogue, vocabulary, folder)
+        fits["transformer"] = _transformer_fit(run, catalogue, vocabulary, folder, encoder)
     return fits
 
 
-def _transformer_fit(run: Run, catalogue: features.Catalogue, vocabulary: Path, folder: Path) -> Fit:
+def _transformer_fit(
+    run: Run, catalogue: features.Catalogue, vocabulary: Path, folder: Path, encoder: Path | None
+) -> Fit:
     # torch takes seconds to import: a platform without a sequence model doesn't pay for it
     from bp_spark.model.network import TransformerMember
 
@@ -660,7 +706,7 @@ def _transformer_fit(run: Run, catalogue: features.Catalogue, vocabulary: Path, 
         learned = part(other for other in everyone if other != fold)
         held_out = None if fold is None else part([fold])
         place = folder / ("all" if fold is None else f"without-{fold}")
-        result = finetune(run.spark, learned, held_out, spec, vocabulary, config, place, epochs=epochs)
+        result = finetune(run.spark, learned, held_out, spec, vocabulary, config, place, encoder, epochs=epochs)
         return TransformerMember.load(result.folder), result.best_epoch
 
     return fit

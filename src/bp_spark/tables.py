@@ -554,7 +554,7 @@ class Lakehouse:
         ]
 
     def _names_on_disk(self) -> list[str]:
-        known = [table.name for table in SHARED_TABLES] + ["user_features", "training_set"]
+        known = [table.name for table in SHARED_TABLES] + ["user_features", "training_set", "pretraining_set"]
         return [name for name in known if self.exists(name)]
 
     def _identifier(self, name: str) -> str:

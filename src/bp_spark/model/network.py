@@ -1,9 +1,7 @@
 """The sequence model: a user's events and tabular features in, expected spend in money out.
 
-An event is the sum of its kind, its text as a frozen language model reads it (projected), its numbers and its
-calendar. A BERT encoder reads the events behind a learned token that stands for the user; pooled, joined with
-the tabular features and passed through a residual adapter, they end in a zero-inflated lognormal (or one
-log1p value, by configuration).
+The history as :class:`~bp_spark.model.history.HistoryEncoder` reads it, joined with the tabular features and passed
+through a residual adapter, ends in a zero-inflated lognormal (or one log1p value, by configuration).
 
 :class:`SpendNetwork` is trained; :class:`TransformerMember` is what a bundle holds.
 """
@@ -19,20 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
 
 from bp_spark.config import NetworkConfig
-from bp_spark.errors import BundleError, ConfigError
+from bp_spark.errors import BundleError
+from bp_spark.model.history import HistoryEncoder, load_exactly, read_tensors
 from bp_spark.model.inputs import (
-    HOURS,
-    KINDS,
-    NUMERIC_FEATURES,
-    WEEKDAYS,
     Batch,
     Columns,
     InputSpec,
@@ -43,7 +35,7 @@ from bp_spark.model.losses import log_mse_loss, ziln_loss, ziln_parameters
 
 WEIGHTS_FILE = "transformer.safetensors"
 DESCRIPTION_FILE = "transformer.json"
-FORMAT = 1
+FORMAT = 2
 
 _TABULAR_LIMIT = 10.0
 _MIN_STD = 1e-6
@@ -87,7 +79,6 @@ class SpendNetwork(nn.Module):
     """
 
     vocabulary_ids: Tensor
-    text_embeddings: Tensor
     tabular_mean: Tensor
     tabular_std: Tensor
     missing_seen: Tensor
@@ -100,21 +91,8 @@ class SpendNetwork(nn.Module):
         self.config = config
         size, features = config.hidden_size, len(spec.tabular)
 
-        # Not persistent: the texts are far larger than the weights, and a checkpoint of every epoch needs no
-        # copy.
         self.register_buffer("vocabulary_ids", vocabulary_ids.long(), persistent=False)
-        no_text = torch.zeros(1, text_embeddings.shape[1], dtype=torch.float16)
-        table = torch.cat([no_text, text_embeddings.to(torch.float16)])
-        self.register_buffer("text_embeddings", table, persistent=False)
-
-        self.kind = nn.Embedding(KINDS, size)
-        self.weekday = nn.Embedding(WEEKDAYS, size)
-        self.hour = nn.Embedding(HOURS, size)
-        self.text = nn.Sequential(nn.Linear(text_embeddings.shape[1], size), nn.LayerNorm(size))
-        self.numeric = nn.Linear(NUMERIC_FEATURES, size)
-        self.user = nn.Parameter(torch.randn(size) * 0.02)
-        self.encoder = _encoder(config, spec.history_length + 1)
-        self.pooling_score = nn.Linear(size, 1) if config.pooling == "attention" else None
+        self.history = HistoryEncoder(config, spec.history_length, text_embeddings)
 
         self.register_buffer("tabular_mean", torch.zeros(features))
         self.register_buffer("tabular_std", torch.ones(features))
@@ -165,7 +143,7 @@ class SpendNetwork(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Outputs of the head: float32 [B, 3] for ``ziln``, [B, 1] for ``mse``. See :meth:`to_money`."""
-        history = self._read_history(batch)
+        history = self.history(batch)
         joined = self.join(torch.cat([history, self._read_tabular(batch.tabular)], dim=-1))
         return self.head(joined + self.adapter(joined)).float()
 
@@ -197,14 +175,14 @@ class SpendNetwork(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         tensors["vocabulary_ids"] = self.vocabulary_ids.cpu()
-        tensors["text_embeddings"] = self.text_embeddings[1:].cpu().contiguous()
+        tensors["text_embeddings"] = self.history.text_embeddings[1:].cpu().contiguous()
         save_file(tensors, str(folder / WEIGHTS_FILE))
         description = {
             "format": FORMAT,
             "input": self.spec.to_json(),
             "network": self.config.model_dump(mode="json"),
             "vocabulary": len(self.vocabulary_ids),
-            "text_size": self.text_embeddings.shape[1],
+            "text_size": self.history.text_embeddings.shape[1],
             "parameters": self.parameter_count,
         }
         text = json.dumps(description, indent=2, sort_keys=True) + "\n"
@@ -220,44 +198,14 @@ class SpendNetwork(nn.Module):
         """
         spec, config, vocabulary, text_size = _read_description(folder / DESCRIPTION_FILE)
         path = folder / WEIGHTS_FILE
-        try:
-            tensors = load_file(str(path))
-        except (OSError, SafetensorError) as error:
-            raise BundleError(f"{path}: can't be read: {error}") from error
+        tensors = read_tensors(path)
         ids = tensors.pop("vocabulary_ids", torch.zeros(0))
         texts = tensors.pop("text_embeddings", torch.zeros(0))
         if ids.shape != (vocabulary,) or texts.shape != (vocabulary, text_size):
             raise BundleError(f"{path}: texts must be {vocabulary} x {text_size}, found {tuple(texts.shape)}")
         network = cls(spec, config, ids, texts)
-        expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if wrong := sorted(name for name, _ in expected.items() ^ found.items()):
-            raise BundleError(f"{path}: {len(set(wrong))} tensors don't fit {DESCRIPTION_FILE}, first {wrong[0]}")
-        network.load_state_dict(tensors)
+        load_exactly(network, tensors, path)
         return network.eval()
-
-    def _read_history(self, batch: Batch) -> Tensor:
-        text = F.embedding(batch.text, self.text_embeddings).to(self.user.dtype)
-        events = (
-            self.kind(batch.kind)
-            + self.text(text)
-            + self.numeric(batch.numeric)
-            + self.weekday(batch.weekday)
-            + self.hour(batch.hour)
-        )
-        # The user token is never masked, so a user without any event still has one token to attend to.
-        tokens = torch.cat([self.user.to(events.dtype).expand(len(batch), 1, -1), events], dim=1)
-        mask = F.pad(batch.mask, (1, 0), value=True)
-        # Positions count back from the newest event: it is number 1 however long the history.
-        length = batch.mask.sum(dim=1, keepdim=True)
-        steps = torch.arange(mask.shape[1], device=mask.device)
-        position = torch.where(mask & (steps > 0), length + 1 - steps, 0)
-        read = self.encoder(inputs_embeds=tokens, attention_mask=mask.long(), position_ids=position).last_hidden_state
-        if self.pooling_score is None:
-            weight = mask.to(read.dtype)
-            return (read * weight.unsqueeze(-1)).sum(dim=1) / weight.sum(dim=1, keepdim=True)
-        score = self.pooling_score(read).squeeze(-1).float().masked_fill(~mask, -math.inf)
-        return (read * score.softmax(dim=1).unsqueeze(-1)).sum(dim=1)
 
     def _read_tabular(self, values: Tensor) -> Tensor:
         missing = values.isnan()
@@ -293,7 +241,7 @@ class TransformerMember:
         with torch.inference_mode():
             for rows in self._batches(columns):
                 part = {name: columns[name][rows] for name in network.spec.columns if name in columns}
-                batch = collate(part, network.spec, vocabulary_ids).to(network.user.device)
+                batch = collate(part, network.spec, vocabulary_ids).to(network.vocabulary_ids.device)
                 out[rows] = network.expected_spend(batch).double().cpu().numpy()
         return out
 
@@ -310,31 +258,6 @@ class TransformerMember:
         order = np.argsort(history_lengths(columns), kind="stable")
         for start in range(0, len(order), self.batch_rows):
             yield order[start : start + self.batch_rows]
-
-
-def _encoder(config: NetworkConfig, positions: int) -> BertModel:
-    try:
-        encoder = BertModel(
-            BertConfig(
-                vocab_size=1,
-                hidden_size=config.hidden_size,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                intermediate_size=config.intermediate_size,
-                hidden_dropout_prob=config.dropout,
-                attention_probs_dropout_prob=config.dropout,
-                max_position_embeddings=positions,
-                type_vocab_size=1,
-                pad_token_id=None,
-                attn_implementation="sdpa",  # type: ignore[call-arg]
-            ),
-            add_pooling_layer=False,
-        )
-    except ValueError as error:
-        raise ConfigError(f"network: {error}") from error
-    # Events come as vectors. A table of words that gets no gradient would stop DDP.
-    encoder.embeddings.word_embeddings = None  # type: ignore[assignment]
-    return encoder
 
 
 def _read_description(path: Path) -> tuple[InputSpec, NetworkConfig, int, int]:

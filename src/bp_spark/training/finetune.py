@@ -25,8 +25,9 @@ from torch.optim import Optimizer
 
 from bp_spark import __version__
 from bp_spark.config import Config, TrainingConfig, digest
-from bp_spark.errors import DataError
+from bp_spark.errors import BundleError, DataError
 from bp_spark.loader import Columns, Feed, Snapshot
+from bp_spark.model.history import ENCODER_FILE
 from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, empty_user, tabular_matrix
 from bp_spark.model.network import SpendNetwork, Statistics
 from bp_spark.training.distributed import Group, process_group, run_ranks
@@ -70,6 +71,7 @@ class Job:
     config: Config
     run_dir: Path
     digest: str
+    initial: Path | None = None
 
 
 def finetune(
@@ -80,6 +82,7 @@ def finetune(
     texts_path: Path,
     config: Config,
     run_dir: Path,
+    initial: Path | None = None,
     *,
     epochs: int | None = None,
 ) -> FinetuneResult:
@@ -97,10 +100,12 @@ def finetune(
         config: settings.
         run_dir: folder of checkpoints, TensorBoard logs and the result; on a cluster one that all machines
             see.
+        initial: folder of a pre-trained history encoder of the same sizes; ``None`` starts from random weights.
         epochs: to run, of the schedule of ``training.max_epochs``; by default until a stop.
 
     Raises:
         DataError: the snapshots lack a column, or the file of texts is no such file.
+        BundleError: the pre-trained encoder can't be read.
         PlatformError: a rank failed.
     """
     started = time.monotonic()
@@ -112,8 +117,9 @@ def finetune(
     run_dir = Path(run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     epochs = min(epochs or config.training.max_epochs, config.training.max_epochs)
-    identity = digest(inputs_digest(train, valid, spec, texts_path, config), epochs)
-    job = Job(train, valid, epochs, spec, Path(texts_path).absolute(), config, run_dir, identity)
+    initial = initial and Path(initial).absolute()
+    identity = digest(inputs_digest(train, valid, spec, texts_path, config, initial), epochs)
+    job = Job(train, valid, epochs, spec, Path(texts_path).absolute(), config, run_dir, identity, initial)
     state = run_ranks(spark, config.training, run_dir, train_rank, job)
     return FinetuneResult(
         folder=run_dir / MODEL_FOLDER,
@@ -125,8 +131,19 @@ def finetune(
     )
 
 
-def inputs_digest(train: Snapshot, valid: Snapshot | None, spec: InputSpec, texts_path: Path, config: Config) -> str:
-    """Identity of what a run depends on. Files of a table have unique names, which stand for content."""
+def inputs_digest(
+    train: Snapshot,
+    valid: Snapshot | None,
+    spec: InputSpec,
+    texts_path: Path,
+    config: Config,
+    initial: Path | None = None,
+) -> str:
+    """Identity of what a run depends on. Files of a table have unique names, which stand for content.
+
+    Raises:
+        BundleError: the pre-trained encoder can't be read.
+    """
     texts = hashlib.sha256(Path(texts_path).read_bytes()).hexdigest()
     parts = (
         train.files,
@@ -137,7 +154,12 @@ def inputs_digest(train: Snapshot, valid: Snapshot | None, spec: InputSpec, text
         config.training,
         __version__,
     )
-    return digest(*parts)
+    if initial is None:
+        return digest(*parts)
+    try:
+        return digest(*parts, hashlib.sha256((initial / ENCODER_FILE).read_bytes()).hexdigest())
+    except OSError as error:
+        raise BundleError(f"{initial / ENCODER_FILE}: can't be read: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -183,6 +205,8 @@ def _train(job: Job, group: Group) -> Progress:
 
     torch.manual_seed(settings.seed)
     network = SpendNetwork(job.spec, job.config.network, ids, embeddings)
+    if job.initial is not None:
+        network.history.restore(job.initial)
     network.fit_statistics(training_statistics(train, group))
     network.to(group.device)
     optimizer = _optimizer(network, settings)

@@ -1,0 +1,159 @@
+"""A user's events in, one vector out: the half of the sequence model that needs no label, and so can be pre-trained.
+
+An event is the sum of its kind, its text as a frozen language model reads it (projected), its numbers and its
+calendar. A BERT encoder (Devlin et al. 2019, arXiv:1810.04805) reads the events behind a learned token that stands for
+the user, and what it makes of them is pooled.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from bp_spark.config import NetworkConfig
+from bp_spark.errors import BundleError, ConfigError
+from bp_spark.model.inputs import HOURS, KINDS, NUMERIC_FEATURES, WEEKDAYS, Batch
+
+ENCODER_FILE = "encoder.safetensors"
+
+
+class HistoryEncoder(nn.Module):
+    """Reads histories.
+
+    Args:
+        config: sizes and pooling.
+        history_length: events of the longest history.
+        text_embeddings: [V, D], the frozen language model's reading of the texts; kept as float16.
+
+    Raises:
+        ConfigError: the sizes do not fit each other.
+    """
+
+    text_embeddings: Tensor
+
+    def __init__(self, config: NetworkConfig, history_length: int, text_embeddings: Tensor) -> None:
+        super().__init__()
+        size = config.hidden_size
+        # Not persistent: the texts are far larger than the weights, and a checkpoint of every epoch needs no
+        # copy.
+        no_text = torch.zeros(1, text_embeddings.shape[1], dtype=torch.float16)
+        table = torch.cat([no_text, text_embeddings.to(torch.float16)])
+        self.register_buffer("text_embeddings", table, persistent=False)
+        self.kind = nn.Embedding(KINDS, size)
+        self.weekday = nn.Embedding(WEEKDAYS, size)
+        self.hour = nn.Embedding(HOURS, size)
+        self.text = nn.Sequential(nn.Linear(text_embeddings.shape[1], size), nn.LayerNorm(size))
+        self.numeric = nn.Linear(NUMERIC_FEATURES, size)
+        self.user = nn.Parameter(torch.randn(size) * 0.02)
+        self.encoder = _bert(config, history_length + 1)
+        self.pooling_score = nn.Linear(size, 1) if config.pooling == "attention" else None
+
+    def forward(self, batch: Batch) -> Tensor:
+        """One vector for each user, [B, size]."""
+        return self.pool(self.read(self.events(batch), batch.mask), batch.mask)
+
+    def events(self, batch: Batch) -> Tensor:
+        """A vector for each event, [B, L, size], that knows nothing of the other events."""
+        text = F.embedding(batch.text, self.text_embeddings).to(self.user.dtype)
+        return (
+            self.kind(batch.kind)
+            + self.text(text)
+            + self.numeric(batch.numeric)
+            + self.weekday(batch.weekday)
+            + self.hour(batch.hour)
+        )
+
+    def read(self, events: Tensor, mask: Tensor) -> Tensor:
+        """The user token and the events in the light of each other: [B, 1 + L, size] from [B, L, size]."""
+        # The user token is never masked, so a user without any event still has one token to attend to.
+        tokens = torch.cat([self.user.to(events.dtype).expand(len(events), 1, -1), events], dim=1)
+        seen = F.pad(mask, (1, 0), value=True)
+        # Positions count back from the newest event: it is number 1 however long the history.
+        length = mask.sum(dim=1, keepdim=True)
+        steps = torch.arange(seen.shape[1], device=seen.device)
+        position = torch.where(seen & (steps > 0), length + 1 - steps, 0)
+        read: Tensor = self.encoder(
+            inputs_embeds=tokens, attention_mask=seen.long(), position_ids=position
+        ).last_hidden_state
+        return read
+
+    def pool(self, states: Tensor, mask: Tensor) -> Tensor:
+        """One vector [B, size] from what :meth:`read` returned for histories of this mask."""
+        seen = F.pad(mask, (1, 0), value=True)
+        if self.pooling_score is None:
+            weight = seen.to(states.dtype)
+            return (states * weight.unsqueeze(-1)).sum(dim=1) / weight.sum(dim=1, keepdim=True)
+        score = self.pooling_score(states).squeeze(-1).float().masked_fill(~seen, -math.inf)
+        return (states * score.softmax(dim=1).unsqueeze(-1)).sum(dim=1)
+
+    def save(self, folder: Path) -> None:
+        """Write the weights (:data:`ENCODER_FILE`), without the texts."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, str(folder / ENCODER_FILE))
+
+    def restore(self, folder: Path) -> None:
+        """Take over the weights that :meth:`save` wrote of an encoder of the same sizes.
+
+        Raises:
+            BundleError: the file is missing or damaged, or of other sizes.
+        """
+        path = folder / ENCODER_FILE
+        load_exactly(self, read_tensors(path), path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        BundleError: it is missing or damaged.
+    """
+    try:
+        return load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path}: can't be read: {error}") from error
+
+
+def load_exactly(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Load tensors into a module that has the same ones, of the same shapes.
+
+    Raises:
+        BundleError: it has others; ``path`` is named.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wrong := sorted({name for name, _ in expected.items() ^ found.items()}):
+        raise BundleError(f"{path}: {len(wrong)} tensors don't fit the configured network, first {wrong[0]}")
+    module.load_state_dict(tensors)
+
+
+def _bert(config: NetworkConfig, positions: int) -> BertModel:
+    try:
+        encoder = BertModel(
+            BertConfig(
+                vocab_size=1,
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                intermediate_size=config.intermediate_size,
+                hidden_dropout_prob=config.dropout,
+                attention_probs_dropout_prob=config.dropout,
+                max_position_embeddings=positions,
+                type_vocab_size=1,
+                pad_token_id=None,
+                attn_implementation="sdpa",  # type: ignore[call-arg]
+            ),
+            add_pooling_layer=False,
+        )
+    except ValueError as error:
+        raise ConfigError(f"network: {error}") from error
+    # Events come as vectors. A table of words that gets no gradient would stop DDP.
+    encoder.embeddings.word_embeddings = None  # type: ignore[assignment]
+    return encoder
