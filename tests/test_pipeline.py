@@ -181,6 +181,28 @@ def test_pre_training_reads_what_is_known_on_the_test_date_of_users_that_are_not
     assert (stage["status"], stage["figures"]["epochs"]) == ("done", "2")
 
 
+def test_what_is_said_of_a_user_out_of_fold_leans_on_no_label_of_the_fold(line: Line, tmp_path: Path) -> None:
+    settings = line.config.model_copy(update={"fusion": line.config.fusion.model_copy(update={"members": ("linear",)})})
+    run = pipeline.Run(line.spark, settings)
+    rows = line.lakehouse.read("training_set")
+    in_fold = F.col("fold") == 0
+    spoiled = rows.withColumn(
+        "label_spend", F.when(in_fold, F.col("label_spend") * 50 + 1000).otherwise(F.col("label_spend"))
+    )
+    said = [
+        pipeline._cross_fit(run, labelled, tmp_path, tmp_path, None)[1]
+        .set_index(["user_key", "as_of_date"])
+        .sort_index()
+        for labelled in (rows, spoiled)
+    ]
+    folds = rows.filter("complete").select("user_key", "as_of_date", "fold").toPandas()
+    held_out = folds.set_index(["user_key", "as_of_date"]).sort_index()["fold"] == 0
+    assert held_out.any()
+    for member in ("linear", "btyd"):
+        np.testing.assert_allclose(said[0].loc[held_out, member], said[1].loc[held_out, member], rtol=1e-6)
+    assert not np.allclose(said[0].loc[~held_out, "linear"], said[1].loc[~held_out, "linear"], rtol=0.5)
+
+
 def test_labels_are_the_spend_of_the_horizon_in_the_events(line: Line) -> None:
     row = line.lakehouse.read("training_set").filter("complete").orderBy(F.desc("label_spend")).first()
     assert row is not None
