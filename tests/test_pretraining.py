@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 from safetensors.torch import load_file, save_file
 
-from bp_spark.config import Config, NetworkConfig, load
+from bp_spark.config import Config, NetworkConfig, PretrainingConfig, load
 from bp_spark.errors import BundleError, ConfigError, DataError
 from bp_spark.loader import Snapshot, snapshot
 from bp_spark.model.history import ENCODER_FILE
@@ -83,7 +83,8 @@ def network(text_size: int = 6, temperature: float = 0.1) -> PretrainingNetwork:
 @settings(deadline=None, max_examples=30)
 def test_a_cut_history_knows_only_what_came_before_its_moment(seed: int, users: int) -> None:
     rows = make_rows(users, seed)
-    before, after = cut(rows, np.random.default_rng(seed))
+    made = cut(rows, 30, np.random.default_rng(seed))
+    before, after = made.before, made.after
     for row in range(users):
         whole, head, tail = (one["seq_age_days"][row] for one in (rows, before, after))
         assert len(tail) == (1 if len(whole) > 1 else 0)
@@ -94,6 +95,11 @@ def test_a_cut_history_knows_only_what_came_before_its_moment(seed: int, users: 
                 found = [*before[name][row], *after[name][row]]
                 np.testing.assert_array_equal(found, rows[name][row][: len(found)])
         if len(tail):
+            moment = whole[len(head)] + tail[0]
+            assert made.covered[row] == (moment >= 30)
+            soon = (whole <= moment) & (whole > moment - 30)
+            soon[: len(head)] = False
+            assert made.spend[row] == pytest.approx(rows["seq_amount"][row][soon].sum(), rel=1e-4)
             assert (head >= 0).all()
             np.testing.assert_allclose(head[-1] + tail[0], whole[len(head) - 1] - whole[len(head)], atol=1e-3)
             np.testing.assert_allclose(np.diff(head), np.diff(whole[: len(head)]), atol=1e-3)
@@ -104,14 +110,14 @@ def test_a_cut_history_knows_only_what_came_before_its_moment(seed: int, users: 
 def test_moments_are_spread_over_the_whole_history() -> None:
     ages = arrays([np.linspace(100, 1, 12, dtype=np.float32)] * 2000)
     rows = {name: arrays([np.ones(12, np.float32)] * 2000) for name in HISTORY_COLUMNS} | {"seq_age_days": ages}
-    before, _ = cut(rows, np.random.default_rng(0))
-    counts = np.bincount([len(age) for age in before["seq_age_days"]], minlength=12)
+    made = cut(rows, 30, np.random.default_rng(0))
+    counts = np.bincount([len(age) for age in made.before["seq_age_days"]], minlength=12)
     assert counts[0] == 0
     assert (np.abs(counts[1:] - 2000 / 11) < 5 * math.sqrt(2000 / 11)).all()
 
 
 def test_about_the_asked_share_of_events_is_hidden_and_nothing_tells_when_they_were() -> None:
-    made = exercise(make_rows(400), LENGTH, TEXT_IDS, 0.3, np.random.default_rng(0))
+    made = exercise(make_rows(400), LENGTH, TEXT_IDS, PretrainingConfig(mask_fraction=0.3), np.random.default_rng(0))
     events = int(made.history.mask.sum())
     assert abs(int(made.hidden.sum()) / events - 0.3) < 5 * math.sqrt(0.3 * 0.7 / events)
     assert not (made.hidden & ~made.history.mask).any()
@@ -121,7 +127,7 @@ def test_about_the_asked_share_of_events_is_hidden_and_nothing_tells_when_they_w
 
 
 def test_a_hidden_event_does_not_reach_the_guesses() -> None:
-    made = exercise(make_rows(30), LENGTH, TEXT_IDS, 0.4, np.random.default_rng(0))
+    made = exercise(make_rows(30), LENGTH, TEXT_IDS, PretrainingConfig(mask_fraction=0.4), np.random.default_rng(0))
     net = network()
     expected, _ = net(made)
     made.history.kind[made.hidden] = 3
@@ -133,7 +139,10 @@ def test_a_hidden_event_does_not_reach_the_guesses() -> None:
 
 
 def test_the_losses_are_those_of_a_reading_event_by_event() -> None:
-    made, net = exercise(make_rows(30), LENGTH, TEXT_IDS, 0.4, np.random.default_rng(0)), network(temperature=0.5)
+    made, net = (
+        exercise(make_rows(30), LENGTH, TEXT_IDS, PretrainingConfig(mask_fraction=0.4), np.random.default_rng(0)),
+        network(temperature=0.5),
+    )
     sums, counts = net(made)
     encoder, history = net.history, made.history
     events = torch.where(made.hidden.unsqueeze(-1), net.hidden, encoder.events(history))
@@ -143,7 +152,7 @@ def test_the_losses_are_those_of_a_reading_event_by_event() -> None:
     keys = net.key(encoder.text_embeddings[texts].float())
     keys = keys / keys.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
-    expected, numbers = [0.0] * 8, [0] * 8
+    expected, numbers = [0.0] * 9, [0] * 9
     chosen = [(states[row, 1 + place], row) for row, place in made.hidden.nonzero().tolist()]
     following = [(vectors[row], row) for row in made.followed.nonzero().squeeze(1).tolist()]
     for offset, head, states_of, targets in (
@@ -166,6 +175,9 @@ def test_the_losses_are_those_of_a_reading_event_by_event() -> None:
                 cosine = keys @ (query / query.norm())
                 expected[offset + 3] -= (cosine / 0.5).log_softmax(0)[texts.index(text)].item()
                 numbers[offset + 3] += 1
+    for row, spend in zip(made.covered.nonzero().squeeze(1).tolist(), made.spend.tolist(), strict=True):
+        expected[8] += 0.5 * (net.of_days(vectors[row]).item() - spend) ** 2
+        numbers[8] += 1
     assert counts.tolist() == numbers
     assert min(numbers) > 0
     np.testing.assert_allclose(sums.detach().numpy(), expected, rtol=1e-4)
@@ -174,7 +186,7 @@ def test_the_losses_are_those_of_a_reading_event_by_event() -> None:
 def test_a_batch_with_nothing_to_guess_costs_nothing_and_breaks_nothing() -> None:
     rows = {name: arrays([np.zeros(0, np.float32)] * 2) for name in HISTORY_COLUMNS}
     net = network()
-    sums, counts = net(exercise(rows, LENGTH, TEXT_IDS, 0.2, np.random.default_rng(0)))
+    sums, counts = net(exercise(rows, LENGTH, TEXT_IDS, PretrainingConfig(), np.random.default_rng(0)))
     assert sums.tolist() == counts.tolist() == [0.0] * len(PARTS)
     sums.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
@@ -236,6 +248,8 @@ def test_histories_teach_what_spend_of_the_next_order_depends_on(tmp_path: Path,
     # amounts of one user differ by 10 %, those of different users by a factor of e
     assert best["valid_loss_next_amount"] < 0.25
     assert best["valid_loss_masked_amount"] < 0.25
+    first = progress.history[0]
+    assert best["valid_loss_next_days"] < 0.7 * first["valid_loss_next_days"]
 
 
 def test_a_loss_that_is_not_finite_is_an_error(folder: Path, single_rank: None) -> None:  # noqa: F811

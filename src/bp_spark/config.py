@@ -183,7 +183,7 @@ class PretrainingConfig(Section):
     warmup, gradient clip, seed and work folder are those of ``training``.
     """
 
-    max_epochs: int = Field(100, ge=0)
+    max_epochs: int = Field(60, ge=0)
     """Passes over the histories, at most; 0: no pre-training."""
     patience: Positive = 15
     """Epochs without a better validation loss before stopping."""
@@ -193,6 +193,8 @@ class PretrainingConfig(Section):
     """Highest learning rate, reached after warmup; a cosine brings it down to 0."""
     mask_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of the events that the encoder has to guess."""
+    days_ahead: Positive = 30
+    """Days after a moment of a history whose spend is to be told."""
     temperature: float = Field(0.1, gt=0)
     """Of the choice of an event's text among the batch's: the lower, the more the nearest wrong ones count."""
 

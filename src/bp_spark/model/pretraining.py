@@ -1,10 +1,11 @@
 """What histories teach without labels: events with some of them hidden in, losses of guessing them out.
 
-Two tasks on the same history, cut off at a moment drawn at random between its first and its last event:
+Three tasks on the same history, cut off at a moment drawn at random between its first and its last event:
 
 - *masked events* (BERT, Devlin et al. 2019, arXiv:1810.04805; BERT4Rec, Sun et al. 2019, arXiv:1904.06690): some events are
   replaced by a learned vector, and what the encoder makes of their places tells what they were;
-- *the next event*: the user's vector tells what comes after the moment, and how soon.
+- *the next event*: the user's vector tells what comes after the moment, and how soon;
+- *the next days*: it tells the log of 1 + what is spent in the days after the moment, where the history covers them.
 
 Of an event its kind is guessed (cross-entropy), its log amount and a log time (squared error), and its text: among the
 texts of the batch the right one is to be found by its frozen embedding (InfoNCE, van den Oord et al. 2018,
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bp_spark.config import NetworkConfig
+from bp_spark.config import NetworkConfig, PretrainingConfig
 from bp_spark.model.history import HistoryEncoder
 from bp_spark.model.inputs import HISTORY_COLUMNS, KINDS, Batch, Columns, InputSpec, collate
 
@@ -33,6 +34,7 @@ PARTS = (
     "next_amount",
     "next_wait",
     "next_text",
+    "next_days",
 )
 """Of the loss."""
 
@@ -63,6 +65,8 @@ class Exercise:
         masked: those events, row by row.
         followed: bool [B], who has an event after the moment.
         following: the next event of each of those.
+        covered: bool [B], whose days after the moment are over.
+        spend: log(1 + spend) of those days, float32 [covered].
     """
 
     history: Batch
@@ -70,32 +74,52 @@ class Exercise:
     masked: Targets
     followed: Tensor
     following: Targets
+    covered: Tensor
+    spend: Tensor
 
     def to(self, device: torch.device) -> Exercise:
         """The same on another device."""
         return Exercise(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def cut(columns: Columns, rng: np.random.Generator) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Histories up to a moment, and what came next.
+@dataclass(frozen=True)
+class Cut:
+    """Histories of B users cut at a moment.
+
+    Attributes:
+        before: history columns of the events before the moment.
+        after: history columns of the next event; none of a history that stayed whole.
+        covered: bool [B], whose ``days`` after the moment lie before the as-of date.
+        spend: float64 [B], money spent in those days.
+
+    ``seq_age_days`` are the days to the moment, in either direction.
+    """
+
+    before: dict[str, np.ndarray]
+    after: dict[str, np.ndarray]
+    covered: np.ndarray
+    spend: np.ndarray
+
+
+def cut(columns: Columns, days: float, rng: np.random.Generator) -> Cut:
+    """Cut histories at a moment.
 
     The moment is uniform between a user's first and last event, as an as-of date would be. Histories of fewer than two
     events stay whole.
 
     Args:
         columns: at least the history columns, one entry per user.
+        days: after the moment, whose spend is added up.
         rng: of the moments.
-
-    Returns:
-        The events before the moment and the next one after it (none of a history that stayed whole), both as history
-        columns; ``seq_age_days`` are the days to the moment, in either direction.
     """
     ages = columns["seq_age_days"]
-    places, moments = [len(age) for age in ages], np.zeros(len(ages))
+    places, moments, spend = [len(age) for age in ages], np.zeros(len(ages)), np.zeros(len(ages))
     for row, (age, share) in enumerate(zip(ages, rng.random(len(ages)), strict=True)):
         if len(age) > 1:
-            moments[row] = age[-1] + share * (age[0] - age[-1])
-            places[row] = min(max(1, int((age > moments[row]).sum())), len(age) - 1)
+            moments[row] = moment = age[-1] + share * (age[0] - age[-1])
+            places[row] = place = min(max(1, int((age > moment).sum())), len(age) - 1)
+            soon = age[place:] > moment - days
+            spend[row] = np.nansum(columns["seq_amount"][row][place:][soon], dtype=np.float64)
     before, after = ({name: np.empty(len(ages), object) for name in HISTORY_COLUMNS} for _ in range(2))
     for name in HISTORY_COLUMNS:
         for row, (values, place) in enumerate(zip(columns[name], places, strict=True)):
@@ -103,11 +127,15 @@ def cut(columns: Columns, rng: np.random.Generator) -> tuple[dict[str, np.ndarra
     for row, moment in enumerate(moments):
         before["seq_age_days"][row] = (before["seq_age_days"][row] - moment).clip(0)
         after["seq_age_days"][row] = (moment - after["seq_age_days"][row]).clip(0)
-    return before, after
+    return Cut(before, after, moments >= days, spend)
 
 
 def exercise(
-    columns: Columns, history_length: int, vocabulary_ids: np.ndarray, mask_fraction: float, rng: np.random.Generator
+    columns: Columns,
+    history_length: int,
+    vocabulary_ids: np.ndarray,
+    config: PretrainingConfig,
+    rng: np.random.Generator,
 ) -> Exercise:
     """Cut histories and hide events.
 
@@ -115,25 +143,28 @@ def exercise(
         columns: at least the history columns, one entry per user.
         history_length: the most recent events before the moment that are read.
         vocabulary_ids: int64 [V], sorted: the texts the network knows.
-        mask_fraction: share of the events to hide.
+        config: how many events to hide, and how many days to look ahead.
         rng: of moments and masks.
 
     Raises:
-        DataError: a column is missing, or the arrays of a history differ in length.
+        DataError: the arrays of a history differ in length.
     """
     spec = InputSpec((), frozenset(), history_length)
-    before, after = cut(columns, rng)
-    history, following = collate(before, spec, vocabulary_ids), collate(after, spec, vocabulary_ids)
-    hidden = history.mask & torch.from_numpy(rng.random(tuple(history.mask.shape)) < mask_fraction)
+    parts = cut(columns, config.days_ahead, rng)
+    history, following = (collate(part, spec, vocabulary_ids) for part in (parts.before, parts.after))
+    hidden = history.mask & torch.from_numpy(rng.random(tuple(history.mask.shape)) < config.mask_fraction)
     # The gap of the event after a hidden one would tell when that was.
     numeric = history.numeric.clone()
     numeric[..., _GAP].masked_fill_(F.pad(hidden, (1, 0))[:, :-1], 0.0)
+    spend = np.log1p(parts.spend[parts.covered].clip(min=0))
     return Exercise(
         history=replace(history, numeric=numeric),
         hidden=hidden,
         masked=_targets(history, hidden, _GAP),
         followed=following.mask.any(dim=1),
         following=_targets(following, following.mask, _AGE),
+        covered=torch.from_numpy(parts.covered),
+        spend=torch.from_numpy(spend.astype(np.float32)),
     )
 
 
@@ -159,10 +190,11 @@ class PretrainingNetwork(nn.Module):
         self.hidden = nn.Parameter(torch.randn(size) * 0.02)
         self.of_masked = EventHead(size, temperature)
         self.of_next = EventHead(size, temperature)
+        self.of_days = nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.LayerNorm(size), nn.Linear(size, 1))
         self.key = nn.Linear(text_embeddings.shape[1], size)
 
     def forward(self, batch: Exercise) -> tuple[Tensor, Tensor]:
-        """Sums of the losses of the :data:`PARTS`, float32 [8], and the numbers of their targets, float32 [8]."""
+        """Sums of the losses of the :data:`PARTS`, float32 [9], and the numbers of their targets, float32 [9]."""
         encoder, mask = self.history, batch.history.mask
         events = encoder.events(batch.history)
         events = torch.where(batch.hidden.unsqueeze(-1), self.hidden.to(events.dtype), events)
@@ -171,8 +203,11 @@ class PretrainingNetwork(nn.Module):
         texts = torch.cat([batch.masked.text, batch.following.text, batch.masked.text.new_zeros(1)]).unique()
         keys = F.normalize(self.key(F.embedding(texts, encoder.text_embeddings).to(self.hidden.dtype)), dim=-1)
         masked = self.of_masked(states[:, 1:][batch.hidden], batch.masked, texts, keys)
-        following = self.of_next(encoder.pool(states, mask)[batch.followed], batch.following, texts, keys)
-        sums, counts = zip(masked, following, strict=True)
+        users = encoder.pool(states, mask)
+        following = self.of_next(users[batch.followed], batch.following, texts, keys)
+        spend = self.of_days(users[batch.covered]).float().squeeze(-1)
+        days = (0.5 * ((spend - batch.spend) ** 2).sum(dim=0, keepdim=True), batch.covered.sum(dim=0, keepdim=True))
+        sums, counts = zip(masked, following, days, strict=True)
         return torch.cat(sums), torch.cat(counts)
 
 

@@ -149,7 +149,7 @@ class Data:
     def _exercise(self, columns: Columns | None, rng: np.random.Generator) -> Exercise:
         length, settings = self.job.history_length, self.job.config.pretraining
         rows = empty_user(InputSpec((), frozenset(), length)) if columns is None else columns
-        return exercise(rows, length, self.vocabulary_ids, settings.mask_fraction, rng).to(self.group.device)
+        return exercise(rows, length, self.vocabulary_ids, settings, rng).to(self.group.device)
 
 
 def pretrain_rank(job: Job) -> Progress:
