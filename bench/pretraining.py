@@ -4,8 +4,8 @@ In: a lakehouse with features (``bp-spark train`` or ``make demo`` ran). Out: ``
 output: for each share of the training users whose labels are used, the transformer alone, fine-tuned from random weights and
 from the pre-trained encoder, on the test date: validation loss, Spearman and normalised Gini of all and of unseen users.
 
-Shares are nested, by hash of the user. The encoder is pre-trained once, on the histories of all users but the holdout. The
-labels of the validation users tell when to stop at every share.
+Shares are nested, by hash of the user. The encoder is pre-trained once, on the histories of all users but the holdout and the
+first fold, whose users tell when to stop at every share.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def run(
     rows = pipeline._training_set(line, dates, test_date)
     vocabulary = pipeline._vocabulary(line, test_date, folder)
     clock = time.monotonic()
-    encoder = pipeline._pretrain(line, test_date, vocabulary)
+    encoder, _ = pipeline._pretrain(line, test_date, vocabulary, fold=0, epochs=None)
     seconds = time.monotonic() - clock
     test = pipeline._test_rows(line, test_date).toPandas()
 

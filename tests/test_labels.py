@@ -180,10 +180,10 @@ def test_the_training_set_is_the_features_with_label_and_fold() -> None:
     assert not table.schema["label_spend"].nullable
 
 
-def test_rows_without_holdout_users_say_which_side_the_others_are_on(spark: SparkSession) -> None:
+def test_rows_without_holdout_users_say_which_fold_the_others_are_in(spark: SparkSession) -> None:
     rows = spark.createDataFrame([("1",), ("小明",), ("7",)], "user_key string")
-    found = {row["user_key"]: row["split"] for row in labels.without_holdout(rows, LabelsConfig()).collect()}
-    assert found == {"1": "valid", "小明": "train"}
+    found = {row["user_key"]: row["fold"] for row in labels.without_holdout(rows, LabelsConfig(folds=3)).collect()}
+    assert found == {"1": 0, "小明": 1}
 
 
 # --- horizons that were not over -----------------------------------------------------------------------------------------
@@ -237,11 +237,11 @@ def folds(spark: SparkSession, users: list[str], config: LabelsConfig) -> dict[s
 
 def test_a_user_stays_in_one_fold_for_ever(spark: SparkSession) -> None:
     users = ["1", "1001", "u-42", "小明", "", "7"]
-    found = folds(spark, users, LabelsConfig())
+    found = folds(spark, users, LabelsConfig(folds=3))
     # pinned: another hash would let models of tomorrow learn from holdout users of today
     assert [found[user] for user in users] == [0, 0, 2, 1, 2, labels.HOLDOUT]
-    assert folds(spark, users[::-1], LabelsConfig()) == found
-    assert folds(spark, users[:1], LabelsConfig(horizon_days=7, cutoffs=1)) == {"1": found["1"]}
+    assert folds(spark, users[::-1], LabelsConfig(folds=3)) == found
+    assert folds(spark, users[:1], LabelsConfig(horizon_days=7, cutoffs=1, folds=3)) == {"1": found["1"]}
 
 
 @pytest.mark.parametrize(("holdout", "number"), [(0.2, 3), (0.5, 2), (0.0, 5)])
@@ -263,7 +263,6 @@ def test_another_number_of_folds_leaves_the_holdout_alone(spark: SparkSession) -
 
 def test_the_user_column_may_have_another_name(spark: SparkSession) -> None:
     rows = spark.createDataFrame([("1001",)], "who string")
-    row = rows.select(labels.fold(LabelsConfig(), "who"), labels.split(LabelsConfig(), "who")).first()
+    row = rows.select(labels.fold(LabelsConfig(), "who")).first()
     assert row is not None
     assert row[0] == folds(spark, ["1001"], LabelsConfig())["1001"]
-    assert row[1] == {labels.HOLDOUT: "holdout", 0: "valid"}.get(row[0], "train")

@@ -146,7 +146,7 @@ class LabelsConfig(Section):
     horizon_days: Positive = 90
     holdout_fraction: Fraction = 0.1
     """Share of users, by hash, that no model is ever fitted on: they tell how good a model is for users it has not seen."""
-    folds: int = Field(3, ge=2)
+    folds: int = Field(2, ge=2)
     """Parts of the other users, by hash: each is predicted by models of the rest, for stacking, calibration and intervals."""
     cutoffs: Positive = 8
     """How many past as-of dates with a whole horizon are labelled."""

@@ -116,15 +116,9 @@ def fold(config: LabelsConfig, user_key: str = "user_key") -> Column:
     return F.when(place < int(config.holdout_fraction * BUCKETS), HOLDOUT).otherwise(number)
 
 
-def split(config: LabelsConfig, user_key: str = "user_key") -> Column:
-    """``holdout``, ``valid`` (the first fold) or ``train`` by the user's hash."""
-    number = fold(config, user_key)
-    return F.when(number == HOLDOUT, "holdout").when(number == 0, "valid").otherwise("train")
-
-
 def without_holdout(rows: DataFrame, config: LabelsConfig) -> DataFrame:
-    """The rows of ``train`` and ``valid`` users, told apart by ``split``."""
-    return rows.withColumn("split", split(config)).filter(F.col("split") != "holdout")
+    """The rows of users that models may be fitted on, with their ``fold``."""
+    return rows.withColumn("fold", fold(config)).filter(F.col("fold") != HOLDOUT)
 
 
 def training_set_table(config: FeaturesConfig) -> Table:
@@ -163,8 +157,8 @@ def pretraining_set_table() -> Table:
             TableColumn("user_key", "string", "User", required=True),
             TableColumn("as_of_date", "date", "Only events before this day are seen", required=True),
             *SEQUENCE_COLUMNS,
-            TableColumn("split", "string", "train or valid, by the user's hash", required=True),
+            TableColumn("fold", "int", "Part, by the user's hash, as in training_set", required=True),
         ),
         key=("user_key", "as_of_date"),
-        partition_by=("split",),
+        partition_by=("fold",),
     )

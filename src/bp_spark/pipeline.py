@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -491,8 +491,7 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
         rows = _training_set(run, dates, test_date)
         folder = _work_folder(run)
         vocabulary = _vocabulary(run, test_date, folder)
-        encoder = _pretrain(run, test_date, vocabulary)
-        members, out_of_fold = _cross_fit(run, rows, vocabulary, folder, encoder)
+        members, out_of_fold = _cross_fit(run, rows, test_date, vocabulary, folder)
         reference = _predict(_test_rows(run, test_date), members, config)
         fusion = Fusion.fit(out_of_fold, config.fusion, reference)
         complete = last >= test_date + timedelta(days=config.labels.horizon_days)
@@ -521,16 +520,8 @@ def _training_set(run: Run, dates: Sequence[date], test_date: date) -> DataFrame
             figures["status"] = "unchanged"
             return lakehouse.read("training_set")
         spend = labels.future_spend(lakehouse.read("user_daily"), dates, config.labels.horizon_days, test_date)
-        rows = (
-            labels.weighed(labels.labelled(source, spend), test_date, config.labels)
-            .withColumn("fold", labels.fold(config.labels))
-            .filter(F.col("fold") != labels.HOLDOUT)
-        )
-        # ranks share the row groups of the files: a few of each fold for each rank
-        files = math.ceil(4 * config.training.processes / config.labels.folds)
-        place = F.pmod(F.xxhash64("user_key", "as_of_date"), F.lit(files))
-        rows = rows.repartition(2 * files * config.labels.folds, "complete", "fold", place)
-        rows = rows.sortWithinPartitions("complete", "fold", "user_key", "as_of_date")
+        rows = labels.weighed(labels.labelled(source, spend), test_date, config.labels)
+        rows = _spread(labels.without_holdout(rows, config.labels), run, "complete", "fold")
         lakehouse.replace(labels.training_set_table(config.features), rows, inputs=inputs)
         written = lakehouse.read("training_set")
         figures["rows"] = written.count()
@@ -573,54 +564,21 @@ def _vocabulary(run: Run, test_date: date, folder: Path) -> Path:
     return path
 
 
-def _pretrain(run: Run, test_date: date, vocabulary: Path) -> Path | None:
-    """The history half of the transformer, pre-trained on histories as of the test date; ``None`` if it isn't wanted."""
-    config, lakehouse = run.config, run.lakehouse
-    if "transformer" not in config.fusion.members or not config.pretraining.max_epochs:
-        return None
-    # torch takes seconds to import: a platform without a sequence model doesn't pay for it
-    from bp_spark.training import pretrain
-
-    with run.stage("pretrain", digest(config.pretraining, lakehouse.version("user_features"), test_date)) as figures:
-        train, valid = _pretraining_set(run, test_date)
-        work = Path(config.training.work_dir).absolute()
-        folder = work / f"pretraining-{pretrain.inputs_digest(train, valid, vocabulary, config)}"
-        result = pretrain.pretrain(run.spark, train, valid, vocabulary, config, folder)
-        figures["users"] = train.rows
-        figures["epochs"] = result.epochs
-        figures["best_epoch"] = result.best_epoch
-        figures["validation_loss"] = round(result.best_validation_loss, 5)
-    return result.folder
+def _spread(rows: DataFrame, run: Run, *partitions: str) -> DataFrame:
+    """Rows in a few files of each partition for each rank: ranks share the row groups of the files."""
+    files = math.ceil(4 * run.config.training.processes / run.config.labels.folds)
+    place = F.pmod(F.xxhash64("user_key", "as_of_date"), F.lit(files))
+    spread = rows.repartition(files * run.config.labels.folds, *partitions, place)
+    return spread.sortWithinPartitions(*partitions, "user_key", "as_of_date")
 
 
-def _pretraining_set(run: Run, test_date: date) -> tuple[Snapshot, Snapshot]:
-    """Histories as of the test date of users to learn from, and of those that tell when to stop."""
-    config, lakehouse = run.config, run.lakehouse
-    source = lakehouse.version("user_features")
-    inputs = digest(__version__, config.labels, source, config.training.processes, test_date)
-    if lakehouse.inputs("pretraining_set") != inputs:
-        table = labels.pretraining_set_table()
-        users = lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(test_date))
-        rows = labels.without_holdout(users, config.labels).select(*table.schema.names)
-        lakehouse.replace(table, _spread(rows, run), inputs=inputs)
-    path, version = lakehouse.location("pretraining_set"), lakehouse.version("pretraining_set")
-    return snapshot(path, version, {"split": "train"}), snapshot(path, version, {"split": "valid"})
-
-
-def _spread(rows: DataFrame, run: Run) -> DataFrame:
-    """Rows in a few files for each rank: ranks share the row groups of the files."""
-    place = F.xxhash64("user_key", "as_of_date")
-    files = 4 * run.config.training.processes
-    return rows.repartition(files, place).sortWithinPartitions("user_key", "as_of_date")
-
-
-Fit = Callable[[int | None, int | None], tuple[Member, int]]
-"""Fits a member without the users of a fold, stopping early on them, or (``None``) on all users for a given length: of trees,
-of epochs. Returns the length too."""
+Fit = Callable[[int | None], tuple[Member, dict[str, object]]]
+"""Fits a member without the users of a fold, on whom it stops early, or then (``None``) on all users, for as long as the fits
+without a fold were best at. Returns the figures of the fit too."""
 
 
 def _cross_fit(
-    run: Run, rows: DataFrame, vocabulary: Path, folder: Path, encoder: Path | None
+    run: Run, rows: DataFrame, test_date: date, vocabulary: Path, folder: Path
 ) -> tuple[list[Member], pd.DataFrame]:
     """Members fitted on all folds, and what members that were fitted without a user's fold say of that user.
 
@@ -633,25 +591,22 @@ def _cross_fit(
     columns = {name: frame[name].to_numpy() for name in frame.columns}
     rows_of = [np.flatnonzero(columns["fold"] == fold) for fold in folds]
     members, out_of_fold = [], {}
-    for name, fit in _fits(run, rows, vocabulary, folder, encoder).items():
+    for name, fit in _fits(run, rows, test_date, vocabulary, folder).items():
         with run.stage(f"fit {name}") as figures:
-            said, lengths = np.empty(len(frame)), []
+            said = np.empty(len(frame))
             for fold in folds:
-                member, length = fit(fold, None)
+                member, _ = fit(fold)
                 here = {column: values[rows_of[fold]] for column, values in columns.items()}
                 said[rows_of[fold]] = member.predict(here)
-                lengths.append(length)
-            length = max(1, round(float(np.mean(lengths))))
-            member, _ = fit(None, length)
-            members.append(member)
-            out_of_fold[name] = said
-            if any(lengths):
-                figures["lengths"], figures["length"] = lengths, length
+            member, fitted = fit(None)
+            figures.update(fitted)
+        members.append(member)
+        out_of_fold[name] = said
     rows.unpersist()
     return members, frame[["user_key", "as_of_date", "label_spend"]].assign(**out_of_fold)
 
 
-def _fits(run: Run, rows: DataFrame, vocabulary: Path, folder: Path, encoder: Path | None) -> dict[str, Fit]:
+def _fits(run: Run, rows: DataFrame, test_date: date, vocabulary: Path, folder: Path) -> dict[str, Fit]:
     """How each member is fitted; the baselines linear and btyd always are."""
     config, catalogue = run.config, features.catalogue(run.config.features)
 
@@ -661,32 +616,39 @@ def _fits(run: Run, rows: DataFrame, vocabulary: Path, folder: Path, encoder: Pa
         held_out = F.when(F.col("fold") != fold, "train").when(F.col("complete"), "valid").otherwise("unused")
         return rows.withColumn("split", held_out)
 
-    def linear(fold: int | None, _: int | None) -> tuple[Member, int]:
-        return fit_linear(split(fold).filter("complete"), RFM, config.linear), 0
+    def linear(fold: int | None) -> tuple[Member, dict[str, object]]:
+        return fit_linear(split(fold).filter("complete"), RFM, config.linear), {}
 
-    def btyd(fold: int | None, _: int | None) -> tuple[Member, int]:
-        return fit_btyd(split(fold), config.labels.horizon_days), 0
+    def btyd(fold: int | None) -> tuple[Member, dict[str, object]]:
+        return fit_btyd(split(fold), config.labels.horizon_days), {}
 
     def boosted(kind: type[TreesMember]) -> Fit:
-        def fit(fold: int | None, rounds: int | None) -> tuple[Member, int]:
-            settings, seed = config.trees, config.training.seed
+        best: list[int] = []
+
+        def fit(fold: int | None) -> tuple[Member, dict[str, object]]:
             member = fit_trees(
-                split(fold), catalogue.names, settings, seed=seed, kind=kind, rounds=rounds, weight="weight"
+                split(fold),
+                catalogue.names,
+                config.trees,
+                seed=config.training.seed,
+                kind=kind,
+                rounds=_mean_length(best) if fold is None else None,
+                weight="weight",
             )
-            return member, member.rounds
+            best.append(member.rounds)
+            return member, {"rounds": member.rounds}
 
         return fit
 
     fits: dict[str, Fit] = {"linear": linear, "btyd": btyd}
     fits |= {kind.name: boosted(kind) for kind in (TreesMember, SqrtTreesMember) if kind.name in config.fusion.members}
     if "transformer" in config.fusion.members:
-        fits["transformer"] = _transformer_fit(run, catalogue, vocabulary, folder, encoder)
+        fits["transformer"] = _transformer_fit(run, catalogue, test_date, vocabulary, folder)
     return fits
 
 
-def _transformer_fit(
-    run: Run, catalogue: features.Catalogue, vocabulary: Path, folder: Path, encoder: Path | None
-) -> Fit:
+def _transformer_fit(run: Run, catalogue: features.Catalogue, test_date: date, vocabulary: Path, folder: Path) -> Fit:
+    """Pre-trains and fine-tunes. Who is predicted out of fold isn't pre-trained on either: later events tell of labels."""
     # torch takes seconds to import: a platform without a sequence model doesn't pay for it
     from bp_spark.model.network import TransformerMember
 
@@ -696,20 +658,59 @@ def _transformer_fit(
         log_scaled=frozenset(f.name for f in catalogue.features if f.scale == "log"),
         history_length=config.features.history_length,
     )
-    version, path = lakehouse.version("training_set"), lakehouse.location("training_set")
+    labelled = lakehouse.location("training_set"), lakehouse.version("training_set")
+    best: dict[str, list[int]] = {"pre-training": [], "fine-tuning": []}
 
-    def part(folds: Iterable[int]) -> Snapshot:
-        return snapshot(path, version, {"complete": "true", "fold": [str(fold) for fold in folds]})
+    def length(name: str, fold: int | None) -> int | None:
+        return _mean_length(best[name]) if fold is None else None
 
-    def fit(fold: int | None, epochs: int | None) -> tuple[Member, int]:
-        everyone = range(config.labels.folds)
-        learned = part(other for other in everyone if other != fold)
-        held_out = None if fold is None else part([fold])
+    def fit(fold: int | None) -> tuple[Member, dict[str, object]]:
         place = folder / ("all" if fold is None else f"without-{fold}")
-        result = finetune(run.spark, learned, held_out, spec, vocabulary, config, place, encoder, epochs=epochs)
-        return TransformerMember.load(result.folder), result.best_epoch
+        encoder, figures = None, {}
+        if config.pretraining.max_epochs:
+            encoder, epochs = _pretrain(run, test_date, vocabulary, fold, length("pre-training", fold))
+            best["pre-training"].append(epochs)
+            figures["pretraining_epochs"] = epochs
+        learned, held_out = _parts(config, fold, lambda part: snapshot(*labelled, {"complete": "true", "fold": part}))
+        result = finetune(
+            run.spark, learned, held_out, spec, vocabulary, config, place, encoder, epochs=length("fine-tuning", fold)
+        )
+        best["fine-tuning"].append(result.best_epoch)
+        return TransformerMember.load(result.folder), {**figures, "epochs": result.best_epoch}
 
     return fit
+
+
+def _pretrain(run: Run, test_date: date, vocabulary: Path, fold: int | None, epochs: int | None) -> tuple[Path, int]:
+    """The history half of the transformer, pre-trained on histories as of the test date without a fold's; its epochs."""
+    # torch takes seconds to import: a platform without a sequence model doesn't pay for it
+    from bp_spark.training import pretrain
+
+    config, lakehouse = run.config, run.lakehouse
+    inputs = digest(
+        __version__, config.labels, lakehouse.version("user_features"), config.training.processes, test_date
+    )
+    if lakehouse.inputs("pretraining_set") != inputs:
+        table = labels.pretraining_set_table()
+        users = lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(test_date))
+        rows = labels.without_holdout(users, config.labels).select(*table.schema.names)
+        lakehouse.replace(table, _spread(rows, run, "fold"), inputs=inputs)
+    found = lakehouse.location("pretraining_set"), lakehouse.version("pretraining_set")
+    learned, held_out = _parts(config, fold, lambda part: snapshot(*found, {"fold": part}))
+    identity = digest(pretrain.inputs_digest(learned, held_out, vocabulary, config), epochs)
+    place = Path(config.training.work_dir).absolute() / f"pretraining-{identity}"
+    result = pretrain.pretrain(run.spark, learned, held_out, vocabulary, config, place, epochs=epochs)
+    return result.folder, result.best_epoch
+
+
+def _parts(config: Config, fold: int | None, of: Callable[[list[str]], Snapshot]) -> tuple[Snapshot, Snapshot | None]:
+    """What is learned from, and the fold that tells when to stop; ``of`` makes a snapshot of folds."""
+    learned = [str(number) for number in range(config.labels.folds) if number != fold]
+    return of(learned), None if fold is None else of([str(fold)])
+
+
+def _mean_length(lengths: Sequence[int]) -> int:
+    return max(1, round(float(np.mean(lengths))))
 
 
 def _test_rows(run: Run, test_date: date) -> DataFrame:

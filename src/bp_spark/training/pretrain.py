@@ -60,7 +60,8 @@ class Job:
     """All that a rank needs to know."""
 
     train: Snapshot
-    valid: Snapshot
+    valid: Snapshot | None
+    epochs: int
     history_length: int
     texts: Path
     config: Config
@@ -69,7 +70,14 @@ class Job:
 
 
 def pretrain(
-    spark: SparkSession, train: Snapshot, valid: Snapshot, texts_path: Path, config: Config, run_dir: Path
+    spark: SparkSession,
+    train: Snapshot,
+    valid: Snapshot | None,
+    texts_path: Path,
+    config: Config,
+    run_dir: Path,
+    *,
+    epochs: int | None = None,
 ) -> PretrainingResult:
     """Pre-train the history half of the network of ``config.network`` as ``config.pretraining`` says.
 
@@ -79,27 +87,29 @@ def pretrain(
     Args:
         spark: the running session, for starting ranks.
         train: histories to learn from: the columns of :data:`HISTORY_COLUMNS`.
-        valid: histories of other users, to stop early on.
+        valid: histories of other users, to stop early on; without any the encoder of the last epoch is taken.
         texts_path: safetensors with ``ids`` (int64 [V], sorted) and ``embeddings`` (float [V, D]).
         config: settings; ranks, optimizer's decay, warmup, gradient clip and seed are those of ``training``.
         run_dir: folder of checkpoints, TensorBoard logs and the result; on a cluster one that all machines
             see.
+        epochs: to run, of the schedule of ``pretraining.max_epochs``; by default until a stop.
 
     Raises:
         DataError: the snapshots lack a column, or the file of texts is no such file.
         PlatformError: a rank failed.
     """
     started = time.monotonic()
-    for part in (train, valid):
+    for part in (train, *([valid] if valid else [])):
         for name in HISTORY_COLUMNS:
             if name not in part.schema.names:
                 raise DataError(part.path, "must be a column of all files", column=name)
     read_texts(Path(texts_path))
     run_dir = Path(run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
-    identity = inputs_digest(train, valid, texts_path, config)
+    epochs = min(epochs or config.pretraining.max_epochs, config.pretraining.max_epochs)
+    identity = digest(inputs_digest(train, valid, texts_path, config), epochs)
     length = config.features.history_length
-    job = Job(train, valid, length, Path(texts_path).absolute(), config, run_dir, identity)
+    job = Job(train, valid, epochs, length, Path(texts_path).absolute(), config, run_dir, identity)
     state = run_ranks(spark, config.training, run_dir, pretrain_rank, job)
     return PretrainingResult(
         folder=run_dir / ENCODER_FOLDER,
@@ -111,7 +121,7 @@ def pretrain(
     )
 
 
-def inputs_digest(train: Snapshot, valid: Snapshot, texts_path: Path, config: Config) -> str:
+def inputs_digest(train: Snapshot, valid: Snapshot | None, texts_path: Path, config: Config) -> str:
     """Identity of what a run depends on. Files of a table have unique names, which stand for content."""
     texts = hashlib.sha256(Path(texts_path).read_bytes()).hexdigest()
     training = config.training
@@ -123,7 +133,7 @@ def inputs_digest(train: Snapshot, valid: Snapshot, texts_path: Path, config: Co
         training.seed,
     )
     settings = (config.features.history_length, config.network, config.pretraining, shared)
-    return digest(train.files, valid.files, texts, settings, __version__)
+    return digest(train.files, valid.files if valid else None, texts, settings, __version__)
 
 
 @dataclass(frozen=True)
@@ -162,7 +172,8 @@ def _pretrain(job: Job, group: Group) -> Progress:
     """From the first row to the saved encoder."""
     settings, training = job.config.pretraining, job.config.training
     ids, embeddings = read_texts(job.texts)
-    train, valid = _data(job.train, job, ids, group), _data(job.valid, job, ids, group)
+    train = _data(job.train, job, ids, group)
+    valid = None if job.valid is None else _data(job.valid, job, ids, group)
 
     torch.manual_seed(training.seed)
     network = PretrainingNetwork(job.config.network, job.history_length, embeddings, settings.temperature)
@@ -178,12 +189,12 @@ def _pretrain(job: Job, group: Group) -> Progress:
         parts=PARTS,
         losses=losses,
         learned=train.epoch,
-        held_out=valid.epoch,
+        held_out=None if valid is None else valid.epoch,
         steps=train.steps,
         rows=job.train.rows,
         optimizer=optimizer,
         schedule=schedule,
-        max_epochs=settings.max_epochs,
+        max_epochs=job.epochs,
         patience=settings.patience,
         gradient_clip=training.gradient_clip,
         seed=training.seed,
