@@ -19,7 +19,8 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "command", ["featurize", "adapt-language", "train", "score", "sql", "quarantine", "generate", "features", "demo"]
+    "command",
+    ["featurize", "adapt-language", "train", "backtest", "score", "sql", "quarantine", "generate", "features", "demo"],
 )
 def test_help_teaches_each_command(command: str) -> None:
     result = run("bp-spark", command, "--help")
@@ -53,6 +54,12 @@ def test_a_synthetic_platform_that_cannot_be_is_one_clear_error(tmp_path: Path) 
     assert "must be less than 1 together" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "platform").exists()
+
+
+def test_dates_and_a_number_of_them_are_one_too_many() -> None:
+    result = run("bp-spark", "backtest", "--test-date", "2017-10-03", "--folds", "3")
+    assert result.returncode == 2
+    assert "not both" in result.stderr
 
 
 def test_a_missing_option_is_a_usage_error() -> None:

@@ -58,15 +58,18 @@ def test_the_default_file_explains_each_key() -> None:
     assert not bare
 
 
-def test_the_demo_writes_under_its_own_folder_and_changes_nothing_else() -> None:
+def test_the_demo_writes_under_its_own_folder_and_adds_only_the_bracket_of_its_data() -> None:
     demo, defaults = config.load(CONF / "demo.yaml"), Config()
-    moved = (demo.tables.path, demo.training.work_dir, demo.bundles)
+    moved = (demo.tables.path, demo.training.work_dir, demo.bundles, demo.evaluation.reports)
     assert all(str(folder).startswith("demo/") for folder in moved)
     assert demo == defaults.model_copy(
         update={
             "tables": defaults.tables.model_copy(update={"path": demo.tables.path}),
             "training": defaults.training.model_copy(update={"work_dir": demo.training.work_dir}),
             "bundles": demo.bundles,
+            "evaluation": defaults.evaluation.model_copy(
+                update={"reports": demo.evaluation.reports, "external_segment": "income"}
+            ),
         }
     )
 

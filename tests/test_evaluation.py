@@ -217,3 +217,32 @@ def test_the_rendered_table_shows_members_by_population():
     text = console.export_text()
     for words in ("all (60)", "seen (40)", "unseen (20)", "trees", "fused", "norm. Gini", "–"):
         assert words in text
+
+
+INCOMES = ["Under 15K", "15-24K", "25-34K", "75-99K", "100-124K", "250K+"]
+
+
+@pytest.mark.parametrize(
+    "brackets",
+    [
+        INCOMES,
+        ["19-24", "25-34", "65+"],
+        ["1", "2", "10", "10+"],
+        ["less than $50,000", "$50,000 to $75,000", "over $75,000", "1.5M+"],
+    ],
+)
+def test_brackets_are_ordered_by_the_numbers_in_their_text(brackets):
+    shuffled = [brackets[n] for n in np.random.default_rng(1).permutation(len(brackets))]
+    assert [brackets[int(place)] for place in ev.bracket_order(shuffled)] == shuffled
+
+
+def test_users_without_a_number_have_no_bracket():
+    order = ev.bracket_order(["250K+", None, "Unknown", float("nan"), "Under 15K"])
+    np.testing.assert_array_equal(order, [1.0, math.nan, math.nan, math.nan, 0.0])
+
+
+def test_halves_of_brackets_are_as_equal_as_they_can_be_without_parting_one():
+    order = np.array([0.0] * 5 + [1.0] * 30 + [2.0] * 25)
+    assert ev.upper_half(order).sum() == 25
+    with pytest.raises(DataError, match="two brackets"):
+        ev.upper_half(np.zeros(4))

@@ -62,6 +62,9 @@ def line(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Line:
             f"tables.path={folder}/lakehouse",
             f"bundles={folder}/bundles",
             f"training.work_dir={folder}/work",
+            f"evaluation.reports={folder}/reports",
+            "evaluation.external_segment=income",
+            "evaluation.resamples=100",
         ]
     )
     pipeline.featurize(spark, settings, [TEST_DATE])
@@ -230,6 +233,47 @@ def test_metrics_cover_all_members_and_seen_and_unseen_users(line: Line) -> None
         "value"
     ]
     assert spearman["fused"] > 0.6
+
+
+def test_a_backtest_tells_how_sure_each_figure_is_and_promotes_nothing(line: Line) -> None:
+    bundles_before = sorted(path.name for path in Path(line.config.bundles).iterdir())
+    pointer = (Path(line.config.bundles) / "current").read_text()
+    result = pipeline.backtest(line.spark, line.config, [TEST_DATE])
+    assert sorted(path.name for path in Path(line.config.bundles).iterdir()) == bundles_before
+    assert (Path(line.config.bundles) / "current").read_text() == pointer
+    stored = line.lakehouse.read("backtests").toPandas()
+    assert len(stored) == len(result.tables[TEST_DATE])
+    assert set(stored["member"]) == {"linear", "btyd", "trees", "transformer", pipeline.MEAN, "fused"}
+    assert set(stored["population"]) == {"all", "seen", "unseen", "income"}
+    own = stored[stored["peer"].isna()].set_index(["population", "member", "metric"])
+    # trained on the same rows, with the same seed: the figures are those of train
+    trained = line.trained.metrics.set_index(["population", "member", "metric"])["value"]
+    assert own.loc[trained.index, "value"].to_numpy() == pytest.approx(trained.to_numpy())
+    gini = own.loc[("all", "fused", "gini")]
+    assert gini["low"] < gini["value"] < gini["high"]
+    pairs = stored[stored["peer"].notna()]
+    assert set(pairs["member"]) == {"fused"}
+    assert pairs["better"].dropna().between(0, 1).all()
+    users = own["users"]
+    assert users[("income", "fused", "bracket_auc")] < users[("all", "fused", "auc")]
+    assert result.report.exists()
+    assert len(list(result.report.parent.glob("*.png"))) == 6
+
+
+@pytest.mark.parametrize(
+    ("dates", "folds", "words"), [([date(2017, 10, 4)], 1, "newest test date"), ([], 20, "reach back")]
+)
+def test_a_backtest_that_cannot_be_done_is_refused_before_it_trains(
+    line: Line, dates: list[date], folds: int, words: str
+) -> None:
+    version = line.lakehouse.version("training_set")
+    evaluation = line.config.evaluation.model_copy(update={"external_segment": "wealth"})
+    wealth = line.config.model_copy(update={"evaluation": evaluation})
+    with pytest.raises(DataError, match=words):
+        pipeline.backtest(line.spark, line.config, dates, folds)
+    with pytest.raises(DataError, match="no user has a segment 'wealth'"):
+        pipeline.backtest(line.spark, wealth, [TEST_DATE])
+    assert line.lakehouse.version("training_set") == version
 
 
 def test_the_bundle_says_where_it_comes_from(line: Line) -> None:

@@ -92,7 +92,7 @@ def train(
     overrides: Overrides = None,
     config_file: ConfigOption = None,
 ) -> None:
-    """Label past dates, train the members (trees, transformer under DDP, linear), fuse, evaluate and promote a bundle.
+    """Label past dates, train the members (trees, transformer under DDP, linear, btyd), fuse, evaluate and promote a bundle.
 
     Example: bp-spark train --test-date 2017-10-03 training.processes=2 network.loss=ziln
     """
@@ -103,6 +103,39 @@ def train(
     result = pipeline.train(_session(settings, "train"), settings, day)
     _print(_stage_table("train", result.stages))
     _print_training(result)
+
+
+@app.command()
+def backtest(
+    test_date: Annotated[
+        list[str] | None,
+        typer.Option(help="Evaluation date YYYY-MM-DD whose whole horizon has been seen; may be repeated."),
+    ] = None,
+    folds: Annotated[
+        int | None, typer.Option(min=1, help="Without --test-date: how many dates, the newest possible one and back.")
+    ] = None,
+    step_days: Annotated[int, typer.Option(min=1, help="Days between two dates of --folds.")] = 28,
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Train as of past dates and hold the predictions against what was spent since, every member beside the fused one.
+
+    Figures have 90 % bootstrap intervals and go to the table backtests; a page with charts goes to evaluation.reports.
+    No bundle is written or promoted.
+
+    Example: bp-spark backtest --folds 3 --step-days 28 evaluation.external_segment=income
+    """
+    settings = _settings(config_file, overrides)
+    if test_date and folds:
+        raise typer.BadParameter("give --test-date or --folds, not both", param_hint="--folds")
+    dates = [config.parse_date(text) for text in test_date or ()]
+    from bp_spark import bootstrap, pipeline
+
+    result = pipeline.backtest(_session(settings, "backtest"), settings, dates, folds or 1, step_days)
+    _print(_stage_table("backtest", result.stages))
+    for day, table in result.tables.items():
+        _print(bootstrap.render(table, f"Spend of {settings.labels.horizon_days} days from {day}, 90 % intervals"))
+    _print(f"Report: {result.report.absolute()}")
 
 
 @app.command()

@@ -273,6 +273,12 @@ class EvaluationConfig(Section):
 
     max_users: Positive = 200_000
     """Users brought to the driver for exact metrics and calibration; a larger platform is sampled by hash."""
+    resamples: Positive = 500
+    """Resamples of users behind each interval and comparison."""
+    external_segment: str | None = None
+    """Segment of ``raw_users`` that holds an ordered bracket, as income, to hold scores against; ``null`` for none."""
+    reports: Folder = "reports"
+    """Folder of the reports of backtests."""
 
 
 class SyntheticConfig(Section):

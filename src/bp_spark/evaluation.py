@@ -8,6 +8,7 @@ warning.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -31,6 +32,8 @@ TITLES = {
     "interval_width": "interval width ↓",
     "brier": "Brier ↓",
     "auc": "AUC ↑",
+    "bracket_spearman": "Spearman with bracket ↑",
+    "bracket_auc": "AUC of upper half ↑",
 }
 """Every metric, in the order of tables, and the way to go."""
 
@@ -208,15 +211,8 @@ def metrics_table(frame: pd.DataFrame, members: Sequence[str]) -> pd.DataFrame:
     Raises:
         DataError: a column is missing, or see :func:`evaluate`.
     """
-    for name in ("user_key", "label_spend", "seen", *members):
-        if name not in frame.columns:
-            raise DataError("predictions", "column is missing", column=name)
-    seen = frame["seen"].to_numpy(dtype=bool)
-    parts = {"all": frame, "seen": frame[seen], "unseen": frame[~seen]}
     rows = []
-    for population, part in parts.items():
-        if part.empty:
-            continue
+    for population, part in populations(frame, members).items():
         users = part["user_key"].nunique()
         for member in members:
             extra = [n for n in ("low", "high", "p_active") if n in part.columns] if member == "fused" else []
@@ -227,6 +223,70 @@ def metrics_table(frame: pd.DataFrame, members: Sequence[str]) -> pd.DataFrame:
             )
             rows += [(member, population, metric, value, users) for metric, value in metrics.items()]
     return pd.DataFrame(rows, columns=["member", "population", "metric", "value", "users"])
+
+
+def populations(frame: pd.DataFrame, members: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """The rows of each of :data:`POPULATIONS` that has any.
+
+    Raises:
+        DataError: ``user_key``, ``label_spend``, ``seen`` or a member's column is missing.
+    """
+    for name in ("user_key", "label_spend", "seen", *members):
+        if name not in frame.columns:
+            raise DataError("predictions", "column is missing", column=name)
+    seen = frame["seen"].to_numpy(dtype=bool)
+    parts = {"all": frame, "seen": frame[seen], "unseen": frame[~seen]}
+    return {population: part for population, part in parts.items() if not part.empty}
+
+
+def bracket_order(texts: Sequence[str | None]) -> np.ndarray:
+    """Place of each bracket among those given, by the numbers in its text: ``float64[users]``, NaN without a number.
+
+    ``Under 15K`` < ``15-24K`` < ``250K+``: by the lower end, then by the upper one; K and M are thousands and
+    millions, also of the number before a dash, and commas part thousands.
+
+    >>> bracket_order(["250K+", "15-24K", None, "Under 15K", "15-24K"]).tolist()
+    [2.0, 1.0, nan, 0.0, 1.0]
+    """
+    ends = {text: _bracket_ends(text) for text in {text for text in texts if isinstance(text, str)}}
+    places = {key: place for place, key in enumerate(sorted({key for key in ends.values() if key is not None}))}
+    found = (ends[text] if isinstance(text, str) else None for text in texts)
+    return np.array([math.nan if key is None else places[key] for key in found], np.float64)
+
+
+def upper_half(order: np.ndarray) -> np.ndarray:
+    """Users in the upper brackets, boolean: parted where the halves are nearest to equal, a bracket on one side.
+
+    Raises:
+        DataError: there are fewer than two brackets.
+    """
+    places, users = np.unique(order, return_counts=True)
+    if len(places) < 2:
+        raise DataError("raw_users", "needs users of two brackets at least to compare", column="segment")
+    border = places[1 + int(np.argmin(np.abs(np.cumsum(users)[:-1] - len(order) / 2)))]
+    return order >= border
+
+
+_NUMBER = re.compile(r"(\d[\d,]*(?:\.\d+)?)\s*([kKmM]?)(?![A-Za-z])")
+_BELOW = re.compile(r"under|below|less|up to|<", re.IGNORECASE)
+_ABOVE = re.compile(r"\+|over|above|more|>", re.IGNORECASE)
+_SCALES = {"": 1.0, "k": 1e3, "m": 1e6}
+
+
+def _bracket_ends(text: str) -> tuple[float, float] | None:
+    found = _NUMBER.findall(text)
+    if not found:
+        return None
+    values, scale = [], ""
+    for digits, suffix in reversed(found):
+        scale = suffix.lower() or scale
+        values.append(float(digits.replace(",", "")) * _SCALES[scale])
+    low, high = values[-1], values[0]
+    if len(values) == 1 and _BELOW.search(text):
+        low = -math.inf
+    if len(values) == 1 and _ABOVE.search(text):
+        high = math.inf
+    return low, high
 
 
 def render(table: pd.DataFrame, title: str | None = None) -> Table:
@@ -242,14 +302,15 @@ def render(table: pd.DataFrame, title: str | None = None) -> Table:
         block = table[table["population"] == population]
         heading = "" if block.empty else f"{population} ({int(block['users'].iloc[0]):,})"
         for member in block["member"].unique():
-            cells = [_cell(name, values.get((population, member, name))) for name in names]
+            cells = [format_figure(name, values.get((population, member, name))) for name in names]
             drawn.add_row(heading, str(member), *cells)
             heading = ""
         drawn.add_section()
     return drawn
 
 
-def _cell(metric: str, value: float | None) -> str:
+def format_figure(metric: str, value: float | None) -> str:
+    """A figure as people read it: money with two digits, else four; a dash for what the data can't tell."""
     if value is None or math.isnan(value):
         return "–"
     return f"{value:,.2f}" if metric in ("mae", "rmse", "interval_width") else f"{value:.4f}"

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 from safetensors.numpy import save_file
 
-from bp_spark import __version__, cleaning, daily, evaluation, features, labels, scoring, texts
+from bp_spark import __version__, bootstrap, cleaning, daily, evaluation, features, labels, scoring, texts
 from bp_spark.config import Config, digest
 from bp_spark.errors import DataError
 from bp_spark.loader import Snapshot, snapshot
@@ -36,6 +36,7 @@ from bp_spark.model.members import Member, SqrtTreesMember, TreesMember, fit_lin
 from bp_spark.sources import open_source
 from bp_spark.sources.contract import Delivery
 from bp_spark.tables import (
+    BACKTESTS,
     DELIVERIES,
     EVENTS,
     METRICS,
@@ -62,6 +63,8 @@ RFM = (
     "orders_90d",
 )
 """Features of the linear baseline: recency, frequency and monetary value."""
+MEAN = "mean of trees and transformer"
+"""A peer of backtests."""
 
 
 @dataclass
@@ -482,25 +485,56 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
         DataError: no events, or too little history for one cutoff.
     """
     with _run(spark, config) as run:
-        lakehouse = run.lakehouse
-        first, last = _span(lakehouse)
+        first, last = _span(run.lakehouse)
         test_date = test_date or last - timedelta(days=config.labels.horizon_days)
-        dates = labels.cutoffs(first, test_date, config.labels)
-        dates += labels.recent_cutoffs(dates[-1], test_date, config.labels)
-        _featurize(run, [*dates, test_date])
-        rows = _training_set(run, dates, test_date)
-        folder = _work_folder(run)
-        vocabulary = _vocabulary(run, test_date, folder)
-        members, out_of_fold = _cross_fit(run, rows, test_date, vocabulary, folder)
-        reference = _predict(_test_rows(run, test_date), members, config)
-        fusion = Fusion.fit(out_of_fold, config.fusion, reference)
+        fitted = _fit_as_of(run, labels.cutoffs(first, test_date, config.labels), test_date)
         complete = last >= test_date + timedelta(days=config.labels.horizon_days)
-        metrics = _evaluate(reference, members, fusion) if complete else pd.DataFrame()
-        bundle = _write_bundle(run, members, fusion, metrics, test_date)
+        metrics = evaluation.metrics_table(fitted.predictions, fitted.names) if complete else pd.DataFrame()
+        bundle = _write_bundle(run, fitted, metrics)
         promoted, reason = _promote(run, bundle, metrics)
         if not metrics.empty:
             _record_metrics(run, metrics, bundle, test_date)
         return TrainResult(bundle, metrics, promoted, reason, run.records)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """Members and their fusion, of what was known at a test date.
+
+    ``predictions`` are of the date's users: ``user_key``, ``label_spend``, ``seen``, a column a member, and the answers
+    ``fused``, ``low``, ``high``, ``p_active``. ``history`` is the transformer's, epoch by epoch, without the first fold.
+    """
+
+    test_date: date
+    members: Sequence[Member]
+    fusion: Fusion
+    predictions: pd.DataFrame
+    history: Sequence[Mapping[str, float]]
+
+    @property
+    def names(self) -> list[str]:
+        return [*(member.name for member in self.members), "fused"]
+
+
+def _fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFrame | None = None) -> _Fitted:
+    """Fit, calibrate and predict with nothing later than the test date; ``brackets`` are joined to the predictions."""
+    config = run.config
+    dates = [*dates, *labels.recent_cutoffs(dates[-1], test_date, config.labels)]
+    _featurize(run, [*dates, test_date])
+    rows = _training_set(run, dates, test_date)
+    folder = _work_folder(run)
+    vocabulary = _vocabulary(run, test_date, folder)
+    members, out_of_fold, history = _cross_fit(run, rows, test_date, vocabulary, folder)
+    users = _test_rows(run, test_date)
+    if brackets is not None:
+        users = users.join(brackets, "user_key", "left")
+    reference = _predict(users, members, config)
+    fusion = Fusion.fit(out_of_fold, config.fusion, reference)
+    fused = fusion.apply({member.name: reference[member.name].to_numpy() for member in members})
+    predictions = reference.assign(
+        fused=fused["expected_spend"], low=fused["low"], high=fused["high"], p_active=fused["p_active"]
+    )
+    return _Fitted(test_date, members, fusion, predictions, history)
 
 
 def _training_set(run: Run, dates: Sequence[date], test_date: date) -> DataFrame:
@@ -572,15 +606,24 @@ def _spread(rows: DataFrame, run: Run, *partitions: str) -> DataFrame:
     return spread.sortWithinPartitions(*partitions, "user_key", "as_of_date")
 
 
-Fit = Callable[[int | None], tuple[Member, dict[str, object]]]
+class _MemberFit(NamedTuple):
+    """A fitted member, figures of the fit, and the epochs of a network."""
+
+    member: Member
+    figures: Mapping[str, object] = {}
+    history: Sequence[Mapping[str, float]] = ()
+
+
+Fit = Callable[[int | None], _MemberFit]
 """Fits a member without the users of a fold, on whom it stops early, or then (``None``) on all users, for as long as the fits
-without a fold were best at. Returns the figures of the fit too."""
+without a fold were best at."""
 
 
 def _cross_fit(
     run: Run, rows: DataFrame, test_date: date, vocabulary: Path, folder: Path
-) -> tuple[list[Member], pd.DataFrame]:
-    """Members fitted on all folds, and what members that were fitted without a user's fold say of that user.
+) -> tuple[list[Member], pd.DataFrame, Sequence[Mapping[str, float]]]:
+    """Members fitted on all folds; what members that were fitted without a user's fold say of that user; the epochs of the
+    transformer without the first fold.
 
     The frame has the rows whose whole horizon was seen, at most ``evaluation.max_users`` of them, with a column for each
     member.
@@ -591,19 +634,21 @@ def _cross_fit(
     columns = {name: frame[name].to_numpy() for name in frame.columns}
     rows_of = [np.flatnonzero(columns["fold"] == fold) for fold in folds]
     members, out_of_fold = [], {}
+    history: Sequence[Mapping[str, float]] = ()
     for name, fit in _fits(run, rows, test_date, vocabulary, folder).items():
         with run.stage(f"fit {name}") as figures:
             said = np.empty(len(frame))
             for fold in folds:
-                member, _ = fit(fold)
+                fitted = fit(fold)
                 here = {column: values[rows_of[fold]] for column, values in columns.items()}
-                said[rows_of[fold]] = member.predict(here)
-            member, fitted = fit(None)
-            figures.update(fitted)
-        members.append(member)
+                said[rows_of[fold]] = fitted.member.predict(here)
+                history = history or fitted.history
+            fitted = fit(None)
+            figures.update(fitted.figures)
+        members.append(fitted.member)
         out_of_fold[name] = said
     rows.unpersist()
-    return members, frame[["user_key", "as_of_date", "label_spend"]].assign(**out_of_fold)
+    return members, frame[["user_key", "as_of_date", "label_spend"]].assign(**out_of_fold), history
 
 
 def _fits(run: Run, rows: DataFrame, test_date: date, vocabulary: Path, folder: Path) -> dict[str, Fit]:
@@ -616,16 +661,16 @@ def _fits(run: Run, rows: DataFrame, test_date: date, vocabulary: Path, folder: 
         held_out = F.when(F.col("fold") != fold, "train").when(F.col("complete"), "valid").otherwise("unused")
         return rows.withColumn("split", held_out)
 
-    def linear(fold: int | None) -> tuple[Member, dict[str, object]]:
-        return fit_linear(split(fold).filter("complete"), RFM, config.linear), {}
+    def linear(fold: int | None) -> _MemberFit:
+        return _MemberFit(fit_linear(split(fold).filter("complete"), RFM, config.linear))
 
-    def btyd(fold: int | None) -> tuple[Member, dict[str, object]]:
-        return fit_btyd(split(fold), config.labels.horizon_days), {}
+    def btyd(fold: int | None) -> _MemberFit:
+        return _MemberFit(fit_btyd(split(fold), config.labels.horizon_days))
 
     def boosted(kind: type[TreesMember]) -> Fit:
         best: list[int] = []
 
-        def fit(fold: int | None) -> tuple[Member, dict[str, object]]:
+        def fit(fold: int | None) -> _MemberFit:
             member = fit_trees(
                 split(fold),
                 catalogue.names,
@@ -636,7 +681,7 @@ def _fits(run: Run, rows: DataFrame, test_date: date, vocabulary: Path, folder: 
                 weight="weight",
             )
             best.append(member.rounds)
-            return member, {"rounds": member.rounds}
+            return _MemberFit(member, {"rounds": member.rounds})
 
         return fit
 
@@ -664,9 +709,9 @@ def _transformer_fit(run: Run, catalogue: features.Catalogue, test_date: date, v
     def length(name: str, fold: int | None) -> int | None:
         return _mean_length(best[name]) if fold is None else None
 
-    def fit(fold: int | None) -> tuple[Member, dict[str, object]]:
+    def fit(fold: int | None) -> _MemberFit:
         place = folder / ("all" if fold is None else f"without-{fold}")
-        encoder, figures = None, {}
+        encoder, figures = None, dict[str, object]()
         if config.pretraining.max_epochs:
             encoder, epochs = _pretrain(run, test_date, vocabulary, fold, length("pre-training", fold))
             best["pre-training"].append(epochs)
@@ -676,7 +721,8 @@ def _transformer_fit(run: Run, catalogue: features.Catalogue, test_date: date, v
             run.spark, learned, held_out, spec, vocabulary, config, place, encoder, epochs=length("fine-tuning", fold)
         )
         best["fine-tuning"].append(result.best_epoch)
-        return TransformerMember.load(result.folder), {**figures, "epochs": result.best_epoch}
+        figures["epochs"] = result.best_epoch
+        return _MemberFit(TransformerMember.load(result.folder), figures, result.history)
 
     return fit
 
@@ -725,7 +771,7 @@ def _predict(rows: DataFrame, members: Sequence[Member], config: Config) -> pd.D
     """Each member's predictions of a sample of the rows, as a frame on the driver."""
     frame = _sample(rows, config).toPandas()
     columns = {name: frame[name].to_numpy() for name in frame.columns}
-    kept = [name for name in ("user_key", "as_of_date", "label_spend", "seen") if name in frame]
+    kept = [name for name in ("user_key", "as_of_date", "label_spend", "seen", "bracket") if name in frame]
     return frame[kept].assign(**{member.name: member.predict(columns) for member in members})
 
 
@@ -737,21 +783,11 @@ def _sample(rows: DataFrame, config: Config) -> DataFrame:
     return rows.filter(F.pmod(F.xxhash64("user_key"), F.lit(1_000_000)) < int(1_000_000 * most / total))
 
 
-def _evaluate(predictions: pd.DataFrame, members: Sequence[Member], fusion: Fusion) -> pd.DataFrame:
-    fused = fusion.apply({member.name: predictions[member.name].to_numpy() for member in members})
-    frame = predictions.assign(
-        fused=fused["expected_spend"], low=fused["low"], high=fused["high"], p_active=fused["p_active"]
-    )
-    return evaluation.metrics_table(frame, [*(member.name for member in members), "fused"])
-
-
-def _write_bundle(
-    run: Run, members: Sequence[Member], fusion: Fusion, metrics: pd.DataFrame, test_date: date
-) -> Bundle:
-    lakehouse, config = run.lakehouse, run.config
+def _write_bundle(run: Run, fitted: _Fitted, metrics: pd.DataFrame) -> Bundle:
+    lakehouse, config, test_date = run.lakehouse, run.config, fitted.test_date
     catalogue = features.catalogue(config.features)
     inputs: dict[str, Sequence[str]] = {"tabular": catalogue.names}
-    if any(member.name == "transformer" for member in members):
+    if "transformer" in fitted.names:
         inputs["history"] = [column.name for column in features.SEQUENCE_COLUMNS]
     lineage = {
         "run_id": run.run_id,
@@ -767,8 +803,8 @@ def _write_bundle(
     with run.stage("bundle") as figures:
         bundle = bundles.write(
             Path(config.bundles) / name,
-            members,
-            fusion,
+            fitted.members,
+            fitted.fusion,
             inputs=inputs,
             lineage=lineage,
             metrics={"rows": metrics.to_dict("records")},
@@ -802,6 +838,124 @@ def _record_metrics(run: Run, metrics: pd.DataFrame, bundle: Bundle, test_date: 
         for row in metrics.to_dict("records")
     ]
     run.lakehouse.append(METRICS, run.spark.createDataFrame(rows, METRICS.schema))
+
+
+# --- backtest ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BacktestResult:
+    """What a backtest came to.
+
+    Attributes:
+        tables: test date -> see :func:`bp_spark.bootstrap.compare`.
+        report: the HTML page; its figures lie beside it.
+        stages: what ran.
+    """
+
+    tables: Mapping[date, pd.DataFrame]
+    report: Path
+    stages: list[dict[str, Any]]
+
+
+def backtest(
+    spark: SparkSession, config: Config, test_dates: Sequence[date] = (), folds: int = 1, step_days: int = 28
+) -> BacktestResult:
+    """Train as of past dates with what was known by then, and hold the predictions against what was spent since.
+
+    Each date has the pipeline's own training, into the tables ``user_features`` and ``training_set``; no bundle is written
+    and none is promoted. Figures go to ``backtests`` date by date, so that a stopped backtest keeps what it has; the
+    page and its figures go to a folder of ``evaluation.reports``.
+
+    Args:
+        test_dates: evaluation dates; by default the newest whose whole horizon has been seen, and ``folds - 1`` before it.
+        folds: how many dates, where none are given.
+        step_days: days between two of them.
+
+    Raises:
+        DataError: the horizon of a date is not over or the data don't reach back far enough for one, which is found
+            before anything is trained; or no user has the bracket of ``evaluation.external_segment``.
+    """
+    # matplotlib takes a second to import: other stages don't pay for it
+    from bp_spark import report
+
+    horizon = timedelta(days=config.labels.horizon_days)
+    lakehouse = Lakehouse(spark, config.tables)
+    first, last = _span(lakehouse)
+    newest = last - horizon
+    dates = sorted(set(test_dates)) or [newest - timedelta(days=step_days * fold) for fold in reversed(range(folds))]
+    for day in dates:
+        if day > newest:
+            raise DataError(
+                "events", f"must reach to the end of the horizon of {day}; the newest test date is {newest}"
+            )
+    cutoffs = {day: labels.cutoffs(first, day, config.labels) for day in dates}
+    brackets = _brackets(lakehouse, config.evaluation.external_segment)
+    backtest_id, stages, finished = uuid.uuid4().hex[:12], [], []
+    for day in dates:
+        with _run(spark, config) as run:
+            fitted = _fit_as_of(run, cutoffs[day], day, brackets)
+            with run.stage("backtest") as figures:
+                figures["test_date"], figures["backtest_id"] = day, backtest_id
+                predictions, members = _with_mean(fitted)
+                table = _compare(predictions, members, config)
+                _record_backtest(run, table, backtest_id, day)
+                drawn = report.figures(predictions, members, config.fusion.coverage, fitted.history)
+                finished.append(report.Fold(day, table, drawn))
+            stages += run.records
+    about = {
+        "backtest": backtest_id,
+        "bp-spark": __version__,
+        "horizon": f"{config.labels.horizon_days} days",
+        "fusion of": ", ".join(config.fusion.members),
+        "resamples": str(config.evaluation.resamples),
+    }
+    page = report.write(Path(config.evaluation.reports) / f"backtest-{backtest_id}", finished, about)
+    return BacktestResult({fold.test_date: fold.table for fold in finished}, page, stages)
+
+
+def _brackets(lakehouse: Lakehouse, segment: str | None) -> DataFrame | None:
+    """``user_key, bracket``: the segment's newest value of each user that has one."""
+    if segment is None:
+        return None
+    users = lakehouse.read("raw_users").select(
+        F.trim(F.col("user_id")).alias("user_key"), F.element_at("segment", segment).alias("bracket"), "ingest_id"
+    )
+    newest = (
+        users.filter("bracket IS NOT NULL").groupBy("user_key").agg(F.max_by("bracket", "ingest_id").alias("bracket"))
+    )
+    if newest.isEmpty():
+        raise DataError("raw_users", f"no user has a segment {segment!r}", column="segment")
+    return newest
+
+
+def _with_mean(fitted: _Fitted) -> tuple[pd.DataFrame, list[str]]:
+    """The predictions with one more peer: the plain mean of trees and transformer, which fusing has to beat."""
+    if "transformer" not in fitted.names:
+        return fitted.predictions, fitted.names
+    mean = (fitted.predictions["trees"] + fitted.predictions["transformer"]) / 2
+    return fitted.predictions.assign(**{MEAN: mean}), [*fitted.names[:-1], MEAN, "fused"]
+
+
+def _compare(predictions: pd.DataFrame, members: Sequence[str], config: Config) -> pd.DataFrame:
+    resamples, seed = config.evaluation.resamples, config.training.seed
+    table = bootstrap.compare(predictions, members, resamples=resamples, seed=seed)
+    segment = config.evaluation.external_segment
+    if segment is None:
+        return table
+    outside = bootstrap.compare_with_brackets(predictions, members, segment, resamples=resamples, seed=seed)
+    return pd.concat([table, outside], ignore_index=True)
+
+
+def _record_backtest(run: Run, table: pd.DataFrame, backtest_id: str, test_date: date) -> None:
+    same = {
+        "backtest_id": backtest_id,
+        "run_id": run.run_id,
+        "test_date": test_date,
+        "resamples": run.config.evaluation.resamples,
+    }
+    rows = [{**row, **same} for row in table.astype(object).where(table.notna(), None).to_dict("records")]
+    run.lakehouse.append(BACKTESTS, run.spark.createDataFrame(rows, BACKTESTS.schema))
 
 
 # --- score -------------------------------------------------------------------------------------------------------------

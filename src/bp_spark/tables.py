@@ -371,6 +371,26 @@ METRICS = Table(
     ),
     key=("run_id", "population", "member", "metric"),
 )
+BACKTESTS = Table(
+    "backtests",
+    "How good the pipeline would have been at past dates, and how sure that is",
+    _columns(
+        ("backtest_id", "string!", "Backtest; its report's folder bears the name"),
+        ("run_id", "string!", "Training run at the test date"),
+        ("test_date", "date!", "Evaluation date; models were trained on what was known by then"),
+        ("population", "string!", "all, seen or unseen users, or the segment whose bracket scores were held against"),
+        ("member", "string!", "linear, btyd, trees, transformer, mean of trees and transformer, or fused"),
+        ("peer", "string", "NULL for the member's own figure; else value is the member's figure less the peer's"),
+        ("metric", "string!", "Name of the figure"),
+        ("value", "double", "Figure"),
+        ("low", "double", "Lower end of its 90 % bootstrap interval, users drawn anew (percentile method)"),
+        ("high", "double", "Upper end"),
+        ("better", "double", "Share of resamples in which the member is better than the peer, ties half"),
+        ("resamples", "int!", "Resamples behind the interval"),
+        ("users", "bigint!", "Users it was computed over"),
+    ),
+    key=("backtest_id", "test_date", "population", "member", "peer", "metric"),
+)
 SHARED_TABLES = (
     *RAW_TABLES,
     DELIVERIES,
@@ -383,6 +403,7 @@ SHARED_TABLES = (
     SCORES_LATEST,
     RUNS,
     METRICS,
+    BACKTESTS,
 )
 
 
