@@ -281,6 +281,28 @@ def test_promotion_points_to_one_bundle_at_any_time(write, tmp_path):
     assert sorted(path.name for path in (tmp_path / "bundles").iterdir()) == ["current", "one", "two"]
 
 
+def test_where_nothing_is_promoted_the_newest_refusal_says_why(write, tmp_path):
+    bundles = tmp_path / "bundles"
+    for name, reason in (("one", "below linear"), ("two", "below btyd 0.85")):
+        b.record(bundles, write(bundles / name), promoted=False, reason=reason)
+    (bundles / f"broken{b.DECISION}").write_text("{")
+    with pytest.raises(
+        BundleError, match=r"no bundle is promoted yet; two, the newest, was refused: below btyd 0\.85;"
+    ):
+        b.current(bundles)
+    assert not b.is_any_promoted(bundles)
+
+
+def test_a_decision_is_recorded_beside_the_bundle_which_stays_as_it_was(write, tmp_path):
+    bundle = write(tmp_path / "bundles" / "one")
+    path = b.record(tmp_path / "bundles", bundle, promoted=True, reason="better than zero")
+    decision = json.loads(path.read_text(encoding="utf-8"))
+    assert (decision["bundle"], decision["digest"]) == ("one", bundle.digest)
+    assert decision["promoted"] is True
+    assert decision["reason"] == "better than zero"
+    assert b.load(bundle.folder).digest == bundle.digest
+
+
 def test_bundles_from_elsewhere_are_not_promoted(write, tmp_path):
     with pytest.raises(BundleError, match="must lie in"):
         b.promote(tmp_path / "bundles", write(tmp_path / "one"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -344,6 +345,53 @@ def test_a_bundle_that_wants_a_column_the_features_lack_is_refused(line: Line) -
 def test_training_without_enough_history_is_refused(line: Line) -> None:
     with pytest.raises(DataError, match="must reach back"):
         pipeline.train(line.spark, line.config, date(2017, 3, 1))
+
+
+def test_the_first_bundle_is_promoted_above_the_baselines_and_says_so(line: Line) -> None:
+    assert line.trained.promoted
+    assert "no worse than linear 0." in line.trained.reason
+    assert "no other bundle is promoted" in line.trained.reason
+    record = Path(f"{line.trained.bundle.folder}{bundles.DECISION}")
+    assert json.loads(record.read_text(encoding="utf-8"))["reason"] == line.trained.reason
+    stage = line.lakehouse.read("runs").filter("stage = 'promote'").orderBy("started_at").first()
+    assert stage is not None
+    assert stage["figures"]["reason"] == line.trained.reason
+
+
+def test_a_retrained_bundle_that_cannot_be_told_from_the_promoted_one_replaces_it(line: Line) -> None:
+    again = pipeline.train(line.spark, line.config, TEST_DATE)
+    assert again.promoted
+    assert f"not distinguishable from {line.trained.bundle.folder.name}" in again.reason
+    assert bundles.current(line.config.bundles) == again.bundle.folder
+
+
+def _stump(line: Line, folder: Path) -> Config:
+    """Settings of a model that ranks worse than any baseline."""
+    return line.config.model_copy(
+        update={
+            "bundles": str(folder),
+            "fusion": line.config.fusion.model_copy(update={"members": ("trees",)}),
+            "trees": line.config.trees.model_copy(update={"rounds": 1, "max_depth": 1}),
+        }
+    )
+
+
+def test_a_bundle_below_the_baselines_is_refused_and_score_says_why(line: Line, tmp_path: Path) -> None:
+    settings = _stump(line, tmp_path / "bundles")
+    trained = pipeline.train(line.spark, settings, TEST_DATE)
+    assert not trained.promoted
+    assert "below linear" in trained.reason
+    with pytest.raises(BundleError, match=f"{trained.bundle.folder.name}, the newest, was refused: .*below linear"):
+        pipeline.score(line.spark, settings, TEST_DATE)
+
+
+def test_a_worse_bundle_does_not_replace_the_promoted_one(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = bundles.current(line.config.bundles)
+    monkeypatch.setattr("bp_spark.promotion.BASELINES", ())
+    trained = pipeline.train(line.spark, _stump(line, Path(line.config.bundles)), TEST_DATE)
+    assert not trained.promoted
+    assert f"worse than {before.name}" in trained.reason
+    assert bundles.current(line.config.bundles) == before
 
 
 SHARED = (

@@ -23,9 +23,9 @@ from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 from safetensors.numpy import save_file
 
-from bp_spark import __version__, bootstrap, cleaning, daily, evaluation, features, labels, scoring, texts
+from bp_spark import __version__, bootstrap, cleaning, daily, evaluation, features, labels, promotion, scoring, texts
 from bp_spark.config import Config, digest
-from bp_spark.errors import DataError
+from bp_spark.errors import BundleError, DataError
 from bp_spark.loader import Snapshot, snapshot
 from bp_spark.model import bundle as bundles
 from bp_spark.model.btyd import fit_btyd
@@ -33,6 +33,7 @@ from bp_spark.model.bundle import Bundle
 from bp_spark.model.fusion import Fusion
 from bp_spark.model.inputs import InputSpec
 from bp_spark.model.members import Member, SqrtTreesMember, TreesMember, fit_linear, fit_trees
+from bp_spark.promotion import Decision
 from bp_spark.sources import open_source
 from bp_spark.sources.contract import Delivery
 from bp_spark.tables import (
@@ -477,6 +478,9 @@ class TrainResult:
 def train(spark: SparkSession, config: Config, test_date: date | None = None) -> TrainResult:
     """Label past cutoffs, fit the members, fuse and calibrate them, evaluate at ``test_date``, promote.
 
+    Promoted is what ranks users no worse than the baselines and isn't surely worse than the promoted bundle, both
+    judged on the users of the test date (see :mod:`bp_spark.promotion`).
+
     Args:
         test_date: the evaluation date; training horizons end on or before it. By default the newest date whose whole
             horizon has been seen.
@@ -491,10 +495,10 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
         complete = last >= test_date + timedelta(days=config.labels.horizon_days)
         metrics = evaluation.metrics_table(fitted.predictions, fitted.names) if complete else pd.DataFrame()
         bundle = _write_bundle(run, fitted, metrics)
-        promoted, reason = _promote(run, bundle, metrics)
+        decision = _promote(run, bundle, fitted, complete)
         if not metrics.empty:
             _record_metrics(run, metrics, bundle, test_date)
-        return TrainResult(bundle, metrics, promoted, reason, run.records)
+        return TrainResult(bundle, metrics, decision.promoted, decision.reason, run.records)
 
 
 @dataclass(frozen=True)
@@ -815,21 +819,72 @@ def _write_bundle(run: Run, fitted: _Fitted, metrics: pd.DataFrame) -> Bundle:
     return bundle
 
 
-def _promote(run: Run, bundle: Bundle, metrics: pd.DataFrame) -> tuple[bool, str]:
-    """Promote unless the fusion ranks users worse than its own linear baseline at the test date."""
+def _promote(run: Run, bundle: Bundle, fitted: _Fitted, complete: bool) -> Decision:
+    """Promote the bundle if it passes the gate; the decision is recorded beside it and in ``runs``."""
     with run.stage("promote") as figures:
-        if metrics.empty:
-            promoted, reason = True, "no complete horizon to judge it by"
-        else:
-            everyone = metrics[(metrics["population"] == "all") & (metrics["metric"] == "gini")]
-            gini = everyone.set_index("member")["value"]
-            promoted = bool(gini["fused"] >= gini["linear"])
-            verb = "ranks no worse than" if promoted else "ranks worse than"
-            reason = f"fused (normalised Gini {gini['fused']:.4f}) {verb} linear ({gini['linear']:.4f})"
-        if promoted:
+        decision = _decide(run, fitted, complete)
+        if decision.promoted:
             bundles.promote(run.config.bundles, bundle)
-        figures["promoted"], figures["reason"] = promoted, reason
-    return promoted, reason
+        bundles.record(run.config.bundles, bundle, promoted=decision.promoted, reason=decision.reason)
+        figures["promoted"], figures["reason"] = decision.promoted, decision.reason
+    return decision
+
+
+def _decide(run: Run, fitted: _Fitted, complete: bool) -> Decision:
+    """The gate: baselines first, then the promoted bundle, both at the test date of the new one."""
+    incumbent, trouble = _incumbent(run)
+    if not complete:
+        without = (
+            f"the {run.config.labels.horizon_days} days from {fitted.test_date} are not over, so nothing can judge it"
+        )
+        if incumbent is None:
+            return Decision(True, f"{without}; {trouble}")
+        return Decision(False, f"{without}; {incumbent.folder.name} stays")
+    baselines = promotion.against_baselines(fitted.predictions)
+    if incumbent is None or not baselines.promoted:
+        return Decision(baselines.promoted, f"{baselines.reason}; {trouble}" if trouble else baselines.reason)
+    try:
+        theirs = _incumbent_says(run, incumbent, fitted.test_date)
+    except BundleError as error:
+        return Decision(True, f"{baselines.reason}; {incumbent.folder.name} can't be compared with ({error})")
+    both = fitted.predictions.merge(theirs, on="user_key", how="inner", validate="one_to_one")
+    resamples, seed = run.config.evaluation.resamples, run.config.training.seed
+    judged = promotion.against_incumbent(both, incumbent.folder.name, resamples=resamples, seed=seed)
+    return Decision(judged.promoted, f"{baselines.reason}; {judged.reason}{_head_start(incumbent, fitted.test_date)}")
+
+
+def _incumbent(run: Run) -> tuple[Bundle | None, str]:
+    """The promoted bundle, if there is one that can be compared with; else why not."""
+    if not bundles.is_any_promoted(run.config.bundles):
+        return None, "no other bundle is promoted"
+    try:
+        incumbent = bundles.load(bundles.current(run.config.bundles))
+    except BundleError as error:
+        return None, f"the promoted bundle can't be used ({error})"
+    if incumbent.horizon_days != run.config.labels.horizon_days:
+        return None, f"{incumbent.folder.name}, promoted before, predicts {incumbent.horizon_days} days"
+    return incumbent, ""
+
+
+def _incumbent_says(run: Run, incumbent: Bundle, test_date: date) -> pd.DataFrame:
+    """``user_key, incumbent``: expected spend of the test date's users.
+
+    Raises:
+        BundleError: it wants a column that today's features lack.
+    """
+    users = _test_rows(run, test_date)
+    incumbent.check_inputs(users.columns)
+    says = _predict(users, list(incumbent.members.values()), run.config)
+    answers = incumbent.fusion.apply({name: says[name].to_numpy() for name in incumbent.members})
+    return pd.DataFrame({"user_key": says["user_key"], "incumbent": answers["expected_spend"]})
+
+
+def _head_start(incumbent: Bundle, test_date: date) -> str:
+    """A warning where the promoted bundle learned from spend that both are judged by."""
+    theirs = str(incumbent.manifest["lineage"].get("test_date", ""))
+    if theirs <= test_date.isoformat():
+        return ""
+    return f"; {incumbent.folder.name} was trained on labels up to {theirs}, some of which it is judged by here"
 
 
 def _record_metrics(run: Run, metrics: pd.DataFrame, bundle: Bundle, test_date: date) -> None:

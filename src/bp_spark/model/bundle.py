@@ -29,6 +29,8 @@ from bp_spark.model.members import Member, load_member
 FORMAT = 1
 MANIFEST = "manifest.json"
 CURRENT = "current"
+DECISION = ".promotion.json"
+"""Ending of the file beside a bundle that says whether it was promoted, and why."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _KEYS: dict[str, type] = {
@@ -230,23 +232,66 @@ def promote(bundles_dir: str | Path, bundle: Bundle) -> None:
     _sync(bundles_dir)
 
 
+def record(bundles_dir: str | Path, bundle: Bundle, *, promoted: bool, reason: str) -> Path:
+    """Write what was decided of a bundle beside its folder, which itself never changes; returns the file.
+
+    Raises:
+        BundleError: the file can't be written.
+    """
+    path = Path(bundles_dir) / f"{bundle.folder.name}{DECISION}"
+    decision = {
+        "bundle": bundle.folder.name,
+        "digest": bundle.digest,
+        "promoted": promoted,
+        "reason": reason,
+        "decided_at": datetime.now(UTC).isoformat(),
+    }
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        draft.write_text(json.dumps(decision, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        raise BundleError(f"{path}: can't be written ({error.strerror})") from None
+    return path
+
+
+def is_any_promoted(bundles_dir: str | Path) -> bool:
+    """Whether ``current`` names a bundle, usable or not."""
+    return (Path(bundles_dir) / CURRENT).exists()
+
+
 def current(bundles_dir: str | Path) -> Path:
     """Folder of the promoted bundle.
 
     Raises:
-        BundleError: none is promoted, or the promoted one is gone.
+        BundleError: none is promoted, with the reason where the newest was refused; or the promoted one is gone.
     """
     pointer = Path(bundles_dir) / CURRENT
     try:
         name = pointer.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
-        raise BundleError(f"{pointer}: no bundle is promoted yet; train one first") from None
+        raise BundleError(f"{pointer}: no bundle is promoted yet; {_why_none(Path(bundles_dir))}") from None
     folder = Path(bundles_dir) / name
     if not _NAME.fullmatch(name):
         raise BundleError(f"{pointer}: {name[:40]!r} is no bundle's name")
     if not (folder / MANIFEST).is_file():
         raise BundleError(f"{pointer}: names {name}, which is no bundle in {bundles_dir}")
     return folder
+
+
+def _why_none(bundles_dir: Path) -> str:
+    refused = []
+    for path in bundles_dir.glob(f"*{DECISION}"):
+        try:
+            decision = json.loads(path.read_bytes())
+            if not decision["promoted"]:
+                refused.append((str(decision["decided_at"]), str(decision["bundle"]), str(decision["reason"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    if not refused:
+        return "train one first"
+    _, name, reason = max(refused)
+    return f"{name}, the newest, was refused: {reason}; train another, or name a bundle's folder"
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
