@@ -25,16 +25,16 @@ demo: install ## the whole line on real data: features, training, metrics, score
 	$(BIN)/bp-spark demo
 
 test: lint ## lint, types, import contract, all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: install ## all but the heavy tests
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 bench-data: install ## the data half against DuckDB, growth, a new day, dirt: JSON to standard output
 	$(BIN)/python -m bench.data
 
 bench-pretraining: demo ## the transformer with and without pre-training, by share of labels used: JSON to standard output
-	$(BIN)/python -m bench.pretraining --config conf/demo.yaml
+	$(BIN)/python -m bench.pretraining --config conf/demo.yaml pretraining.max_epochs=60
 
 lint: install ## ruff, mypy, import contract
 	$(BIN)/ruff check .

@@ -2,10 +2,11 @@
 
 In: a lakehouse with features (``bp-spark train`` or ``make demo`` ran). Out: ``build/bench/pretraining.json``, also on standard
 output: for each share of the training users whose labels are used, the transformer alone, fine-tuned from random weights and
-from the pre-trained encoder, on the test date: validation loss, Spearman and normalised Gini of all and of unseen users.
+from the pre-trained encoder: validation loss and, on the test date, Spearman and normalised Gini of all and of unseen users.
 
 Shares are nested, by hash of the user. The encoder is pre-trained once, on the histories of all users but the holdout and the
-first fold, whose users tell when to stop at every share.
+first fold, whose users tell when to stop at every share: of users whose labels are left out it sees what they did, spend of the
+next days included, only not the labels themselves.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pyspark.sql import functions as F
 from tqdm import tqdm
 
 from bp_spark import config, features, labels, pipeline
+from bp_spark.errors import ConfigError
 from bp_spark.evaluation import normalised_gini, spearman
 from bp_spark.loader import snapshot
 from bp_spark.model.inputs import InputSpec
@@ -47,7 +49,14 @@ def run(
         shares: of the training users, each in 0..1.
         folder: an existing one.
         test_date: as in :func:`bp_spark.pipeline.train`.
+
+    Raises:
+        ConfigError: the settings leave pre-training out.
     """
+    if "transformer" not in settings.fusion.members or not settings.pretraining.max_epochs:
+        raise ConfigError(
+            "pretraining.max_epochs: must be above 0, and fusion.members name the transformer, to compare"
+        )
     spark = get_session(settings, "bp-spark bench")
     line = pipeline.Run(spark, settings)
     first, last = pipeline._span(line.lakehouse)

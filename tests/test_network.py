@@ -17,7 +17,7 @@ from scipy import stats
 from bp_spark.config import NetworkConfig
 from bp_spark.errors import BundleError, ConfigError, DataError
 from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, empty_user
-from bp_spark.model.losses import log_mse_loss, ziln_loss
+from bp_spark.model.losses import band_loss, log_mse_loss, tweedie_loss, ziln_loss
 from bp_spark.model.network import DESCRIPTION_FILE, WEIGHTS_FILE, SpendNetwork, Statistics, TransformerMember
 from training_rows import SPEC, TEXT_IDS, arrays, make_rows, take
 
@@ -37,6 +37,8 @@ def make_network(config: NetworkConfig = TINY, missing: float = 0.1, max_label: 
             log_mean=3.0,
             log_std=1.0,
             log1p_mean=2.5,
+            mean_label=40.0,
+            band_edges=np.linspace(10, 90, config.bands - 1),
             max_label=max_label,
         )
     )
@@ -141,7 +143,15 @@ def test_the_description_of_inputs_survives_json() -> None:
     assert InputSpec.from_json(json.loads(json.dumps(SPEC.to_json()))) == SPEC
 
 
-@pytest.mark.parametrize("config", [TINY, TINY.model_copy(update={"pooling": "mean", "loss": "mse"})])
+VARIANTS = [
+    {},
+    {"pooling": "mean", "loss": "mse"},
+    {"loss": "tweedie", "bands_weight": 0.5, "bands": 4},
+    {"bands_weight": 0.5},
+]
+
+
+@pytest.mark.parametrize("config", [TINY.model_copy(update=variant) for variant in VARIANTS])
 def test_a_prediction_does_not_depend_on_who_shares_the_batch(config: NetworkConfig) -> None:
     network, rows = make_network(config), make_rows(40)
     together = network.expected_spend(collate(rows, SPEC, TEXT_IDS))
@@ -187,11 +197,11 @@ def test_extreme_features_do_not_explode() -> None:
     assert (spend >= 0).all()
 
 
-@pytest.mark.parametrize("loss", ["ziln", "mse"])
+@pytest.mark.parametrize("loss", ["ziln", "tweedie", "mse"])
 def test_no_prediction_exceeds_the_largest_label(loss: str) -> None:
     network = make_network(TINY.model_copy(update={"loss": loss}))
     outputs = torch.full((2, 3 if loss == "ziln" else 1), 80.0)
-    assert network.to_money(outputs).tolist() == pytest.approx([501 if loss == "ziln" else 500] * 2, rel=1e-3)
+    assert network.to_money(outputs).tolist() == pytest.approx([500 if loss == "mse" else 501] * 2, rel=1e-3)
     assert network.to_money(-outputs).tolist() == pytest.approx([0, 0], abs=1e-6)
 
 
@@ -211,6 +221,52 @@ def test_ziln_loss_is_the_negative_log_likelihood() -> None:
     assert outputs.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("power", [1.1, 1.5, 1.9])
+def test_tweedie_loss_is_half_the_unit_deviance_but_for_a_constant(power: float) -> None:
+    rng = np.random.default_rng(0)
+    log_mean = rng.normal(size=50)
+    labels = np.where(rng.random(50) < 0.3, 0.0, rng.gamma(2, 1, 50))
+    mean, low, high = np.exp(log_mean), 1 - power, 2 - power
+    deviance = 2 * (labels**high / (low * high) - labels * mean**low / low + mean**high / high)
+    outputs = torch.tensor(log_mean, requires_grad=True)
+    loss = tweedie_loss(outputs, torch.tensor(labels), power)
+    np.testing.assert_allclose(loss.detach().numpy(), deviance / 2 - labels**high / (low * high), rtol=1e-4)
+    loss.sum().backward()
+    assert outputs.grad is not None
+    # the derivative by the log of the mean: (mean - label) * mean^(1 - power)
+    np.testing.assert_allclose(outputs.grad.numpy(), (mean - labels) * mean**low, rtol=1e-4, atol=1e-5)
+
+
+def test_tweedie_starts_at_the_mean_label_and_does_not_depend_on_the_currency() -> None:
+    network = make_network(TINY.model_copy(update={"loss": "tweedie"}))
+    outputs, labels = torch.tensor([[0.0], [1.0]]), torch.tensor([40.0, 400.0])
+    assert network.to_money(outputs).tolist() == pytest.approx([40, 40 * math.e])
+    before = network.loss(outputs, labels)
+    network.label_scale *= 7
+    torch.testing.assert_close(network.loss(outputs, 7 * labels), before)
+
+
+def test_band_loss_is_the_cross_entropy_of_the_band() -> None:
+    edges, labels = torch.tensor([0.0, 10.0, 100.0]), torch.tensor([-3.0, 0.0, 0.5, 10.0, 10.5, 1e6])
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    expected = [-logits[row].log_softmax(0)[band].item() for row, band in enumerate([0, 0, 1, 1, 2, 3])]
+    assert band_loss(logits, labels, edges).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_bands_weigh_in_training_and_not_in_what_is_told() -> None:
+    config = TINY.model_copy(update={"bands_weight": 0.5, "bands": 4})
+    network, batch, labels = make_network(config), collate(make_rows(8), SPEC, TEXT_IDS), torch.linspace(0, 200, 8)
+    outputs = network(batch)
+    assert outputs.shape == (8, 3 + 4)
+    expected = ziln_loss(outputs[:, :3], labels)
+    torch.testing.assert_close(network.loss(outputs, labels), expected)
+    bands = band_loss(outputs[:, 3:], labels, network.band_edges)
+    torch.testing.assert_close(network.training_loss(outputs, labels), expected + 0.5 * bands)
+    plain = make_network()
+    assert plain(batch).shape == (8, 3)
+    torch.testing.assert_close(plain.training_loss(plain(batch), labels), plain.loss(plain(batch), labels))
+
+
 def test_expected_spend_is_the_mean_of_the_distribution() -> None:
     network = make_network(max_label=1e9)
     outputs = torch.tensor([[0.3, 2.0, 0.5], [-2.0, 4.0, -1.0]])
@@ -222,6 +278,15 @@ def test_expected_spend_is_the_mean_of_the_distribution() -> None:
 def test_log_mse_loss_reads_refunds_as_no_spend() -> None:
     loss = log_mse_loss(torch.tensor([[1.0], [2.0]]), torch.tensor([-5.0, math.e - 1]))
     assert loss.tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_the_member_tells_who_will_buy_if_its_loss_knows() -> None:
+    member, rows = TransformerMember(make_network(), batch_rows=7), make_rows(20)
+    found = member.p_active(rows)
+    assert found is not None
+    logit = member.network(collate(rows, SPEC, TEXT_IDS))[:, 0]
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(-logit.detach().numpy())), rtol=1e-4)
+    assert TransformerMember(make_network(TINY.model_copy(update={"loss": "tweedie"}))).p_active(rows) is None
 
 
 def test_a_saved_network_predicts_the_same(tmp_path: Path) -> None:

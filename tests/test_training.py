@@ -15,6 +15,7 @@ import torch
 import torch.multiprocessing as mp
 from pyspark.sql import SparkSession
 from safetensors.torch import load_file
+from scipy.stats import spearmanr
 
 from bp_spark.config import Config, TrainingConfig, load
 from bp_spark.errors import DataError, PlatformError
@@ -215,7 +216,7 @@ def test_statistics_are_those_of_all_rows(folder: Path, single_rank: None) -> No
     rows = make_rows(240, seed=1)
     with process_group() as group:
         data = module._data(splits(folder)[0], job(folder, "statistics"), torch.zeros(0, dtype=torch.int64), group)
-        found = module.training_statistics(data, group)
+        found = module.training_statistics(data, 4, group)
     spend, label = np.log1p(rows["spend_90d"]), rows["label_spend"]
     logs = np.log(label[label > 0])
     np.testing.assert_allclose(found.mean, [np.nanmean(rows["recency"]), spend.mean()], rtol=1e-5)
@@ -224,6 +225,8 @@ def test_statistics_are_those_of_all_rows(folder: Path, single_rank: None) -> No
     assert found.active_share == pytest.approx((label > 0).mean())
     assert (found.log_mean, found.log_std) == pytest.approx((logs.mean(), logs.std()))
     assert (found.log1p_mean, found.max_label) == pytest.approx((np.log1p(label).mean(), label.max()))
+    assert found.mean_label == pytest.approx(label.mean())
+    np.testing.assert_allclose(found.band_edges, np.quantile(label, [0.25, 0.5, 0.75]), rtol=0.05)
 
 
 def test_two_ranks_learn_what_spend_depends_on(spark: SparkSession, tmp_path: Path) -> None:
@@ -242,6 +245,27 @@ def test_two_ranks_learn_what_spend_depends_on(spark: SparkSession, tmp_path: Pa
     assert result.epochs == len(result.history) <= 15
     assert result.best_validation_loss == min(row["valid_loss"] for row in result.history)
     assert list((tmp_path / "run" / TENSORBOARD_FOLDER).iterdir())
+
+
+@pytest.mark.parametrize("loss", ["tweedie", "ziln"])
+def test_bands_and_tweedie_learn_too(tmp_path: Path, single_rank: None, loss: str) -> None:
+    write_table(tmp_path / "table", make_rows(400, seed=3))
+    write_table(tmp_path / "table", make_rows(100, seed=4), split="valid")
+    write_texts(tmp_path / "texts.safetensors")
+    learn = (
+        "training.max_epochs=10",
+        "training.learning_rate=5e-3",
+        "network.bands_weight=0.3",
+        f"network.loss={loss}",
+    )
+    train_rank(job(tmp_path, "run", *learn))
+    unseen = make_rows(300, seed=5)
+    predicted, actual = (
+        TransformerMember.load(tmp_path / "run" / module.MODEL_FOLDER).predict(unseen),
+        unseen["label_spend"],
+    )
+    assert spearmanr(predicted, actual).statistic > 0.8
+    assert 0.7 < predicted.sum() / actual.sum() < 1.3
 
 
 def test_a_failed_rank_says_why_in_a_few_lines(spark: SparkSession, tmp_path: Path) -> None:

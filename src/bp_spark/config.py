@@ -168,8 +168,15 @@ class NetworkConfig(Section):
     adapter_size: Positive = 64
     dropout: Fraction = 0.1
     pooling: Literal["attention", "mean"] = "attention"
-    loss: Literal["ziln", "mse"] = "ziln"
-    """``ziln``: zero-inflated lognormal (Wang et al. 2019); ``mse``: squared error of log1p spend."""
+    loss: Literal["ziln", "tweedie", "mse"] = "ziln"
+    """``ziln``: zero-inflated lognormal (Wang et al. 2019); ``tweedie``: compound Poisson-gamma with a log link; ``mse``:
+    squared error of log1p spend."""
+    tweedie_power: float = Field(1.5, gt=1, lt=2)
+    """Between 1 (Poisson) and 2 (gamma); for ``tweedie``."""
+    bands: int = Field(10, ge=2)
+    """Spend bands of equally many training rows each."""
+    bands_weight: float = Field(0.0, ge=0)
+    """Of a second task, to tell a user's band, in the training loss; 0 leaves it out."""
 
     @model_validator(mode="after")
     def _heads_share_the_size(self) -> NetworkConfig:
@@ -183,8 +190,8 @@ class PretrainingConfig(Section):
     warmup, gradient clip, seed and work folder are those of ``training``.
     """
 
-    max_epochs: int = Field(60, ge=0)
-    """Passes over the histories, at most; 0: no pre-training."""
+    max_epochs: int = Field(0, ge=0)
+    """Passes over the histories, at most, as 60; 0: no pre-training."""
     patience: Positive = 15
     """Epochs without a better validation loss before stopping."""
     batch_size: Positive = 128

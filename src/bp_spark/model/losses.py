@@ -56,3 +56,39 @@ def log_mse_loss(outputs: Tensor, labels: Tensor) -> Tensor:
         float32 [B].
     """
     return (outputs.float().squeeze(-1) - torch.log1p(labels.float().clamp(min=0))) ** 2
+
+
+def tweedie_loss(log_mean: Tensor, labels: Tensor, power: float) -> Tensor:
+    """Negative log-likelihood of a Tweedie distribution, up to what does not depend on the prediction.
+
+    With ``power`` between 1 and 2 it is a compound Poisson-gamma: a mass at zero, a density above. The terms that are left
+    are half the unit deviance but for a constant.
+
+    Source: Jørgensen, Exponential Dispersion Models, JRSS B 1987; Dunn and Smyth, Statistics and Computing 2005.
+
+    Args:
+        log_mean: [B], log of the predicted mean.
+        labels: [B], in the unit of the mean.
+        power: of the mean in the variance, in 1..2 (exclusive).
+
+    Returns:
+        float32 [B].
+    """
+    log_mean, labels = log_mean.float(), labels.float().clamp(min=0)
+    low, high = 1 - power, 2 - power
+    return torch.exp(high * log_mean) / high - labels * torch.exp(low * log_mean) / low
+
+
+def band_loss(logits: Tensor, labels: Tensor, edges: Tensor) -> Tensor:
+    """Cross-entropy of the band that a label falls into.
+
+    Args:
+        logits: [B, K].
+        labels: [B], money.
+        edges: [K - 1], rising: band k holds labels above edge k - 1 and up to edge k.
+
+    Returns:
+        float32 [B].
+    """
+    bands = torch.bucketize(labels.float().clamp(min=0), edges.float())
+    return F.cross_entropy(logits.float(), bands, reduction="none")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from bp_spark.model.inputs import (
     collate,
     history_lengths,
 )
-from bp_spark.model.losses import log_mse_loss, ziln_loss, ziln_parameters
+from bp_spark.model.losses import band_loss, log_mse_loss, tweedie_loss, ziln_loss, ziln_parameters
 
 WEIGHTS_FILE = "transformer.safetensors"
 DESCRIPTION_FILE = "transformer.json"
@@ -39,7 +39,7 @@ FORMAT = 2
 
 _TABULAR_LIMIT = 10.0
 _MIN_STD = 1e-6
-_OUTPUTS = {"ziln": 3, "mse": 1}
+_OUTPUTS = {"ziln": 3, "tweedie": 1, "mse": 1}
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Statistics:
         active_share: share of rows with a positive label.
         log_mean, log_std: of the log of positive labels.
         log1p_mean: of log(1 + label), over all rows.
+        mean_label: over all rows, money.
+        band_edges: float64 [bands - 1], rising: quantiles of the labels.
         max_label: the largest label, money.
     """
 
@@ -62,6 +64,8 @@ class Statistics:
     log_mean: float
     log_std: float
     log1p_mean: float
+    mean_label: float
+    band_edges: np.ndarray
     max_label: float
 
 
@@ -84,6 +88,8 @@ class SpendNetwork(nn.Module):
     missing_seen: Tensor
     log_ceiling: Tensor
     smearing: Tensor
+    label_scale: Tensor
+    band_edges: Tensor
 
     def __init__(self, spec: InputSpec, config: NetworkConfig, vocabulary_ids: Tensor, text_embeddings: Tensor) -> None:
         super().__init__()
@@ -113,10 +119,13 @@ class SpendNetwork(nn.Module):
             nn.Linear(adapter, adapter),
         )
         self.head = nn.Linear(adapter, _OUTPUTS[config.loss])
+        self.bands = nn.Linear(adapter, config.bands) if config.bands_weight else None
         # Spend is never predicted above the largest label seen: exp() of a stray output would outweigh all
         # other users.
         self.register_buffer("log_ceiling", torch.tensor(math.log1p(1e6)))
         self.register_buffer("smearing", torch.tensor(1.0))
+        self.register_buffer("label_scale", torch.tensor(1.0))
+        self.register_buffer("band_edges", torch.arange(1.0, config.bands))
 
     @property
     def parameter_count(self) -> int:
@@ -132,24 +141,46 @@ class SpendNetwork(nn.Module):
         # An indicator that was never on has untrained weights: it stays off when scoring meets a missing
         # value.
         self.missing_seen.copy_(torch.from_numpy(statistics.missing > 0))
+        self.band_edges.copy_(torch.from_numpy(statistics.band_edges))
         self.log_ceiling.fill_(math.log1p(max(statistics.max_label, 1.0)))
         if self.config.loss == "ziln":
             share = min(max(statistics.active_share, 1e-3), 1 - 1e-3)
             scale = max(statistics.log_std, 1e-2)
             bias = [math.log(share / (1 - share)), statistics.log_mean, math.log(math.expm1(scale))]
+        elif self.config.loss == "tweedie":
+            # In units of the mean label the loss is of the order of 1 in any currency.
+            self.label_scale.fill_(max(statistics.mean_label, 1e-2))
+            bias = [0.0]
         else:
             bias = [statistics.log1p_mean]
         self.head.bias.copy_(torch.tensor(bias))
 
     def forward(self, batch: Batch) -> Tensor:
-        """Outputs of the head: float32 [B, 3] for ``ziln``, [B, 1] for ``mse``. See :meth:`to_money`."""
+        """Outputs of the head: float32 [B, 3] for ``ziln``, else [B, 1]; see :meth:`to_money`. If the network learns
+        bands too, their logits follow: [B, 3 + bands].
+        """
         history = self.history(batch)
         joined = self.join(torch.cat([history, self._read_tabular(batch.tabular)], dim=-1))
-        return self.head(joined + self.adapter(joined)).float()
+        adapted = joined + self.adapter(joined)
+        heads = [self.head(adapted)] if self.bands is None else [self.head(adapted), self.bands(adapted)]
+        return torch.cat(heads, dim=-1).float()
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Loss of each row, float32 [B]; ``labels`` [B] are money."""
-        return ziln_loss(outputs, labels) if self.config.loss == "ziln" else log_mse_loss(outputs, labels)
+        """Loss of each row's spend, float32 [B]; ``labels`` [B] are money."""
+        spend = self._of_spend(outputs)
+        if self.config.loss == "ziln":
+            return ziln_loss(spend, labels)
+        if self.config.loss == "tweedie":
+            return tweedie_loss(spend.squeeze(-1), labels / self.label_scale, self.config.tweedie_power)
+        return log_mse_loss(spend, labels)
+
+    def training_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """What training makes small, float32 [B]: :meth:`loss` and, weighted, the loss of the bands."""
+        loss = self.loss(outputs, labels)
+        if self.bands is None:
+            return loss
+        logits = outputs[:, _OUTPUTS[self.config.loss] :]
+        return loss + self.config.bands_weight * band_loss(logits, labels, self.band_edges)
 
     def expected_spend(self, batch: Batch) -> Tensor:
         """Expected spend of each user, money, float32 [B], in 0..the largest training label."""
@@ -158,17 +189,28 @@ class SpendNetwork(nn.Module):
     def to_money(self, outputs: Tensor) -> Tensor:
         """Expected spend, float32 [B], from outputs of the head.
 
-        ``ziln``: P(spend > 0) * exp(mu + sigma^2 / 2). ``mse``: exp(output) * smearing - 1, with the
+        ``ziln``: P(spend > 0) * exp(mu + sigma^2 / 2). ``tweedie``: exp(output) * mean label.
+        ``mse``: exp(output) * smearing - 1, with the
         retransformation of
         Duan, Smearing Estimate, JASA 1983, as a ratio of sums, which one outlier can't rule.
         """
-        ceiling = self.log_ceiling
+        ceiling, spend = self.log_ceiling, self._of_spend(outputs)
         if self.config.loss == "ziln":
-            logit, mu, sigma = ziln_parameters(outputs)
+            logit, mu, sigma = ziln_parameters(spend)
             log_amount = torch.minimum(mu + 0.5 * sigma**2, ceiling)
             return torch.sigmoid(logit) * torch.exp(log_amount)
-        log_amount = torch.minimum(outputs.float().squeeze(-1) + torch.log(self.smearing), ceiling)
+        log_amount = spend.float().squeeze(-1)
+        if self.config.loss == "tweedie":
+            return torch.exp(torch.minimum(log_amount + torch.log(self.label_scale), ceiling))
+        log_amount = torch.minimum(log_amount + torch.log(self.smearing), ceiling)
         return torch.expm1(log_amount).clamp(min=0)
+
+    def p_active(self, outputs: Tensor) -> Tensor:
+        """P(spend > 0), float32 [B], from outputs of the head; of ``ziln`` only."""
+        return torch.sigmoid(outputs[:, 0].float())
+
+    def _of_spend(self, outputs: Tensor) -> Tensor:
+        return outputs[:, : _OUTPUTS[self.config.loss]]
 
     def save(self, folder: Path) -> None:
         """Write weights, buffers and texts (:data:`WEIGHTS_FILE`), and sizes (:data:`DESCRIPTION_FILE`)."""
@@ -235,6 +277,20 @@ class TransformerMember:
         Raises:
             DataError: ``columns`` lacks one that the network reads.
         """
+        return self._each(columns, self.network.to_money)
+
+    def p_active(self, columns: Columns) -> np.ndarray | None:
+        """P(spend > 0) as the network sees it, float64 [B]; ``None`` if its loss has no such part.
+
+        Raises:
+            DataError: ``columns`` lacks one that the network reads.
+        """
+        if self.network.config.loss != "ziln":
+            return None
+        return self._each(columns, self.network.p_active)
+
+    def _each(self, columns: Columns, read: Callable[[Tensor], Tensor]) -> np.ndarray:
+        """What ``read`` makes of the outputs of each user."""
         network = self.network
         vocabulary_ids = network.vocabulary_ids.cpu().numpy()
         out = np.empty(len(history_lengths(columns)))
@@ -242,7 +298,7 @@ class TransformerMember:
             for rows in self._batches(columns):
                 part = {name: columns[name][rows] for name in network.spec.columns if name in columns}
                 batch = collate(part, network.spec, vocabulary_ids).to(network.vocabulary_ids.device)
-                out[rows] = network.expected_spend(batch).double().cpu().numpy()
+                out[rows] = read(network(batch)).double().cpu().numpy()
         return out
 
     def save(self, folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +36,9 @@ from bp_spark.training.progress import Progress, decayed, resume, warmup_cosine
 
 LABEL = "label_spend"
 MODEL_FOLDER = "model"
+
+_LOG1P_GRID = np.linspace(0, math.log1p(1e13), 4096)
+"""Upper ends of the bins in which labels are counted, for quantiles over all ranks."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ def _train(job: Job, group: Group) -> Progress:
     network = SpendNetwork(job.spec, job.config.network, ids, embeddings)
     if job.initial is not None:
         network.history.restore(job.initial)
-    network.fit_statistics(training_statistics(train, group))
+    network.fit_statistics(training_statistics(train, job.config.network.bands, group))
     network.to(group.device)
     optimizer = _optimizer(network, settings)
     schedule = warmup_cosine(optimizer, settings.warmup_fraction, train.steps * settings.max_epochs)
@@ -218,7 +221,8 @@ def _train(job: Job, group: Group) -> Progress:
         section="training",
         network=network,
         parts=("spend",),
-        losses=partial(losses, network),
+        losses=partial(losses, network.training_loss),
+        judged_by=partial(losses, network.loss),
         learned=train.epoch,
         held_out=None if valid is None else valid.epoch,
         steps=train.steps,
@@ -241,14 +245,13 @@ def _train(job: Job, group: Group) -> Progress:
     return progress
 
 
-def losses(network: SpendNetwork, model: nn.Module, batch: tuple[Batch, Tensor]) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of the rows that have a label, float32 [1], and their number, [1].
-
-    ``model`` is ``network``, or what DDP makes of it.
-    """
+def losses(
+    loss_of_rows: Callable[[Tensor, Tensor], Tensor], model: nn.Module, batch: tuple[Batch, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of the rows that have a label, float32 [1], and their number, [1]."""
     inputs, labels = batch
     outputs = model(inputs)
-    loss = network.loss(outputs[: len(labels)], labels).sum()
+    loss = loss_of_rows(outputs[: len(labels)], labels).sum()
     return loss.unsqueeze(0), loss.new_tensor([len(labels)])
 
 
@@ -265,15 +268,18 @@ def smearing(network: SpendNetwork, data: Data, group: Group) -> float:
     return actual / predicted_sum
 
 
-def training_statistics(data: Data, group: Group) -> Statistics:
+def training_statistics(data: Data, bands: int, group: Group) -> Statistics:
     """Moments of features and labels over the rows of all ranks, from sums in float64.
+
+    The edges of ``bands`` bands of equally many labels are exact to 1 %.
 
     Raises:
         DataError: a label is missing or not finite.
     """
     features = len(data.spec.tabular)
     present, first, second = np.zeros(features), np.zeros(features), np.zeros(features)
-    label = np.zeros(5)  # rows, positive ones, sum and sum of squares of their logs, sum of log1p
+    label = np.zeros(6)  # rows, positive ones, sum and sum of squares of their logs, sum of log1p, sum
+    counts = np.zeros(len(_LOG1P_GRID) + 1)
     largest = 0.0
     with data.feed.batches(data.steps, seed=0) as batches:
         for columns in filter(None, batches):
@@ -285,11 +291,14 @@ def training_statistics(data: Data, group: Group) -> Statistics:
             if not np.isfinite(spend).all():
                 raise DataError("training set", "must be a finite number", column=LABEL)
             logs = np.log(spend[spend > 0])
-            label += [len(spend), len(logs), logs.sum(), (logs**2).sum(), np.log1p(spend).sum()]
+            label += [len(spend), len(logs), logs.sum(), (logs**2).sum(), np.log1p(spend).sum(), spend.sum()]
+            counts += np.bincount(np.searchsorted(_LOG1P_GRID, np.log1p(spend)), minlength=len(counts))
             largest = max(largest, spend.max())
-    sums = group.sum(torch.from_numpy(np.concatenate([present, first, second, label]))).numpy()
+    sums = group.sum(torch.from_numpy(np.concatenate([present, first, second, label, counts]))).numpy()
     present, first, second = sums[: 3 * features].reshape(3, features)
-    rows, active, log_sum, log_squares, log1p_sum = sums[3 * features :]
+    rows, active, log_sum, log_squares, log1p_sum, label_sum = sums[3 * features :][: len(label)]
+    shares = np.arange(1, bands) / bands
+    edges = np.searchsorted(sums[-len(counts) :].cumsum(), shares * rows).clip(max=len(_LOG1P_GRID) - 1)
     mean, std = _moments(present, first, second)
     log_mean, log_std = _moments(active, log_sum, log_squares)
     return Statistics(
@@ -300,6 +309,8 @@ def training_statistics(data: Data, group: Group) -> Statistics:
         log_mean=float(log_mean),
         log_std=float(log_std),
         log1p_mean=log1p_sum / rows,
+        mean_label=label_sum / rows,
+        band_edges=np.expm1(_LOG1P_GRID[edges]),
         max_label=float(group.max(torch.tensor(largest, dtype=torch.float64))),
     )
 

@@ -320,6 +320,7 @@ def _adapt(job: Job, group: Group) -> Outcome:
         network=network,
         parts=("tokens",),
         losses=losses,
+        judged_by=losses,
         learned=partial(masked, learned, masking, group),
         held_out=held_out_pass,
         steps=learned.steps,

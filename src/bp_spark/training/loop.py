@@ -62,7 +62,8 @@ class Loop:
         section: of the configuration that has the learning rate.
         network: to be trained, the same on all ranks.
         parts: names of the K parts of the loss; the loss is the sum of their means.
-        losses: how a batch becomes losses.
+        losses: how a batch becomes losses to learn from.
+        judged_by: how a held-out batch becomes the losses that tell when to stop.
         learned: passes over what is learned from.
         held_out: passes over what tells when to stop; without any the last epoch is the best one.
         steps: batches of a pass over ``learned``.
@@ -79,6 +80,7 @@ class Loop:
     network: nn.Module
     parts: tuple[str, ...]
     losses: Losses
+    judged_by: Losses
     learned: Pass
     held_out: Pass | None
     steps: int
@@ -116,7 +118,7 @@ def run_epochs(loop: Loop, progress: Progress, best: dict[str, Tensor]) -> None:
             parts = train_epoch(loop, model, epoch, step_done)
             train_loss, seconds = sum(parts), time.monotonic() - started
             if loop.held_out is not None:
-                parts = mean_losses(network, loop.losses, loop.held_out, group)
+                parts = mean_losses(network, loop.judged_by, loop.held_out, group)
             valid_loss = sum(parts)
             if not math.isfinite(train_loss + valid_loss):
                 raise ConfigError(f"{loop.section}.learning_rate: the loss is not finite after epoch {epoch}, try less")

@@ -188,6 +188,7 @@ def _pretrain(job: Job, group: Group) -> Progress:
         network=network,
         parts=PARTS,
         losses=losses,
+        judged_by=losses,
         learned=train.epoch,
         held_out=None if valid is None else valid.epoch,
         steps=train.steps,
