@@ -47,7 +47,8 @@ def job(folder: Path, run: str, *overrides: str) -> Job:
     train, valid = splits(folder)
     conf, texts, run_dir = config(*overrides), folder / "texts.safetensors", folder / run
     run_dir.mkdir(exist_ok=True)
-    return Job(train, valid, LENGTH, texts, conf, run_dir, inputs_digest(train, valid, texts, conf))
+    epochs = conf.pretraining.max_epochs
+    return Job(train, valid, epochs, LENGTH, texts, conf, run_dir, inputs_digest(train, valid, texts, conf))
 
 
 def encoder(folder: Path) -> dict[str, torch.Tensor]:
@@ -268,7 +269,9 @@ def test_fine_tuning_starts_from_the_encoder_and_takes_no_other(folder: Path, si
 
     def start(initial: Path | None) -> finetune.Job:
         identity = finetune.inputs_digest(train, valid, SPEC, run.texts, conf, initial)
-        return finetune.Job(train, valid, SPEC, run.texts, conf, folder / "fine-tuned", identity, initial)
+        return finetune.Job(
+            train, valid, conf.training.max_epochs, SPEC, run.texts, conf, folder / "fine-tuned", identity, initial
+        )
 
     (folder / "fine-tuned").mkdir()
     assert start(initial).digest != start(None).digest
