@@ -25,10 +25,10 @@ demo: install ## the whole line on real data: features, training, metrics, score
 	$(BIN)/bp-spark demo
 
 test: lint ## lint, types, import contract, all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: install ## all but the heavy tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 bench-data: install ## the data half against DuckDB, growth, a new day, dirt: JSON to standard output
 	$(BIN)/python -m bench.data

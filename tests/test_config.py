@@ -176,7 +176,7 @@ def test_a_wrong_type_or_choice_is_refused_by_name(override: str) -> None:
     [
         "labels.horizon_days=0",
         "labels.holdout_fraction=1",
-        "labels.validation_fraction=-0.1",
+        "labels.folds=1",
         "source.sample=0",
         "source.sample=1.01",
         "fusion.coverage=1",

@@ -588,6 +588,8 @@ def _vocabulary(run: Run, test_date: date, folder: Path) -> Path:
     )
     vectors = lakehouse.read("text_embeddings").filter(F.col("model_digest") == texts.model_digest(config))
     rows = frequent.join(vectors, "text_id").select("text_id", "embedding").toPandas().sort_values("text_id")
+    if rows.empty and not frequent.isEmpty():
+        raise DataError("text_embeddings", f"holds nothing by the language model {config.model}; run featurize first")
     width = len(rows["embedding"].iloc[0]) if len(rows) else 1
     path = folder / "texts.safetensors"
     save_file(
