@@ -21,7 +21,7 @@ from bp_spark.model.losses import band_loss, log_mse_loss, tweedie_loss, ziln_lo
 from bp_spark.model.network import DESCRIPTION_FILE, WEIGHTS_FILE, SpendNetwork, Statistics, TransformerMember
 from training_rows import SPEC, TEXT_IDS, arrays, make_rows, take
 
-TINY = NetworkConfig(hidden_size=16, layers=2, heads=2, intermediate_size=16, adapter_size=8)
+TINY = NetworkConfig(hidden_size=16, layers=2, heads=2, intermediate_size=16, adapter_size=8, loss="ziln")
 
 
 def make_network(config: NetworkConfig = TINY, missing: float = 0.1, max_label: float = 500.0) -> SpendNetwork:

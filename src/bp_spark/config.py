@@ -168,7 +168,7 @@ class NetworkConfig(Section):
     adapter_size: Positive = 64
     dropout: Fraction = 0.1
     pooling: Literal["attention", "mean"] = "attention"
-    loss: Literal["ziln", "tweedie", "mse"] = "ziln"
+    loss: Literal["ziln", "tweedie", "mse"] = "tweedie"
     """``ziln``: zero-inflated lognormal (Wang et al. 2019); ``tweedie``: compound Poisson-gamma with a log link; ``mse``:
     squared error of log1p spend."""
     tweedie_power: float = Field(1.5, gt=1, lt=2)
@@ -260,7 +260,7 @@ class FusionConfig(Section):
         "transformer",
     )
     """Members that are stacked: linear, btyd, trees, sqrt_trees, transformer."""
-    shrinkage: float = Field(0.01, ge=0)
+    shrinkage: float = Field(0.003, ge=0)
     """How much the weights of members are drawn towards equal ones, relative to what their predictions say."""
     coverage: float = Field(0.9, gt=0, lt=1)
     """Share of users whose spend should fall inside ``low``..``high``."""
