@@ -20,7 +20,19 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "command",
-    ["featurize", "adapt-language", "train", "backtest", "score", "sql", "quarantine", "generate", "features", "demo"],
+    [
+        "featurize",
+        "adapt-language",
+        "train",
+        "backtest",
+        "search",
+        "score",
+        "sql",
+        "quarantine",
+        "generate",
+        "features",
+        "demo",
+    ],
 )
 def test_help_teaches_each_command(command: str) -> None:
     result = run("bp-spark", command, "--help")

@@ -35,7 +35,9 @@ def written(folder: Path, text: str) -> Path:
 def keys(values: dict[str, Any], prefix: str = "") -> list[str]:
     found = []
     for name, value in values.items():
-        found += keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+        # what a search tries is a value, if one of several parts
+        section = isinstance(value, dict) and prefix + name != "search.space"
+        found += keys(value, f"{prefix}{name}.") if section else [prefix + name]
     return found
 
 

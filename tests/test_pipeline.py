@@ -16,7 +16,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark import config, labels, pipeline, scoring
-from bp_spark.config import Config
+from bp_spark.config import Config, SearchConfig, SearchRange
 from bp_spark.errors import BundleError, DataError
 from bp_spark.loader import snapshot
 from bp_spark.model import bundle as bundles
@@ -263,6 +263,25 @@ def test_a_backtest_tells_how_sure_each_figure_is_and_promotes_nothing(line: Lin
     assert users[("income", "fused", "bracket_auc")] < users[("all", "fused", "auc")]
     assert result.report.exists()
     assert len(list(result.report.parent.glob("*.png"))) == 6
+
+
+def test_a_search_judges_settings_out_of_fold_and_records_every_trial(line: Line) -> None:
+    space = {"trees.max_depth": SearchRange(low=1, high=3), "linear.l2": SearchRange(choices=(0.01, 1.0))}
+    settings = line.config.model_copy(
+        update={
+            "fusion": line.config.fusion.model_copy(update={"members": ("linear", "trees")}),
+            "trees": line.config.trees.model_copy(update={"rounds": 10}),
+            "search": SearchConfig(space=space, trials=2, metric="spearman"),
+        }
+    )
+    version = line.lakehouse.version("training_set")
+    result = pipeline.search(line.spark, settings, TEST_DATE)
+    assert line.lakehouse.version("training_set") == version
+    assert [trial.settings["trees.max_depth"] for trial in result.trials[:1]] == [settings.trees.max_depth]
+    assert 0.4 < result.best.value == max(trial.value for trial in result.trials) < 1
+    stored = line.lakehouse.read("trials").toPandas().sort_values("trial")
+    assert stored["value"].tolist() == [trial.value for trial in result.trials]
+    assert set(dict(stored["settings"].iloc[1])) == set(space)
 
 
 @pytest.mark.parametrize(

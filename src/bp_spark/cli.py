@@ -139,6 +139,36 @@ def backtest(
 
 
 @app.command()
+def search(
+    test_date: Annotated[
+        str | None, typer.Option(help="Date YYYY-MM-DD from which nothing is seen; by default as in train.")
+    ] = None,
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Try other settings on past cutoffs, judged by the fused prediction of users that no member was fitted on.
+
+    What is tried, how often and until which target stands under search in the settings. Every trial goes to the table trials
+    and to TensorBoard; the best settings are printed as they are given to train.
+
+    Example: bp-spark search search.trials=30 search.metric=gini search.target=0.88
+    """
+    settings = _settings(config_file, overrides)
+    day = None if test_date is None else config.parse_date(test_date)
+    from bp_spark import pipeline
+
+    result = pipeline.search(_session(settings, "search"), settings, day)
+    names = list(settings.search.space)
+    rows = [
+        [trial.number, *(trial.settings[name] for name in names), trial.value, trial.error or ""]
+        for trial in result.trials
+    ]
+    _print(_rows_table(["trial", *names, settings.search.metric, "error"], rows, title="search"))
+    said = " ".join(f"{key}={value}" for key, value in result.best.settings.items())
+    _print(f"Best: trial {result.best.number}, {settings.search.metric} {result.best.value:.4f}\nbp-spark train {said}")
+
+
+@app.command()
 def score(
     date: Annotated[str, typer.Option(help="Date YYYY-MM-DD to score; featurize must have been run for it.")],
     bundle: Annotated[Path | None, typer.Option(help="Folder of a model bundle; by default the promoted one.")] = None,

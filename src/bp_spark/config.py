@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +22,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Folder = Annotated[str, Field(min_length=1)]
 MemberName = Literal["linear", "btyd", "trees", "sqrt_trees", "transformer"]
+SEARCHED_SECTIONS = ("trees", "linear", "network", "pretraining", "training", "fusion")
+"""What a search may change: nothing that the training set is made from."""
 Delivered = Literal["transactions", "behaviours", "searches", "reviews", "items"]
 
 
@@ -288,6 +290,59 @@ class EvaluationConfig(Section):
     """Folder of the reports of backtests."""
 
 
+class SearchRange(Section):
+    """Values of one setting that a search tries: ``choices``, or numbers from ``low`` to ``high``, both included."""
+
+    choices: tuple[bool | int | float | str, ...] = ()
+    low: int | float | None = None
+    high: int | float | None = None
+    log: bool = False
+    """Whether numbers are drawn evenly by their logarithm."""
+
+    @model_validator(mode="after")
+    def _choices_or_bounds(self) -> SearchRange:
+        if self.choices and (self.low is not None or self.high is not None):
+            raise ValueError("must have choices, or low and high, not both")
+        if not self.choices and (self.low is None or self.high is None or not self.low < self.high):
+            raise ValueError("must have choices, or a low below a high")
+        if self.log and (self.low is None or self.low <= 0):
+            raise ValueError("log needs a low above 0")
+        return self
+
+
+class SearchConfig(Section):
+    """``bp-spark search``: trials of other settings, judged by what is said of users out of fold; never by the test date."""
+
+    space: dict[str, SearchRange] = Field(
+        default={
+            "trees.learning_rate": SearchRange(low=0.01, high=0.1, log=True),
+            "trees.max_depth": SearchRange(low=3, high=7),
+            "trees.min_child_weight": SearchRange(low=1.0, high=100.0, log=True),
+            "trees.subsample": SearchRange(low=0.5, high=1.0),
+            "trees.colsample_bytree": SearchRange(low=0.05, high=0.5, log=True),
+            "network.hidden_size": SearchRange(choices=(32, 64, 128)),
+            "network.dropout": SearchRange(low=0.0, high=0.4),
+            "network.loss": SearchRange(choices=("ziln", "tweedie")),
+            "training.learning_rate": SearchRange(low=1e-4, high=3e-3, log=True),
+        }
+    )
+    """Setting -> what to try, of the sections trees, linear, network, pretraining, training and fusion."""
+    trials: Positive = 20
+    """How many at most; the settings as they are come first."""
+    metric: Literal["spearman", "gini", "decile_mape", "mae", "rmse", "rmse_log1p"] = "gini"
+    """Of the fused prediction."""
+    target: float | None = None
+    """Stop when the metric is as good as this."""
+
+    @model_validator(mode="after")
+    def _only_what_is_fitted(self) -> SearchConfig:
+        for key in self.space:
+            section, dot, _ = key.partition(".")
+            if not dot or section not in SEARCHED_SECTIONS or key in ("training.work_dir", "training.launcher"):
+                raise ValueError(f"space: {key} is no setting of {', '.join(SEARCHED_SECTIONS)}")
+        return self
+
+
 class SyntheticConfig(Section):
     """The synthetic platform that ``bp-spark generate`` makes; shares are of the rows of each log."""
 
@@ -349,6 +404,7 @@ class Config(Section):
     fusion: FusionConfig = FusionConfig()
     scoring: ScoringConfig = ScoringConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    search: SearchConfig = SearchConfig()
     synthetic: SyntheticConfig = SyntheticConfig()
     bundles: Folder = "bundles"
     """Folder of model bundles; ``bundles/current`` names the promoted one."""
@@ -391,6 +447,25 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(name, error)) from None
+
+
+def changed(config: Config, settings: Mapping[str, object]) -> Config:
+    """The configuration with other values of some settings.
+
+    Args:
+        settings: ``section.key`` -> value.
+
+    Raises:
+        ConfigError: a key is unknown, or a value has the wrong type or range.
+    """
+    values = config.model_dump()
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        values.setdefault(section, {})[name] = value
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain("search", error)) from None
 
 
 def _set(values: dict[str, Any], key: str, text: str) -> None:

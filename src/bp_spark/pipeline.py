@@ -7,6 +7,7 @@ the run. A stage whose inputs are unchanged is skipped; every stage leaves a row
 from __future__ import annotations
 
 import math
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,8 +26,8 @@ from pyspark.sql import functions as F
 from safetensors.numpy import save_file
 
 from bp_spark import __version__, bootstrap, cleaning, daily, evaluation, features, labels, promotion, scoring, texts
-from bp_spark.config import Config, digest
-from bp_spark.errors import BundleError, DataError
+from bp_spark.config import Config, changed, digest
+from bp_spark.errors import BundleError, ConfigError, DataError
 from bp_spark.loader import Snapshot, snapshot
 from bp_spark.model import bundle as bundles
 from bp_spark.model.btyd import fit_btyd
@@ -48,10 +50,14 @@ from bp_spark.tables import (
     SCORES_LATEST,
     TEXT_EMBEDDINGS,
     TEXTS,
+    TRIALS,
     USER_DAILY,
     Lakehouse,
 )
 from bp_spark.training.finetune import finetune
+
+if TYPE_CHECKING:
+    from bp_spark.search import Trial
 
 RFM = (
     "recency_days",
@@ -626,13 +632,13 @@ without a fold were best at."""
 
 
 def _cross_fit(
-    run: Run, rows: DataFrame, test_date: date, vocabulary: Path, folder: Path
+    run: Run, rows: DataFrame, test_date: date, vocabulary: Path, folder: Path, *, refit: bool = True
 ) -> tuple[list[Member], pd.DataFrame, Sequence[Mapping[str, float]]]:
     """Members fitted on all folds; what members that were fitted without a user's fold say of that user; the epochs of the
     transformer without the first fold.
 
     The frame has the rows whose whole horizon was seen, at most ``evaluation.max_users`` of them, with a column for each
-    member.
+    member. Without ``refit`` no member is fitted on all folds.
     """
     folds = range(run.config.labels.folds)
     rows.persist()
@@ -649,9 +655,10 @@ def _cross_fit(
                 here = {column: values[rows_of[fold]] for column, values in columns.items()}
                 said[rows_of[fold]] = fitted.member.predict(here)
                 history = history or fitted.history
-            fitted = fit(None)
+            if refit:
+                fitted = fit(None)
+                members.append(fitted.member)
             figures.update(fitted.figures)
-        members.append(fitted.member)
         out_of_fold[name] = said
     rows.unpersist()
     return members, frame[["user_key", "as_of_date", "label_spend"]].assign(**out_of_fold), history
@@ -1013,6 +1020,94 @@ def _record_backtest(run: Run, table: pd.DataFrame, backtest_id: str, test_date:
     }
     rows = [{**row, **same} for row in table.astype(object).where(table.notna(), None).to_dict("records")]
     run.lakehouse.append(BACKTESTS, run.spark.createDataFrame(rows, BACKTESTS.schema))
+
+
+# --- search ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search came to: every trial, the best one, the stages."""
+
+    trials: Sequence[Trial]
+    best: Trial
+    stages: list[dict[str, Any]]
+
+
+def search(spark: SparkSession, config: Config, test_date: date | None = None) -> SearchResult:
+    """Try other settings on what is known as of a date, and tell which are best.
+
+    A trial is judged by the fused prediction of users whom its members were not fitted on, at past cutoffs: nothing from
+    the test date on is seen. Each leaves a row in ``trials`` and its settings in TensorBoard, beside the checkpoints.
+
+    Args:
+        test_date: as in :func:`train`.
+
+    Raises:
+        DataError: no events, or too little history for one cutoff.
+        ConfigError: no trial came to a figure.
+    """
+    # optuna and torch take seconds to import: other stages don't pay for them
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+
+    from bp_spark.search import Search
+
+    with _run(spark, config) as run:
+        first, last = _span(run.lakehouse)
+        day = test_date or last - timedelta(days=config.labels.horizon_days)
+        dates = labels.cutoffs(first, day, config.labels)
+        dates = [*dates, *labels.recent_cutoffs(dates[-1], day, config.labels)]
+        _featurize(run, [*dates, day])
+        rows = _training_set(run, dates, day)
+        folder = _work_folder(run)
+        vocabulary = _vocabulary(run, day, folder)
+
+        def judge(settings: Mapping[str, object]) -> float:
+            trial = Run(spark, changed(config, settings))
+            with TemporaryDirectory(dir=folder) as place:
+                _, out_of_fold, _ = _cross_fit(trial, rows, day, vocabulary, Path(place), refit=False)
+            fusion = Fusion.fit(out_of_fold, trial.config.fusion)
+            said = fusion.apply({name: out_of_fold[name].to_numpy() for name in fusion.members})["expected_spend"]
+            return evaluation.evaluate(out_of_fold["label_spend"].to_numpy(), said)[config.search.metric]
+
+        now = {
+            key: config.model_dump()[section][name]
+            for key in config.search.space
+            for section, _, name in [key.partition(".")]
+        }
+        found = Search(config.search, now, judge, config.training.seed)
+        with run.stage("search") as figures, SummaryWriter(str(folder / "search")) as writer:
+            for trial in tqdm(found.run(), total=config.search.trials, desc="search", unit="trial", file=sys.stderr):
+                _record_trial(run, trial, day)
+                shown = {
+                    key: value if isinstance(value, (bool, int, float)) else str(value)
+                    for key, value in trial.settings.items()
+                }
+                writer.add_hparams(shown, {config.search.metric: trial.value}, run_name=str(trial.number))
+            best = found.best
+            if best is None:
+                raise ConfigError(f"search: no trial came to a figure; the first: {found.trials[0].error}")
+            figures["trials"], figures["best"], figures[config.search.metric] = (
+                len(found.trials),
+                best.number,
+                best.value,
+            )
+        return SearchResult(found.trials, best, run.records)
+
+
+def _record_trial(run: Run, trial: Trial, test_date: date) -> None:
+    row = {
+        "run_id": run.run_id,
+        "test_date": test_date,
+        "trial": trial.number,
+        "settings": {key: str(value) for key, value in trial.settings.items()},
+        "metric": run.config.search.metric,
+        "value": None if math.isnan(trial.value) else trial.value,
+        "seconds": trial.seconds,
+        "error": trial.error,
+    }
+    run.lakehouse.append(TRIALS, run.spark.createDataFrame([row], TRIALS.schema))
 
 
 # --- score -------------------------------------------------------------------------------------------------------------

@@ -391,6 +391,21 @@ BACKTESTS = Table(
     ),
     key=("backtest_id", "test_date", "population", "member", "peer", "metric"),
 )
+TRIALS = Table(
+    "trials",
+    "What a search for better settings tried",
+    _columns(
+        ("run_id", "string!", "Run of the search"),
+        ("test_date", "date!", "Nothing from this day on was seen"),
+        ("trial", "int!", "Number of the trial, from 0: the settings as they were"),
+        ("settings", "map<string,string>", "Settings that were tried"),
+        ("metric", "string!", "Name of the figure that was searched for"),
+        ("value", "double", "Figure of the fused prediction of users out of fold; NULL where the settings can't be"),
+        ("seconds", "double!", "Duration"),
+        ("error", "string", "Why the settings can't be"),
+    ),
+    key=("run_id", "trial"),
+)
 SHARED_TABLES = (
     *RAW_TABLES,
     DELIVERIES,
@@ -403,6 +418,7 @@ SHARED_TABLES = (
     SCORES_LATEST,
     RUNS,
     METRICS,
+    TRIALS,
     BACKTESTS,
 )
 
