@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import write_deltalake
 from petastorm import make_batch_reader
+from petastorm.workers_pool.thread_pool import ThreadPool
+from petastorm.workers_pool.ventilator import ConcurrentVentilator
 from pyspark.sql import SparkSession
 
 from bp_spark import loader
@@ -159,6 +162,28 @@ def test_batches_hold_histories_of_like_length(tmp_path: Path) -> None:
     padded = sum(max(batch) * len(batch) for batch in lengths)
     assert padded < 1.3 * sum(map(sum, lengths))
     assert [max(batch) for batch in lengths] != sorted(max(batch) for batch in lengths)
+
+
+def test_a_pass_that_petastorm_ends_too_early_is_read_to_its_end(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    idle, hand_out, looked = ThreadPool.all_workers_done, ConcurrentVentilator._ventilate, threading.Event()
+
+    def after_a_look(ventilator: ConcurrentVentilator) -> None:
+        looked.wait(timeout=5)
+        hand_out(ventilator)
+
+    def look(pool: ThreadPool) -> bool:
+        """Says what it saw at first, when all items have been handed out meanwhile."""
+        found, patience = idle(pool), 2_000
+        looked.set()
+        while found and not pool._ventilator.completed() and patience:
+            time.sleep(0.001)
+            patience -= 1
+        return found
+
+    monkeypatch.setattr(ConcurrentVentilator, "_ventilate", after_a_look)
+    monkeypatch.setattr(ThreadPool, "all_workers_done", look)
+    feed = Feed(snapshot(str(table)).share(0, 1), SCALARS, HISTORY_COLUMNS)
+    assert sorted(row_numbers(read(feed))) == list(range(90))
 
 
 def test_an_abandoned_pass_leaves_no_reader_open(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -264,7 +265,7 @@ class Feed:
             ),
         )
         try:
-            yield (self._unpack(table._asdict()) for table in reader)
+            yield (self._unpack(table._asdict()) for table in _until_spent(reader))
         finally:
             # Not `with reader`: that prints to standard output.
             reader.stop()
@@ -288,6 +289,21 @@ class Feed:
                 arrays[row] = flat[start:end]
                 start = end
         return columns
+
+
+def _until_spent(reader: Iterator[Any]) -> Iterator[Any]:
+    """What a reader of Petastorm gives until it twice in a row has nothing.
+
+    Its pool ends a pass when all workers are idle and, a moment later, nothing is left to hand out. Where the last items are
+    handed out between these two looks, it ends too early; asked again, it goes on.
+    """
+    ends = 0
+    while ends < 2:
+        found = False
+        for table in reader:
+            found = True
+            yield table
+        ends = 0 if found else ends + 1
 
 
 def split_sizes(rows: int, steps: int) -> list[int]:
