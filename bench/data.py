@@ -41,6 +41,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from scipy import stats
 
+from bench import publish
 from bench.duckdb_peer import Peer
 from bp_spark import config, pipeline
 from bp_spark.config import Config
@@ -471,10 +472,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = QUICK if given.quick else Sizes(full=tuple(given.events), dirt=given.dirt_events)
     with tempfile.TemporaryDirectory(prefix="bp-bench-", dir=given.folder) as folder:
         figures = run(sizes, Path(folder), given.threads, given.memory)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(figures, indent=2)
-    given.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    publish(figures, given.out)
 
 
 if __name__ == "__main__":

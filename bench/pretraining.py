@@ -26,6 +26,7 @@ import pandas as pd
 from pyspark.sql import functions as F
 from tqdm import tqdm
 
+from bench import publish
 from bp_spark import config, features, labels, pipeline
 from bp_spark.errors import ConfigError
 from bp_spark.evaluation import normalised_gini, spearman
@@ -130,10 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = config.load(given.config, given.overrides)
     with tempfile.TemporaryDirectory(prefix="bp-bench-") as folder:
         figures = run(settings, given.shares, Path(folder), given.test_date)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(figures, indent=2)
-    given.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    publish(figures, given.out)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,15 @@ def decile_mape(counts: np.ndarray, truth: np.ndarray, predicted: np.ndarray) ->
     return np.where(users > 0, error, 0.0).sum(axis=1) / (users > 0).sum(axis=1)
 
 
+def mae(counts: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Mean absolute error of each resample, ``float64[resamples]``."""
+    return _mean(counts, np.abs(predicted - truth))
+
+
+def _mean(counts: np.ndarray, of_user: np.ndarray) -> np.ndarray:
+    return (counts @ of_user) / counts.sum(axis=1)
+
+
 def resampled_metrics(
     counts: np.ndarray, truth: np.ndarray, predicted: np.ndarray, **more: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -141,15 +151,13 @@ def resampled_metrics(
     """
     truth = np.maximum(truth, 0.0)
 
-    def mean(of_user: np.ndarray) -> np.ndarray:
-        return (counts @ of_user) / counts.sum(axis=1)
-
+    mean = partial(_mean, counts)
     logs = np.log1p(np.maximum(predicted, 0.0)) - np.log1p(truth)
     metrics = {
         "spearman": spearman(counts, truth, predicted),
         "gini": normalised_gini(counts, truth, predicted),
         "decile_mape": decile_mape(counts, truth, predicted),
-        "mae": mean(np.abs(predicted - truth)),
+        "mae": mae(counts, truth, predicted),
         "rmse": np.sqrt(mean((predicted - truth) ** 2)),
         "rmse_log1p": np.sqrt(mean(logs**2)),
         "top_decile_capture": top_decile_capture(counts, truth, predicted),

@@ -33,14 +33,10 @@ class _Measure:
     resampled: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
-def _resampled_mae(counts: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    return (counts @ np.abs(predicted - truth)) / counts.sum(axis=1)
-
-
 # one measure of order and one of money: a score is used as both
 _MEASURES = {
     "gini": _Measure(normalised_gini, bootstrap.normalised_gini),
-    "mae": _Measure(mae, _resampled_mae),
+    "mae": _Measure(mae, bootstrap.mae),
 }
 
 

@@ -15,11 +15,9 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
+from bp_spark.bootstrap import BETTER
 from bp_spark.config import SearchConfig, SearchRange
 from bp_spark.errors import BpSparkError
-
-RISING = ("spearman", "gini")
-"""Metrics of which more is better."""
 
 Settings = Mapping[str, object]
 
@@ -90,7 +88,7 @@ class Search:
         return trial
 
     def _loss(self, value: float) -> float:
-        return -value if self.config.metric in RISING else value
+        return -BETTER[self.config.metric] * value
 
     def _reached(self) -> bool:
         best, target = self.best, self.config.target

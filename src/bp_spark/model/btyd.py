@@ -6,7 +6,6 @@ counts on the driver. Out: a :class:`BtydMember` of seven numbers.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +20,7 @@ from scipy.optimize import minimize
 from scipy.special import betaln, expit, gammaln, hyp2f1
 
 from bp_spark.errors import BundleError, DataError
-from bp_spark.model.members import SPLIT, TABLE, read_json, require, stack_columns
+from bp_spark.model.members import SPLIT, TABLE, read_json, require, stack_columns, write_json
 
 FEATURES = ("frequency", "active_span_days", "tenure_days", "monetary_value")
 MAX_ROWS = 200_000
@@ -104,8 +103,7 @@ class BtydMember:
 
     def save(self, folder: Path) -> None:
         """Write ``btyd.json``."""
-        text = json.dumps(asdict(self), indent=1, allow_nan=False)
-        (Path(folder) / self.FILE).write_text(text + "\n", encoding="utf-8")
+        write_json(Path(folder) / self.FILE, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> Self:

@@ -129,8 +129,7 @@ class LinearMember:
 
     def save(self, folder: Path) -> None:
         """Write ``linear.json``."""
-        text = json.dumps(asdict(self), indent=1, allow_nan=False)
-        (Path(folder) / self.FILE).write_text(text + "\n", encoding="utf-8")
+        write_json(Path(folder) / self.FILE, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -508,6 +507,11 @@ def require(df: DataFrame, names: Iterable[str]) -> None:
     for name in names:
         if name not in df.columns:
             raise DataError(TABLE, "column is missing", column=name)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write what :func:`read_json` reads; floats come back bit for bit."""
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

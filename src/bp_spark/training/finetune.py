@@ -32,34 +32,13 @@ from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, em
 from bp_spark.model.network import SpendNetwork, Statistics
 from bp_spark.training.distributed import Group, process_group, run_ranks
 from bp_spark.training.loop import Loop, run_epochs
-from bp_spark.training.progress import Progress, decayed, resume, warmup_cosine
+from bp_spark.training.progress import Progress, TrainingOutcome, decayed, resume, warmup_cosine
 
 LABEL = "label_spend"
 MODEL_FOLDER = "model"
 
 _LOG1P_GRID = np.linspace(0, math.log1p(1e13), 4096)
 """Upper ends of the bins in which labels are counted, for quantiles over all ranks."""
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What a fine-tuning run came to.
-
-    Attributes:
-        folder: the best network, as :meth:`SpendNetwork.save` writes it.
-        epochs: epochs run, over all resumptions.
-        best_epoch: the epoch (from 1) of the best validation loss.
-        best_validation_loss: mean loss of a validation row after that epoch.
-        history: per epoch ``epoch``, ``train_loss``, ``valid_loss``, ``learning_rate``, ``rows_per_second``.
-        seconds: of this call, from starting the ranks to the saved network.
-    """
-
-    folder: Path
-    epochs: int
-    best_epoch: int
-    best_validation_loss: float
-    history: list[dict[str, float]]
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -88,7 +67,7 @@ def finetune(
     initial: Path | None = None,
     *,
     epochs: int | None = None,
-) -> FinetuneResult:
+) -> TrainingOutcome:
     """Fine-tune the network of ``config.network`` as ``config.training`` says.
 
     A run that was stopped goes on from its last epoch if called again with the same inputs; see
@@ -124,14 +103,7 @@ def finetune(
     identity = digest(inputs_digest(train, valid, spec, texts_path, config, initial), epochs)
     job = Job(train, valid, epochs, spec, Path(texts_path).absolute(), config, run_dir, identity, initial)
     state = run_ranks(spark, config.training, run_dir, train_rank, job)
-    return FinetuneResult(
-        folder=run_dir / MODEL_FOLDER,
-        epochs=state.epoch,
-        best_epoch=state.best_epoch,
-        best_validation_loss=state.best_loss,
-        history=state.history,
-        seconds=time.monotonic() - started,
-    )
+    return TrainingOutcome.of(state, run_dir / MODEL_FOLDER, started)
 
 
 def inputs_digest(

@@ -29,30 +29,9 @@ from bp_spark.model.pretraining import PARTS, Exercise, PretrainingNetwork, exer
 from bp_spark.training.distributed import Group, process_group, run_ranks
 from bp_spark.training.finetune import read_texts
 from bp_spark.training.loop import Loop, run_epochs
-from bp_spark.training.progress import Progress, decayed, resume, warmup_cosine
+from bp_spark.training.progress import Progress, TrainingOutcome, decayed, resume, warmup_cosine
 
 ENCODER_FOLDER = "encoder"
-
-
-@dataclass(frozen=True)
-class PretrainingResult:
-    """What a pre-training run came to.
-
-    Attributes:
-        folder: the encoder of the best epoch, as :meth:`HistoryEncoder.save` writes it.
-        epochs: epochs run, over all resumptions.
-        best_epoch: the epoch (from 1) of the best validation loss.
-        best_validation_loss: sum of the mean losses of :data:`PARTS` after that epoch.
-        history: figures of each epoch; see :func:`bp_spark.training.loop.run_epochs`.
-        seconds: of this call, from starting the ranks to the saved encoder.
-    """
-
-    folder: Path
-    epochs: int
-    best_epoch: int
-    best_validation_loss: float
-    history: list[dict[str, float]]
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -78,7 +57,7 @@ def pretrain(
     run_dir: Path,
     *,
     epochs: int | None = None,
-) -> PretrainingResult:
+) -> TrainingOutcome:
     """Pre-train the history half of the network of ``config.network`` as ``config.pretraining`` says.
 
     A better encoder is not yet a better prediction: features may say the same. On Complete Journey, with a quarter of the
@@ -116,14 +95,7 @@ def pretrain(
     length = config.features.history_length
     job = Job(train, valid, epochs, length, Path(texts_path).absolute(), config, run_dir, identity)
     state = run_ranks(spark, config.training, run_dir, pretrain_rank, job)
-    return PretrainingResult(
-        folder=run_dir / ENCODER_FOLDER,
-        epochs=state.epoch,
-        best_epoch=state.best_epoch,
-        best_validation_loss=state.best_loss,
-        history=state.history,
-        seconds=time.monotonic() - started,
-    )
+    return TrainingOutcome.of(state, run_dir / ENCODER_FOLDER, started)
 
 
 def inputs_digest(train: Snapshot, valid: Snapshot | None, texts_path: Path, config: Config) -> str:

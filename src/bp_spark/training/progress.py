@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,6 +38,33 @@ class Progress:
     best_epoch: int
     best_loss: float
     history: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """What a training run came to.
+
+    Attributes:
+        folder: what was saved of the best epoch.
+        epochs: epochs run, over all resumptions.
+        best_epoch: the epoch (from 1) of the best validation loss.
+        best_validation_loss: that loss.
+        history: figures of each epoch; see :func:`bp_spark.training.loop.run_epochs`.
+        seconds: of the call, from starting the ranks to the saved network.
+    """
+
+    folder: Path
+    epochs: int
+    best_epoch: int
+    best_validation_loss: float
+    history: list[dict[str, float]]
+    seconds: float
+
+    @classmethod
+    def of(cls, progress: Progress, folder: Path, started: float) -> TrainingOutcome:
+        """The outcome of a run that started at that time of ``time.monotonic`` and ends now."""
+        seconds = time.monotonic() - started
+        return cls(folder, progress.epoch, progress.best_epoch, progress.best_loss, progress.history, seconds)
 
 
 def save_checkpoint(
