@@ -529,11 +529,7 @@ class _Fitted:
 def _fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFrame | None = None) -> _Fitted:
     """Fit, calibrate and predict with nothing later than the test date; ``brackets`` are joined to the predictions."""
     config = run.config
-    dates = [*dates, *labels.recent_cutoffs(dates[-1], test_date, config.labels)]
-    _featurize(run, [*dates, test_date])
-    rows = _training_set(run, dates, test_date)
-    folder = _work_folder(run)
-    vocabulary = _vocabulary(run, test_date, folder)
+    rows, vocabulary, folder = _prepare(run, dates, test_date)
     members, out_of_fold, history = _cross_fit(run, rows, test_date, vocabulary, folder)
     users = _test_rows(run, test_date)
     if brackets is not None:
@@ -545,6 +541,15 @@ def _fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataF
         fused=fused["expected_spend"], low=fused["low"], high=fused["high"], p_active=fused["p_active"]
     )
     return _Fitted(test_date, members, fusion, predictions, history)
+
+
+def _prepare(run: Run, dates: Sequence[date], test_date: date) -> tuple[DataFrame, Path, Path]:
+    """The training set of the complete cutoffs and of newer ones, the vocabulary's file, the folder of the work."""
+    dates = [*dates, *labels.recent_cutoffs(dates[-1], test_date, run.config.labels)]
+    _featurize(run, [*dates, test_date])
+    rows = _training_set(run, dates, test_date)
+    folder = _work_folder(run)
+    return rows, _vocabulary(run, test_date, folder), folder
 
 
 def _training_set(run: Run, dates: Sequence[date], test_date: date) -> DataFrame:
@@ -1056,12 +1061,7 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
     with _run(spark, config) as run:
         first, last = _span(run.lakehouse)
         day = test_date or last - timedelta(days=config.labels.horizon_days)
-        dates = labels.cutoffs(first, day, config.labels)
-        dates = [*dates, *labels.recent_cutoffs(dates[-1], day, config.labels)]
-        _featurize(run, [*dates, day])
-        rows = _training_set(run, dates, day)
-        folder = _work_folder(run)
-        vocabulary = _vocabulary(run, day, folder)
+        rows, vocabulary, folder = _prepare(run, labels.cutoffs(first, day, config.labels), day)
 
         def judge(settings: Mapping[str, object]) -> float:
             trial = Run(spark, changed(config, settings))
