@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast bench-data bench-pretraining lint format lock clean
+.PHONY: help install demo test test-fast bench-data bench-score bench-pretraining lint format lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ test-fast: install ## all but the heavy tests
 
 bench-data: install ## the data half against DuckDB, growth, a new day, dirt: JSON to standard output
 	$(BIN)/python -m bench.data
+
+bench-score: install ## the nightly pass against plain torch and other ways, growth, nights with few changes: JSON to standard output
+	$(BIN)/python -m bench.score
 
 bench-pretraining: demo ## the transformer with and without pre-training, by share of labels used: JSON to standard output
 	$(BIN)/python -m bench.pretraining --config conf/demo.yaml pretraining.max_epochs=60

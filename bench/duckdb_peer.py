@@ -20,7 +20,7 @@ import duckdb
 from bp_spark.cleaning import ACTIONS
 from bp_spark.config import Config
 from bp_spark.daily import CODES
-from bp_spark.features import CATEGORY_BUCKETS, SEQUENCE_COLUMNS, catalogue
+from bp_spark.features import CATEGORY_BUCKETS, SEQUENCE_COLUMNS, catalogue, ticked
 from bp_spark.tables import RAW_LOGS
 
 SUMS = {
@@ -43,6 +43,7 @@ ACTION_COUNTS = {
 MACROS = r"""
 CREATE MACRO try_divide(a, b) AS CASE WHEN b <> 0 THEN a / b END;
 CREATE MACRO percentile(x, p) AS quantile_cont(x, p);
+CREATE MACRO shiftleft(x, n) AS x << n;
 CREATE MACRO get(l, i) AS l[i + 1];
 CREATE MACRO monday_is_0(day) AS isodow(day) - 1;
 CREATE MACRO cents(x) AS round(x::DOUBLE * 100)::BIGINT;
@@ -415,10 +416,15 @@ class Peer:
         columns = ", ".join(f"({dialect(f.expression)})::FLOAT AS {f.name}" for f in features.features)
         sequences = ", ".join(f"coalesce({column.name}, []) AS {column.name}" for column in SEQUENCE_COLUMNS)
         return f"""
-            WITH past AS (
-                SELECT *, DATE '{as_of}' - day AS age,
+            WITH clocks AS MATERIALIZED (
+                SELECT user_key, last + ({dialect(ticked("age", self.config.features.silence_digits))})::INT AS seen_on
+                FROM (SELECT user_key, max(day) AS last, DATE '{as_of}' - last AS age
+                      FROM daily WHERE day < DATE '{as_of}' GROUP BY user_key)
+            ),
+            past AS (
+                SELECT *, seen_on - day AS age,
                        CASE WHEN orders > 0 THEN day - lag(day) OVER (PARTITION BY user_key, orders > 0 ORDER BY day) END AS gap
-                FROM daily WHERE day < DATE '{as_of}'
+                FROM daily JOIN clocks USING (user_key) WHERE day < DATE '{as_of}'
             ),
             aggregated AS (SELECT user_key, {aggregates} FROM past GROUP BY user_key),
             categorised AS ({self._categories(as_of)}),
@@ -459,7 +465,7 @@ class Peer:
         return f"""
             WITH by_category AS MATERIALIZED (
                 SELECT user_key, category, {within}, sum(price_sq)::BIGINT AS price_sq
-                FROM (SELECT *, DATE '{as_of}' - day AS age FROM category_days WHERE day < DATE '{as_of}')
+                FROM (SELECT *, seen_on - day AS age FROM category_days JOIN clocks USING (user_key) WHERE day < DATE '{as_of}')
                 WHERE age <= 365 GROUP BY user_key, category
             ), reference AS (
                 SELECT category, sum(priced_365) AS n, sum(price_micro_365) / 1e6 / n AS mean,
@@ -481,7 +487,7 @@ class Peer:
         length = self.config.features.history_length
         fields = {
             "seq_kind": "t.kind",
-            "seq_age_days": f"((epoch_us(TIMESTAMP '{as_of}') - epoch_us(t.ts)) / 86400000000)::FLOAT",
+            "seq_age_days": "((epoch_us(seen_on::TIMESTAMP) - epoch_us(t.ts)) / 86400000000)::FLOAT",
             "seq_amount": "(t.amount / 100)::FLOAT",
             "seq_items": "t.items::FLOAT",
             "seq_discount": "(t.discount / 100)::FLOAT",
@@ -493,10 +499,10 @@ class Peer:
         return f"""
             SELECT user_key, {arrays}
             FROM (
-                SELECT user_key, flatten(list(tokens ORDER BY day))[-{length}:] AS kept
+                SELECT user_key, seen_on, flatten(list(tokens ORDER BY day))[-{length}:] AS kept
                 FROM (
-                    SELECT user_key, day, tokens FROM daily WHERE day < DATE '{as_of}'
+                    SELECT user_key, seen_on, day, tokens FROM daily JOIN clocks USING (user_key) WHERE day < DATE '{as_of}'
                     QUALIFY coalesce(sum(len(tokens)) OVER (
                         PARTITION BY user_key ORDER BY day DESC ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) < {length}
-                ) GROUP BY user_key
+                ) GROUP BY user_key, seen_on
             )"""

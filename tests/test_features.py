@@ -143,6 +143,31 @@ def test_history_is_the_last_tokens_oldest_first(spark: SparkSession) -> None:
     assert (row.seq_weekday[-1], row.seq_hour[-1], row.seq_kind[-1]) == (yesterday.isoweekday(), 12, 1)
 
 
+@pytest.mark.parametrize(("silent", "seen"), [(1, 1), (15, 15), (17, 16), (63, 60), (64, 64), (100, 96), (300, 288)])
+def test_a_silent_user_is_seen_as_of_the_last_tick(spark: SparkSession, silent: int, seen: int) -> None:
+    row = only(features_of(spark, purchases((silent + 5, 1.0), (silent, 2.0))))
+    assert (row.recency_days, row.tenure_days, row.gap_last_days) == (seen, seen + 5, 5)
+    assert row.seen_on == AS_OF - timedelta(days=silent - seen)
+    assert row.seq_age_days == pytest.approx([seen + 4.5, seen - 0.5])
+
+
+def test_between_two_ticks_nothing_about_a_silent_user_changes(spark: SparkSession) -> None:
+    rows = random_events(8, users=30)
+    rows = rows[rows["ts"] < pd.Timestamp(AS_OF, tz="UTC")].astype(object)
+    nights = [AS_OF + timedelta(days=n) for n in range(12)]
+    found = features_of(spark, rows, *nights).drop("as_of_date").collect()
+    states = {(row.user_key, row.seen_on) for row in found}
+    assert len(states) < len(found)
+    assert len({repr(row) for row in found}) == len(states)
+
+
+def test_every_day_counts_where_silence_is_kept_exactly(spark: SparkSession) -> None:
+    days = daily.user_daily(events_frame(spark, purchases((100, 2.0))), texts_frame(spark), embeddings_frame(spark), 8)
+    exact = CONFIG.model_copy(update={"silence_digits": None})
+    row = only(features.user_features(days, [AS_OF], exact, "test"))
+    assert (row.recency_days, row.seen_on) == (100, AS_OF)
+
+
 def changed_after(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
     """The same past, another future: events at or after AS_OF dropped, changed and added."""
     rng = np.random.default_rng(seed)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 from pyspark.sql import SparkSession
@@ -141,7 +142,7 @@ def test_scoring_another_date_leaves_the_first_one_alone(line: Line) -> None:
 def test_the_udf_scores_as_the_bundle_does_in_this_process(line: Line) -> None:
     features = line.lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(TEST_DATE)).toPandas()
     bundle = bundles.load(bundles.current(line.config.bundles))
-    here = scoring.answers(bundle, {name: features[name].to_numpy() for name in features.columns})
+    here = pa.table(scoring.answers(bundle, {name: features[name].to_numpy() for name in features.columns})).to_pandas()
     here.index = pd.Index(features["user_key"])
     night = _night(line.lakehouse, TEST_DATE).set_index("user_key")
     np.testing.assert_allclose(
@@ -152,7 +153,7 @@ def test_the_udf_scores_as_the_bundle_does_in_this_process(line: Line) -> None:
 def test_a_user_scores_the_same_whoever_shares_the_batch(line: Line) -> None:
     users = line.lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(TEST_DATE))
     bundle = line.trained.bundle
-    alone = scoring.score(users.orderBy("user_key").limit(3), bundle, TEST_DATE, 0, line.config.scoring).toPandas()
+    alone = scoring.score(users.orderBy("user_key").limit(3), bundle, TEST_DATE, 0).toPandas()
     night = _night(line.lakehouse, TEST_DATE).set_index("user_key")
     np.testing.assert_allclose(alone["expected_spend"], night.loc[alone["user_key"], "expected_spend"], rtol=1e-4)
 

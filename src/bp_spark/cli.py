@@ -173,9 +173,12 @@ def score(
     date: Annotated[str, typer.Option(help="Date YYYY-MM-DD to score; featurize must have been run for it.")],
     bundle: Annotated[Path | None, typer.Option(help="Folder of a model bundle; by default the promoted one.")] = None,
     overrides: Overrides = None,
+    full: Annotated[bool, typer.Option("--full", help="Compute every score, whatever earlier nights said.")] = False,
     config_file: ConfigOption = None,
 ) -> None:
     """Score every user of a date into the table scores, replacing that date only.
+
+    Users whose features are those of an earlier night keep the score that the same bundle gave them then.
 
     Example: bp-spark score --date 2017-10-03
     """
@@ -183,10 +186,10 @@ def score(
     day = config.parse_date(date)
     from bp_spark import pipeline
 
-    result = pipeline.score(_session(settings, "score"), settings, day, bundle)
+    result = pipeline.score(_session(settings, "score"), settings, day, bundle, full)
     _print(_stage_table("score", result.stages))
     done = (
-        "scored"
+        f"scored, {result.computed:,} of them computed and the others carried forward"
         if result.written
         else "were scored already, with the same bundle on the same features: nothing changed"
     )

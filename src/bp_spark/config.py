@@ -140,6 +140,9 @@ class FeaturesConfig(Section):
     """Look-back windows in days."""
     history_length: Positive = 64
     """The last N history tokens (orders and other events) that the sequence model sees."""
+    silence_digits: int | None = Field(4, ge=2)
+    """Binary digits to which days without any event are kept (4: exact to 15, by twos to 31, by fours to 63): features, and
+    so scores, of silent users rarely change from night to night; null: every day counts."""
 
 
 class LabelsConfig(Section):
@@ -271,10 +274,11 @@ class FusionConfig(Section):
 class ScoringConfig(Section):
     """The nightly pass."""
 
-    batch_rows: Positive = 2048
-    """Arrow rows handed to Python at once."""
-    network_batch: Positive = 256
-    """Rows of one forward pass, ordered by length."""
+    batch_mb: Positive = 8
+    """Megabytes of Arrow data handed to Python at once."""
+    partition_mb: Positive = 32
+    """Megabytes of features (compressed) that one task reads, or one file where files are larger: small enough that no task
+    holds the night."""
 
 
 class EvaluationConfig(Section):

@@ -2,6 +2,10 @@
 
 Point in time: a feature for date D reads only days before D. Every sum is over whole numbers (cents, thousandths), so that
 no order of addition, and so no cluster size and no rebuild, changes a feature by a bit.
+
+A silent user's clock ticks ever slower: days of silence are kept to a few binary digits, and the user is seen as of the day
+of the last tick (``seen_on``). From one tick to the next no feature changes, so neither does the score, and the night need
+not compute it again.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ from bp_spark.tables import KINDS, USER_DAILY, Column, Table
 KEY = ["user_key", "as_of_date"]
 CATEGORY_BUCKETS = 16
 WEEKS = 12
+FILE_ROWS = 50_000
+"""Users in a file of ``user_features``: some tens of megabytes, and half a minute of one core's scoring."""
 
 
 # --- the catalogue -----------------------------------------------------------------------------------------------------
@@ -299,7 +305,8 @@ def _discounts_and_prices(b: _Builder) -> None:
     for days in (90, 365):
         b.add(
             f"price_tier_{days}d",
-            _ratio(f"c_tier_{days} / 1000", f"c_tiered_{days}"),
+            # in twentieths: every night's purchases of others move the reference a little
+            f"round({_ratio(f'c_tier_{days} / 50', f'c_tiered_{days}')}) / 20",
             "Mean price position within the item's category: z-score of log unit price among all users' lines of a year",
             "z-score",
             days,
@@ -478,7 +485,7 @@ SEQUENCE_COLUMNS = (
         "array<int>",
         f"Kind of each history token, oldest first: {', '.join(KINDS)} as 1..{len(KINDS)}",
     ),
-    Column("seq_age_days", "array<float>", "Days from the token to the as-of date"),
+    Column("seq_age_days", "array<float>", "Days from the token to seen_on"),
     Column("seq_amount", "array<float>", "Spend of the order"),
     Column("seq_items", "array<float>", "Lines of the order"),
     Column("seq_discount", "array<float>", "Reductions of the order"),
@@ -496,8 +503,14 @@ def user_features_table(config: FeaturesConfig) -> Table:
         (
             Column("user_key", "string", "User", required=True),
             Column("as_of_date", "date", "Only events before this day are seen", required=True),
+            Column("seen_on", "date", "Last tick of the user's clock: as_of_date, or earlier for users long silent"),
             *(Column(f.name, "float", f"{f.description} [{f.unit}; {f.window}]") for f in catalogue(config).features),
             *SEQUENCE_COLUMNS,
+            Column(
+                "input_digest",
+                "bigint",
+                "xxhash64 of features and history: as long as it is the same, a bundle's answer is the same",
+            ),
             Column(
                 "built_from",
                 "string",
@@ -507,6 +520,7 @@ def user_features_table(config: FeaturesConfig) -> Table:
         ),
         key=("user_key", "as_of_date"),
         partition_by=("as_of_date",),
+        rows_in_file=FILE_ROWS,
     )
 
 
@@ -521,18 +535,23 @@ def user_features(daily: DataFrame, as_of: Sequence[date], config: FeaturesConfi
         built_from: identity of the inputs, stored with each row.
     """
     features = catalogue(config)
-    past = _before(_in_cents(daily), as_of).transform(_with_gaps)
-    aggregated = past.groupBy(*KEY).agg(*(F.expr(sql).alias(name) for name, sql in features.aggregates.items()))
+    clocks = _clocks(daily, as_of, config.silence_digits)
+    past = _before(_in_cents(daily), clocks).transform(_with_gaps)
+    aggregated = past.groupBy(*KEY, "seen_on").agg(
+        *(F.expr(sql).alias(name) for name, sql in features.aggregates.items())
+    )
     return (
         aggregated.filter(F.col("a_tenure").isNotNull())
-        .join(_category_features(daily, as_of), KEY, "left")
-        .join(_history(daily, as_of, config.history_length), KEY, "left")
+        .join(_category_features(daily, clocks), KEY, "left")
+        .join(_history(daily, clocks, config.history_length), KEY, "left")
         .select(
             *KEY,
+            "seen_on",
             *(F.expr(f.expression).cast("float").alias(f.name) for f in features.features),
             *(F.coalesce(F.col(c.name), F.array().cast(c.type)).alias(c.name) for c in SEQUENCE_COLUMNS),
             F.lit(built_from).alias("built_from"),
         )
+        .withColumn("input_digest", input_digest(features))
     )
 
 
@@ -541,12 +560,40 @@ def _in_cents(daily: DataFrame) -> DataFrame:
     return daily.drop("categories", "tokens").withColumns({name: cents(name) for name in money})
 
 
-def _before(df: DataFrame, as_of: Sequence[date]) -> DataFrame:
-    """Each row once for every as-of date after its day, with ``as_of_date`` and its ``age`` in days (>= 1)."""
-    days = F.array(*(F.lit(day) for day in sorted(as_of)))
-    df = df.filter(F.col("day") < F.lit(max(as_of)))
-    return df.withColumn("as_of_date", F.explode(F.filter(days, lambda d: d > F.col("day")))).withColumn(
-        "age", F.datediff("as_of_date", "day")
+def input_digest(features: Catalogue) -> SparkColumn:
+    """xxhash64 of the features and the history of a row of ``user_features``."""
+    # xxhash64 skips NULL, so that it would not matter which of two features has none
+    values = (F.coalesce(F.col(name), F.lit(float("nan")).cast("float")) for name in features.names)
+    return F.xxhash64(*values, *(F.col(column.name) for column in SEQUENCE_COLUMNS))
+
+
+def _clocks(daily: DataFrame, as_of: Sequence[date], digits: int | None) -> DataFrame:
+    """``user_key, as_of_date, seen_on`` of each user with a day before the as-of date."""
+    dates = F.array(*(F.lit(day) for day in sorted(as_of)))
+    last = F.max(F.when(F.col("day") < F.col("as_of_date"), F.col("day"))).alias("last")
+    days = daily.select("user_key", "day").filter(F.col("day") < F.lit(max(as_of)))
+    return (
+        days.withColumn("as_of_date", F.explode(dates))
+        .groupBy(*KEY)
+        .agg(last)
+        .filter(F.col("last").isNotNull())
+        .select(*KEY, F.expr(f"date_add(last, {ticked('datediff(as_of_date, last)', digits)})").alias("seen_on"))
+    )
+
+
+def ticked(days: str, digits: int | None) -> str:
+    """SQL of a number of days, at least 1, of which the leading binary digits are kept and the rest are 0."""
+    if digits is None:
+        return days
+    return f"({days} - {days} % shiftleft(1, greatest(length(bin({days})) - {digits}, 0)))"
+
+
+def _before(df: DataFrame, clocks: DataFrame) -> DataFrame:
+    """Each row once for every as-of date after its day, with ``as_of_date``, ``seen_on`` and its ``age`` in days (>= 1)."""
+    return (
+        df.join(clocks, "user_key")
+        .filter(F.col("day") < F.col("as_of_date"))
+        .withColumn("age", F.datediff("seen_on", "day"))
     )
 
 
@@ -556,14 +603,14 @@ def _with_gaps(past: DataFrame) -> DataFrame:
     return past.withColumn("gap", F.when(F.col("orders") > 0, F.datediff("day", F.lag("day").over(order))))
 
 
-def _category_features(daily: DataFrame, as_of: Sequence[date]) -> DataFrame:
+def _category_features(daily: DataFrame, clocks: DataFrame) -> DataFrame:
     """Diversity and shares of categories, and the position of prices within them, per user and date.
 
     The reference of a price is what all users paid for lines of the category in the year before the as-of date: mean and
     standard deviation of the log unit price. NULL where a category has fewer than 10 such lines.
     """
     entries = (
-        _before(daily.filter(F.size("categories") > 0).select("user_key", "day", "categories"), as_of)
+        _before(daily.filter(F.size("categories") > 0).select("user_key", "day", "categories"), clocks)
         .filter(F.col("age") <= 365)
         .select(*KEY, "age", F.inline("categories"))
     )
@@ -633,18 +680,18 @@ def _entropy(days: int) -> str:
     return f"aggregate(filter(c_spends_{days}, x -> x > 0), 0D, (s, x) -> s - {share} * ln({share}))"
 
 
-def _history(daily: DataFrame, as_of: Sequence[date], length: int) -> DataFrame:
+def _history(daily: DataFrame, clocks: DataFrame, length: int) -> DataFrame:
     """The last ``length`` tokens of each user before each date, oldest first, as parallel arrays.
 
     Days older than the newest ``length`` tokens are dropped before anything is collected: a user's row stays small however
     many events there are.
     """
     newer = Window.partitionBy(*KEY).orderBy(F.desc("day")).rowsBetween(Window.unboundedPreceding, -1)
-    days = _before(daily.select("user_key", "day", "tokens"), as_of)
+    days = _before(daily.select("user_key", "day", "tokens"), clocks)
     needed = days.withColumn("newer", F.coalesce(F.sum(F.size("tokens")).over(newer), F.lit(0))).filter(
         F.col("newer") < length
     )
-    start = F.unix_micros(F.to_timestamp("as_of_date"))
+    start = F.unix_micros(F.to_timestamp("seen_on"))
     fields: dict[str, Callable[[SparkColumn], SparkColumn]] = {
         "seq_kind": lambda t: t["kind"],
         "seq_age_days": lambda t: ((start - F.unix_micros(t["ts"])) / 86_400_000_000).cast("float"),
@@ -656,7 +703,7 @@ def _history(daily: DataFrame, as_of: Sequence[date], length: int) -> DataFrame:
         "seq_hour": lambda t: F.hour(t["ts"]).cast("int"),
     }
     return (
-        needed.groupBy(*KEY)
+        needed.groupBy(*KEY, "seen_on")
         .agg(F.array_sort(F.collect_list(F.struct("day", "tokens"))).alias("days"))
         .withColumn("all", F.flatten("days.tokens"))
         .withColumn("kept", F.slice("all", F.greatest(F.size("all") - length + 1, F.lit(1)), length))

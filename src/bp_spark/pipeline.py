@@ -1115,18 +1115,33 @@ def _record_trial(run: Run, trial: Trial, test_date: date) -> None:
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """What a night came to: users scored, whether rows were written (False: they were there already), the bundle."""
+    """What a night came to.
+
+    Attributes:
+        users: rows of the night.
+        computed: users whose score was computed; the others' was carried forward from an earlier night.
+        written: whether rows were written; False: they were there already.
+        bundle: the model.
+        stages: what ran.
+    """
 
     users: int
+    computed: int
     written: bool
     bundle: Bundle
     stages: list[dict[str, Any]]
 
 
-def score(spark: SparkSession, config: Config, score_date: date, bundle_folder: Path | None = None) -> ScoreResult:
+def score(
+    spark: SparkSession, config: Config, score_date: date, bundle_folder: Path | None = None, full: bool = False
+) -> ScoreResult:
     """Score every user of a date with the promoted bundle (or the given one) and overwrite that date in ``scores``.
 
-    A night that was scored with the same bundle on the same features is left as it is.
+    A night that was scored with the same bundle on the same features is left as it is. Of any other, users whose features
+    are those of the newest night that the same bundle scored keep that night's score.
+
+    Args:
+        full: compute every user's score, whatever earlier nights said.
 
     Raises:
         BundleError: no bundle is promoted, or it can't be trusted or doesn't fit the features.
@@ -1144,22 +1159,54 @@ def score(spark: SparkSession, config: Config, score_date: date, bundle_folder: 
         inputs = digest(__version__, bundle.digest, sorted(row[0] for row in source))
         with run.stage("score", inputs) as figures:
             expected = users.count()
-            written = not _scored(run, inputs, score_date, expected)
+            written = full or not _scored(run, inputs, score_date, expected)
             if written:
-                rows = scoring.score(users, bundle, score_date, lakehouse.version("user_features"), config.scoring)
-                lakehouse.replace(SCORES, rows, where={"score_date": [score_date]}, inputs=inputs)
+                earlier = None if full else _earlier_night(run, bundle, score_date)
+                rows = _night(users, earlier, bundle, score_date, lakehouse.version("user_features"))
+                with scoring.sized(spark, config.scoring):
+                    lakehouse.replace(SCORES, rows, where={"score_date": [score_date]}, inputs=inputs)
             else:
                 figures["status"] = "unchanged"
             _refresh_latest(run, inputs)
             night = lakehouse.read("scores").filter(F.col("score_date") == F.lit(score_date))
             figures["users"] = count = night.count()
-            figures["score_date"] = score_date
+            figures["computed"] = computed = night.filter("computed_on = score_date").count() if written else 0
+            figures["score_date"], figures["bundle"] = score_date, bundle.digest
             _require_one_row_each(night, count, expected)
-        return ScoreResult(count, written, bundle, run.records)
+        return ScoreResult(count, computed, written, bundle, run.records)
+
+
+def _night(
+    users: DataFrame, earlier: DataFrame | None, bundle: Bundle, score_date: date, features_version: int
+) -> DataFrame:
+    """Rows of SCORES of all users."""
+    if earlier is None:
+        return scoring.score(users, bundle, score_date, features_version)
+    fresh = scoring.score(scoring.changed(users, earlier), bundle, score_date, features_version)
+    return fresh.unionByName(scoring.carried(users, earlier, score_date))
+
+
+def _earlier_night(run: Run, bundle: Bundle, score_date: date) -> DataFrame | None:
+    """Scores of the newest night up to this date that the same bundle and code made."""
+    lakehouse = run.lakehouse
+    if not (lakehouse.exists("scores") and lakehouse.exists("runs")):
+        return None
+    scored_date = F.to_date(F.element_at("figures", "score_date"))
+    nights = lakehouse.read("runs").filter(
+        (F.col("stage") == "score")
+        & (F.col("status") == "done")
+        & (F.element_at("figures", "bundle") == bundle.digest)
+        & (scored_date <= F.lit(score_date))
+    )
+    newest = nights.agg(F.max(scored_date)).first()
+    if newest is None or newest[0] is None:
+        return None
+    made_by = (F.col("bundle_digest") == bundle.digest) & (F.col("code_version") == __version__)
+    return lakehouse.read("scores").filter((F.col("score_date") == F.lit(newest[0])) & made_by)
 
 
 def _scored(run: Run, inputs: str, score_date: date, users: int) -> bool:
-    """Whether the newest finished run of this date scored it from these inputs and its rows are there."""
+    """Whether the newest run that wrote this date scored it from these inputs and its rows are there."""
     if not (run.lakehouse.exists("scores") and run.lakehouse.exists("runs")):
         return False
     nights = run.lakehouse.read("runs").filter(

@@ -1,151 +1,255 @@
-"""Features of one date and a bundle -> rows of ``scores``, computed by an iterator pandas UDF on the executors.
+"""Features of one date and a bundle -> rows of ``scores``, computed on the executors from Arrow batches.
 
-The bundle travels as one broadcast; each Python worker process unpacks and loads it once and keeps it for later batches and
-tasks.
+A score depends on nothing but the bundle and the user's features, so a user whose features are those of an earlier night
+keeps that night's score, and only the others are computed. The bundle travels as one archive, which every executor unpacks
+once; its Python workers map the same files into memory.
 """
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from pyspark import TaskContext
+import pyarrow as pa
+from pyspark import SparkFiles, TaskContext
 from pyspark.errors import PySparkAttributeError
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.types import StructField, StructType
 
 from bp_spark import __version__
 from bp_spark.config import ScoringConfig
 from bp_spark.errors import PlatformError
 from bp_spark.model import bundle as bundles
 from bp_spark.model.bundle import Bundle
-
-if TYPE_CHECKING:
-    from pyspark import Broadcast
+from bp_spark.model.columns import Columns, from_arrow
+from bp_spark.tables import SCORES
 
 REASONS = 3
 ANSWERS = (
-    "struct<expected_spend:double, low:double, high:double, p_active:double, score:double, level:string, "
-    "risk_level:string, reasons:array<struct<feature:string,value:double,contribution:double>>>"
+    "expected_spend",
+    "low",
+    "high",
+    "p_active",
+    "score",
+    "level",
+    "risk_level",
+    "reasons",
 )
+"""Columns of SCORES that a bundle computes."""
+ORIGIN = ("bundle_digest", "features_version", "code_version", "computed_on", "scored_at")
+"""Columns of SCORES that say where a score comes from: one that is carried forward keeps them."""
+REASON = pa.struct([("feature", pa.string()), ("value", pa.float64()), ("contribution", pa.float64())])
+ROWS_AT_ONCE = 65_536
+"""Rows of an Arrow batch at most, however narrow they are."""
 
+_archives: dict[tuple[str, str], Path] = {}
 _loaded: dict[str, Bundle] = {}
 
 
-def score(
-    features: DataFrame, bundle: Bundle, score_date: date, features_version: int, config: ScoringConfig
-) -> DataFrame:
-    """Score every row of ``features``.
+def score(users: DataFrame, bundle: Bundle, score_date: date, features_version: int) -> DataFrame:
+    """Compute the score of every row of ``users``.
 
     Args:
-        features: rows of ``user_features`` of one date.
+        users: rows of ``user_features`` of one date.
         bundle: the model.
-        features_version: Delta version of ``features``, recorded with each score.
+        features_version: Delta version of ``user_features``, recorded with each score.
 
     Returns:
         Rows of SCORES.
 
     Raises:
-        BundleError: ``features`` lacks a column that the bundle reads.
-        PlatformError: the session can't broadcast (Spark Connect).
+        BundleError: ``users`` lacks a column that the bundle reads.
+        PlatformError: the session can't send the bundle to its executors (Spark Connect).
     """
-    bundle.check_inputs(features.columns)
-    spark = features.sparkSession
-    spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", str(config.batch_rows))
-    answer = prediction_udf(spark, bundle)
-    inputs = F.struct(*(F.col(name) for name in dict.fromkeys(bundle.required_columns)))
-    return features.select("user_key", answer(inputs).alias("answer")).select(
-        "user_key",
-        F.lit(score_date).alias("score_date"),
-        "answer.*",
-        F.lit(bundle.digest).alias("bundle_digest"),
-        F.lit(features_version).cast("bigint").alias("features_version"),
-        F.lit(__version__).alias("code_version"),
-        F.current_timestamp().alias("scored_at"),
+    bundle.check_inputs(users.columns)
+    name, digest = _distribute(users.sparkSession, bundle), bundle.digest
+
+    def computed(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+        loaded = _load_once(name, digest)
+        for batch in batches:
+            yield _answer_batch(loaded, batch)
+
+    kept = ("user_key", "input_digest")
+    schema = _schema(*kept, *ANSWERS)
+    inputs = users.select(*kept, *dict.fromkeys(bundle.required_columns))
+    return inputs.mapInArrow(computed, schema).withColumns(
+        {
+            "score_date": F.lit(score_date),
+            "bundle_digest": F.lit(digest),
+            "features_version": F.lit(features_version).cast("bigint"),
+            "code_version": F.lit(__version__),
+            "computed_on": F.lit(score_date),
+            "scored_at": F.current_timestamp(),
+        }
     )
 
 
-def prediction_udf(spark: SparkSession, bundle: Bundle) -> Any:
-    """An iterator pandas UDF from a struct of the bundle's input columns to a struct of answers (see ANSWERS).
+def carried(users: DataFrame, earlier: DataFrame, score_date: date) -> DataFrame:
+    """The scores of an earlier night, of the same bundle, that still hold: the user's features are the same.
 
-    Usable in SQL too: ``spark.udf.register("purchasing_power", prediction_udf(spark, bundle))``.
+    Args:
+        users: rows of ``user_features`` of ``score_date``; no column but ``user_key`` and ``input_digest`` is read.
+        earlier: rows of SCORES, a user at most once.
+
+    Returns:
+        Rows of SCORES, as computed on the night that ``computed_on`` names.
+    """
+    same = users.select("user_key", "input_digest").join(earlier, ["user_key", "input_digest"])
+    return same.select("user_key", F.lit(score_date).alias("score_date"), "input_digest", *ANSWERS, *ORIGIN)
+
+
+def changed(users: DataFrame, earlier: DataFrame) -> DataFrame:
+    """The users whose score has to be computed: new ones, and those whose features aren't those of the earlier night."""
+    keys = ["user_key", "input_digest"]
+    fresh = users.select(*keys).join(earlier.select(*keys), keys, "left_anti")
+    # keys alone go through the join above: wide rows are moved only where the changed users are too many to broadcast
+    return users.join(fresh.select("user_key"), "user_key", "left_semi")
+
+
+@contextmanager
+def sized(spark: SparkSession, config: ScoringConfig) -> Iterator[None]:
+    """For the block, Spark cuts tasks and Arrow batches by bytes, as configured."""
+    settings = {
+        "spark.sql.files.maxPartitionBytes": f"{config.partition_mb}MB",
+        "spark.sql.execution.arrow.maxBytesPerBatch": f"{config.batch_mb}MB",
+        "spark.sql.execution.arrow.maxRecordsPerBatch": str(ROWS_AT_ONCE),
+    }
+    before = {key: spark.conf.get(key) for key in settings}
+    try:
+        for key, value in settings.items():
+            spark.conf.set(key, value)
+        yield
+    finally:
+        for key, old in before.items():
+            spark.conf.set(key, str(old))
+
+
+def prediction_udf(spark: SparkSession, bundle: Bundle) -> Any:
+    """An iterator pandas UDF from a struct of the bundle's input columns to a struct of ANSWERS.
+
+    Usable in SQL too: ``spark.udf.register("purchasing_power", prediction_udf(spark, bundle))``. :func:`score` gives the
+    same answers without the way through pandas.
 
     Raises:
-        PlatformError: the session can't broadcast (Spark Connect).
+        PlatformError: the session can't send the bundle to its executors (Spark Connect).
     """
-    carried = _broadcast(spark, bundle)
-    digest = bundle.digest
+    name, digest = _distribute(spark, bundle), bundle.digest
+    schema = _schema(*ANSWERS)
 
-    @F.pandas_udf(ANSWERS)  # type: ignore[call-overload]
+    @F.pandas_udf(schema)  # type: ignore[call-overload]
     def answer(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        loaded = _load_once(digest, carried)
+        loaded = _load_once(name, digest)
         for batch in batches:
-            yield answers(loaded, {name: batch[name].to_numpy() for name in batch.columns})
+            said = answers(loaded, {column: batch[column].to_numpy() for column in batch.columns})
+            yield pa.table(said).to_pandas()
 
     return answer
 
 
-def answers(bundle: Bundle, columns: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """What the UDF returns for a batch: a row of ANSWERS for each row of ``columns``."""
+def _schema(*names: str) -> StructType:
+    """Those columns of SCORES, as Python gives them: Spark takes none for NOT NULL."""
+    return StructType([StructField(name, SCORES.schema[name].dataType) for name in names])
+
+
+def answers(bundle: Bundle, columns: Columns) -> dict[str, pa.Array]:
+    """ANSWERS for users, an Arrow array of one value each per column."""
     predicted = bundle.predict(columns)
-    frame = pd.DataFrame({name: values for name, values in predicted.items() if not name.startswith("member_")})
-    return frame.assign(reasons=pd.Series(_reasons(bundle, columns, len(frame)), index=frame.index, dtype=object))
+    said = {name: pa.array(predicted[name]) for name in ANSWERS if name in predicted}
+    return said | {"reasons": _reasons(bundle, columns, len(said["expected_spend"]))}
 
 
-def _reasons(bundle: Bundle, columns: Mapping[str, np.ndarray], rows: int) -> list[list[dict[str, Any]]]:
-    """The features with the largest TreeSHAP contributions of each row; none where the bundle has no trees."""
+def _answer_batch(bundle: Bundle, batch: pa.RecordBatch) -> pa.RecordBatch:
+    """``user_key``, ``input_digest`` and ANSWERS; users with the same features are computed once."""
+    digests = batch.column("input_digest").to_numpy()
+    _, first, place = np.unique(digests, return_index=True, return_inverse=True)
+    inputs = batch.select([name for name in batch.schema.names if name not in ("user_key", "input_digest")])
+    if len(first) < len(digests):
+        said = answers(bundle, from_arrow(inputs.take(pa.array(first))))
+        said = {name: array.take(pa.array(place)) for name, array in said.items()}
+    else:
+        said = answers(bundle, from_arrow(inputs))
+    return pa.RecordBatch.from_pydict(
+        {"user_key": batch.column("user_key"), "input_digest": batch.column("input_digest"), **said}
+    )
+
+
+def _reasons(bundle: Bundle, columns: Columns, users: int) -> pa.ListArray:
+    """The features with the largest Shapley values of each user; none where the bundle has no trees."""
     trees: Any = bundle.members.get("trees")
-    if trees is None or rows == 0:
-        return [[] for _ in range(rows)]
+    if trees is None or users == 0:
+        return pa.ListArray.from_arrays(np.zeros(users + 1, np.int32), pa.array([], REASON))
     shares = trees.contributions(columns)[:, :-1]
-    top = np.argsort(-np.abs(shares), axis=1, kind="stable")[:, :REASONS]
-    names = np.asarray(trees.features, dtype=object)[top]
-    contributions = np.take_along_axis(shares, top, axis=1)
-    values = np.take_along_axis(np.stack([np.asarray(columns[n], np.float64) for n in trees.features], 1), top, axis=1)
-    return [
+    size = np.abs(shares)
+    count = min(REASONS, shares.shape[1])
+    top = np.argpartition(-size, count - 1, axis=1)[:, :count]
+    # by size, and by position where two are equal, whatever the partition left first
+    order = np.lexsort((top, -np.take_along_axis(size, top, axis=1)), axis=1)
+    top = np.take_along_axis(top, order, axis=1)
+    values = np.stack([np.asarray(columns[name], np.float64) for name in trees.features], axis=1)
+    listed = pa.StructArray.from_arrays(
         [
-            {"feature": name, "value": None if np.isnan(value) else value, "contribution": contribution}
-            for name, value, contribution in zip(*row, strict=True)
-        ]
-        for row in zip(names.tolist(), values.tolist(), contributions.tolist(), strict=True)
-    ]
+            pa.array(trees.features, pa.string()).take(pa.array(top.ravel())),
+            pa.array(np.take_along_axis(values, top, axis=1).ravel(), from_pandas=True),
+            pa.array(np.take_along_axis(shares, top, axis=1).ravel()),
+        ],
+        fields=list(REASON),
+    )
+    return pa.ListArray.from_arrays(np.arange(users + 1, dtype=np.int32) * count, listed)
 
 
-def _broadcast(spark: SparkSession, bundle: Bundle) -> Broadcast[dict[str, bytes]]:
+# --- the bundle on the executors ---------------------------------------------------------------------------------------
+
+
+def _distribute(spark: SparkSession, bundle: Bundle) -> str:
+    """Send the bundle to executors, present and future, once a session; returns the name of its folder there."""
     try:
         context = spark.sparkContext
     except PySparkAttributeError:
         raise PlatformError(
-            "scoring broadcasts the bundle, which Spark Connect can't: run it in a classic session"
+            "scoring sends the bundle to the executors, which needs a SparkContext, and Spark Connect has none: run it in a "
+            "classic session"
         ) from None
-    return context.broadcast({path.name: path.read_bytes() for path in sorted(bundle.folder.iterdir())})
+    name = f"bp-spark-bundle-{bundle.digest[:32]}"
+    key = (str(context.applicationId), name)
+    if key not in _archives:
+        # executors that start later fetch it too: it stays for as long as this process
+        folder = Path(tempfile.mkdtemp(prefix="bp-spark-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        _archives[key] = folder / f"{name}.zip"
+        with zipfile.ZipFile(_archives[key], "w", zipfile.ZIP_STORED) as archive:
+            for path in sorted(bundle.folder.iterdir()):
+                archive.write(path, path.name)
+        context.addArchive(f"{_archives[key]}#{name}")
+    return name
 
 
-def _load_once(digest: str, carried: Broadcast[dict[str, bytes]]) -> Bundle:
-    """The bundle, unpacked and loaded by the first task of this worker process, verified as any bundle is."""
+def _load_once(name: str, digest: str) -> Bundle:
+    """The bundle, verified as any bundle is and loaded by the first task of this worker process."""
     if digest not in _loaded:
         _loaded.clear()
-        with tempfile.TemporaryDirectory(prefix="bp-spark-") as folder:
-            for name, content in carried.value.items():
-                (Path(folder) / name).write_bytes(content)
-            _loaded[digest] = bundles.load(folder)
-        _pin_threads(_loaded[digest])
+        _loaded[digest] = bundles.load(SparkFiles.get(name))
+    fit_to_task(_loaded[digest], TaskContext.get())
     return _loaded[digest]
 
 
-def _pin_threads(bundle: Bundle) -> None:
-    """As many threads as the task has cores; more would take those of the next task."""
-    context = TaskContext.get()
-    cores = context.cpus() if context else 1
-    trees: Any = bundle.members.get("trees")
-    if trees is not None:
-        trees.set_threads(cores)
-    if "transformer" in bundle.members:
-        import torch
-
-        torch.set_num_threads(cores)
+def fit_to_task(bundle: Bundle, task: TaskContext | None) -> None:
+    """Let the bundle use what the task was given: as many threads as it has cores, for more would take those of the next
+    task, and its GPU, if it has one.
+    """
+    cores = task.cpus() if task else 1
+    for member in bundle.members.values():
+        member.set_threads(cores)
+    transformer: Any = bundle.members.get("transformer")
+    resources: Mapping[str, Any] = task.resources() if task else {}
+    if transformer is not None and "gpu" in resources:
+        transformer.move_to(f"cuda:{resources['gpu'].addresses[0]}")

@@ -51,6 +51,7 @@ class Table:
     partition_by: tuple[str, ...] = ()
     change_feed: bool = False
     laid_out_by: tuple[str, ...] = ()
+    rows_in_file: int | None = None
 
     @cached_property
     def schema(self) -> StructType:
@@ -333,9 +334,15 @@ SCORES = Table(
             "Features that moved the boosted-trees prediction most, with their share of log spend (TreeSHAP)",
         ),
         ("bundle_digest", "string!", "Model bundle that made the row"),
-        ("features_version", "bigint!", "Delta version of user_features that was read"),
-        ("code_version", "string!", "Version of bp-spark"),
-        ("scored_at", "timestamp!", "When, UTC"),
+        ("input_digest", "bigint", "input_digest of the user's features"),
+        (
+            "computed_on",
+            "date",
+            "Night that computed the score: earlier than score_date where the same features gave it then",
+        ),
+        ("features_version", "bigint!", "Delta version of user_features that was read then"),
+        ("code_version", "string!", "Version of bp-spark then"),
+        ("scored_at", "timestamp!", "When that was, UTC"),
     ),
     key=("user_key", "score_date"),
     partition_by=("score_date",),
@@ -519,6 +526,8 @@ class Lakehouse:
             writer = writer.option("overwriteSchema", "true")
         if table.partition_by:
             writer = writer.partitionBy(*table.partition_by)
+        if table.rows_in_file:
+            writer = writer.option("maxRecordsPerFile", table.rows_in_file)
         self._save(writer, table.name)
         return self.version(table.name)
 

@@ -7,7 +7,7 @@ counts on the driver. Out: a :class:`BtydMember` of seven numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Self
@@ -20,7 +20,8 @@ from scipy.optimize import minimize
 from scipy.special import betaln, expit, gammaln, hyp2f1
 
 from bp_spark.errors import BundleError, DataError
-from bp_spark.model.members import SPLIT, TABLE, read_json, require, stack_columns, write_json
+from bp_spark.model.columns import Columns, stack
+from bp_spark.model.members import SPLIT, TABLE, read_json, require, write_json
 
 FEATURES = ("frequency", "active_span_days", "tenure_days", "monetary_value")
 MAX_ROWS = 200_000
@@ -93,13 +94,16 @@ class BtydMember:
         """Expected spend of a further purchase day, ``float64[rows]``, given the mean ``m`` of ``n`` of them."""
         return self.p * (self.gamma + n * m) / (self.p * n + self.q - 1.0)
 
-    def predict(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    def predict(self, columns: Columns) -> np.ndarray:
         """Expected spend, ``float64[rows]``; see :meth:`Member.predict`."""
-        x, t_x, T, m = stack_columns(columns, FEATURES, np.float64).T
+        x, t_x, T, m = stack(columns, FEATURES, np.float64).T
         x, T = (np.maximum(np.nan_to_num(values), 0.0) for values in (x, T))
         t_x = np.clip(np.nan_to_num(t_x), 0.0, T)
         n = np.where(np.isnan(m), 0.0, x + 1.0)
         return self.purchase_days(x, t_x, T) * self.spend_per_day(n, np.maximum(np.nan_to_num(m), 0.0))
+
+    def set_threads(self, threads: int) -> None:
+        """Nothing to do: a prediction is a few passes over a column."""
 
     def save(self, folder: Path) -> None:
         """Write ``btyd.json``."""

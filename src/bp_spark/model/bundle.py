@@ -23,6 +23,7 @@ import numpy as np
 
 import bp_spark
 from bp_spark.errors import BundleError
+from bp_spark.model.columns import Columns
 from bp_spark.model.fusion import Fusion
 from bp_spark.model.members import Member, load_member
 
@@ -91,7 +92,7 @@ class Bundle:
         if missing:
             raise BundleError(f"bundle {self.digest[:12]}: input columns missing: {', '.join(missing)}")
 
-    def predict(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def predict(self, columns: Columns) -> dict[str, np.ndarray]:
         """Score users.
 
         Args:

@@ -22,6 +22,7 @@ from bp_spark.errors import BundleError, ConfigError
 from bp_spark.model.inputs import HOURS, KINDS, NUMERIC_FEATURES, WEEKDAYS, Batch
 
 ENCODER_FILE = "encoder.safetensors"
+_TEXTS_AT_ONCE = 4096
 
 
 class HistoryEncoder(nn.Module):
@@ -49,7 +50,7 @@ class HistoryEncoder(nn.Module):
         self.kind = nn.Embedding(KINDS, size)
         self.weekday = nn.Embedding(WEEKDAYS, size)
         self.hour = nn.Embedding(HOURS, size)
-        self.text = nn.Sequential(nn.Linear(text_embeddings.shape[1], size), nn.LayerNorm(size))
+        self.text: nn.Module = nn.Sequential(nn.Linear(text_embeddings.shape[1], size), nn.LayerNorm(size))
         self.numeric = nn.Linear(NUMERIC_FEATURES, size)
         self.user = nn.Parameter(torch.randn(size) * 0.02)
         self.encoder = _bert(config, history_length + 1)
@@ -84,6 +85,17 @@ class HistoryEncoder(nn.Module):
         ).last_hidden_state
         return read
 
+    @torch.no_grad()
+    def read_texts(self) -> Tensor:
+        """What an event takes from each text of the vocabulary, float32 [V + 1, size]; the first row is no text."""
+        parts = self.text_embeddings.split(_TEXTS_AT_ONCE)
+        return torch.cat([self.text(part.to(self.user.dtype)) for part in parts]).float()
+
+    def take_texts(self, table: Tensor) -> None:
+        """Look up what :meth:`read_texts` returned instead of reading texts event by event: for scoring, not for training."""
+        self.text_embeddings = table
+        self.text = nn.Identity()
+
     def pool(self, states: Tensor, mask: Tensor) -> Tensor:
         """One vector [B, size] from what :meth:`read` returned for histories of this mask."""
         seen = F.pad(mask, (1, 0), value=True)
@@ -106,7 +118,9 @@ class HistoryEncoder(nn.Module):
             BundleError: the file is missing or damaged, or of other sizes.
         """
         path = folder / ENCODER_FILE
-        load_exactly(self, read_tensors(path), path)
+        tensors = read_tensors(path)
+        require_same_tensors(self, tensors, path)
+        self.load_state_dict(tensors)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -121,8 +135,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise BundleError(f"{path}: can't be read: {error}") from error
 
 
-def load_exactly(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load tensors into a module that has the same ones, of the same shapes.
+def require_same_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Make sure that tensors are those of a module, of the same shapes.
 
     Raises:
         BundleError: it has others; ``path`` is named.
@@ -131,7 +145,6 @@ def load_exactly(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> N
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wrong := sorted({name for name, _ in expected.items() ^ found.items()}):
         raise BundleError(f"{path}: {len(wrong)} tensors don't fit the configured network, first {wrong[0]}")
-    module.load_state_dict(tensors)
 
 
 def _bert(config: NetworkConfig, positions: int) -> BertModel:

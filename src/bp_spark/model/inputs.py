@@ -1,8 +1,7 @@
 """Columns of a table in, padded tensors out.
 
-Fine-tuning and nightly scoring both call :func:`collate`, so a user looks the same to the network in either.
-Columns are one-dimensional numpy arrays, one entry per user; a history column is an object array of
-one-dimensional arrays, oldest event first, whether Petastorm, pandas or Arrow made it.
+Fine-tuning and nightly scoring both read users by :func:`read`, so a user looks the same to the network in either. The
+arrays of a history column have the oldest event first.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ import torch
 from torch import Tensor
 
 from bp_spark.errors import DataError
-
-Columns = Mapping[str, np.ndarray]
+from bp_spark.model.columns import Columns, ragged, stack
 
 HISTORY_COLUMNS = (
     "seq_kind",
@@ -105,8 +103,54 @@ class Batch:
         return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
-def collate(columns: Columns, spec: InputSpec, vocabulary_ids: np.ndarray) -> Batch:
-    """Turn columns into padded tensors.
+@dataclass(frozen=True)
+class Users:
+    """Users as a network reads them, before padding: B users with E events, the events of all end to end.
+
+    Attributes:
+        tabular: float32 [B, F], NaN where missing.
+        lengths: int64 [B], events of each user.
+        kind, text, weekday, hour: int64 [E]; ``text`` indexes the vocabulary, 0 is none or unknown.
+        numeric: float32 [E, NUMERIC_FEATURES].
+    """
+
+    tabular: np.ndarray
+    lengths: np.ndarray
+    kind: np.ndarray
+    text: np.ndarray
+    weekday: np.ndarray
+    hour: np.ndarray
+    numeric: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The users at these positions (int64), padded to the longest history among them."""
+        lengths = self.lengths[rows]
+        within = np.arange(int(lengths.max(initial=0)))
+        mask = within < lengths[:, None]
+        starts = np.cumsum(self.lengths)[rows] - lengths
+        events = (starts[:, None] + within)[mask]
+
+        def padded(values: np.ndarray) -> Tensor:
+            out = np.zeros(mask.shape + values.shape[1:], values.dtype)
+            out[mask] = values[events]
+            return torch.from_numpy(out)
+
+        return Batch(
+            tabular=torch.from_numpy(self.tabular[rows]),
+            kind=padded(self.kind),
+            text=padded(self.text),
+            weekday=padded(self.weekday),
+            hour=padded(self.hour),
+            numeric=padded(self.numeric),
+            mask=torch.from_numpy(mask),
+        )
+
+
+def read(columns: Columns, spec: InputSpec, vocabulary_ids: np.ndarray) -> Users:
+    """Turn columns into what a network reads.
 
     Args:
         columns: at least ``spec.columns``, all of one length B.
@@ -120,26 +164,23 @@ def collate(columns: Columns, spec: InputSpec, vocabulary_ids: np.ndarray) -> Ba
     tabular = tabular_matrix(columns, spec)
     history, lengths = _flat_history(columns)
     history, lengths = _keep_last(history, lengths, spec.history_length)
-
-    ends = np.cumsum(lengths)
-    row = np.repeat(np.arange(len(lengths)), lengths)
-    position = np.arange(len(row)) - np.repeat(ends - lengths, lengths)
-    shape = (len(lengths), int(lengths.max(initial=0)))
-
-    def padded(values: np.ndarray, dtype: type) -> Tensor:
-        out: np.ndarray = np.zeros(shape + values.shape[1:], dtype)
-        out[row, position] = values
-        return torch.from_numpy(out)
-
-    return Batch(
-        tabular=torch.from_numpy(tabular),
-        kind=padded(_categories(history["seq_kind"], KINDS), np.int64),
-        text=padded(_text_indices(history["seq_text_id"], vocabulary_ids), np.int64),
-        weekday=padded(_categories(history["seq_weekday"], WEEKDAYS), np.int64),
-        hour=padded(_categories(history["seq_hour"], HOURS), np.int64),
-        numeric=padded(_numeric(history, position), np.float32),
-        mask=padded(np.ones(len(row), bool), np.bool_),
+    first = np.zeros(int(lengths.sum()), bool)
+    first[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
+    return Users(
+        tabular=tabular,
+        lengths=lengths,
+        kind=_categories(history["seq_kind"], KINDS),
+        text=_text_indices(history["seq_text_id"], vocabulary_ids),
+        weekday=_categories(history["seq_weekday"], WEEKDAYS),
+        hour=_categories(history["seq_hour"], HOURS),
+        numeric=_numeric(history, first),
     )
+
+
+def collate(columns: Columns, spec: InputSpec, vocabulary_ids: np.ndarray) -> Batch:
+    """All users as one batch; see :func:`read`."""
+    users = read(columns, spec, vocabulary_ids)
+    return users.batch(np.arange(len(users)))
 
 
 def tabular_matrix(columns: Columns, spec: InputSpec) -> np.ndarray:
@@ -149,19 +190,20 @@ def tabular_matrix(columns: Columns, spec: InputSpec) -> np.ndarray:
     Raises:
         DataError: a column is missing.
     """
-    rows = len(_column(columns, HISTORY_COLUMNS[0]))
-    out = np.empty((rows, len(spec.tabular)), np.float32)
-    for index, name in enumerate(spec.tabular):
-        values = np.asarray(_column(columns, name), np.float64)
-        out[:, index] = _signed_log(values) if name in spec.log_scaled else values
-    out[~np.isfinite(out)] = np.nan
-    return out
+    for name in spec.tabular:
+        _require(columns, name)
+    if not spec.tabular:
+        return np.zeros((len(history_lengths(columns)), 0), np.float32)
+    values = stack(columns, spec.tabular, np.float64)
+    logged = [name in spec.log_scaled for name in spec.tabular]
+    values[:, logged] = _signed_log(values[:, logged])
+    return values.astype(np.float32)
 
 
 def history_lengths(columns: Columns) -> np.ndarray:
     """Events of each user: int64 [B]. What to order users by, so that a batch has little padding."""
-    column = _column(columns, HISTORY_COLUMNS[0])
-    return np.fromiter(map(len, column), np.int64, len(column))
+    _require(columns, HISTORY_COLUMNS[0])
+    return ragged(columns[HISTORY_COLUMNS[0]]).lengths
 
 
 def empty_user(spec: InputSpec) -> dict[str, np.ndarray]:
@@ -171,23 +213,19 @@ def empty_user(spec: InputSpec) -> dict[str, np.ndarray]:
     return {name: np.array([np.nan]) for name in spec.tabular} | {name: history for name in HISTORY_COLUMNS}
 
 
-def _column(columns: Columns, name: str) -> np.ndarray:
-    try:
-        return columns[name]
-    except KeyError:
-        raise DataError("network input", "column is missing", column=name) from None
+def _require(columns: Columns, name: str) -> None:
+    if name not in columns:
+        raise DataError("network input", "column is missing", column=name)
 
 
 def _flat_history(columns: Columns) -> tuple[dict[str, np.ndarray], np.ndarray]:
     lengths = history_lengths(columns)
-    total = int(lengths.sum())
     flat = {}
     for name in HISTORY_COLUMNS:
-        column = _column(columns, name)
-        values = np.concatenate(list(column)) if total else np.zeros(0)
-        if len(values) != total:
+        _require(columns, name)
+        flat[name] = ragged(columns[name]).values
+        if len(flat[name]) != lengths.sum():
             raise DataError("network input", f"must be parallel to {HISTORY_COLUMNS[0]}", column=name)
-        flat[name] = values
     return flat, lengths
 
 
@@ -201,14 +239,14 @@ def _keep_last(
     return {name: values[kept] for name, values in flat.items()}, np.minimum(lengths, limit)
 
 
-def _numeric(history: Mapping[str, np.ndarray], position: np.ndarray) -> np.ndarray:
+def _numeric(history: Mapping[str, np.ndarray], first: np.ndarray) -> np.ndarray:
     amount, items, discount, age = (
         np.nan_to_num(history[name].astype(np.float64), posinf=0.0, neginf=0.0)
         for name in ("seq_amount", "seq_items", "seq_discount", "seq_age_days")
     )
     price = np.abs(amount) + np.abs(discount)
     share = np.divide(np.abs(discount), price, out=np.zeros_like(price), where=price > 0)
-    gap = np.where(position == 0, 0.0, np.concatenate([age[:1], age[:-1]]) - age)
+    gap = np.where(first, 0.0, np.concatenate([age[:1], age[:-1]]) - age)
     columns = (_signed_log(amount), _signed_log(items), share, _signed_log(gap), _signed_log(age))
     return np.stack(columns, axis=1).astype(np.float32)
 

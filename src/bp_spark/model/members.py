@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
@@ -27,6 +28,8 @@ from pyspark.sql import functions as F
 
 from bp_spark.config import LinearConfig, TreesConfig
 from bp_spark.errors import BundleError, DataError, PlatformError
+from bp_spark.model.columns import Columns, stack
+from bp_spark.model.shapley import TreeShapley
 
 TABLE = "training_set"
 LABEL = "label_spend"
@@ -42,7 +45,7 @@ class Member(Protocol):
         """Short name, unique in a bundle: ``linear``, ``btyd``, ``trees``, ``sqrt_trees``, ``transformer``."""
         ...
 
-    def predict(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    def predict(self, columns: Columns) -> np.ndarray:
         """Expected spend, ``float64[rows]``, finite and >= 0, in the currency of the labels.
 
         Args:
@@ -51,6 +54,10 @@ class Member(Protocol):
         Raises:
             BundleError: a column the member needs is missing.
         """
+        ...
+
+    def set_threads(self, threads: int) -> None:
+        """Use that many threads in predictions from now on, where a prediction can use several."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -115,9 +122,9 @@ class LinearMember:
     smearing: float
     ceiling: float
 
-    def predict(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    def predict(self, columns: Columns) -> np.ndarray:
         """Expected spend, ``float64[rows]``; see :meth:`Member.predict`."""
-        values = stack_columns(columns, self.features, np.float64)
+        values = stack(columns, self.features, np.float64)
         logs = np.sign(values) * np.log1p(np.abs(values))
         exponent = np.full(len(values), self.intercept)
         # Column by column and not by a matrix product: BLAS sums in an order that depends on the number of
@@ -126,6 +133,9 @@ class LinearMember:
             exponent += coefficient * np.where(np.isnan(logs[:, j]), mean, logs[:, j])
         spend = np.exp(np.minimum(exponent, self.ceiling)) * self.smearing - 1.0
         return np.maximum(spend, 0.0)
+
+    def set_threads(self, threads: int) -> None:
+        """Nothing to do: a prediction is a few passes over a column."""
 
     def save(self, folder: Path) -> None:
         """Write ``linear.json``."""
@@ -245,11 +255,11 @@ class TreesMember:
         """Number of trees."""
         return int(self._booster.num_boosted_rounds())
 
-    def predict(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    def predict(self, columns: Columns) -> np.ndarray:
         """Expected spend, ``float64[rows]``; see :meth:`Member.predict`."""
         return self._raw(columns)
 
-    def contributions(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    def contributions(self, columns: Columns) -> np.ndarray:
         """What each feature added to the booster's sum over trees: exact TreeSHAP (Lundberg et al. 2020).
 
         Returns:
@@ -259,11 +269,26 @@ class TreesMember:
         Raises:
             BundleError: a column is missing.
         """
-        values = stack_columns(columns, self.features, np.float32)
+        values = stack(columns, self.features, np.float32)
         if not len(values):
             return np.empty((0, len(self.features) + 1), dtype=np.float64)
-        matrix = xgboost.DMatrix(values, missing=np.nan, feature_names=list(self.features), nthread=self._threads)
-        return np.asarray(self._booster.predict(matrix, pred_contribs=True), dtype=np.float64)
+        if self._shapley is None:
+            matrix = xgboost.DMatrix(values, missing=np.nan, feature_names=list(self.features), nthread=self._threads)
+            return np.asarray(self._booster.predict(matrix, pred_contribs=True), dtype=np.float64)
+        given = self._shapley(values)
+        total = self._booster.inplace_predict(
+            values[:1], predict_type="margin", missing=np.nan, validate_features=False
+        )
+        base = float(total[0]) - given[0].sum()
+        return np.column_stack([given, np.full(len(given), base)])
+
+    @cached_property
+    def _shapley(self) -> TreeShapley | None:
+        """``None`` for trees too deep for its tables."""
+        try:
+            return TreeShapley(json.loads(self._booster.save_raw("json")))
+        except ValueError:
+            return None
 
     def importance(self) -> dict[str, float]:
         """Share of the total gain by feature, features never split on left out; the shares sum to 1."""
@@ -297,8 +322,8 @@ class TreesMember:
         except ValueError as error:
             raise BundleError(f"{path}: {error}") from None
 
-    def _raw(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-        values = stack_columns(columns, self.features, np.float32)
+    def _raw(self, columns: Columns) -> np.ndarray:
+        values = stack(columns, self.features, np.float32)
         if not len(values):
             return np.empty(0, dtype=np.float64)
         said = self._booster.inplace_predict(values, missing=np.nan, validate_features=False)
@@ -327,7 +352,7 @@ class SqrtTreesMember(TreesMember):
         if not (math.isfinite(self.smearing) and self.smearing >= 0):
             raise ValueError("must have an attribute smearing, a number")
 
-    def predict(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    def predict(self, columns: Columns) -> np.ndarray:
         """Expected spend, ``float64[rows]``; see :meth:`Member.predict`."""
         return np.maximum(self._raw(columns), 0.0) ** 2 * self.smearing
 
@@ -473,20 +498,6 @@ def task_slots(spark: SparkSession) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------- shared
-
-
-def stack_columns(columns: Mapping[str, np.ndarray], names: Sequence[str], dtype: type[np.floating[Any]]) -> np.ndarray:
-    """The named columns as one ``dtype[rows, names]`` array; infinite values become NaN.
-
-    Raises:
-        BundleError: columns are missing; the message names them.
-    """
-    missing = [name for name in names if name not in columns]
-    if missing:
-        raise BundleError(f"input columns missing: {', '.join(missing)}")
-    stacked = np.stack([np.asarray(columns[name], dtype=np.float64) for name in names], axis=1)
-    stacked[np.isinf(stacked)] = np.nan
-    return stacked.astype(dtype, copy=False)
 
 
 def _spend() -> Column:

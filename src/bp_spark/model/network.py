@@ -23,20 +23,20 @@ from torch import Tensor, nn
 
 from bp_spark.config import NetworkConfig
 from bp_spark.errors import BundleError
-from bp_spark.model.history import HistoryEncoder, load_exactly, read_tensors
-from bp_spark.model.inputs import (
-    Batch,
-    Columns,
-    InputSpec,
-    collate,
-    history_lengths,
-)
+from bp_spark.model.columns import Columns
+from bp_spark.model.history import HistoryEncoder, read_tensors, require_same_tensors
+from bp_spark.model.inputs import Batch, InputSpec, read
 from bp_spark.model.losses import band_loss, log_mse_loss, tweedie_loss, ziln_loss, ziln_parameters
 
 WEIGHTS_FILE = "transformer.safetensors"
 DESCRIPTION_FILE = "transformer.json"
-FORMAT = 2
+FORMAT = 3
 
+BATCH_EVENTS = 8192
+"""Events of one forward pass: the activations of more fall out of a core's cache, those of fewer don't fill it."""
+GPU_BATCH_EVENTS = 262_144
+
+_TEXT_READER = "history.text."
 _TABULAR_LIMIT = 10.0
 _MIN_STD = 1e-6
 _OUTPUTS = {"ziln": 3, "tweedie": 1, "mse": 1}
@@ -213,18 +213,24 @@ class SpendNetwork(nn.Module):
         return outputs[:, : _OUTPUTS[self.config.loss]]
 
     def save(self, folder: Path) -> None:
-        """Write weights, buffers and texts (:data:`WEIGHTS_FILE`), and sizes (:data:`DESCRIPTION_FILE`)."""
+        """Write weights, buffers and texts (:data:`WEIGHTS_FILE`), and sizes (:data:`DESCRIPTION_FILE`).
+
+        Of a text only what an event takes from it is kept: scoring looks it up, and needs a sixth of the memory.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        tensors = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in self.state_dict().items()
+            if not name.startswith(_TEXT_READER)
+        }
         tensors["vocabulary_ids"] = self.vocabulary_ids.cpu()
-        tensors["text_embeddings"] = self.history.text_embeddings[1:].cpu().contiguous()
+        tensors["texts"] = self.history.read_texts().cpu()
         save_file(tensors, str(folder / WEIGHTS_FILE))
         description = {
             "format": FORMAT,
             "input": self.spec.to_json(),
             "network": self.config.model_dump(mode="json"),
             "vocabulary": len(self.vocabulary_ids),
-            "text_size": self.history.text_embeddings.shape[1],
             "parameters": self.parameter_count,
         }
         text = json.dumps(description, indent=2, sort_keys=True) + "\n"
@@ -232,21 +238,26 @@ class SpendNetwork(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> SpendNetwork:
-        """Read what :meth:`save` wrote; the network is in evaluation mode.
+        """Read what :meth:`save` wrote; the network is in evaluation mode and can't be trained further.
+
+        Tensors stay in the file, mapped into memory, so that all processes of a machine share them.
 
         Raises:
             BundleError: a file is missing, damaged or of a newer format, or tensors don't fit the
             description.
         """
-        spec, config, vocabulary, text_size = _read_description(folder / DESCRIPTION_FILE)
+        spec, config, vocabulary = _read_description(folder / DESCRIPTION_FILE)
         path = folder / WEIGHTS_FILE
         tensors = read_tensors(path)
         ids = tensors.pop("vocabulary_ids", torch.zeros(0))
-        texts = tensors.pop("text_embeddings", torch.zeros(0))
-        if ids.shape != (vocabulary,) or texts.shape != (vocabulary, text_size):
-            raise BundleError(f"{path}: texts must be {vocabulary} x {text_size}, found {tuple(texts.shape)}")
-        network = cls(spec, config, ids, texts)
-        load_exactly(network, tensors, path)
+        texts = tensors.pop("texts", torch.zeros(0))
+        wanted = (vocabulary + 1, config.hidden_size)
+        if ids.shape != (vocabulary,) or texts.shape != wanted:
+            raise BundleError(f"{path}: texts must be {wanted[0]} x {wanted[1]}, found {tuple(texts.shape)}")
+        network = cls(spec, config, ids, torch.zeros(0, 1))
+        network.history.take_texts(texts)
+        require_same_tensors(network, tensors, path)
+        network.load_state_dict(tensors, assign=True)
         return network.eval()
 
     def _read_tabular(self, values: Tensor) -> Tensor:
@@ -260,14 +271,14 @@ class TransformerMember:
 
     Args:
         network: a trained network.
-        batch_rows: users of one forward pass (``scoring.network_batch``).
+        batch_events: events of one forward pass at most, padding and user tokens included.
     """
 
     name = "transformer"
 
-    def __init__(self, network: SpendNetwork, batch_rows: int = 256) -> None:
+    def __init__(self, network: SpendNetwork, batch_events: int = BATCH_EVENTS) -> None:
         self.network = network.eval()
-        self.batch_rows = batch_rows
+        self.batch_events = batch_events
 
     def predict(self, columns: Columns) -> np.ndarray:
         """Expected spend, money, float64 [B].
@@ -289,17 +300,25 @@ class TransformerMember:
             return None
         return self._each(columns, self.network.p_active)
 
-    def _each(self, columns: Columns, read: Callable[[Tensor], Tensor]) -> np.ndarray:
-        """What ``read`` makes of the outputs of each user."""
+    def _each(self, columns: Columns, answer: Callable[[Tensor], Tensor]) -> np.ndarray:
+        """What ``answer`` makes of the outputs of each user."""
         network = self.network
-        vocabulary_ids = network.vocabulary_ids.cpu().numpy()
-        out = np.empty(len(history_lengths(columns)))
+        users = read(columns, network.spec, network.vocabulary_ids.cpu().numpy())
+        out = np.empty(len(users))
         with torch.inference_mode():
-            for rows in self._batches(columns):
-                part = {name: columns[name][rows] for name in network.spec.columns if name in columns}
-                batch = collate(part, network.spec, vocabulary_ids).to(network.vocabulary_ids.device)
-                out[rows] = read(network(batch)).double().cpu().numpy()
+            for rows in self._batches(users.lengths):
+                outputs = network(users.batch(rows).to(network.vocabulary_ids.device))
+                out[rows] = answer(outputs).double().cpu().numpy()
         return out
+
+    def set_threads(self, threads: int) -> None:
+        """Use that many threads of this process in torch from now on."""
+        torch.set_num_threads(threads)
+
+    def move_to(self, device: str) -> None:
+        """Compute there from now on, as ``cuda:0``; a GPU takes more events at once."""
+        self.network.to(device)
+        self.batch_events = GPU_BATCH_EVENTS if device.startswith("cuda") else BATCH_EVENTS
 
     def save(self, folder: Path) -> None:
         """See :meth:`SpendNetwork.save`."""
@@ -310,19 +329,25 @@ class TransformerMember:
         """See :meth:`SpendNetwork.load`."""
         return cls(SpendNetwork.load(folder))
 
-    def _batches(self, columns: Columns) -> Iterator[np.ndarray]:
-        order = np.argsort(history_lengths(columns), kind="stable")
-        for start in range(0, len(order), self.batch_rows):
-            yield order[start : start + self.batch_rows]
+    def _batches(self, lengths: np.ndarray) -> Iterator[np.ndarray]:
+        """Positions of users of like length, as many as make a full batch."""
+        order = np.argsort(lengths, kind="stable")
+        start = 0
+        while start < len(order):
+            # the longest of the batch is its last, and the batch has at least one user
+            padded = (lengths[order[start:]] + 1) * np.arange(1, len(order) - start + 1)
+            end = start + max(1, int(np.searchsorted(padded, self.batch_events, side="right")))
+            yield order[start:end]
+            start = end
 
 
-def _read_description(path: Path) -> tuple[InputSpec, NetworkConfig, int, int]:
+def _read_description(path: Path) -> tuple[InputSpec, NetworkConfig, int]:
     try:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if description["format"] != FORMAT:
             raise BundleError(f"{path}: format {description['format']!r}, this version reads {FORMAT}")
         spec = InputSpec.from_json(description["input"])
         config = NetworkConfig.model_validate(description["network"])
-        return spec, config, int(description["vocabulary"]), int(description["text_size"])
+        return spec, config, int(description["vocabulary"])
     except (OSError, KeyError, TypeError, ValueError, ValidationError) as error:
         raise BundleError(f"{path}: no description of a network: {error}") from error

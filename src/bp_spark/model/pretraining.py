@@ -14,6 +14,7 @@ arXiv:1807.03748). Amounts count for events that have one, texts for those that 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from bp_spark.config import NetworkConfig, PretrainingConfig
 from bp_spark.model.history import HistoryEncoder
-from bp_spark.model.inputs import HISTORY_COLUMNS, KINDS, Batch, Columns, InputSpec, collate
+from bp_spark.model.inputs import HISTORY_COLUMNS, KINDS, Batch, InputSpec, collate
 
 PARTS = (
     "masked_kind",
@@ -101,14 +102,14 @@ class Cut:
     spend: np.ndarray
 
 
-def cut(columns: Columns, days: float, rng: np.random.Generator) -> Cut:
+def cut(columns: Mapping[str, np.ndarray], days: float, rng: np.random.Generator) -> Cut:
     """Cut histories at a moment.
 
     The moment is uniform between a user's first and last event, as an as-of date would be. Histories of fewer than two
     events stay whole.
 
     Args:
-        columns: at least the history columns, one entry per user.
+        columns: at least the history columns, an array of arrays each.
         days: after the moment, whose spend is added up.
         rng: of the moments.
     """
@@ -131,7 +132,7 @@ def cut(columns: Columns, days: float, rng: np.random.Generator) -> Cut:
 
 
 def exercise(
-    columns: Columns,
+    columns: Mapping[str, np.ndarray],
     history_length: int,
     vocabulary_ids: np.ndarray,
     config: PretrainingConfig,
@@ -140,7 +141,7 @@ def exercise(
     """Cut histories and hide events.
 
     Args:
-        columns: at least the history columns, one entry per user.
+        columns: at least the history columns, an array of arrays each.
         history_length: the most recent events before the moment that are read.
         vocabulary_ids: int64 [V], sorted: the texts the network knows.
         config: how many events to hide, and how many days to look ahead.

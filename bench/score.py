@@ -1,0 +1,423 @@
+"""How fast the nightly pass is, and what it costs as users grow and as less changes: ``python -m bench.score``.
+
+In: sizes. Out: ``build/bench/score.json``, also on standard output, with these figures of one run on one machine:
+
+- ``contest``: users a second of the network alone, by :func:`bp_spark.scoring.score` and by the peers of
+  :mod:`bench.score_peers`, and of plain torch without Spark, the limit; alternating, medians; at histories of 20 events in the
+  mean and at the cap. Whole Spark jobs are timed, from the plan to the last row; torch has its rows in memory. ``whole`` is the
+  whole bundle (network, trees, purchase process, fusion, reasons).
+- ``growth``: of each number of users, a full night from features to ``scores``, and the peak memory of the driver and of the
+  largest Python worker.
+- ``nights``: a night with a share of the users changed, over a full one.
+- ``exactness``: the largest relative difference between a user's answer in any company and alone.
+
+Features and models are random, of the catalogue's columns and the default sizes: what they say means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import pyarrow.parquet as pq
+import pyspark
+import torch
+import xgboost
+from deltalake import DeltaTable
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from bench import publish, score_peers
+from bp_spark import config, pipeline, scoring
+from bp_spark.config import Config, FusionConfig
+from bp_spark.features import SEQUENCE_COLUMNS, catalogue, input_digest, user_features_table
+from bp_spark.model import bundle as bundles
+from bp_spark.model.btyd import BtydMember
+from bp_spark.model.bundle import Bundle
+from bp_spark.model.columns import from_arrow
+from bp_spark.model.fusion import Fusion
+from bp_spark.model.inputs import HISTORY_COLUMNS, InputSpec
+from bp_spark.model.members import Member, SqrtTreesMember, TreesMember
+from bp_spark.model.network import SpendNetwork, TransformerMember
+from bp_spark.session import get_session
+from bp_spark.tables import Lakehouse
+
+OUT = Path("build/bench/score.json")
+NIGHT = date(2024, 10, 1)
+MEAN_EVENTS = 20
+SEED = 7
+GOALS = {"share_of_torch": 0.85, "times_peer": 2.5, "growth": 1.1, "night_10": 0.15, "night_1": 0.06}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Users of each measurement, rounds of the contest, texts that the network knows."""
+
+    mean: int = 100_000
+    cap: int = 30_000
+    rounds: int = 5
+    growth: tuple[int, ...] = (10_000, 100_000, 1_000_000)
+    nights: int = 300_000
+    texts: int = 50_000
+
+
+QUICK = Sizes(mean=300, cap=100, rounds=1, growth=(100, 300), nights=300, texts=50)
+
+
+# --- random users and models -------------------------------------------------------------------------------------------
+
+
+def users(spark: SparkSession, settings: Config, count: int, mean: float | None, night: date = NIGHT) -> DataFrame:
+    """Random rows of ``user_features``.
+
+    Args:
+        mean: events of a history in the mean, exponentially distributed up to the cap; ``None``: all at the cap.
+    """
+    features, cap = catalogue(settings.features), settings.features.history_length
+    key = F.col("id")
+
+    def uniform(*salt: object) -> Column:
+        return F.pmod(F.xxhash64(key, *(s if isinstance(s, Column) else F.lit(s) for s in salt)), F.lit(1 << 20)) / (
+            1 << 20
+        )
+
+    length = (
+        F.lit(cap)
+        if mean is None
+        else F.least(F.lit(cap), 1 + F.floor(-F.log(1 - uniform("length")) * mean)).cast("int")
+    )
+    steps = F.sequence(F.lit(1), F.col("length"))
+    events: dict[str, Callable[[Column], Column]] = {
+        "seq_kind": lambda i: 1 + (uniform(i, 1) * 8).cast("int"),
+        "seq_age_days": lambda i: (F.col("length") - i + uniform(i, 2)) * 5,
+        "seq_amount": lambda i: -F.log(1 - uniform(i, 3)) * 30,
+        "seq_items": lambda i: 1 + (uniform(i, 4) * 5).cast("int"),
+        "seq_discount": lambda i: uniform(i, 5),
+        "seq_text_id": lambda i: (uniform(i, 6) * 50_000).cast("bigint"),
+        "seq_weekday": lambda i: 1 + (uniform(i, 7) * 7).cast("int"),
+        "seq_hour": lambda i: (uniform(i, 8) * 24).cast("int"),
+    }
+    values = {
+        name: F.when(uniform(number) > 0.05, -F.log(1 - uniform(number)) * 10).cast("float").alias(name)
+        for number, name in enumerate(features.names)
+    }
+    sequences = [F.transform(steps, events[c.name]).cast(c.type).alias(c.name) for c in SEQUENCE_COLUMNS]
+    rows = spark.range(count).withColumn("length", length)
+    return rows.select(
+        F.concat(F.lit("user"), key).alias("user_key"),
+        F.lit(night).alias("as_of_date"),
+        F.lit(night).alias("seen_on"),
+        *values.values(),
+        *sequences,
+        F.lit("bench").alias("built_from"),
+    ).withColumn("input_digest", input_digest(features))
+
+
+def make_bundles(folder: Path, settings: Config, texts: int) -> dict[str, Bundle]:
+    """``network``: the default network alone; ``whole``: all members of the default fusion."""
+    torch.manual_seed(SEED)
+    rng = np.random.default_rng(SEED)
+    features = catalogue(settings.features)
+    spec = InputSpec(
+        features.names,
+        frozenset(f.name for f in features.features if f.scale == "log"),
+        settings.features.history_length,
+    )
+    network = SpendNetwork(spec, settings.network, torch.arange(1, texts + 1), torch.randn(texts, 384))
+    values = rng.exponential(10, (4000, len(features.names))).astype(np.float32)
+    spend = rng.gamma(2, 1 + values[:, 0]) * (rng.random(4000) < 0.7)
+    members: dict[str, Member] = {
+        "btyd": BtydMember(90, 0.8, 20.0, 0.5, 3.0, 4.0, 3.0, 30.0),
+        "trees": TreesMember(_booster(values, spend, features.names, "reg:tweedie", settings)),
+        "sqrt_trees": SqrtTreesMember(_booster(values, np.sqrt(spend), features.names, "reg:squarederror", settings)),
+        "transformer": TransformerMember(network),
+    }
+    frame = pd.DataFrame({name: rng.gamma(2, 20, 2000) for name in members}).assign(label_spend=rng.gamma(2, 20, 2000))
+    made = {}
+    for name, chosen in (("network", ("transformer",)), ("whole", tuple(members))):
+        made[name] = bundles.write(
+            folder / name,
+            [members[member] for member in chosen],
+            Fusion.fit(frame, FusionConfig(members=chosen)),
+            inputs={"tabular": features.names, "history": HISTORY_COLUMNS},
+            lineage={},
+            metrics={},
+            horizon_days=90,
+        )
+    return made
+
+
+def _booster(x: np.ndarray, y: np.ndarray, names: Sequence[str], objective: str, settings: Config) -> xgboost.Booster:
+    conf = settings.trees
+    booster = xgboost.train(
+        {"objective": objective, "max_depth": conf.max_depth, "eta": conf.learning_rate, "nthread": 1, "seed": SEED},
+        xgboost.DMatrix(x, label=y, feature_names=list(names)),
+        conf.rounds,
+    )
+    booster.set_attr(smearing="1.0")
+    return booster
+
+
+# --- contest -----------------------------------------------------------------------------------------------------------
+
+
+def contest(
+    spark: SparkSession, settings: Config, made: dict[str, Bundle], table: Path, sizes: Sizes
+) -> dict[str, Any]:
+    """Users a second of each contender, alternating: medians over the rounds and shares of them."""
+    rows = spark.read.format("delta").load(str(table))
+    files = DeltaTable(str(table)).file_uris()
+    count, cores = rows.count(), os.cpu_count() or 1
+    folder, cap = str(made["network"].folder), settings.features.history_length
+    frames: dict[str, Callable[[], DataFrame]] = {
+        "bp-spark": lambda: scoring.score(rows, made["network"], NIGHT, 0),
+        "bp-spark, whole bundle": lambda: scoring.score(rows, made["whole"], NIGHT, 0),
+        "bp-spark, pandas UDF": lambda: rows.select(
+            "user_key", scoring.prediction_udf(spark, made["network"])(F.struct(*made["network"].required_columns))
+        ),
+        "predict_batch_udf": lambda: score_peers.predict_batch(rows, folder, cap),
+        "mlflow spark_udf": lambda: score_peers.mlflow_spark_udf(
+            rows, folder, made["network"].folder.parent / "mlflow"
+        ),
+        "naive pandas UDF": lambda: score_peers.naive(rows, folder),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ("torch", *frames)}
+    context = multiprocessing.get_context("spawn")
+    barrier, answers = context.Barrier(cores + 1), context.Queue()
+    processes = [
+        context.Process(target=score_peers.torch_share, args=(folder, part, barrier, answers), daemon=True)
+        for part in score_peers.chunks(files, cores)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for _ in range(sizes.rounds):
+            barrier.wait()
+            rates["torch"].append(score_peers.of_processes([answers.get() for _ in processes]))
+            for name, frame in frames.items():
+                rates[name].append(count / _seconds(spark, settings, frame))
+            _say({name: round(values[-1]) for name, values in rates.items()})
+    finally:
+        barrier.abort()
+        for process in processes:
+            process.join(30)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        "users": count,
+        "users_per_second": {name: [round(rate) for rate in values] for name, values in rates.items()},
+        "median": {name: round(rate) for name, rate in medians.items()},
+        "share_of_torch": {name: medians[name] / medians["torch"] for name in frames},
+        "times_peer": {name: medians["bp-spark"] / medians[name] for name in list(frames)[3:]},
+    }
+
+
+def _seconds(spark: SparkSession, settings: Config, frame: Callable[[], DataFrame]) -> float:
+    """Of a whole job whose rows go nowhere."""
+    clock = time.monotonic()
+    with scoring.sized(spark, settings.scoring):
+        frame().write.format("noop").mode("overwrite").save()
+    return time.monotonic() - clock
+
+
+# --- nights ------------------------------------------------------------------------------------------------------------
+
+
+class Peak:
+    """Peak resident memory, bytes, of the driver's Java process and of the largest of its Python workers, in the block."""
+
+    def __enter__(self) -> Peak:
+        self.driver = self.worker = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.1):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    name, size = process.name(), process.memory_info().rss
+                    if "java" in name:
+                        self.driver = max(self.driver, size)
+                    elif "python" in name:
+                        self.worker = max(self.worker, size)
+
+
+def night(spark: SparkSession, settings: Config, bundle: Bundle, day: date, full: bool = False) -> dict[str, float]:
+    """Seconds of a night, and what it took."""
+    clock = time.monotonic()
+    with Peak() as peak:
+        result = pipeline.score(spark, settings, day, bundle.folder, full)
+    return {
+        "seconds": time.monotonic() - clock,
+        "users": result.users,
+        "computed": result.computed,
+        "driver_mb": peak.driver / 1e6,
+        "worker_mb": peak.worker / 1e6,
+    }
+
+
+def growth(spark: SparkSession, folder: Path, bundle: Bundle, sizes: Sizes) -> dict[str, Any]:
+    """Full nights of more and more users; the slope is what one more user costs beyond start-up."""
+    measured = {}
+    for count in sizes.growth:
+        settings = _settings(folder / f"growth-{count}")
+        _write(spark, settings, users(spark, settings, count, MEAN_EVENTS), NIGHT)
+        measured[count] = night(spark, settings, bundle, NIGHT)
+        _say(measured[count])
+        shutil.rmtree(folder / f"growth-{count}")
+    first, *rest = measured
+    start = measured[first]
+    each = {
+        count: (measured[count]["seconds"] - start["seconds"]) / (measured[count]["users"] - start["users"])
+        for count in rest
+    }
+    return {
+        "nights": {str(count): figures for count, figures in measured.items()},
+        "microseconds_per_user_beyond_the_smallest": {str(count): 1e6 * seconds for count, seconds in each.items()},
+        "ratio": each[rest[-1]] / each[rest[0]],
+    }
+
+
+def nights(spark: SparkSession, folder: Path, bundle: Bundle, sizes: Sizes) -> dict[str, Any]:
+    """A full night, then nights with a share of changed users."""
+    settings = _settings(folder / "nights")
+    before = users(spark, settings, sizes.nights, MEAN_EVENTS)
+    _write(spark, settings, before, NIGHT)
+    full = night(spark, settings, bundle, NIGHT)
+    _say(full)
+    found = {}
+    for number, share in enumerate((0.1, 0.01, 0.0), start=1):
+        day = NIGHT + timedelta(days=number)
+        changed = F.pmod(F.xxhash64("user_key"), F.lit(1000)) < share * 1000
+        rows = before.withColumn("as_of_date", F.lit(day)).withColumn(
+            "input_digest", F.when(changed, F.col("input_digest") + number).otherwise(F.col("input_digest"))
+        )
+        _write(spark, settings, rows, day)
+        found[f"{share:.0%}"] = measured = night(spark, settings, bundle, day)
+        # the next night compares with this one, whose changed users have another digest
+        before = rows
+        _say(measured)
+    nobody = _settings(folder / "nobody")
+    _write(spark, nobody, users(spark, nobody, 100, MEAN_EVENTS), NIGHT)
+    start_up = night(spark, nobody, bundle, NIGHT)
+    return {
+        "full": full,
+        "changed": found,
+        "start_up_seconds": start_up["seconds"],
+        "ratio": {share: figures["seconds"] / full["seconds"] for share, figures in found.items()},
+    }
+
+
+def exactness(table: Path, bundle: Bundle) -> dict[str, float]:
+    """The largest relative difference of a user's expected spend in company and alone."""
+    batch = pq.ParquetFile(DeltaTable(str(table)).file_uris()[0]).read().combine_chunks().to_batches()[0]
+    together = bundle.predict(from_arrow(batch))["expected_spend"]
+    few = range(0, batch.num_rows, max(1, batch.num_rows // 50))
+    alone = np.array([bundle.predict(from_arrow(batch.slice(row, 1)))["expected_spend"][0] for row in few])
+    return {"largest_relative_difference": float(np.max(np.abs(together[list(few)] / alone - 1)))}
+
+
+def _settings(folder: Path) -> Config:
+    return config.load(overrides=[f"tables.path={folder}/lakehouse", f"bundles={folder}/bundles"])
+
+
+def _write(spark: SparkSession, settings: Config, rows: DataFrame, day: date) -> None:
+    Lakehouse(spark, settings.tables).replace(
+        user_features_table(settings.features), rows, where={"as_of_date": [day]}, inputs="bench"
+    )
+
+
+# --- the run -----------------------------------------------------------------------------------------------------------
+
+
+def run(sizes: Sizes, folder: Path) -> dict[str, Any]:
+    """All figures."""
+    settings = config.load(overrides=["trees.rounds=5" if sizes == QUICK else "trees.rounds=250"])
+    spark = get_session(settings, "bp-spark bench")
+    spark.sparkContext.setLogLevel("ERROR")
+    made = make_bundles(folder / "bundles", settings, sizes.texts)
+    figures: dict[str, Any] = {
+        "machine": {
+            "cores": os.cpu_count(),
+            "load": os.getloadavg(),
+            "python": platform.python_version(),
+            "pyspark": pyspark.__version__,
+            "torch": torch.__version__,
+        },
+        "contest": {},
+    }
+    for name, count, mean in (("mean of 20 events", sizes.mean, MEAN_EVENTS), ("cap", sizes.cap, None)):
+        table = folder / "contest"
+        parts = 2 * (os.cpu_count() or 1)
+        rows = users(spark, settings, count, mean).repartition(parts)
+        rows.write.format("delta").save(str(table))
+        if "exactness" not in figures:
+            figures["exactness"] = exactness(table, made["whole"])
+        figures["contest"][name] = contest(spark, settings, made, table, sizes)
+        shutil.rmtree(table)
+    figures["growth"] = growth(spark, folder, made["whole"], sizes)
+    figures["nights"] = nights(spark, folder, made["whole"], sizes)
+    figures["goals"] = {
+        "share_of_torch": {
+            "at_least": GOALS["share_of_torch"],
+            "is": {name: found["share_of_torch"]["bp-spark"] for name, found in figures["contest"].items()},
+        },
+        "times_peer": {
+            "at_least": GOALS["times_peer"],
+            "is": {name: found["times_peer"] for name, found in figures["contest"].items()},
+        },
+        "growth": {"at_most": GOALS["growth"], "is": figures["growth"]["ratio"]},
+        "night_10": {"at_most": GOALS["night_10"], "is": figures["nights"]["ratio"]["10%"]},
+        "night_1": {"at_most": GOALS["night_1"], "is": figures["nights"]["ratio"]["1%"]},
+    }
+    figures["load_at_end"] = os.getloadavg()
+    return figures
+
+
+def _say(figures: dict[str, Any]) -> None:
+    print(json.dumps(figures), file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Arguments in, :func:`run`, the figures out."""
+    parser = argparse.ArgumentParser(prog="python -m bench.score", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--users", type=int, default=Sizes.mean, help="users of the contest at 20 events in the mean")
+    parser.add_argument("--cap-users", type=int, default=Sizes.cap, help="users of the contest at the cap")
+    parser.add_argument("--rounds", type=int, default=Sizes.rounds, help="rounds of the contest")
+    parser.add_argument("--growth", type=int, nargs="+", default=Sizes.growth, help="users of the full nights")
+    parser.add_argument("--nights", type=int, default=Sizes.nights, help="users of the nights with few changes")
+    parser.add_argument("--folder", type=Path, help="where to work: a new folder in it, removed afterwards")
+    parser.add_argument("--out", type=Path, default=OUT, help="file of the figures")
+    parser.add_argument("--quick", action="store_true", help="toy sizes: whether it works, not how fast it is")
+    given = parser.parse_args(arguments)
+    sizes = Sizes(given.users, given.cap_users, given.rounds, tuple(given.growth), given.nights)
+    with tempfile.TemporaryDirectory(prefix="bp-bench-", dir=given.folder) as folder:
+        figures = run(QUICK if given.quick else sizes, Path(folder))
+    publish(figures, given.out)
+
+
+if __name__ == "__main__":
+    main()

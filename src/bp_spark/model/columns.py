@@ -1,0 +1,72 @@
+"""Users as columns: what members read, whether pandas, Petastorm or Arrow brought it.
+
+A column is a one-dimensional array with a value for each user. A history column holds an array for each user: as an object
+array of arrays, or as :class:`Ragged`, which needs no Python object for a user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from bp_spark.errors import BundleError
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """The arrays of a history column end to end.
+
+    Attributes:
+        values: [sum of ``lengths``].
+        lengths: int64 [B]: how many of the values are each user's.
+    """
+
+    values: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+Columns = Mapping[str, np.ndarray | Ragged]
+
+
+def ragged(column: np.ndarray | Ragged) -> Ragged:
+    """A history column, whatever it is made of, as :class:`Ragged`."""
+    if isinstance(column, Ragged):
+        return column
+    lengths = np.fromiter(map(len, column), np.int64, len(column))
+    return Ragged(np.concatenate(list(column)) if lengths.any() else np.zeros(0), lengths)
+
+
+def from_arrow(batch: pa.RecordBatch) -> dict[str, np.ndarray | Ragged]:
+    """The columns of an Arrow batch, copied only where values are missing: NaN in a number's place, as in floats."""
+    return {name: _from_arrow(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+
+
+def _from_arrow(column: pa.Array) -> np.ndarray | Ragged:
+    if pa.types.is_list(column.type):
+        lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        values = column.flatten()
+        if values.null_count and pa.types.is_integer(values.type):
+            # not as floats, which would lose digits of 64-bit ids
+            values = values.fill_null(0)
+        return Ragged(values.to_numpy(zero_copy_only=False), lengths)
+    return np.asarray(column.to_numpy(zero_copy_only=False))
+
+
+def stack(columns: Columns, names: Iterable[str], dtype: type[np.floating]) -> np.ndarray:
+    """The named columns as one ``dtype[users, names]`` array; infinite values become NaN.
+
+    Raises:
+        BundleError: columns are missing; the message names them.
+    """
+    names = tuple(names)
+    if missing := [name for name in names if name not in columns]:
+        raise BundleError(f"input columns missing: {', '.join(missing)}")
+    stacked = np.stack([np.asarray(columns[name], dtype=np.float64) for name in names], axis=1)
+    stacked[np.isinf(stacked)] = np.nan
+    return stacked.astype(dtype, copy=False)

@@ -1,0 +1,192 @@
+"""The nightly pass: who is computed, who is carried forward, and that neither changes an answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from bench.score import NIGHT, make_bundles, users
+from bp_spark import config, pipeline, scoring
+from bp_spark.config import Config
+from bp_spark.features import catalogue, input_digest, user_features_table
+from bp_spark.model import bundle as bundles
+from bp_spark.model.bundle import Bundle
+from bp_spark.model.columns import from_arrow
+from bp_spark.tables import Lakehouse
+
+SMALL = [
+    "features.windows=[30, 90]",
+    "features.history_length=6",
+    "trees.rounds=8",
+    "network.hidden_size=16",
+    "network.layers=1",
+    "network.heads=2",
+    "network.intermediate_size=16",
+    "network.adapter_size=16",
+]
+NEXT = NIGHT + timedelta(days=1)
+NUMBERS = ["expected_spend", "low", "high", "p_active", "score"]
+
+
+@dataclass
+class Nights:
+    """Two nights, each scored after the other: ten users go, ten come, every fifth of the others changes."""
+
+    spark: SparkSession
+    settings: Config
+    lakehouse: Lakehouse
+    bundles: dict[str, Bundle]
+    features: dict[date, DataFrame]
+    results: dict[date, pipeline.ScoreResult]
+
+    def scores(self, day: date) -> pd.DataFrame:
+        rows = self.lakehouse.read("scores").filter(F.col("score_date") == F.lit(day)).toPandas()
+        return rows.set_index("user_key").sort_index()
+
+
+@pytest.fixture(scope="module")
+def nights(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Nights:
+    folder = tmp_path_factory.mktemp("scoring")
+    settings = config.load(overrides=[*SMALL, f"tables.path={folder}/lakehouse", f"bundles={folder}/bundles"])
+    lakehouse = Lakehouse(spark, settings.tables)
+    made = make_bundles(folder / "bundles", settings, texts=20)
+    table = user_features_table(settings.features)
+    before = users(spark, settings, 60, mean=3).localCheckpoint()
+    number = F.substring("user_key", 5, 9).cast("int")
+    stirred = F.when(number % 5 == 0, F.lit(100.0)).otherwise(F.col("spend_30d")).cast("float")
+    after = (
+        users(spark, settings, 70, mean=3, night=NEXT)
+        .filter(number >= 10)
+        .withColumn("spend_30d", stirred)
+        .withColumn("input_digest", input_digest(catalogue(settings.features)))
+        .localCheckpoint()
+    )
+    found = Nights(spark, settings, lakehouse, made, {NIGHT: before, NEXT: after}, {})
+    for day, rows in found.features.items():
+        lakehouse.replace(table, rows, where={"as_of_date": [day]})
+        found.results[day] = pipeline.score(spark, settings, day, made["whole"].folder)
+    return found
+
+
+def test_only_new_and_changed_users_are_computed(nights: Nights) -> None:
+    assert (nights.results[NIGHT].users, nights.results[NIGHT].computed) == (60, 60)
+    scores = nights.scores(NEXT)
+    number = scores.index.str.removeprefix("user").astype(int)
+    fresh = (number % 5 == 0) | (number >= 60)
+    assert (nights.results[NEXT].users, nights.results[NEXT].computed) == (60, fresh.sum())
+    assert (scores["computed_on"] == np.where(fresh, NEXT, NIGHT)).all()
+    # a score that is carried forward leads back to what it was made from
+    origin = nights.scores(NIGHT)["features_version"].iloc[0]
+    assert (scores.loc[~fresh, "features_version"] == origin).all()
+    assert (scores.loc[fresh, "features_version"] > origin).all()
+
+
+def test_a_night_of_carried_scores_is_a_full_night(nights: Nights) -> None:
+    carried = nights.scores(NEXT)
+    version = nights.lakehouse.version("scores")
+    full = pipeline.score(nights.spark, nights.settings, NEXT, nights.bundles["whole"].folder, full=True)
+    assert (full.users, full.computed) == (60, 60)
+    anew = nights.scores(NEXT)
+    assert (anew["computed_on"] == NEXT).all()
+    np.testing.assert_allclose(anew[NUMBERS], carried[NUMBERS], rtol=1e-5)
+    for name in ("level", "risk_level", "input_digest"):
+        assert (anew[name] == carried[name]).all()
+    assert anew["reasons"].map(repr).tolist() == carried["reasons"].map(repr).tolist()
+    nights.spark.sql(f"RESTORE delta.`{nights.lakehouse.location('scores')}` TO VERSION AS OF {version}")
+
+
+def test_another_bundle_computes_everyone(nights: Nights, tmp_path: Path) -> None:
+    settings = nights.settings.model_copy(
+        update={"tables": nights.settings.tables.model_copy(update={"path": str(tmp_path)})}
+    )
+    lakehouse = Lakehouse(nights.spark, settings.tables)
+    table = user_features_table(settings.features)
+    for day, name in ((NIGHT, "whole"), (NEXT, "network")):
+        rows = nights.features[NIGHT].limit(5).withColumn("as_of_date", F.lit(day))
+        lakehouse.replace(table, rows, where={"as_of_date": [day]})
+        assert pipeline.score(nights.spark, settings, day, nights.bundles[name].folder).computed == 5
+
+
+def test_the_pandas_udf_answers_as_the_night_does(nights: Nights) -> None:
+    bundle = nights.bundles["whole"]
+    udf = scoring.prediction_udf(nights.spark, bundle)
+    inputs = F.struct(*bundle.required_columns)
+    said = nights.features[NIGHT].select("user_key", udf(inputs).alias("answer")).select("user_key", "answer.*")
+    frame = said.toPandas().set_index("user_key").sort_index()
+    scores = nights.scores(NIGHT)
+    np.testing.assert_allclose(frame[NUMBERS], scores[NUMBERS], rtol=1e-5)
+    assert frame["reasons"].map(repr).tolist() == scores["reasons"].map(repr).tolist()
+
+
+def test_reasons_are_the_largest_shapley_values(nights: Nights) -> None:
+    frame = nights.features[NIGHT].toPandas().set_index("user_key").sort_index()
+    trees: Any = bundles.load(nights.bundles["whole"].folder).members["trees"]
+    columns = {name: frame[name].to_numpy() for name in frame.columns}
+    shares = trees.contributions(columns)[:, :-1]
+    for row, reasons in enumerate(nights.scores(NIGHT)["reasons"]):
+        sizes = [abs(reason["contribution"]) for reason in reasons]
+        assert sizes == pytest.approx(sorted(np.abs(shares[row]), reverse=True)[: scoring.REASONS])
+        for reason in reasons:
+            value = columns[reason["feature"]][row]
+            assert reason["value"] == pytest.approx(value) or (reason["value"] is None and np.isnan(value))
+
+
+def arrow(df: DataFrame, bundle: Bundle) -> pa.RecordBatch:
+    names = ["user_key", "input_digest", *dict.fromkeys(bundle.required_columns)]
+    return df.select(*names).toArrow().combine_chunks().to_batches()[0]
+
+
+def test_a_user_is_answered_alike_alone_and_in_company(nights: Nights) -> None:
+    bundle = bundles.load(nights.bundles["whole"].folder)
+    batch = arrow(nights.features[NIGHT], bundle)
+    together = bundle.predict(from_arrow(batch))
+    for row in range(0, batch.num_rows, 7):
+        alone = bundle.predict(from_arrow(batch.slice(row, 1)))
+        for name in NUMBERS:
+            assert alone[name][0] == pytest.approx(together[name][row], rel=1e-5), name
+
+
+def test_users_with_the_same_features_are_computed_once(nights: Nights) -> None:
+    bundle = bundles.load(nights.bundles["whole"].folder)
+    batch = arrow(nights.features[NIGHT], bundle)
+    twice = pa.Table.from_batches([batch, batch.slice(3, 9)]).combine_chunks().to_batches()[0]
+    asked: list[int] = []
+    predict = bundle.predict
+
+    def counted(columns: Any) -> Any:
+        asked.append(len(columns["recency_days"]))
+        return predict(columns)
+
+    bundle.predict = counted  # type: ignore[method-assign]
+    said = scoring._answer_batch(bundle, twice).to_pandas()
+    assert asked == [60]
+    pd.testing.assert_frame_equal(said.iloc[3:12].reset_index(drop=True), said.iloc[60:].reset_index(drop=True))
+    assert said["user_key"].tolist() == twice.column("user_key").to_pylist()
+
+
+def test_the_weights_stay_in_the_file_that_all_workers_of_a_machine_share(nights: Nights) -> None:
+    bundle = bundles.load(nights.bundles["network"].folder)
+    member: Any = bundle.members["transformer"]
+    address = member.network.history.text_embeddings.data_ptr()
+    mapped = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    (file,) = [line[5] for line in mapped if int(line[0].split("-")[0], 16) <= address < int(line[0].split("-")[1], 16)]
+    assert file == str(bundle.folder / "transformer.safetensors")
+
+
+def test_a_task_with_a_gpu_computes_there(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = bundles.load(nights.bundles["whole"].folder)
+    moved: list[str] = []
+    monkeypatch.setattr(bundle.members["transformer"], "move_to", moved.append)
+    task = SimpleNamespace(cpus=lambda: 1, resources=lambda: {"gpu": SimpleNamespace(addresses=["3"])})
+    scoring.fit_to_task(bundle, task)  # type: ignore[arg-type]
+    assert moved == ["cuda:3"]
