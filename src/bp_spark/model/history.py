@@ -86,12 +86,19 @@ class HistoryEncoder(nn.Module):
 
     def pool(self, states: Tensor, mask: Tensor) -> Tensor:
         """One vector [B, size] from what :meth:`read` returned for histories of this mask."""
-        seen = F.pad(mask, (1, 0), value=True)
-        if self.pooling_score is None:
-            weight = seen.to(states.dtype)
-            return (states * weight.unsqueeze(-1)).sum(dim=1) / weight.sum(dim=1, keepdim=True)
-        score = self.pooling_score(states).squeeze(-1).float().masked_fill(~seen, -math.inf)
-        return (states * score.softmax(dim=1).unsqueeze(-1)).sum(dim=1)
+        return pooled(states, F.pad(mask, (1, 0), value=True), self.pooling_score)
+
+    def merged(self) -> HistoryEncoder:
+        """As a bundle holds it: as it is."""
+        return self
+
+    def carried(self) -> dict[str, Tensor]:
+        """What a bundle holds of it beside its state."""
+        return {"text_embeddings": self.text_embeddings[1:]}
+
+    def described(self) -> dict[str, int]:
+        """What makes, with the above, an encoder of the same sizes."""
+        return {"text_size": self.text_embeddings.shape[1]}
 
     def save(self, folder: Path) -> None:
         """Write the weights (:data:`ENCODER_FILE`), without the texts."""
@@ -107,6 +114,17 @@ class HistoryEncoder(nn.Module):
         """
         path = folder / ENCODER_FILE
         load_exactly(self, read_tensors(path), path)
+
+
+def pooled(states: Tensor, seen: Tensor, score: nn.Linear | None) -> Tensor:
+    """Sequences [B, T, D] as vectors [B, D]: the mean of the states that are ``seen``, bool [B, T], or their sum weighed by
+    the softmax of a score. Each sequence has one at least.
+    """
+    if score is None:
+        weight = seen.to(states.dtype)
+        return (states * weight.unsqueeze(-1)).sum(dim=1) / weight.sum(dim=1, keepdim=True)
+    weight = score(states).squeeze(-1).float().masked_fill(~seen, -math.inf)
+    return (states * weight.softmax(dim=1).unsqueeze(-1)).sum(dim=1)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

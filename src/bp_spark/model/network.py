@@ -1,6 +1,7 @@
 """The sequence model: a user's events and tabular features in, expected spend in money out.
 
-The history as :class:`~bp_spark.model.history.HistoryEncoder` reads it, joined with the tabular features and passed
+The history as :class:`~bp_spark.model.history.HistoryEncoder` reads it, or as text
+:class:`~bp_spark.model.text_history.TextHistoryEncoder`, joined with the tabular features and passed
 through a residual adapter, ends in a zero-inflated lognormal (or one log1p value, by configuration).
 
 :class:`SpendNetwork` is trained; :class:`TransformerMember` is what a bundle holds.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from bp_spark.model.inputs import (
     history_lengths,
 )
 from bp_spark.model.losses import band_loss, log_mse_loss, tweedie_loss, ziln_loss, ziln_parameters
+from bp_spark.model.text_history import TextHistoryEncoder, restored
 
 WEIGHTS_FILE = "transformer.safetensors"
 DESCRIPTION_FILE = "transformer.json"
@@ -40,6 +42,10 @@ FORMAT = 2
 _TABULAR_LIMIT = 10.0
 _MIN_STD = 1e-6
 _OUTPUTS = {"ziln": 3, "tweedie": 1, "mse": 1}
+_HISTORY = "history."
+
+History = HistoryEncoder | TextHistoryEncoder
+"""What reads a history: users in, [B, hidden_size] out."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,7 @@ class SpendNetwork(nn.Module):
         spec: what is read of a user.
         config: sizes and loss.
         vocabulary_ids: int64 [V], sorted: ids of the texts.
-        text_embeddings: [V, D], the frozen language model's reading of them; kept as float16.
-
-    Raises:
-        ConfigError: the sizes do not fit each other.
+        history: what reads histories, of ``config.hidden_size``.
     """
 
     vocabulary_ids: Tensor
@@ -91,14 +94,14 @@ class SpendNetwork(nn.Module):
     label_scale: Tensor
     band_edges: Tensor
 
-    def __init__(self, spec: InputSpec, config: NetworkConfig, vocabulary_ids: Tensor, text_embeddings: Tensor) -> None:
+    def __init__(self, spec: InputSpec, config: NetworkConfig, vocabulary_ids: Tensor, history: History) -> None:
         super().__init__()
         self.spec = spec
         self.config = config
         size, features = config.hidden_size, len(spec.tabular)
 
         self.register_buffer("vocabulary_ids", vocabulary_ids.long(), persistent=False)
-        self.history = HistoryEncoder(config, spec.history_length, text_embeddings)
+        self.history = history
 
         self.register_buffer("tabular_mean", torch.zeros(features))
         self.register_buffer("tabular_std", torch.ones(features))
@@ -129,8 +132,8 @@ class SpendNetwork(nn.Module):
 
     @property
     def parameter_count(self) -> int:
-        """Trainable numbers; the frozen texts are not among them."""
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        """Numbers of all weights, a language model's frozen ones among them; the texts' are not."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     @torch.no_grad()
     def fit_statistics(self, statistics: Statistics) -> None:
@@ -215,17 +218,19 @@ class SpendNetwork(nn.Module):
     def save(self, folder: Path) -> None:
         """Write weights, buffers and texts (:data:`WEIGHTS_FILE`), and sizes (:data:`DESCRIPTION_FILE`)."""
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        tensors["vocabulary_ids"] = self.vocabulary_ids.cpu()
-        tensors["text_embeddings"] = self.history.text_embeddings[1:].cpu().contiguous()
-        save_file(tensors, str(folder / WEIGHTS_FILE))
+        history = self.history.merged()
+        tensors = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(_HISTORY)}
+        tensors |= {f"{_HISTORY}{name}": tensor for name, tensor in history.state_dict().items()}
+        tensors |= {"vocabulary_ids": self.vocabulary_ids, **history.carried()}
+        written = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(written, str(folder / WEIGHTS_FILE))
         description = {
             "format": FORMAT,
             "input": self.spec.to_json(),
             "network": self.config.model_dump(mode="json"),
             "vocabulary": len(self.vocabulary_ids),
-            "text_size": self.history.text_embeddings.shape[1],
             "parameters": self.parameter_count,
+            **history.described(),
         }
         text = json.dumps(description, indent=2, sort_keys=True) + "\n"
         (folder / DESCRIPTION_FILE).write_text(text, encoding="utf-8")
@@ -238,14 +243,13 @@ class SpendNetwork(nn.Module):
             BundleError: a file is missing, damaged or of a newer format, or tensors don't fit the
             description.
         """
-        spec, config, vocabulary, text_size = _read_description(folder / DESCRIPTION_FILE)
+        spec, config, description = _read_description(folder / DESCRIPTION_FILE)
         path = folder / WEIGHTS_FILE
         tensors = read_tensors(path)
         ids = tensors.pop("vocabulary_ids", torch.zeros(0))
-        texts = tensors.pop("text_embeddings", torch.zeros(0))
-        if ids.shape != (vocabulary,) or texts.shape != (vocabulary, text_size):
-            raise BundleError(f"{path}: texts must be {vocabulary} x {text_size}, found {tuple(texts.shape)}")
-        network = cls(spec, config, ids, texts)
+        if ids.shape != (description["vocabulary"],):
+            raise BundleError(f"{path}: there must be {description['vocabulary']} texts, found {tuple(ids.shape)}")
+        network = cls(spec, config, ids, _restored_history(spec, config, description, tensors, path))
         load_exactly(network, tensors, path)
         return network.eval()
 
@@ -316,13 +320,26 @@ class TransformerMember:
             yield order[start : start + self.batch_rows]
 
 
-def _read_description(path: Path) -> tuple[InputSpec, NetworkConfig, int, int]:
+def _restored_history(
+    spec: InputSpec, config: NetworkConfig, description: Mapping[str, Any], tensors: dict[str, Tensor], path: Path
+) -> History:
+    """The history half, of which the tensors that are no state of it are taken out."""
+    if config.backbone == "text":
+        return restored(config, description["vocabulary"], description.get("language"), tensors, path)
+    texts = tensors.pop("text_embeddings", torch.zeros(0))
+    expected = (description["vocabulary"], description.get("text_size"))
+    if texts.shape != expected:
+        raise BundleError(f"{path}: texts must be of shape {expected}, found {tuple(texts.shape)}")
+    return HistoryEncoder(config, spec.history_length, texts)
+
+
+def _read_description(path: Path) -> tuple[InputSpec, NetworkConfig, dict[str, Any]]:
     try:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if description["format"] != FORMAT:
             raise BundleError(f"{path}: format {description['format']!r}, this version reads {FORMAT}")
         spec = InputSpec.from_json(description["input"])
         config = NetworkConfig.model_validate(description["network"])
-        return spec, config, int(description["vocabulary"]), int(description["text_size"])
+        return spec, config, {**description, "vocabulary": int(description["vocabulary"])}
     except (OSError, KeyError, TypeError, ValueError, ValidationError) as error:
         raise BundleError(f"{path}: no description of a network: {error}") from error
