@@ -66,9 +66,12 @@ def sentences(rows: dict[str, np.ndarray], user: int) -> list[list[str]]:
 
 def test_histories_are_written_like_event_by_event_and_the_newest_are_kept(folder: Path) -> None:
     rows = make_rows(60)
-    rows["seq_amount"] = rows["seq_amount"].copy()
-    for user, amounts in enumerate(rows["seq_amount"]):
-        rows["seq_amount"][user] = amounts * np.resize([1, -1, 0, 1e5], len(amounts)).astype(np.float32)
+    rng = np.random.default_rng(2)
+    for user, events in enumerate(rows["seq_kind"]):
+        amounts = rng.choice([*AMOUNTS, -3.0, 0.0, 0.4, 7.0, 1e7], len(events))
+        rows["seq_amount"][user] = amounts.astype(np.float32)
+        ages = np.sort(rng.choice([*AGES.values(), 0.1, 8.0, 400.0], len(events)))[::-1]
+        rows["seq_age_days"][user] = ages.astype(np.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids, seen = network(folder).history.written(batch(rows))
     assert ids.shape[1] <= CAP
@@ -78,12 +81,10 @@ def test_histories_are_written_like_event_by_event_and_the_newest_are_kept(folde
     for user in range(60):
         expected: list[int] = []
         for parts in reversed(sentences(rows, user)):
-            pieces = [
-                tokenizer(f" {part}", add_special_tokens=False, truncation=True, max_length=8)["input_ids"]
-                for part in parts
-                if part
-            ]
-            event = [token for piece in pieces for token in piece]
+            *words, text = (
+                tokenizer(f" {part}" if part else "", add_special_tokens=False)["input_ids"] for part in parts
+            )
+            event = [token for word in (*words, text[:8]) for token in word]
             if len(start + event + expected + end) > CAP:
                 cut += 1
                 break

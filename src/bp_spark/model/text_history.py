@@ -101,10 +101,10 @@ def tokenise(texts: Sequence[str], folder: str, text_tokens: int, history_tokens
         raise ConfigError(f"network.text.max_tokens: {history_tokens} is more than the {most} tokens {folder} can read")
     # a space before, for tokens of the GPT-2 kind know where a word begins by it
     written = tokenizer(
-        [f" {text}" for text in (*_WORDS, *texts)], add_special_tokens=False, truncation=True, max_length=text_tokens
+        [f" {text}" for text in (*_WORDS, *texts)], add_special_tokens=False, truncation=True, max_length=history_tokens
     )["input_ids"]
     start, end = _frame(tokenizer, folder)
-    rows = [*written[: len(_WORDS)], start, end, [], *written[len(_WORDS) :]]
+    rows = [*written[: len(_WORDS)], start, end, [], *(ids[:text_tokens] for ids in written[len(_WORDS) :])]
     rows[_AMOUNT_ROW + _AMOUNTS.index("")] = []
     lengths = np.fromiter(map(len, rows), np.int32, len(rows))
     tokens = np.zeros((len(rows), int(lengths.max())), np.int32)

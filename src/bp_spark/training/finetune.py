@@ -336,13 +336,12 @@ def read_texts(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def read_tokens(path: Path) -> TokenTable:
-    """What events are written with, of the texts of :func:`read_texts`."""
-    ids, _ = read_texts(path)
+    """What events are written with, of the texts of :func:`read_texts` from the same file."""
     tensors = load_file(str(path))
     try:
         table = TokenTable(tensors["tokens"], tensors["token_lengths"])
     except (KeyError, ValueError) as error:
         raise DataError(str(path), f"must hold the tokens of words and texts: {error}") from error
-    if table.texts != len(ids):
+    if table.texts != len(tensors["ids"]):
         raise DataError(str(path), "must have tokens of each text", column="tokens")
     return table
