@@ -1,9 +1,9 @@
 """What the networks of each size cost: ``python -m bench.sizes``.
 
 In: settings. Out: ``build/bench/sizes.json``, also on standard output: for ``network.size`` of the events backbone, and for
-the text backbone, the numbers of weights, how many of them are trained, and, on one thread of this machine's CPU, milliseconds
-of a forward pass for each user and of a training step for each row (forward, backward, AdamW). Every history is full:
-``features.history_length`` events, ``network.text.max_tokens`` tokens.
+the text backbone, the numbers of weights, how many of them are trained, and, on one thread, CPU milliseconds of a forward pass
+for each user and of a training step for each row (forward, backward, AdamW). Every history is full:
+``features.history_length`` events, ``network.text.max_tokens`` tokens. CPU time, for that of the clock grows with what others do.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def full_histories(users: int, spec: InputSpec) -> Batch:
 
 
 def measure(network: SpendNetwork, users: int, repeats: int) -> dict[str, float]:
-    """Weights, and milliseconds of the middle one of ``repeats`` passes over a batch of ``users``."""
+    """Weights, and CPU milliseconds of the middle one of ``repeats`` passes over a batch of ``users``."""
     batch, labels = full_histories(users, network.spec), torch.linspace(0, 500, users)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
@@ -99,9 +99,9 @@ def _milliseconds(work: Callable[[], object], repeats: int) -> float:
     work()
     seconds = []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = time.process_time()
         work()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     return 1000 * median(seconds)
 
 
