@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast bench-data bench-score bench-pretraining lint format lock clean
+.PHONY: help install demo test test-fast bench-data bench-score bench-pretraining bench-sizes lint format lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ bench-score: install ## the nightly pass against plain torch and other ways, gro
 
 bench-pretraining: demo ## the transformer with and without pre-training, by share of labels used: JSON to standard output
 	$(BIN)/python -m bench.pretraining --config conf/demo.yaml pretraining.max_epochs=60
+
+bench-sizes: install ## weights and milliseconds of the network in each size, on one thread: JSON to standard output
+	$(BIN)/python -m bench.sizes
 
 lint: install ## ruff, mypy, import contract
 	$(BIN)/ruff check .

@@ -54,6 +54,7 @@ from bp_spark.model.btyd import BtydMember
 from bp_spark.model.bundle import Bundle
 from bp_spark.model.columns import from_arrow
 from bp_spark.model.fusion import Fusion
+from bp_spark.model.history import HistoryEncoder
 from bp_spark.model.inputs import HISTORY_COLUMNS, InputSpec
 from bp_spark.model.members import Member, SqrtTreesMember, TreesMember
 from bp_spark.model.network import SpendNetwork, TransformerMember
@@ -63,6 +64,7 @@ from bp_spark.tables import Lakehouse
 OUT = Path("build/bench/score.json")
 NIGHT = date(2024, 10, 1)
 MEAN_EVENTS = 20
+TEXT_SIZE = 384
 SEED = 7
 GOALS = {"share_of_torch": 0.85, "times_peer": 2.5, "growth": 1.1, "night_10": 0.15, "night_1": 0.06}
 
@@ -141,7 +143,8 @@ def make_bundles(folder: Path, settings: Config, texts: int) -> dict[str, Bundle
         frozenset(f.name for f in features.features if f.scale == "log"),
         settings.features.history_length,
     )
-    network = SpendNetwork(spec, settings.network, torch.arange(1, texts + 1), torch.randn(texts, 384))
+    history = HistoryEncoder(settings.network, spec.history_length, torch.randn(texts, TEXT_SIZE))
+    network = SpendNetwork(spec, settings.network, torch.arange(1, texts + 1), history)
     values = rng.exponential(10, (4000, len(features.names))).astype(np.float32)
     spend = rng.gamma(2, 1 + values[:, 0]) * (rng.random(4000) < 0.7)
     members: dict[str, Member] = {

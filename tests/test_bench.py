@@ -12,7 +12,7 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from bench import data
+from bench import data, sizes
 from bench.duckdb_peer import MACROS, dialect
 from bp_spark import config
 from bp_spark.features import SEQUENCE_COLUMNS, catalogue
@@ -115,3 +115,25 @@ def test_equal_features_pass_in_any_order_of_users() -> None:
 def test_features_that_differ_fail_loudly(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(data.BenchError, match=message):
         data.compare(_features(), _features(**changes), config.load())
+
+
+def test_the_documented_sizes_are_those_of_the_networks() -> None:
+    lines = (ROOT / "docs/sizes.md").read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    documented = {row[0].strip("`"): row[1:8] for row in cells}
+    found = {}
+    for name, network in sizes.networks(config.load()):
+        of, trained = network.config, sum(p.numel() for p in network.parameters() if p.requires_grad)
+        numbers = [of.hidden_size, of.layers, of.heads, of.intermediate_size, of.adapter_size]
+        if of.backbone == "text":
+            numbers[1:4] = ["–"] * 3
+        found[name] = [str(number) for number in numbers] + [f"{network.parameter_count:,}", f"{trained:,}"]
+    assert documented == found
+
+
+def test_a_size_has_a_cost() -> None:
+    name, network = next(sizes.networks(config.load(overrides=["features.history_length=4"])))
+    figures = sizes.measure(network, users=2, repeats=1)
+    assert name == "tiny"
+    assert min(figures["training_ms_per_row"], figures["forward_ms_per_user"]) > 0
+    assert figures["trained"] == figures["parameters"] == network.parameter_count

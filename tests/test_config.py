@@ -122,6 +122,59 @@ def test_settings_cannot_be_changed_afterwards() -> None:
         config.load().labels.horizon_days = 1  # type: ignore[misc]
 
 
+# --- sizes of the network ----------------------------------------------------------------------------------------------
+
+
+def sizes(of: Config) -> tuple[int, ...]:
+    network = of.network
+    return network.hidden_size, network.layers, network.heads, network.intermediate_size, network.adapter_size
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("tiny", (64, 2, 4, 128, 64)), ("base", (256, 4, 8, 1024, 128)), ("large", (512, 8, 8, 2048, 256))],
+)
+def test_a_size_stands_for_five_numbers(name: str, expected: tuple[int, ...]) -> None:
+    for path in (None, CONF / "default.yaml"):
+        assert sizes(config.load(path, [f"network.size={name}"])) == expected
+
+
+def test_a_number_that_is_given_beats_the_size_wherever_the_two_stand(tmp_path: Path) -> None:
+    expected = (256, 3, 8, 1024, 128)
+    assert sizes(config.load(overrides=["network.layers=3", "network.size=base"])) == expected
+    assert sizes(config.load(written(tmp_path, "network:\n  layers: 3\n"), ["network.size=base"])) == expected
+    assert sizes(config.load(written(tmp_path, "network:\n  size: base\n"), ["network.layers=3"])) == expected
+    assert sizes(config.load(overrides=["network.size=base", "network.layers=null"])) == (256, 4, 8, 1024, 128)
+
+
+def test_a_trial_may_change_the_size_or_a_number_and_what_was_given_stays() -> None:
+    base = config.load(CONF / "default.yaml", ["network.size=base", "network.layers=3", "labels.cutoffs=5"])
+    larger = config.changed(base, {"network.size": "large"})
+    assert sizes(larger) == (512, 3, 8, 2048, 256)
+    assert larger.labels.cutoffs == 5
+    assert sizes(config.changed(base, {"network.hidden_size": 128})) == (128, 3, 8, 1024, 128)
+    assert config.changed(base, {"network.text.lora_rank": 4}).network.text.lora_rank == 4
+    assert config.changed(base, {}) == base
+
+
+def test_sizes_survive_a_dump_and_count_in_a_digest() -> None:
+    base = config.load(overrides=["network.size=base", "network.layers=3"])
+    assert Config.model_validate(base.model_dump(mode="json")) == base
+    assert digest(base.network) != digest(config.load(overrides=["network.size=base"]).network)
+
+
+def test_only_the_events_backbone_is_pretrained() -> None:
+    with pytest.raises(ConfigError, match=r"^configuration: .*pretraining\.max_epochs \(3\) must be 0 where .*text"):
+        config.load(overrides=["network.backbone=text", "pretraining.max_epochs=3"])
+    assert config.load(overrides=["network.backbone=text"]).history_model == Config().texts.model
+    assert config.load(overrides=["network.backbone=text", "network.text.model=./gpt2"]).history_model == "./gpt2"
+
+
+def test_a_wrong_size_is_one_problem() -> None:
+    with pytest.raises(ConfigError, match=r"^configuration: network\.size: .*\(got 'huge'\)$"):
+        config.load(overrides=["network.size=huge"])
+
+
 # --- what is refused ---------------------------------------------------------------------------------------------------
 
 

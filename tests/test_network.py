@@ -16,6 +16,7 @@ from scipy import stats
 
 from bp_spark.config import NetworkConfig
 from bp_spark.errors import BundleError, ConfigError, DataError
+from bp_spark.model.history import HistoryEncoder
 from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, empty_user
 from bp_spark.model.losses import band_loss, log_mse_loss, tweedie_loss, ziln_loss
 from bp_spark.model.network import DESCRIPTION_FILE, WEIGHTS_FILE, SpendNetwork, Statistics, TransformerMember
@@ -26,7 +27,8 @@ TINY = NetworkConfig(hidden_size=16, layers=2, heads=2, intermediate_size=16, ad
 
 def make_network(config: NetworkConfig = TINY, missing: float = 0.1, max_label: float = 500.0) -> SpendNetwork:
     torch.manual_seed(0)
-    network = SpendNetwork(SPEC, config, torch.from_numpy(TEXT_IDS), torch.randn(len(TEXT_IDS), 6))
+    history = HistoryEncoder(config, SPEC.history_length, torch.randn(len(TEXT_IDS), 6))
+    network = SpendNetwork(SPEC, config, torch.from_numpy(TEXT_IDS), history)
     features = len(SPEC.tabular)
     network.fit_statistics(
         Statistics(

@@ -15,8 +15,10 @@ import pytest
 from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
+from safetensors.numpy import load_file
+from transformers import AutoTokenizer
 
-from bp_spark import config, labels, pipeline, scoring
+from bp_spark import config, labels, pipeline, scoring, texts
 from bp_spark.config import Config, SearchConfig, SearchRange
 from bp_spark.errors import BundleError, DataError
 from bp_spark.loader import snapshot
@@ -126,6 +128,18 @@ def test_a_second_featurize_changes_no_table(line: Line) -> None:
         ("ingest", "clean", "embed", "aggregate", "featurize"), "unchanged"
     )
     assert _versions(line.lakehouse, *names) == versions
+
+
+def test_the_vocabulary_brings_tokens_where_a_language_model_reads_histories(line: Line, tmp_path: Path) -> None:
+    settings = config.changed(line.config, {"network.backbone": "text"})
+    found = load_file(pipeline._vocabulary(pipeline.Run(line.spark, settings), TEST_DATE, tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(texts.model_folder(settings.history_model))
+    known = {row["text_id"]: row["text"] for row in line.lakehouse.read("texts").collect()}
+    count = len(found["ids"])
+    assert count > 100
+    rows = zip(found["tokens"][-count:], found["token_lengths"][-count:], strict=True)
+    written = tokenizer.batch_decode([tokens[:length] for tokens, length in rows])
+    assert written == [known[number] for number in found["ids"].tolist()]
 
 
 def test_scoring_another_date_leaves_the_first_one_alone(line: Line) -> None:

@@ -33,7 +33,7 @@ LENGTH = SPEC.history_length
 
 
 def config(*overrides: str) -> Config:
-    tiny = [f"network.{name}={value}" for name, value in TINY.model_dump().items()]
+    tiny = [f"network.{name}={value}" for name, value in TINY.model_dump(exclude_unset=True).items()]
     small = [f"features.history_length={LENGTH}", "pretraining.batch_size=32", "pretraining.max_epochs=3"]
     return load(overrides=[*tiny, *small, *overrides])
 

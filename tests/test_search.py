@@ -89,7 +89,8 @@ def test_settings_outside_the_space_are_still_the_first_trial() -> None:
     [
         ({"labels.horizon_days": {"low": 1, "high": 9}}, "labels.horizon_days is no setting of"),
         ({"trees": {"low": 1, "high": 9}}, "trees is no setting of"),
-        ({"training.work_dir": {"choices": ["a", "b"]}}, "training.work_dir is no setting of"),
+        ({"training.work_dir": {"choices": ["a", "b"]}}, "training.work_dir can't be searched"),
+        ({"network.backbone": {"choices": ["events", "text"]}}, "network.backbone can't be searched"),
         ({"trees.max_depth": {"low": 9, "high": 1}}, "must have choices, or a low below a high"),
         ({"trees.max_depth": {"low": 1, "high": 3, "choices": [1]}}, "not both"),
         ({"trees.learning_rate": {"low": 0, "high": 3, "log": True}}, "log needs a low above 0"),

@@ -25,8 +25,8 @@ from bp_spark.training import finetune as module
 from bp_spark.training import loop
 from bp_spark.training.distributed import process_group, run_ranks
 from bp_spark.training.finetune import Job, finetune, inputs_digest, train_rank
-from bp_spark.training.progress import TENSORBOARD_FOLDER
-from training_rows import SPEC, make_rows, write_table, write_texts
+from bp_spark.training.progress import CHECKPOINT_FILE, TENSORBOARD_FOLDER
+from training_rows import SPEC, make_rows, write_language_model, write_table, write_texts
 
 TINY = (
     "network.hidden_size=16",
@@ -97,8 +97,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("training")
     write_table(path / "table", make_rows(240, seed=1), files=[200, 30, 3, 7])
     write_table(path / "table", make_rows(60, seed=2), split="valid", files=[50, 10])
-    write_texts(path / "texts.safetensors")
+    write_texts(path / "texts.safetensors", write_language_model(path / "bert", "bert"))
     return path
+
+
+def as_text_overrides(folder: Path) -> tuple[str, ...]:
+    """Histories read as text by the tiny language model of the folder."""
+    return ("network.backbone=text", f"network.text.model={folder / 'bert'}", "network.text.max_tokens=64")
 
 
 ONE_STEP = ("training.batch_size=1000", "training.max_epochs=1", "training.optimizer=sgd", "network.dropout=0")
@@ -144,11 +149,14 @@ def rank_scenarios(rank: int, folder: Path, ports: list[int]) -> None:
     port()
     progress = train_rank(job(folder, "stopped", *FEW_EPOCHS))
     assert [row["epoch"] for row in progress.history] == [1, 2, 3, 4]
+    port()
+    as_text = job(folder, "text", "training.max_epochs=2", *as_text_overrides(folder))
+    train_rank(replace(as_text, train=snapshot(str(folder / "table"), where={"split": "valid"}, version=4)))
 
 
 @pytest.fixture(scope="module")
 def two_ranks(folder: Path) -> Path:
-    ports = [free_port() for _ in range(5)]
+    ports = [free_port() for _ in range(6)]
     mp.start_processes(rank_scenarios, (folder, ports), nprocs=2, start_method="spawn")
     return folder
 
@@ -162,6 +170,18 @@ def test_uneven_ranks_make_the_step_of_one_process_with_all_rows(two_ranks: Path
 
 def test_a_rank_without_rows_does_not_stop_the_others(two_ranks: Path) -> None:
     assert (two_ranks / "starved" / module.MODEL_FOLDER / WEIGHTS_FILE).exists()
+
+
+def test_a_language_model_is_tuned_by_ranks_of_which_one_has_no_rows(two_ranks: Path) -> None:
+    run = two_ranks / "text"
+    saved = torch.load(run / CHECKPOINT_FILE, weights_only=True)
+    assert saved["progress"]["epoch"] == 2
+    changes = [name for name in saved["network"] if ".language." in name]
+    assert changes
+    assert all(".lora_" in name for name in changes)
+    assert any(saved["network"][name].any() for name in changes if ".lora_B." in name)
+    predicted = TransformerMember.load(run / module.MODEL_FOLDER).predict(make_rows(20))
+    assert predicted.std() > 0
 
 
 def test_a_resumed_run_ends_like_an_undisturbed_one(two_ranks: Path) -> None:
@@ -300,3 +320,5 @@ def test_texts_must_be_sorted_embeddings(folder: Path, tmp_path: Path, spark: Sp
     path.write_bytes(b"no safetensors")
     with pytest.raises(DataError, match="safetensors file of ids and embeddings"):
         finetune(spark, *splits(folder), SPEC, path, config(), tmp_path)
+    with pytest.raises(DataError, match="tokens of words and texts"):
+        finetune(spark, *splits(folder), SPEC, write_texts(path), config("network.backbone=text"), tmp_path)

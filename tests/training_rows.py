@@ -15,6 +15,8 @@ from bp_spark.model.inputs import InputSpec
 
 SPEC = InputSpec(tabular=("recency", "spend_90d"), log_scaled=frozenset({"spend_90d"}), history_length=12)
 TEXT_IDS = np.array([-700, -5, 3, 40, 2**60], np.int64)
+TEXTS = ("milk", "oat milk", "bread", "tea", "a rather long text")
+"""Of those ids."""
 
 _TYPES = {
     "seq_kind": pa.int32(),
@@ -85,8 +87,55 @@ def write_table(
     assert start == len(table)
 
 
-def write_texts(path: Path) -> Path:
-    """A vocabulary with embeddings of 6 numbers."""
+def write_texts(path: Path, model: Path | None = None) -> Path:
+    """A vocabulary with embeddings of 6 numbers and, for a language model, the tokens of :data:`TEXTS`."""
     embeddings = torch.from_numpy(np.random.default_rng(1).normal(size=(len(TEXT_IDS), 6)).astype(np.float32))
-    save_file({"ids": torch.from_numpy(TEXT_IDS), "embeddings": embeddings}, str(path))
+    tensors = {"ids": torch.from_numpy(TEXT_IDS), "embeddings": embeddings}
+    if model is not None:
+        from bp_spark.model.text_history import tokenise
+
+        table = tokenise(TEXTS, str(model), 8, 64)
+        tensors |= {"tokens": table.tokens, "token_lengths": table.lengths}
+    save_file(tensors, str(path))
+    return path
+
+
+def write_language_model(path: Path, kind: str) -> Path:
+    """A tiny ``bert`` or ``gpt2`` of random weights with a tokenizer that knows letters only, but for the word *milk*."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
+
+    torch.manual_seed(1)
+    if kind == "bert":
+        letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+        special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+        words = [*special.values(), "milk", *letters, *(f"##{letter}" for letter in letters)]
+        vocabulary = {word: number for number, word in enumerate(words)}
+        pieces = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+        pieces.pre_tokenizer = pre_tokenizers.Whitespace()
+        frame = [(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")]
+        pieces.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=frame)
+        pieces.decoder = decoders.WordPiece()
+        BertModel(
+            BertConfig(
+                vocab_size=len(words),
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=16,
+                max_position_embeddings=96,
+            )
+        ).save_pretrained(path)
+    else:
+        special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+        words = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "mi", "lk", "milk"]
+        vocabulary = {word: number for number, word in enumerate(words)}
+        pieces = Tokenizer(models.BPE(vocabulary, [("m", "i"), ("l", "k"), ("mi", "lk")]))
+        pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        pieces.decoder = decoders.ByteLevel()
+        sizes = GPT2Config(
+            vocab_size=len(words), n_embd=16, n_layer=2, n_head=2, n_positions=96, bos_token_id=0, eos_token_id=0
+        )
+        GPT2Model(sizes).save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=pieces, model_max_length=96, **special).save_pretrained(path)
     return path

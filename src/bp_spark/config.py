@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +24,14 @@ Folder = Annotated[str, Field(min_length=1)]
 MemberName = Literal["linear", "btyd", "trees", "sqrt_trees", "transformer"]
 SEARCHED_SECTIONS = ("trees", "linear", "network", "pretraining", "training", "fusion")
 """What a search may change: nothing that the training set is made from."""
+NOT_SEARCHED = ("training.work_dir", "training.launcher", "network.backbone", "network.text.model")
+"""Settings of these sections that a search may not change: where training runs, and what the vocabulary is made from."""
+SIZES: Mapping[str, Mapping[str, int]] = {
+    "tiny": {"hidden_size": 64, "layers": 2, "heads": 4, "intermediate_size": 128, "adapter_size": 64},
+    "base": {"hidden_size": 256, "layers": 4, "heads": 8, "intermediate_size": 1024, "adapter_size": 128},
+    "large": {"hidden_size": 512, "layers": 8, "heads": 8, "intermediate_size": 2048, "adapter_size": 256},
+}
+"""What ``network.size`` stands for."""
 Delivered = Literal["transactions", "behaviours", "searches", "reviews", "items"]
 
 
@@ -163,14 +171,39 @@ class LabelsConfig(Section):
     """Days in which the weight of a past label halves; null for no such weight."""
 
 
+class HistoryTextConfig(Section):
+    """How a language model reads histories as text, tuned by low-rank adaptation (LoRA, Hu et al. 2021,
+    arXiv:2106.09685); for ``backbone: text``.
+    """
+
+    model: str | None = None
+    """As ``texts.model``, which it is if ``null``: any ``AutoModel`` of the BERT or the GPT-2 kind."""
+    max_tokens: Positive = 128
+    """Of a history; the oldest events are left out."""
+    lora_rank: Positive = 8
+    """Of the change of each weight matrix."""
+    lora_alpha: float = Field(16.0, gt=0)
+    """The change is multiplied by ``lora_alpha / lora_rank``."""
+    lora_dropout: Fraction = 0.05
+
+
+def _by_size(name: str) -> Callable[[dict[str, Any]], int]:
+    return lambda given: SIZES[given["size"]][name]
+
+
 class NetworkConfig(Section):
     """The sequence model. Sizes are those of ``transformers.BertConfig``."""
 
-    hidden_size: Positive = 64
-    layers: Positive = 2
-    heads: Positive = 4
-    intermediate_size: Positive = 128
-    adapter_size: Positive = 64
+    backbone: Literal["events", "text"] = "events"
+    """What reads a history: ``events``: an encoder of events, trained from scratch; ``text``: a language model, tuned."""
+    size: Literal["tiny", "base", "large"] = "tiny"
+    """Sets each of the five sizes below that isn't given, or is ``null``; see :data:`SIZES`."""
+    hidden_size: Positive = Field(default_factory=_by_size("hidden_size"))
+    layers: Positive = Field(default_factory=_by_size("layers"))
+    heads: Positive = Field(default_factory=_by_size("heads"))
+    intermediate_size: Positive = Field(default_factory=_by_size("intermediate_size"))
+    adapter_size: Positive = Field(default_factory=_by_size("adapter_size"))
+    text: HistoryTextConfig = HistoryTextConfig()
     dropout: Fraction = 0.1
     pooling: Literal["attention", "mean"] = "attention"
     loss: Literal["ziln", "tweedie", "mse"] = "tweedie"
@@ -182,6 +215,13 @@ class NetworkConfig(Section):
     """Spend bands of equally many training rows each."""
     bands_weight: float = Field(0.0, ge=0)
     """Of a second task, to tell a user's band, in the training loss; 0 leaves it out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return {key: value for key, value in values.items() if value is not None or key not in SIZES["tiny"]}
 
     @model_validator(mode="after")
     def _heads_share_the_size(self) -> NetworkConfig:
@@ -342,8 +382,10 @@ class SearchConfig(Section):
     def _only_what_is_fitted(self) -> SearchConfig:
         for key in self.space:
             section, dot, _ = key.partition(".")
-            if not dot or section not in SEARCHED_SECTIONS or key in ("training.work_dir", "training.launcher"):
+            if not dot or section not in SEARCHED_SECTIONS:
                 raise ValueError(f"space: {key} is no setting of {', '.join(SEARCHED_SECTIONS)}")
+            if key in NOT_SEARCHED:
+                raise ValueError(f"space: {key} can't be searched")
         return self
 
 
@@ -413,6 +455,20 @@ class Config(Section):
     bundles: Folder = "bundles"
     """Folder of model bundles; ``bundles/current`` names the promoted one."""
 
+    @property
+    def history_model(self) -> str:
+        """The language model of the ``text`` backbone, as in ``texts.model``."""
+        return self.network.text.model or self.texts.model
+
+    @model_validator(mode="after")
+    def _only_events_are_pretrained(self) -> Config:
+        if self.pretraining.max_epochs and self.network.backbone != "events":
+            raise ValueError(
+                f"pretraining.max_epochs ({self.pretraining.max_epochs}) must be 0 where network.backbone is "
+                f"{self.network.backbone}: only the events backbone is pre-trained here"
+            )
+        return self
+
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration.
@@ -462,10 +518,14 @@ def changed(config: Config, settings: Mapping[str, object]) -> Config:
     Raises:
         ConfigError: a key is unknown, or a value has the wrong type or range.
     """
-    values = config.model_dump()
+    # what nobody gave may follow from what is changed, as the sizes from network.size
+    values = config.model_dump(exclude_unset=True)
     for key, value in settings.items():
-        section, _, name = key.partition(".")
-        values.setdefault(section, {})[name] = value
+        *parents, last = key.split(".")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -491,7 +551,9 @@ def _explain(name: str, error: ValidationError) -> str:
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             lines.append(f"{name}: unknown key {key}{_suggestion(key)}")
-        else:
+        elif not key:
+            lines.append(f"{name}: {problem['msg']}")
+        elif problem["type"] != "default_factory_not_called":  # another problem of the same section is why
             lines.append(f"{name}: {key}: {problem['msg']} (got {problem['input']!r})")
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
+from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -587,7 +588,8 @@ def _work_folder(run: Run) -> Path:
 
 
 def _vocabulary(run: Run, test_date: date, folder: Path) -> Path:
-    """The most frequent texts before the test date with their embeddings, as a safetensors file."""
+    """The most frequent texts before the test date with their embeddings, as a safetensors file; with their tokens too, if
+    a language model reads histories."""
     lakehouse, config = run.lakehouse, run.config.texts
     frequent = (
         lakehouse.read("events")
@@ -603,16 +605,29 @@ def _vocabulary(run: Run, test_date: date, folder: Path) -> Path:
         raise DataError("text_embeddings", f"holds nothing by the language model {config.model}; run featurize first")
     width = len(rows["embedding"].iloc[0]) if len(rows) else 1
     path = folder / "texts.safetensors"
-    save_file(
-        {
-            "ids": rows["text_id"].to_numpy(np.int64),
-            "embeddings": np.stack(rows["embedding"].to_list()).astype(np.float32)
-            if len(rows)
-            else np.zeros((0, width), np.float32),
-        },
-        path,
-    )
+    arrays = {
+        "ids": rows["text_id"].to_numpy(np.int64),
+        "embeddings": np.stack(rows["embedding"].to_list()).astype(np.float32)
+        if len(rows)
+        else np.zeros((0, width), np.float32),
+    }
+    if run.config.network.backbone == "text":
+        arrays |= _tokens(run, rows["text_id"])
+    save_file(arrays, path)
     return path
+
+
+def _tokens(run: Run, text_ids: pd.Series) -> dict[str, np.ndarray]:
+    """What events are written with: of words, and of these texts in their order."""
+    # torch takes seconds to import: a platform without a sequence model doesn't pay for it
+    from bp_spark.model.text_history import tokenise
+
+    config, known = run.config, run.spark.createDataFrame([(int(n),) for n in text_ids], "text_id bigint")
+    found = run.lakehouse.read("texts").join(F.broadcast(known), "text_id").select("text_id", "text").toPandas()
+    ordered = found.set_index("text_id")["text"].reindex(text_ids).fillna("").to_list()
+    folder, network = texts.model_folder(config.history_model), config.network.text
+    table = tokenise(ordered, folder, config.texts.max_tokens, network.max_tokens)
+    return {"tokens": table.tokens.numpy(), "token_lengths": table.lengths.numpy()}
 
 
 def _spread(rows: DataFrame, run: Run, *partitions: str) -> DataFrame:
@@ -1071,11 +1086,7 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
             said = fusion.apply({name: out_of_fold[name].to_numpy() for name in fusion.members})["expected_spend"]
             return evaluation.evaluate(out_of_fold["label_spend"].to_numpy(), said)[config.search.metric]
 
-        now = {
-            key: config.model_dump()[section][name]
-            for key in config.search.space
-            for section, _, name in [key.partition(".")]
-        }
+        now = {key: reduce(getattr, key.split("."), config) for key in config.search.space}
         found = Search(config.search, now, judge, config.training.seed)
         with run.stage("search") as figures, SummaryWriter(str(folder / "search")) as writer:
             for trial in tqdm(found.run(), total=config.search.trials, desc="search", unit="trial", file=sys.stderr):

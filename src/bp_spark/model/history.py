@@ -7,9 +7,12 @@ the user, and what it makes of them is pooled.
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -85,25 +88,36 @@ class HistoryEncoder(nn.Module):
         ).last_hidden_state
         return read
 
+    def pool(self, states: Tensor, mask: Tensor) -> Tensor:
+        """One vector [B, size] from what :meth:`read` returned for histories of this mask."""
+        return pooled(states, F.pad(mask, (1, 0), value=True), self.pooling_score)
+
+    def widths(self, lengths: np.ndarray) -> np.ndarray:
+        """Tokens of histories of so many events, int64 [B]: the user's and one for each."""
+        return lengths + 1
+
     @torch.no_grad()
-    def read_texts(self) -> Tensor:
-        """What an event takes from each text of the vocabulary, float32 [V + 1, size]; the first row is no text."""
+    def merged(self) -> HistoryEncoder:
+        """As a bundle holds it: what an event takes from a text is looked up, so the text itself isn't needed any more."""
+        if isinstance(self.text, nn.Identity):
+            return self
+        twin = copy.deepcopy(self)
         parts = self.text_embeddings.split(_TEXTS_AT_ONCE)
-        return torch.cat([self.text(part.to(self.user.dtype)) for part in parts]).float()
+        twin.take_texts(torch.cat([self.text(part.to(self.user.dtype)) for part in parts]).float())
+        return twin
 
     def take_texts(self, table: Tensor) -> None:
-        """Look up what :meth:`read_texts` returned instead of reading texts event by event: for scoring, not for training."""
+        """Look up texts in what :meth:`carried` returned, float32 [V + 1, size]: for scoring, not for training."""
         self.text_embeddings = table
         self.text = nn.Identity()
 
-    def pool(self, states: Tensor, mask: Tensor) -> Tensor:
-        """One vector [B, size] from what :meth:`read` returned for histories of this mask."""
-        seen = F.pad(mask, (1, 0), value=True)
-        if self.pooling_score is None:
-            weight = seen.to(states.dtype)
-            return (states * weight.unsqueeze(-1)).sum(dim=1) / weight.sum(dim=1, keepdim=True)
-        score = self.pooling_score(states).squeeze(-1).float().masked_fill(~seen, -math.inf)
-        return (states * score.softmax(dim=1).unsqueeze(-1)).sum(dim=1)
+    def carried(self) -> dict[str, Tensor]:
+        """What a bundle holds of a merged encoder beside its state."""
+        return {"texts": self.text_embeddings}
+
+    def described(self) -> dict[str, Any]:
+        """Nothing more is needed to make an encoder of the same sizes."""
+        return {}
 
     def save(self, folder: Path) -> None:
         """Write the weights (:data:`ENCODER_FILE`), without the texts."""
@@ -121,6 +135,17 @@ class HistoryEncoder(nn.Module):
         tensors = read_tensors(path)
         require_same_tensors(self, tensors, path)
         self.load_state_dict(tensors)
+
+
+def pooled(states: Tensor, seen: Tensor, score: nn.Linear | None) -> Tensor:
+    """Sequences [B, T, D] as vectors [B, D]: the mean of the states that are ``seen``, bool [B, T], or their sum weighed by
+    the softmax of a score. Each sequence has one at least.
+    """
+    if score is None:
+        weight = seen.to(states.dtype)
+        return (states * weight.unsqueeze(-1)).sum(dim=1) / weight.sum(dim=1, keepdim=True)
+    weight = score(states).squeeze(-1).float().masked_fill(~seen, -math.inf)
+    return (states * weight.softmax(dim=1).unsqueeze(-1)).sum(dim=1)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

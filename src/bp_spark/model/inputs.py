@@ -36,6 +36,8 @@ WEEKDAYS = 8
 HOURS = 24
 NUMERIC_FEATURES = 5
 """Of an event: log amount, log items, discount share, log gap to the event before, log age."""
+AMOUNT, GAP, AGE = 0, 3, 4
+"""Places among them."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The sequence model: a user's events and tabular features in, expected spend in money out.
 
-The history as :class:`~bp_spark.model.history.HistoryEncoder` reads it, joined with the tabular features and passed
+The history as :class:`~bp_spark.model.history.HistoryEncoder` reads it, or as text
+:class:`~bp_spark.model.text_history.TextHistoryEncoder`, joined with the tabular features and passed
 through a residual adapter, ends in a zero-inflated lognormal (or one log1p value, by configuration).
 
 :class:`SpendNetwork` is trained; :class:`TransformerMember` is what a bundle holds.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from bp_spark.model.columns import Columns
 from bp_spark.model.history import HistoryEncoder, read_tensors, require_same_tensors
 from bp_spark.model.inputs import Batch, InputSpec, read
 from bp_spark.model.losses import band_loss, log_mse_loss, tweedie_loss, ziln_loss, ziln_parameters
+from bp_spark.model.text_history import TextHistoryEncoder, restored
 
 WEIGHTS_FILE = "transformer.safetensors"
 DESCRIPTION_FILE = "transformer.json"
@@ -36,10 +38,13 @@ BATCH_EVENTS = 8192
 """Events of one forward pass: the activations of more fall out of a core's cache, those of fewer don't fill it."""
 GPU_BATCH_EVENTS = 262_144
 
-_TEXT_READER = "history.text."
 _TABULAR_LIMIT = 10.0
 _MIN_STD = 1e-6
 _OUTPUTS = {"ziln": 3, "tweedie": 1, "mse": 1}
+_HISTORY = "history."
+
+History = HistoryEncoder | TextHistoryEncoder
+"""What reads a history: users in, [B, hidden_size] out."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +81,7 @@ class SpendNetwork(nn.Module):
         spec: what is read of a user.
         config: sizes and loss.
         vocabulary_ids: int64 [V], sorted: ids of the texts.
-        text_embeddings: [V, D], the frozen language model's reading of them; kept as float16.
-
-    Raises:
-        ConfigError: the sizes do not fit each other.
+        history: what reads histories, of ``config.hidden_size``.
     """
 
     vocabulary_ids: Tensor
@@ -91,14 +93,14 @@ class SpendNetwork(nn.Module):
     label_scale: Tensor
     band_edges: Tensor
 
-    def __init__(self, spec: InputSpec, config: NetworkConfig, vocabulary_ids: Tensor, text_embeddings: Tensor) -> None:
+    def __init__(self, spec: InputSpec, config: NetworkConfig, vocabulary_ids: Tensor, history: History) -> None:
         super().__init__()
         self.spec = spec
         self.config = config
         size, features = config.hidden_size, len(spec.tabular)
 
         self.register_buffer("vocabulary_ids", vocabulary_ids.long(), persistent=False)
-        self.history = HistoryEncoder(config, spec.history_length, text_embeddings)
+        self.history = history
 
         self.register_buffer("tabular_mean", torch.zeros(features))
         self.register_buffer("tabular_std", torch.ones(features))
@@ -129,8 +131,8 @@ class SpendNetwork(nn.Module):
 
     @property
     def parameter_count(self) -> int:
-        """Trainable numbers; the frozen texts are not among them."""
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        """Numbers of all weights, a language model's frozen ones among them; the texts' are not."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     @torch.no_grad()
     def fit_statistics(self, statistics: Statistics) -> None:
@@ -213,25 +215,21 @@ class SpendNetwork(nn.Module):
         return outputs[:, : _OUTPUTS[self.config.loss]]
 
     def save(self, folder: Path) -> None:
-        """Write weights, buffers and texts (:data:`WEIGHTS_FILE`), and sizes (:data:`DESCRIPTION_FILE`).
-
-        Of a text only what an event takes from it is kept: scoring looks it up, and needs a sixth of the memory.
-        """
+        """Write weights, buffers and texts (:data:`WEIGHTS_FILE`), and sizes (:data:`DESCRIPTION_FILE`)."""
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in self.state_dict().items()
-            if not name.startswith(_TEXT_READER)
-        }
-        tensors["vocabulary_ids"] = self.vocabulary_ids.cpu()
-        tensors["texts"] = self.history.read_texts().cpu()
-        save_file(tensors, str(folder / WEIGHTS_FILE))
+        history = self.history.merged()
+        tensors = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(_HISTORY)}
+        tensors |= {f"{_HISTORY}{name}": tensor for name, tensor in history.state_dict().items()}
+        tensors |= {"vocabulary_ids": self.vocabulary_ids, **history.carried()}
+        written = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(written, str(folder / WEIGHTS_FILE))
         description = {
             "format": FORMAT,
             "input": self.spec.to_json(),
             "network": self.config.model_dump(mode="json"),
             "vocabulary": len(self.vocabulary_ids),
             "parameters": self.parameter_count,
+            **history.described(),
         }
         text = json.dumps(description, indent=2, sort_keys=True) + "\n"
         (folder / DESCRIPTION_FILE).write_text(text, encoding="utf-8")
@@ -246,16 +244,13 @@ class SpendNetwork(nn.Module):
             BundleError: a file is missing, damaged or of a newer format, or tensors don't fit the
             description.
         """
-        spec, config, vocabulary = _read_description(folder / DESCRIPTION_FILE)
+        spec, config, description = _read_description(folder / DESCRIPTION_FILE)
         path = folder / WEIGHTS_FILE
         tensors = read_tensors(path)
         ids = tensors.pop("vocabulary_ids", torch.zeros(0))
-        texts = tensors.pop("texts", torch.zeros(0))
-        wanted = (vocabulary + 1, config.hidden_size)
-        if ids.shape != (vocabulary,) or texts.shape != wanted:
-            raise BundleError(f"{path}: texts must be {wanted[0]} x {wanted[1]}, found {tuple(texts.shape)}")
-        network = cls(spec, config, ids, torch.zeros(0, 1))
-        network.history.take_texts(texts)
+        if ids.shape != (description["vocabulary"],):
+            raise BundleError(f"{path}: there must be {description['vocabulary']} texts, found {tuple(ids.shape)}")
+        network = cls(spec, config, ids, _restored_history(spec, config, description, tensors, path))
         require_same_tensors(network, tensors, path)
         network.load_state_dict(tensors, assign=True)
         return network.eval()
@@ -271,7 +266,7 @@ class TransformerMember:
 
     Args:
         network: a trained network.
-        batch_events: events of one forward pass at most, padding and user tokens included.
+        batch_events: events of one forward pass at most, padding and user tokens included; tokens of histories read as text.
     """
 
     name = "transformer"
@@ -306,7 +301,7 @@ class TransformerMember:
         users = read(columns, network.spec, network.vocabulary_ids.cpu().numpy())
         out = np.empty(len(users))
         with torch.inference_mode():
-            for rows in self._batches(users.lengths):
+            for rows in self._batches(network.history.widths(users.lengths)):
                 outputs = network(users.batch(rows).to(network.vocabulary_ids.device))
                 out[rows] = answer(outputs).double().cpu().numpy()
         return out
@@ -329,25 +324,39 @@ class TransformerMember:
         """See :meth:`SpendNetwork.load`."""
         return cls(SpendNetwork.load(folder))
 
-    def _batches(self, lengths: np.ndarray) -> Iterator[np.ndarray]:
-        """Positions of users of like length, as many as make a full batch."""
-        order = np.argsort(lengths, kind="stable")
+    def _batches(self, widths: np.ndarray) -> Iterator[np.ndarray]:
+        """Positions of users of like width, as many as make a full batch."""
+        order = np.argsort(widths, kind="stable")
         start = 0
         while start < len(order):
-            # the longest of the batch is its last, and the batch has at least one user
-            padded = (lengths[order[start:]] + 1) * np.arange(1, len(order) - start + 1)
+            # the widest of the batch is its last, and the batch has at least one user
+            padded = widths[order[start:]] * np.arange(1, len(order) - start + 1)
             end = start + max(1, int(np.searchsorted(padded, self.batch_events, side="right")))
             yield order[start:end]
             start = end
 
 
-def _read_description(path: Path) -> tuple[InputSpec, NetworkConfig, int]:
+def _restored_history(
+    spec: InputSpec, config: NetworkConfig, description: Mapping[str, Any], tensors: dict[str, Tensor], path: Path
+) -> History:
+    """The history half, of which the tensors that are no state of it are taken out."""
+    if config.backbone == "text":
+        return restored(config, description["vocabulary"], description.get("language"), tensors, path)
+    texts, expected = tensors.pop("texts", torch.zeros(0)), (description["vocabulary"] + 1, config.hidden_size)
+    if texts.shape != expected:
+        raise BundleError(f"{path}: texts must be of shape {expected}, found {tuple(texts.shape)}")
+    history = HistoryEncoder(config, spec.history_length, torch.zeros(0, 1))
+    history.take_texts(texts)
+    return history
+
+
+def _read_description(path: Path) -> tuple[InputSpec, NetworkConfig, dict[str, Any]]:
     try:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if description["format"] != FORMAT:
             raise BundleError(f"{path}: format {description['format']!r}, this version reads {FORMAT}")
         spec = InputSpec.from_json(description["input"])
         config = NetworkConfig.model_validate(description["network"])
-        return spec, config, int(description["vocabulary"])
+        return spec, config, {**description, "vocabulary": int(description["vocabulary"])}
     except (OSError, KeyError, TypeError, ValueError, ValidationError) as error:
         raise BundleError(f"{path}: no description of a network: {error}") from error

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bp_spark.config import NetworkConfig, PretrainingConfig
 from bp_spark.model.history import HistoryEncoder
-from bp_spark.model.inputs import HISTORY_COLUMNS, KINDS, Batch, InputSpec, collate
+from bp_spark.model.inputs import AGE, AMOUNT, GAP, HISTORY_COLUMNS, KINDS, Batch, InputSpec, collate
 
 PARTS = (
     "masked_kind",
@@ -38,8 +38,6 @@ PARTS = (
     "next_days",
 )
 """Of the loss."""
-
-_AMOUNT, _GAP, _AGE = 0, 3, 4  # of Batch.numeric
 
 
 @dataclass(frozen=True)
@@ -156,14 +154,14 @@ def exercise(
     hidden = history.mask & torch.from_numpy(rng.random(tuple(history.mask.shape)) < config.mask_fraction)
     # The gap of the event after a hidden one would tell when that was.
     numeric = history.numeric.clone()
-    numeric[..., _GAP].masked_fill_(F.pad(hidden, (1, 0))[:, :-1], 0.0)
+    numeric[..., GAP].masked_fill_(F.pad(hidden, (1, 0))[:, :-1], 0.0)
     spend = np.log1p(parts.spend[parts.covered].clip(min=0))
     return Exercise(
         history=replace(history, numeric=numeric),
         hidden=hidden,
-        masked=_targets(history, hidden, _GAP),
+        masked=_targets(history, hidden, GAP),
         followed=following.mask.any(dim=1),
-        following=_targets(following, following.mask, _AGE),
+        following=_targets(following, following.mask, AGE),
         covered=torch.from_numpy(parts.covered),
         spend=torch.from_numpy(spend.astype(np.float32)),
     )
@@ -171,7 +169,7 @@ def exercise(
 
 def _targets(batch: Batch, chosen: Tensor, time: int) -> Targets:
     numbers = batch.numeric[chosen]
-    return Targets(batch.kind[chosen], numbers[:, _AMOUNT], numbers[:, time], batch.text[chosen])
+    return Targets(batch.kind[chosen], numbers[:, AMOUNT], numbers[:, time], batch.text[chosen])
 
 
 class PretrainingNetwork(nn.Module):

@@ -27,9 +27,11 @@ from bp_spark import __version__
 from bp_spark.config import Config, TrainingConfig, digest
 from bp_spark.errors import BundleError, DataError
 from bp_spark.loader import Columns, Feed, Snapshot
-from bp_spark.model.history import ENCODER_FILE
+from bp_spark.model.history import ENCODER_FILE, HistoryEncoder
 from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, empty_user, tabular_matrix
-from bp_spark.model.network import SpendNetwork, Statistics
+from bp_spark.model.network import History, SpendNetwork, Statistics
+from bp_spark.model.text_history import TextHistoryEncoder, TokenTable, adapted
+from bp_spark.texts import model_digest, model_folder
 from bp_spark.training.distributed import Group, process_group, run_ranks
 from bp_spark.training.loop import Loop, run_epochs
 from bp_spark.training.progress import Progress, TrainingOutcome, decayed, resume, warmup_cosine
@@ -78,7 +80,8 @@ def finetune(
         train: rows to fit on: ``label_spend`` and the columns of ``spec``.
         valid: rows to stop early on; without any the network of the last epoch is taken.
         spec: what the network reads.
-        texts_path: safetensors with ``ids`` (int64 [V], sorted) and ``embeddings`` (float [V, D]).
+        texts_path: safetensors with ``ids`` (int64 [V], sorted) and ``embeddings`` (float [V, D]); for the ``text``
+            backbone also with ``tokens`` and ``token_lengths``, see :class:`bp_spark.model.text_history.TokenTable`.
         config: settings.
         run_dir: folder of checkpoints, TensorBoard logs and the result; on a cluster one that all machines
             see.
@@ -96,6 +99,8 @@ def finetune(
             if name not in part.schema.names:
                 raise DataError(part.path, "must be a column of all files", column=name)
     read_texts(Path(texts_path))
+    if config.network.backbone == "text":
+        read_tokens(Path(texts_path))
     run_dir = Path(run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     epochs = min(epochs or config.training.max_epochs, config.training.max_epochs)
@@ -120,7 +125,7 @@ def inputs_digest(
         BundleError: the pre-trained encoder can't be read.
     """
     texts = hashlib.sha256(Path(texts_path).read_bytes()).hexdigest()
-    parts = (
+    parts: tuple[object, ...] = (
         train.files,
         valid.files if valid else None,
         spec.to_json(),
@@ -129,6 +134,8 @@ def inputs_digest(
         config.training,
         __version__,
     )
+    if config.network.backbone == "text":
+        parts += (model_digest(config.texts.model_copy(update={"model": config.history_model})),)
     if initial is None:
         return digest(*parts)
     try:
@@ -179,9 +186,7 @@ def _train(job: Job, group: Group) -> Progress:
     valid = None if job.valid is None else _data(job.valid, job, ids, group)
 
     torch.manual_seed(settings.seed)
-    network = SpendNetwork(job.spec, job.config.network, ids, embeddings)
-    if job.initial is not None:
-        network.history.restore(job.initial)
+    network = SpendNetwork(job.spec, job.config.network, ids, _history(job, embeddings))
     network.fit_statistics(training_statistics(train, job.config.network.bands, group))
     network.to(group.device)
     optimizer = _optimizer(network, settings)
@@ -292,6 +297,17 @@ def _moments(count: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[
     return mean, np.sqrt(np.maximum(second / np.maximum(count, 1) - mean**2, 0))
 
 
+def _history(job: Job, embeddings: Tensor) -> History:
+    config = job.config.network
+    if config.backbone == "text":
+        language = adapted(model_folder(job.config.history_model), config)
+        return TextHistoryEncoder(config, language, read_tokens(job.texts))
+    history = HistoryEncoder(config, job.spec.history_length, embeddings)
+    if job.initial is not None:
+        history.restore(job.initial)
+    return history
+
+
 def _data(snapshot: Snapshot, job: Job, ids: Tensor, group: Group) -> Data:
     feed = Feed(snapshot.share(group.rank, group.size), (LABEL, *job.spec.tabular), HISTORY_COLUMNS)
     steps = math.ceil(snapshot.rows / job.config.training.batch_size)
@@ -317,3 +333,15 @@ def read_texts(path: Path) -> tuple[Tensor, Tensor]:
     if (ids.diff() <= 0).any():
         raise DataError(str(path), "must be sorted and distinct", column="ids")
     return ids, embeddings
+
+
+def read_tokens(path: Path) -> TokenTable:
+    """What events are written with, of the texts of :func:`read_texts` from the same file."""
+    tensors = load_file(str(path))
+    try:
+        table = TokenTable(tensors["tokens"], tensors["token_lengths"])
+    except (KeyError, ValueError) as error:
+        raise DataError(str(path), f"must hold the tokens of words and texts: {error}") from error
+    if table.texts != len(tensors["ids"]):
+        raise DataError(str(path), "must have tokens of each text", column="tokens")
+    return table

@@ -1,0 +1,306 @@
+"""A user's events in, read as text by a language model, one vector out: the other history half of the sequence model.
+
+An event is written in four parts: its kind, a round amount, a round age and its text, as in *purchase 20 2 weeks soft
+drinks*. Each part is a row of a :class:`TokenTable` that :func:`tokenise` makes once, so a batch of histories becomes
+tokens by look-ups alone. The language model's own weights are frozen; low-rank adaptation (LoRA, Hu et al. 2021,
+arXiv:2106.09685) tunes it, and is merged into them for scoring.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
+from transformers import logging as transformers_logging
+from transformers.pytorch_utils import Conv1D
+
+from bp_spark.config import NetworkConfig
+from bp_spark.errors import BundleError, ConfigError
+from bp_spark.model.history import pooled
+from bp_spark.model.inputs import AGE, AMOUNT, Batch
+from bp_spark.tables import KINDS
+
+AMOUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000)
+"""An amount is written as the least of these that is not below it."""
+AGES = {
+    "1 day": 1,
+    "3 days": 3,
+    "1 week": 7,
+    "2 weeks": 14,
+    "1 month": 30,
+    "2 months": 60,
+    "3 months": 90,
+    "6 months": 180,
+    "1 year": 365,
+}
+"""An age is written as the least of these, in days, that is not below it."""
+
+_KINDS = ("event", *KINDS)
+_AMOUNTS = ("refund", "", *map(str, AMOUNTS), "1000000")
+_AGES = (*AGES, "years")
+_WORDS = (*_KINDS, *_AMOUNTS, *_AGES)
+_AMOUNT_ROW, _AGE_ROW = len(_KINDS), len(_KINDS) + len(_AMOUNTS)
+_START, _END, _TEXT_ROW = len(_WORDS), len(_WORDS) + 1, len(_WORDS) + 2
+_SMALLEST = 1e-6
+_EVENT_TOKENS = 8
+"""Of an event in the mean, with its text: to tell short histories from long ones."""
+_LANGUAGE = "language."
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """What events are written with, in tokens.
+
+    Attributes:
+        tokens: int32 [R, W]: the words of kinds, amounts and ages, what a history starts and ends with, no text, then the
+            V texts of the vocabulary in its order; padded with 0.
+        lengths: int32 [R], tokens of each row.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 2 or self.lengths.shape != self.tokens.shape[:1] or self.texts < 0:
+            raise ValueError("must have a length for each row, and a row for each word")
+
+    @property
+    def texts(self) -> int:
+        """V."""
+        return len(self.lengths) - _TEXT_ROW - 1
+
+
+def tokenise(texts: Sequence[str], folder: str, text_tokens: int, history_tokens: int) -> TokenTable:
+    """Write words and texts in the tokens of a language model.
+
+    Args:
+        texts: in the order of the vocabulary.
+        folder: of the model and its tokenizer, or its hub name.
+        text_tokens: of a text that are read; the rest is cut off.
+        history_tokens: of a whole history; the model must be able to read so many.
+
+    Raises:
+        ConfigError: it is no model that can read histories as text, or not such long ones.
+    """
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"network.text.model: {folder} is no language model with a tokenizer: {reason}") from error
+    if config.is_encoder_decoder:
+        raise ConfigError(f"network.text.model: {folder} has an encoder and a decoder; only one of them can be used")
+    most = min(getattr(config, "max_position_embeddings", history_tokens), tokenizer.model_max_length)
+    if history_tokens > most:
+        raise ConfigError(f"network.text.max_tokens: {history_tokens} is more than the {most} tokens {folder} can read")
+    # a space before, for tokens of the GPT-2 kind know where a word begins by it
+    written = tokenizer(
+        [f" {text}" for text in (*_WORDS, *texts)], add_special_tokens=False, truncation=True, max_length=history_tokens
+    )["input_ids"]
+    start, end = _frame(tokenizer, folder)
+    rows = [*written[: len(_WORDS)], start, end, [], *(ids[:text_tokens] for ids in written[len(_WORDS) :])]
+    rows[_AMOUNT_ROW + _AMOUNTS.index("")] = []
+    lengths = np.fromiter(map(len, rows), np.int32, len(rows))
+    tokens = np.zeros((len(rows), int(lengths.max())), np.int32)
+    tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = np.concatenate([np.array(row, np.int32) for row in rows])
+    return TokenTable(torch.from_numpy(tokens), torch.from_numpy(lengths))
+
+
+def _frame(tokenizer: Any, folder: str) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and behind a text; before it at least one token, to stand for nobody's history."""
+    told = tokenizer(f" {KINDS[0]}", return_special_tokens_mask=True)
+    ids, added = list(told["input_ids"]), list(told["special_tokens_mask"])
+    start, end = ids[: added.index(0)], ids[len(ids) - added[::-1].index(0) :]
+    if not start:
+        ends = (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        start = [token for token in ends if token is not None][:1]
+    if not start:
+        raise ConfigError(f"network.text.model: the tokenizer of {folder} has no token for the start of a text")
+    return start, end
+
+
+class TextHistoryEncoder(nn.Module):
+    """Reads histories as text. Of its state the frozen weights of the language model are no part.
+
+    Args:
+        config: sizes and pooling.
+        language: what :func:`adapted` or :func:`restored` made.
+        table: what events are written with.
+
+    Raises:
+        ConfigError: the tokens of a history don't suffice for one event.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    amount_edges: Tensor
+    age_edges: Tensor
+
+    def __init__(self, config: NetworkConfig, language: nn.Module, table: TokenTable) -> None:
+        super().__init__()
+        self.config = config
+        self.language = language
+        lengths = table.lengths.long()
+        self.room = config.text.max_tokens - int(lengths[_START] + lengths[_END])
+        parts = (lengths[:_AMOUNT_ROW], lengths[_AMOUNT_ROW:_AGE_ROW], lengths[_AGE_ROW:_START])
+        for_text = self.room - sum(int(part.max()) for part in parts)
+        if for_text < 1:
+            least = config.text.max_tokens - for_text + 1
+            raise ConfigError(f"network.text.max_tokens: must be at least {least}, for one event")
+        self.register_buffer("tokens", table.tokens, persistent=False)
+        self.register_buffer("lengths", lengths.clamp(max=for_text).int(), persistent=False)
+        self.register_buffer("amount_edges", _log1p(-_SMALLEST, 0, *AMOUNTS), persistent=False)
+        self.register_buffer("age_edges", _log1p(*AGES.values()), persistent=False)
+        told: Any = language.config
+        width, self.padding = told.hidden_size, told.pad_token_id or 0
+        self.pooling_score = nn.Linear(width, 1) if config.pooling == "attention" else None
+        self.project = nn.Sequential(nn.Linear(width, config.hidden_size), nn.LayerNorm(config.hidden_size))
+        self.register_state_dict_post_hook(_leave_out_frozen)
+        self.register_load_state_dict_pre_hook(_put_in_frozen)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """One vector for each user, [B, hidden_size]."""
+        ids, seen = self.written(batch)
+        states = self.language(input_ids=ids, attention_mask=seen.long()).last_hidden_state
+        vectors: Tensor = self.project(pooled(states, seen, self.pooling_score))
+        return vectors
+
+    def written(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Histories as tokens, oldest event first; events for which there is no room are left out, the oldest first.
+
+        Returns:
+            ids int64 [B, T] and which of them are tokens, bool [B, T]; padding follows the tokens.
+        """
+        amount, age = batch.numeric[..., AMOUNT].contiguous(), batch.numeric[..., AGE].contiguous()
+        parts = (
+            batch.kind,
+            _AMOUNT_ROW + torch.bucketize(amount, self.amount_edges),
+            _AGE_ROW + torch.bucketize(age, self.age_edges),
+            _TEXT_ROW + batch.text,
+        )
+        rows = torch.stack(parts, dim=-1)
+        lengths = self.lengths[rows] * batch.mask.unsqueeze(-1)
+        up_to_now = lengths.sum(dim=-1).flip(1).cumsum(dim=1).flip(1)
+        lengths = lengths * (up_to_now <= self.room).unsqueeze(-1)
+
+        start, end = (rows.new_full((len(rows), 1), row) for row in (_START, _END))
+        rows = torch.cat([start, rows.flatten(1), end], dim=1)
+        lengths = torch.cat([self.lengths[start], lengths.flatten(1), self.lengths[end]], dim=1)
+        ends = lengths.cumsum(dim=1)
+        places = torch.arange(int(ends[:, -1].max()), device=rows.device).expand(len(rows), -1).contiguous()
+        part = torch.searchsorted(ends, places, right=True)
+        seen = part < rows.shape[1]
+        part = part.clamp(max=rows.shape[1] - 1)
+        place = (places - (ends - lengths).gather(1, part)).clamp(max=self.tokens.shape[1] - 1)
+        return self.tokens[rows.gather(1, part), place].long().masked_fill(~seen, self.padding), seen
+
+    def widths(self, lengths: np.ndarray) -> np.ndarray:
+        """Tokens of histories of so many events, int64 [B], about: beyond the cap more events are no more tokens."""
+        return np.minimum((lengths + 1) * _EVENT_TOKENS, self.config.text.max_tokens)
+
+    def merged(self) -> TextHistoryEncoder:
+        """The same encoder with the low-rank changes merged into the language model's weights."""
+        merge = getattr(self.language, "merge_and_unload", None)
+        if merge is None:
+            return self
+        twin = copy.deepcopy(self)
+        twin.language = twin.language.merge_and_unload().requires_grad_(False)  # type: ignore[operator]
+        return twin
+
+    def carried(self) -> dict[str, Tensor]:
+        """What a bundle holds of a merged encoder beside its state: see :func:`restored`."""
+        weights = {f"{_LANGUAGE}{name}": tensor for name, tensor in self.language.state_dict().items()}
+        return {"tokens": self.tokens, "token_lengths": self.lengths, **weights}
+
+    def described(self) -> dict[str, Any]:
+        """The language model's configuration, plain JSON."""
+        config: dict[str, Any] = json.loads(self.language.config.to_json_string(use_diff=False))  # type: ignore
+        return {"language": {key: value for key, value in config.items() if key != "_name_or_path"}}
+
+
+def adapted(folder: str, config: NetworkConfig) -> nn.Module:
+    """A pre-trained language model whose linear layers are tuned by low-rank adaptation, all else frozen.
+
+    Args:
+        folder: of the model, or its hub name.
+        config: rank, scale and dropout of the adaptation.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    model = _without_waste(AutoModel.from_pretrained(folder, dtype=torch.float32))
+    settings = config.text
+    low_rank = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=settings.lora_dropout,
+        target_modules="all-linear",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        return get_peft_model(model, low_rank)
+
+
+def restored(
+    config: NetworkConfig, vocabulary: int, language: Any, tensors: dict[str, Tensor], path: Path
+) -> TextHistoryEncoder:
+    """The encoder of which :meth:`TextHistoryEncoder.carried` and ``described`` told, its own layers still untrained.
+
+    Args:
+        config: sizes and pooling.
+        vocabulary: number of texts.
+        language: the language model's configuration.
+        tensors: those of ``carried`` are taken out.
+        path: where they are from.
+
+    Raises:
+        BundleError: they don't make a language model and a table of tokens.
+    """
+    weights = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_LANGUAGE)}
+    try:
+        table = TokenTable(tensors.pop("tokens"), tensors.pop("token_lengths"))
+        if table.texts != vocabulary:
+            raise ValueError(f"tokens of {table.texts} texts, not {vocabulary}")
+        values = dict(language)
+        told: PreTrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
+        model = _without_waste(AutoModel.from_config(told)).requires_grad_(False)
+        model.load_state_dict({name.removeprefix(_LANGUAGE): tensor for name, tensor in weights.items()}, assign=True)
+        return TextHistoryEncoder(config, model, table)
+    except (KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
+        raise BundleError(f"{path}: no language model that reads histories: {str(error).splitlines()[0]}") from error
+
+
+def _without_waste(model: Any) -> Any:
+    """The model without what no history needs; a layer that gets no gradient would stop DDP."""
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    model.config.use_cache = False
+    return model
+
+
+def _log1p(*values: float) -> Tensor:
+    numbers = np.asarray(values, np.float64)
+    return torch.from_numpy((np.sign(numbers) * np.log1p(np.abs(numbers))).astype(np.float32))
+
+
+def _frozen(module: nn.Module) -> Mapping[str, Tensor]:
+    return {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
+
+
+def _leave_out_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    for name in _frozen(module):
+        del state[prefix + name]
+
+
+def _put_in_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    state.update({prefix + name: parameter.data for name, parameter in _frozen(module).items()})
