@@ -361,7 +361,7 @@ class TrackingConfig(Section):
     """
     experiment: str = Field("bp-spark", min_length=1)
     """What runs are filed under."""
-    model: str = Field("purchasing-power", pattern=r"^[^/:@]+$")
+    model: str = Field("purchasing-power", pattern=r"^[^/:@']+$")
     """Registered model whose versions are the bundles of one folder ``bundles``."""
     alias: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$"), AfterValidator(_unreserved)] = "champion"
     """Name of the version that is promoted."""

@@ -50,6 +50,12 @@ _SQLITE = "sqlite:///"
 _MODEL = "model"
 _DIGEST = "bundle_digest"
 _PARAMS_AT_ONCE = 100
+_QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+_NOISY = ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store")
 _IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
 
@@ -62,14 +68,14 @@ class Published:
 
 
 def check(config: TrackingConfig) -> None:
-    """Make sure, in seconds, that there is a store that can be written to; nothing to do where tracking is off.
+    """Make sure, in seconds, that the store answers and has a place for bundles; nothing to do where tracking is off.
 
     Raises:
-        TrackingError: there is none.
+        TrackingError: it doesn't, or can't be written to for want of that place.
     """
     if config.uri is None:
         return
-    # MLflow's own patience with a server that doesn't answer is minutes
+    # MLflow's own patience with a server that doesn't answer is four minutes, which is right once there is much to lose
     before = {name: os.environ.get(name) for name in _IMPATIENT}
     os.environ.update(_IMPATIENT)
     try:
@@ -219,14 +225,14 @@ def _load_pyfunc(path: str) -> Scorer:
 @contextmanager
 def _asking(uri: str) -> Iterator[MlflowClient]:
     """A client of the store; what it fails with becomes a TrackingError that names the setting."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     # mlflow takes seconds to import: other stages don't pay for it
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    for noisy in ("alembic", "mlflow.store.db.utils"):
+    for noisy in _NOISY:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         if uri.startswith(_SQLITE):
