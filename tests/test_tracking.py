@@ -236,8 +236,11 @@ def test_a_version_is_fetched_once_and_verified(
     # the files of another bundle, whole as they are, in the place of the first
     shutil.rmtree(stored[0])
     shutil.copytree(second.folder, stored[0])
-    with pytest.raises(BundleError, match=f"another bundle than version 1 of {name}"):
+    with pytest.raises(
+        BundleError, match=f"models:/{name}/1: the files are those of another bundle, {second.digest[:12]}"
+    ):
         tracking.fetch(settings, f"models:/{name}/1")
+    assert [path.name for path in fetched.folder.parent.iterdir()] == [second.digest]
 
 
 @pytest.mark.parametrize("which", ["@champion", "/7"])

@@ -196,11 +196,11 @@ def fetch(config: Config, address: str) -> Bundle:
             place.parent.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(dir=place.parent) as draft:
                 found = download_artifacts(source, dst_path=draft, tracking_uri=uri, registry_uri=_registry_uri(uri))
-                _place(Path(found) / "data" / "bundle", place)
-    bundle = bundles.load(place)
-    if bundle.digest != digest:
-        raise BundleError(f"{place}: is another bundle than version {version.version} of {name} ({digest[:12]})")
-    return bundle
+                bundle = bundles.load(Path(found) / "data" / "bundle")
+                if bundle.digest != digest:
+                    raise BundleError(f"{address}: the files are those of another bundle, {bundle.digest[:12]}")
+                _place(bundle.folder, place)
+    return bundles.load(place)
 
 
 class Scorer:
