@@ -134,11 +134,11 @@ def _load_once(digest: str, carried: Broadcast[dict[str, bytes]]) -> Bundle:
             for name, content in carried.value.items():
                 (Path(folder) / name).write_bytes(content)
             _loaded[digest] = bundles.load(folder)
-        _pin_threads(_loaded[digest])
+        pin_threads(_loaded[digest])
     return _loaded[digest]
 
 
-def _pin_threads(bundle: Bundle) -> None:
+def pin_threads(bundle: Bundle) -> None:
     """As many threads as the task has cores; more would take those of the next task."""
     context = TaskContext.get()
     cores = context.cpus() if context else 1
