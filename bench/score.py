@@ -344,7 +344,7 @@ def exactness(table: Path, bundle: Bundle) -> dict[str, float]:
 
 
 def _settings(folder: Path) -> Config:
-    return config.load(overrides=[f"tables.path={folder}/lakehouse", f"bundles={folder}/bundles"])
+    return config.load(overrides=[f"tables.path={folder}/lakehouse", f"bundles={folder}/bundles", "tracking.uri=null"])
 
 
 def _write(spark: SparkSession, settings: Config, rows: DataFrame, day: date) -> None:

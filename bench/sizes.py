@@ -3,7 +3,7 @@
 In: settings. Out: ``build/bench/sizes.json``, also on standard output: for ``network.size`` of the events backbone, and for
 the text backbone, the numbers of weights, how many of them are trained, and, on one thread, CPU milliseconds of a forward pass
 for each user and of a training step for each row (forward, backward, AdamW). Every history is full:
-``features.history_length`` events, ``network.text.max_tokens`` tokens. CPU time, for that of the clock grows with what others do.
+``features.history_length`` events, ``network.text.max_tokens`` tokens. CPU time: seconds of the clock grow with what others do.
 """
 
 from __future__ import annotations

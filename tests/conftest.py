@@ -41,6 +41,8 @@ def settings(tmp_path: Path) -> Config:
             f"tables.path={tmp_path}/lakehouse",
             f"bundles={tmp_path}/bundles",
             f"training.work_dir={tmp_path}/work",
+            f"tracking.uri=sqlite:///{tmp_path}/tracking/mlflow.db",
+            f"tracking.artifacts={tmp_path}/tracking/artifacts",
         ]
     )
 

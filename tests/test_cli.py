@@ -27,6 +27,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         "backtest",
         "search",
         "score",
+        "publish",
         "sql",
         "quarantine",
         "generate",

@@ -194,6 +194,7 @@ def night(cluster: Cluster) -> Path:
     """The folder of the tables after the three jobs."""
     folder = cluster.folder
     settings = [f"tables.path={folder}/lakehouse", f"bundles={folder}/bundles", f"training.work_dir={folder}/ddp"]
+    settings.append("tracking.uri=null")
     for job, dates in JOBS.items():
         # such small models may rank worse than the linear one and not be promoted: the bundle is named
         chosen = ("--bundle", str(next(folder.glob("bundles/*/manifest.json")).parent)) if job == "score" else ()

@@ -62,13 +62,17 @@ def test_the_default_file_explains_each_key() -> None:
 
 def test_the_demo_writes_under_its_own_folder_and_adds_only_the_bracket_of_its_data() -> None:
     demo, defaults = config.load(CONF / "demo.yaml"), Config()
-    moved = (demo.tables.path, demo.training.work_dir, demo.bundles, demo.evaluation.reports)
+    moved = (demo.tables.path, demo.training.work_dir, demo.bundles, demo.evaluation.reports, demo.tracking.artifacts)
     assert all(str(folder).startswith("demo/") for folder in moved)
+    assert str(demo.tracking.uri).startswith("sqlite:///demo/")
     assert demo == defaults.model_copy(
         update={
             "tables": defaults.tables.model_copy(update={"path": demo.tables.path}),
             "training": defaults.training.model_copy(update={"work_dir": demo.training.work_dir}),
             "bundles": demo.bundles,
+            "tracking": defaults.tracking.model_copy(
+                update={"uri": demo.tracking.uri, "artifacts": demo.tracking.artifacts}
+            ),
             "evaluation": defaults.evaluation.model_copy(
                 update={"reports": demo.evaluation.reports, "external_segment": "income"}
             ),
@@ -244,6 +248,10 @@ def test_a_wrong_type_or_choice_is_refused_by_name(override: str) -> None:
         "cleaning.max_amount=.nan",
         "tables.namespace=a.b.c",
         'tables.namespace="bp; DROP TABLE x"',
+        "tracking.uri=https://me:secret@tracking.example",
+        "tracking.uri=work/mlflow.db",
+        "tracking.alias=latest",
+        "tracking.model=a/b",
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name_and_value(override: str) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
+from mlflow import MlflowClient
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from safetensors.numpy import load_file
@@ -66,6 +69,8 @@ def line(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Line:
             f"bundles={folder}/bundles",
             f"training.work_dir={folder}/work",
             f"evaluation.reports={folder}/reports",
+            f"tracking.uri=sqlite:///{folder}/tracking/mlflow.db",
+            f"tracking.artifacts={folder}/tracking/artifacts",
             "evaluation.external_segment=income",
             "evaluation.resamples=100",
         ]
@@ -74,6 +79,18 @@ def line(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Line:
     trained = pipeline.train(spark, settings, TEST_DATE)
     scored = pipeline.score(spark, settings, TEST_DATE)
     return Line(spark, settings, Lakehouse(spark, settings.tables), trained, scored)
+
+
+@pytest.fixture
+def registry(line: Line) -> Iterator[MlflowClient]:
+    """The registry as a user of MLflow sees it."""
+    mlflow.set_tracking_uri(line.config.tracking.uri)
+    yield MlflowClient()
+    mlflow.set_tracking_uri(None)
+
+
+def _champion(registry: MlflowClient) -> dict[str, str]:
+    return dict(registry.get_model_version_by_alias("purchasing-power", "champion").tags)
 
 
 def _versions(lakehouse: Lakehouse, *names: str) -> dict[str, int]:
@@ -114,8 +131,9 @@ def test_scores_keep_their_promises_row_by_row(line: Line) -> None:
 
 def test_a_second_run_of_the_same_night_changes_no_row(line: Line) -> None:
     before, versions = _night(line.lakehouse, TEST_DATE), _versions(line.lakehouse, "scores", "scores_latest")
-    again = pipeline.score(line.spark, line.config, TEST_DATE)
-    assert not again.written
+    for chosen in (None, "models:/purchasing-power/1"):
+        again = pipeline.score(line.spark, line.config, TEST_DATE, chosen)
+        assert not again.written
     assert _versions(line.lakehouse, "scores", "scores_latest") == versions
     pd.testing.assert_frame_equal(_night(line.lakehouse, TEST_DATE), before)
 
@@ -162,6 +180,18 @@ def test_the_udf_scores_as_the_bundle_does_in_this_process(line: Line) -> None:
     np.testing.assert_allclose(
         night["expected_spend"], here.loc[night.index, "expected_spend"].astype(float), rtol=1e-4
     )
+
+
+def test_a_version_of_the_registry_scores_as_the_night_did_in_a_udf_of_mlflow(
+    line: Line, registry: MlflowClient
+) -> None:
+    users = line.lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(TEST_DATE))
+    answer = mlflow.pyfunc.spark_udf(line.spark, "models:/purchasing-power/1", env_manager="local")
+    inputs = F.struct(*line.trained.bundle.required_columns)
+    answers = users.select("user_key", answer(inputs).alias("answer")).select("user_key", "answer.*").toPandas()
+    answers = answers.sort_values("user_key").reset_index(drop=True)
+    night = _night(line.lakehouse, TEST_DATE)[list(answers.columns)]
+    pd.testing.assert_frame_equal(answers, night, rtol=1e-4)
 
 
 def test_a_user_scores_the_same_whoever_shares_the_batch(line: Line) -> None:
@@ -280,7 +310,7 @@ def test_a_backtest_tells_how_sure_each_figure_is_and_promotes_nothing(line: Lin
     assert len(list(result.report.parent.glob("*.png"))) == 6
 
 
-def test_a_search_judges_settings_out_of_fold_and_records_every_trial(line: Line) -> None:
+def test_a_search_judges_settings_out_of_fold_and_records_every_trial(line: Line, registry: MlflowClient) -> None:
     space = {"trees.max_depth": SearchRange(low=1, high=3), "linear.l2": SearchRange(choices=(0.01, 1.0))}
     settings = line.config.model_copy(
         update={
@@ -297,6 +327,9 @@ def test_a_search_judges_settings_out_of_fold_and_records_every_trial(line: Line
     stored = line.lakehouse.read("trials").toPandas().sort_values("trial")
     assert stored["value"].tolist() == [trial.value for trial in result.trials]
     assert set(dict(stored["settings"].iloc[1])) == set(space)
+    (experiment,) = registry.search_experiments(filter_string="name = 'bp-spark'")
+    runs = registry.search_runs([experiment.experiment_id], "tags.stage = 'trial'")
+    assert sorted(run.data.metrics["spearman"] for run in runs) == sorted(stored["value"])
 
 
 @pytest.mark.parametrize(
@@ -385,7 +418,7 @@ def test_training_without_enough_history_is_refused(line: Line) -> None:
         pipeline.train(line.spark, line.config, date(2017, 3, 1))
 
 
-def test_the_first_bundle_is_promoted_above_the_baselines_and_says_so(line: Line) -> None:
+def test_the_first_bundle_is_promoted_above_the_baselines_and_says_so(line: Line, registry: MlflowClient) -> None:
     assert line.trained.promoted
     assert "no worse than linear 0." in line.trained.reason
     assert "no other bundle is promoted" in line.trained.reason
@@ -394,13 +427,22 @@ def test_the_first_bundle_is_promoted_above_the_baselines_and_says_so(line: Line
     stage = line.lakehouse.read("runs").filter("stage = 'promote'").orderBy("started_at").first()
     assert stage is not None
     assert stage["figures"]["reason"] == line.trained.reason
+    version = registry.get_model_version("purchasing-power", "1")
+    assert (version.tags["bundle_digest"], version.description) == (line.trained.bundle.digest, line.trained.reason)
+    run = registry.get_run(version.run_id)
+    metrics = line.trained.metrics.set_index(["population", "member", "metric"])["value"]
+    assert run.data.metrics["unseen/fused/gini"] == metrics["unseen", "fused", "gini"]
+    assert len(registry.get_metric_history(version.run_id, "transformer/valid_loss")) >= 1
 
 
-def test_a_retrained_bundle_that_cannot_be_told_from_the_promoted_one_replaces_it(line: Line) -> None:
+def test_a_retrained_bundle_that_cannot_be_told_from_the_promoted_one_replaces_it(
+    line: Line, registry: MlflowClient
+) -> None:
     again = pipeline.train(line.spark, line.config, TEST_DATE)
     assert again.promoted
     assert f"not distinguishable from {line.trained.bundle.folder.name}" in again.reason
     assert bundles.current(line.config.bundles) == again.bundle.folder
+    assert _champion(registry)["bundle_digest"] == again.bundle.digest
 
 
 def _stump(line: Line, folder: Path) -> Config:
@@ -423,13 +465,16 @@ def test_a_bundle_below_the_baselines_is_refused_and_score_says_why(line: Line, 
         pipeline.score(line.spark, settings, TEST_DATE)
 
 
-def test_a_worse_bundle_does_not_replace_the_promoted_one(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worse_bundle_does_not_replace_the_promoted_one(
+    line: Line, registry: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = bundles.current(line.config.bundles)
     monkeypatch.setattr("bp_spark.promotion.BASELINES", ())
     trained = pipeline.train(line.spark, _stump(line, Path(line.config.bundles)), TEST_DATE)
     assert not trained.promoted
     assert f"worse than {before.name}" in trained.reason
     assert bundles.current(line.config.bundles) == before
+    assert _champion(registry)["bundle"] == before.name
 
 
 SHARED = (

@@ -1,7 +1,8 @@
 """The ``bp-spark`` command and the jobs: arguments in, one call of the pipeline, a summary out.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 done; 2 wrong usage or configuration;
-3 data that breaks a contract; 4 a bundle that can't be used; 5 the machine lacks something; 1 anything else.
+3 data that breaks a contract; 4 a bundle that can't be used; 5 the machine lacks something; 6 the registry can't be reached;
+1 anything else.
 """
 
 from __future__ import annotations
@@ -171,7 +172,12 @@ def search(
 @app.command()
 def score(
     date: Annotated[str, typer.Option(help="Date YYYY-MM-DD to score; featurize must have been run for it.")],
-    bundle: Annotated[Path | None, typer.Option(help="Folder of a model bundle; by default the promoted one.")] = None,
+    bundle: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of a model bundle, or models:/NAME@ALIAS of the registry; by default the promoted one."
+        ),
+    ] = None,
     overrides: Overrides = None,
     full: Annotated[bool, typer.Option("--full", help="Compute every score, whatever earlier nights said.")] = False,
     config_file: ConfigOption = None,
@@ -194,6 +200,30 @@ def score(
         else "were scored already, with the same bundle on the same features: nothing changed"
     )
     _print(f"{result.users:,} users {done} (bundle {result.bundle.digest[:12]})")
+
+
+@app.command()
+def publish(
+    bundle: Annotated[
+        Path | None, typer.Option(help="Folder of a model bundle; by default the promoted one.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Enter a bundle into the registry at tracking.uri and have the alias name the promoted one, as train does at its end.
+
+    For a registry that could not be reached then. A bundle that is there already is not entered again.
+
+    Example: bp-spark publish --bundle bundles/20171003-0123456789ab
+    """
+    settings = _settings(config_file, overrides)
+    from bp_spark import tracking
+    from bp_spark.model import bundle as bundles
+
+    found = bundles.load(bundle or bundles.current(settings.bundles))
+    published = tracking.publish(settings, found)
+    model, alias = settings.tracking.model, settings.tracking.alias
+    _print(f"{found.folder} is version {published.version} of {model}; {alias} is {published.promoted or 'none'}")
 
 
 @app.command()

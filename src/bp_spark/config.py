@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -39,6 +40,12 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if not values or len(set(values)) < len(values):
         raise ValueError("must be at least one, each once")
     return values
+
+
+def _unreserved(alias: str) -> str:
+    if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
+        raise ValueError("must not be latest or a version as v3, which MLflow keeps for itself")
+    return alias
 
 
 class Section(BaseModel):
@@ -389,6 +396,25 @@ class SearchConfig(Section):
         return self
 
 
+class TrackingConfig(Section):
+    """The registry of bundles and the record of trainings and trials, in MLflow; see :mod:`bp_spark.tracking`."""
+
+    uri: str | None = Field(
+        "sqlite:///tracking/mlflow.db", pattern=r"^(sqlite:///[^?]+|https?://[^@?]+|databricks(://[^@?]+)?)$"
+    )
+    """A SQLite file (three slashes, then its path), ``http(s)://`` of a server, ``databricks``; ``null`` for neither record
+    nor registry. No password: MLflow reads ``MLFLOW_TRACKING_USERNAME``, ``_PASSWORD`` and ``_TOKEN`` from the environment.
+    """
+    experiment: str = Field("bp-spark", min_length=1)
+    """What runs are filed under."""
+    model: str = Field("purchasing-power", pattern=r"^[^/:@']+$")
+    """Registered model whose versions are the bundles of one folder ``bundles``."""
+    alias: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$"), AfterValidator(_unreserved)] = "champion"
+    """Name of the version that is promoted."""
+    artifacts: Folder = "tracking/artifacts"
+    """Folder of the bundles of a SQLite store, kept from the experiment's first run on; a server has its own place."""
+
+
 class SyntheticConfig(Section):
     """The synthetic platform that ``bp-spark generate`` makes; shares are of the rows of each log."""
 
@@ -451,6 +477,7 @@ class Config(Section):
     scoring: ScoringConfig = ScoringConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     search: SearchConfig = SearchConfig()
+    tracking: TrackingConfig = TrackingConfig()
     synthetic: SyntheticConfig = SyntheticConfig()
     bundles: Folder = "bundles"
     """Folder of model bundles; ``bundles/current`` names the promoted one."""

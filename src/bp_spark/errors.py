@@ -59,3 +59,9 @@ class PlatformError(BpSparkError):
     """The machine lacks something: no Java, no Delta jars, a worker process that died."""
 
     exit_code = 5
+
+
+class TrackingError(BpSparkError):
+    """The store at ``tracking.uri`` can't be reached or refuses what it is asked."""
+
+    exit_code = 6

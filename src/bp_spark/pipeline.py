@@ -26,9 +26,21 @@ from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 from safetensors.numpy import save_file
 
-from bp_spark import __version__, bootstrap, cleaning, daily, evaluation, features, labels, promotion, scoring, texts
+from bp_spark import (
+    __version__,
+    bootstrap,
+    cleaning,
+    daily,
+    evaluation,
+    features,
+    labels,
+    promotion,
+    scoring,
+    texts,
+    tracking,
+)
 from bp_spark.config import Config, changed, digest
-from bp_spark.errors import BundleError, ConfigError, DataError
+from bp_spark.errors import BundleError, ConfigError, DataError, TrackingError
 from bp_spark.loader import Snapshot, snapshot
 from bp_spark.model import bundle as bundles
 from bp_spark.model.btyd import fit_btyd
@@ -486,7 +498,8 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
     """Label past cutoffs, fit the members, fuse and calibrate them, evaluate at ``test_date``, promote.
 
     Promoted is what ranks users no worse than the baselines and isn't surely worse than the promoted bundle, both
-    judged on the users of the test date (see :mod:`bp_spark.promotion`).
+    judged on the users of the test date (see :mod:`bp_spark.promotion`). Last of all the bundle becomes a version of the
+    registered model (see :mod:`bp_spark.tracking`).
 
     Args:
         test_date: the evaluation date; training horizons end on or before it. By default the newest date whose whole
@@ -494,7 +507,10 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
 
     Raises:
         DataError: no events, or too little history for one cutoff.
+        TrackingError: the store at ``tracking.uri`` can't be reached: before anything is done, or when all is done but the
+            bundle's entry, and the message names the bundle.
     """
+    tracking.check(config.tracking)
     with _run(spark, config) as run:
         first, last = _span(run.lakehouse)
         test_date = test_date or last - timedelta(days=config.labels.horizon_days)
@@ -505,6 +521,7 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
         decision = _promote(run, bundle, fitted, complete)
         if not metrics.empty:
             _record_metrics(run, metrics, bundle, test_date)
+        _publish(run, bundle, fitted.history)
         return TrainResult(bundle, metrics, decision.promoted, decision.reason, run.records)
 
 
@@ -580,8 +597,11 @@ def _training_set(run: Run, dates: Sequence[date], test_date: date) -> DataFrame
 
 
 def _work_folder(run: Run) -> Path:
+    # another place of the record is no reason to train anew
     folder = Path(run.config.training.work_dir).absolute() / digest(
-        run.config, run.lakehouse.location("training_set"), run.lakehouse.inputs("training_set")
+        run.config.model_dump(exclude={"tracking"}),
+        run.lakehouse.location("training_set"),
+        run.lakehouse.inputs("training_set"),
     )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -924,6 +944,21 @@ def _record_metrics(run: Run, metrics: pd.DataFrame, bundle: Bundle, test_date: 
     run.lakehouse.append(METRICS, run.spark.createDataFrame(rows, METRICS.schema))
 
 
+def _publish(run: Run, bundle: Bundle, history: Sequence[Mapping[str, float]]) -> None:
+    """Enter the bundle into the registry, where there is one."""
+    if run.config.tracking.uri is None:
+        return
+    with run.stage("publish") as figures:
+        try:
+            published = tracking.publish(run.config, bundle, history, run.records[0]["started_at"])
+        except TrackingError as error:
+            raise TrackingError(
+                f"{error}; the training is done and the bundle is written: bp-spark publish --bundle {bundle.folder}"
+            ) from error
+        figures["model"], figures["version"] = run.config.tracking.model, published.version
+        figures[run.config.tracking.alias] = published.promoted
+
+
 # --- backtest ----------------------------------------------------------------------------------------------------------
 
 
@@ -1058,7 +1093,8 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
     """Try other settings on what is known as of a date, and tell which are best.
 
     A trial is judged by the fused prediction of users whom its members were not fitted on, at past cutoffs: nothing from
-    the test date on is seen. Each leaves a row in ``trials`` and its settings in TensorBoard, beside the checkpoints.
+    the test date on is seen. Each leaves a row in ``trials`` and its settings in TensorBoard, beside the checkpoints; when
+    the search ends, well or not, all become runs of MLflow (see :mod:`bp_spark.tracking`).
 
     Args:
         test_date: as in :func:`train`.
@@ -1066,7 +1102,10 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
     Raises:
         DataError: no events, or too little history for one cutoff.
         ConfigError: no trial came to a figure.
+        TrackingError: the store at ``tracking.uri`` can't be reached: before anything is done, or when all trials are in
+            the table ``trials``.
     """
+    tracking.check(config.tracking)
     # optuna and torch take seconds to import: other stages don't pay for them
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
@@ -1089,13 +1128,20 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
         now = {key: reduce(getattr, key.split("."), config) for key in config.search.space}
         found = Search(config.search, now, judge, config.training.seed)
         with run.stage("search") as figures, SummaryWriter(str(folder / "search")) as writer:
-            for trial in tqdm(found.run(), total=config.search.trials, desc="search", unit="trial", file=sys.stderr):
-                _record_trial(run, trial, day)
-                shown = {
-                    key: value if isinstance(value, (bool, int, float)) else str(value)
-                    for key, value in trial.settings.items()
-                }
-                writer.add_hparams(shown, {config.search.metric: trial.value}, run_name=str(trial.number))
+            try:
+                for trial in tqdm(
+                    found.run(), total=config.search.trials, desc="search", unit="trial", file=sys.stderr
+                ):
+                    _record_trial(run, trial, day)
+                    shown = {
+                        key: value if isinstance(value, (bool, int, float)) else str(value)
+                        for key, value in trial.settings.items()
+                    }
+                    writer.add_hparams(shown, {config.search.metric: trial.value}, run_name=str(trial.number))
+            finally:
+                tracking.record_search(
+                    config.tracking, config.search, run.run_id, day, found.trials, ended=datetime.now(UTC)
+                )
             best = found.best
             if best is None:
                 raise ConfigError(f"search: no trial came to a figure; the first: {found.trials[0].error}")
@@ -1144,23 +1190,29 @@ class ScoreResult:
 
 
 def score(
-    spark: SparkSession, config: Config, score_date: date, bundle_folder: Path | None = None, full: bool = False
+    spark: SparkSession, config: Config, score_date: date, chosen: str | Path | None = None, full: bool = False
 ) -> ScoreResult:
-    """Score every user of a date with the promoted bundle (or the given one) and overwrite that date in ``scores``.
+    """Score every user of a date and overwrite that date in ``scores``.
 
     A night that was scored with the same bundle on the same features is left as it is. Of any other, users whose features
     are those of the newest night that the same bundle scored keep that night's score.
 
     Args:
+        chosen: a bundle's folder, or its address in the registry as ``models:/NAME@ALIAS``; by default the bundle that
+            ``bundles/current`` names.
         full: compute every user's score, whatever earlier nights said.
 
     Raises:
         BundleError: no bundle is promoted, or it can't be trusted or doesn't fit the features.
         DataError: there are no features of that date.
+        TrackingError: the registry can't be reached.
     """
     with _run(spark, config) as run:
         lakehouse = run.lakehouse
-        bundle = bundles.load(bundle_folder or bundles.current(config.bundles))
+        if str(chosen).startswith(tracking.SCHEME):
+            bundle = tracking.fetch(config, str(chosen))
+        else:
+            bundle = bundles.load(chosen or bundles.current(config.bundles))
         users = lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(score_date))
         source = users.select("built_from").distinct().collect()
         if not source:

@@ -256,6 +256,15 @@ def record(bundles_dir: str | Path, bundle: Bundle, *, promoted: bool, reason: s
     return path
 
 
+def decision(folder: Path) -> Mapping[str, Any] | None:
+    """What :func:`record` wrote of the bundle in a folder; ``None`` where nothing that can be read was."""
+    try:
+        found = json.loads(folder.with_name(f"{folder.name}{DECISION}").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"promoted", "reason"} <= set(found) else None
+
+
 def is_any_promoted(bundles_dir: str | Path) -> bool:
     """Whether ``current`` names a bundle, usable or not."""
     return (Path(bundles_dir) / CURRENT).exists()
