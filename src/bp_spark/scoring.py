@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 REASONS = 3
 ANSWERS = (
     "struct<expected_spend:double, low:double, high:double, p_active:double, score:double, level:string, "
-    "risk_level:string, reasons:array<struct<feature:string,value:double,contribution:double>>>"
+    "risk_level:string, expected_by_horizon:map<int,double>, "
+    "reasons:array<struct<feature:string,value:double,contribution:double>>>"
 )
 
 _loaded: dict[str, Bundle] = {}
