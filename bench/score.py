@@ -53,8 +53,9 @@ from bp_spark.model import bundle as bundles
 from bp_spark.model.btyd import BtydMember
 from bp_spark.model.bundle import Bundle
 from bp_spark.model.columns import from_arrow
-from bp_spark.model.fusion import Fusion
+from bp_spark.model.fusion import Curve, Fusion
 from bp_spark.model.history import HistoryEncoder
+from bp_spark.model.horizons import NETWORK, Horizons, Ratio
 from bp_spark.model.inputs import HISTORY_COLUMNS, InputSpec
 from bp_spark.model.members import Member, SqrtTreesMember, TreesMember
 from bp_spark.model.network import SpendNetwork, TransformerMember
@@ -144,7 +145,8 @@ def make_bundles(folder: Path, settings: Config, texts: int) -> dict[str, Bundle
         settings.features.history_length,
     )
     history = HistoryEncoder(settings.network, spec.history_length, torch.randn(texts, TEXT_SIZE))
-    network = SpendNetwork(spec, settings.network, torch.arange(1, texts + 1), history)
+    others = settings.labels.other_horizons
+    network = SpendNetwork(spec, settings.network, torch.arange(1, texts + 1), history, others)
     values = rng.exponential(10, (4000, len(features.names))).astype(np.float32)
     spend = rng.gamma(2, 1 + values[:, 0]) * (rng.random(4000) < 0.7)
     members: dict[str, Member] = {
@@ -154,6 +156,7 @@ def make_bundles(folder: Path, settings: Config, texts: int) -> dict[str, Bundle
         "transformer": TransformerMember(network),
     }
     frame = pd.DataFrame({name: rng.gamma(2, 20, 2000) for name in members}).assign(label_spend=rng.gamma(2, 20, 2000))
+    horizons = Horizons(90, tuple(Ratio(days, NETWORK, Curve((0.0, 3.0), (0.1, 2.5))) for days in others))
     made = {}
     for name, chosen in (("network", ("transformer",)), ("whole", tuple(members))):
         made[name] = bundles.write(
@@ -163,7 +166,7 @@ def make_bundles(folder: Path, settings: Config, texts: int) -> dict[str, Bundle
             inputs={"tabular": features.names, "history": HISTORY_COLUMNS},
             lineage={},
             metrics={},
-            horizon_days=90,
+            horizons=horizons if name == "whole" else Horizons(90, ()),
         )
     return made
 

@@ -17,9 +17,13 @@ from hypothesis import strategies as st
 from bp_spark.config import FusionConfig
 from bp_spark.errors import BundleError
 from bp_spark.model import bundle as b
-from bp_spark.model.fusion import OUTPUTS, Fusion
+from bp_spark.model.fusion import OUTPUTS, Curve, Fusion
+from bp_spark.model.horizons import EXPECTED, Horizons, Ratio
 from bp_spark.model.members import LinearMember, TreesMember
 
+HORIZONS = Horizons(
+    90, (Ratio(30, EXPECTED, Curve((1.0, 3.0), (0.4, 1 / 3))), Ratio(180, EXPECTED, Curve((2.0,), (1.9,))))
+)
 INPUTS = {"tabular": ["recency", "monetary"], "history": []}
 
 
@@ -58,7 +62,7 @@ def write(trees, linear, fusion):
             "inputs": INPUTS,
             "lineage": {"training_set": {"path": "lakehouse/training_set", "version": 3}, "run_id": "r1"},
             "metrics": {"fused": {"gini": np.float64(0.87), "auc": float("nan")}},
-            "horizon_days": 90,
+            "horizons": HORIZONS,
         }
         return b.write(folder, [trees, linear], fusion, **(arguments | changes))
 
@@ -68,7 +72,7 @@ def write(trees, linear, fusion):
 @pytest.fixture(scope="module")
 def pristine(trees, linear, fusion, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bundles") / "good"
-    b.write(folder, [trees, linear], fusion, inputs=INPUTS, lineage={}, metrics={}, horizon_days=90)
+    b.write(folder, [trees, linear], fusion, HORIZONS, inputs=INPUTS, lineage={}, metrics={})
     return folder
 
 
@@ -87,19 +91,24 @@ def test_a_bundle_comes_back_and_scores_to_the_bit(write, tmp_path, trees, linea
     assert back.digest == written.digest
     assert back.manifest == written.manifest
     assert back.fusion == fusion
+    assert back.horizons == HORIZONS
     assert back.horizon_days == 90
     assert back.required_columns == ("recency", "monetary")
     before, after = written.predict(columns()), back.predict(columns())
-    assert tuple(after) == ("member_trees", "member_linear", *OUTPUTS)
+    assert tuple(after) == ("member_trees", "member_linear", *OUTPUTS, "expected_by_horizon")
     for name, values in before.items():
-        assert list(values) == list(after[name])
+        np.testing.assert_array_equal(values, after[name])
     np.testing.assert_array_equal(after["member_linear"], linear.predict(columns()))
+    assert back.horizons.days == (30, 90, 180)
+    by_days = after["expected_by_horizon"]
+    np.testing.assert_array_equal(by_days[:, 1], after["expected_spend"])
+    np.testing.assert_allclose(by_days[:, 2], 1.9 * by_days[:, 1])
 
 
 def test_the_manifest_says_where_the_model_comes_from(write, tmp_path):
     write(tmp_path / "one")
     manifest = json.loads((tmp_path / "one" / "manifest.json").read_text())
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert manifest["lineage"]["training_set"] == {"path": "lakehouse/training_set", "version": 3}
     assert manifest["metrics"] == {"fused": {"gini": 0.87, "auc": None}}
     assert manifest["members"] == ["trees", "linear"]
@@ -118,7 +127,7 @@ def test_the_digest_names_the_model_and_not_the_hour(write, tmp_path, monkeypatc
     second = write(tmp_path / "two")
     assert first.manifest["created_at"] != second.manifest["created_at"]
     assert first.digest == second.digest
-    assert write(tmp_path / "three", horizon_days=30).digest != first.digest
+    assert write(tmp_path / "three", horizons=Horizons(30, ())).digest != first.digest
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -187,8 +196,14 @@ def test_file_names_cannot_leave_the_folder(copy, name):
 
 
 def test_a_newer_format_is_refused_even_with_unknown_contents(copy):
-    (copy / "manifest.json").write_text('{"format": 2, "parts": []}')
-    with pytest.raises(BundleError, match="format 2 is newer"):
+    (copy / "manifest.json").write_text('{"format": 3, "parts": []}')
+    with pytest.raises(BundleError, match="format 3 is newer"):
+        b.load(copy)
+
+
+def test_an_older_format_is_refused_and_says_what_to_do(copy):
+    (copy / "manifest.json").write_text('{"format": 1, "members": ["trees"]}')
+    with pytest.raises(BundleError, match=r"format 1 is older than .*; train a new bundle"):
         b.load(copy)
 
 
@@ -203,6 +218,11 @@ def test_a_newer_format_is_refused_even_with_unknown_contents(copy):
         (lambda m: m.update(members=["trees", "linear", "oracle"]), "unknown member 'oracle'"),
         (lambda m: m.update(inputs={"tabular": "recency"}), "lists of column names"),
         (lambda m: m["fusion"].pop("risk"), "fusion"),
+        (lambda m: m.pop("horizons"), "horizons is missing"),
+        (lambda m: m["horizons"].pop("main"), "horizons: malformed"),
+        (lambda m: m["horizons"]["ratios"][0].update(days=180), "horizons: one is there twice"),
+        (lambda m: m["horizons"]["ratios"][0].update(by="oracle"), "horizons: malformed"),
+        (lambda m: m["horizons"]["ratios"][0]["curve"].update(x=[3.0, 1.0]), "horizons: malformed"),
     ],
 )
 def test_a_resealed_manifest_that_makes_no_sense_is_refused(copy, change, message):
@@ -236,7 +256,7 @@ def test_a_failed_write_leaves_nothing(write, tmp_path, trees, fusion, monkeypat
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        b.write(tmp_path / "x", [trees, Broken()], fusion, inputs={}, lineage={}, metrics={}, horizon_days=1)
+        b.write(tmp_path / "x", [trees, Broken()], fusion, HORIZONS, inputs={}, lineage={}, metrics={})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -257,12 +277,12 @@ def test_a_bundle_is_never_written_over(write, tmp_path):
     write(tmp_path / "one")
     before = (tmp_path / "one" / "manifest.json").read_bytes()
     with pytest.raises(BundleError, match="is there already"):
-        write(tmp_path / "one", horizon_days=30)
+        write(tmp_path / "one", horizons=Horizons(30, ()))
     assert (tmp_path / "one" / "manifest.json").read_bytes() == before
 
 
 def test_unfit_members_and_names_are_refused(tmp_path, trees, linear, fusion):
-    rest = {"inputs": INPUTS, "lineage": {}, "metrics": {}, "horizon_days": 90}
+    rest = {"horizons": HORIZONS, "inputs": INPUTS, "lineage": {}, "metrics": {}}
     with pytest.raises(BundleError, match="needs member 'linear'"):
         b.write(tmp_path / "x", [trees], fusion, **rest)
     with pytest.raises(BundleError, match="two members of one name"):

@@ -88,14 +88,14 @@ def test_no_file_and_an_empty_file_are_the_defaults(tmp_path: Path) -> None:
 
 
 def test_a_file_may_hold_any_subset(tmp_path: Path) -> None:
-    loaded = config.load(written(tmp_path, "labels:\n  horizon_days: 30\n"))
-    assert loaded.labels.horizon_days == 30
+    loaded = config.load(written(tmp_path, "labels:\n  horizon_days: 60\n"))
+    assert loaded.labels.horizon_days == 60
     assert loaded.labels.cutoffs == Config().labels.cutoffs
     assert loaded.training == Config().training
 
 
 def test_an_override_beats_the_file_and_leaves_its_other_keys(tmp_path: Path) -> None:
-    path = written(tmp_path, "labels:\n  horizon_days: 30\n  cutoffs: 3\n")
+    path = written(tmp_path, "labels:\n  horizon_days: 45\n  cutoffs: 3\n")
     loaded = config.load(path, ["labels.horizon_days=60"])
     assert (loaded.labels.horizon_days, loaded.labels.cutoffs) == (60, 3)
 
@@ -260,6 +260,21 @@ def test_a_value_out_of_range_is_refused_by_name_and_value(override: str) -> Non
         config.load(overrides=[override])
     assert refused.value.exit_code == 2
     assert value.strip('[".').split(", ")[-1].rstrip('"]') in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["labels.other_horizons=[30, 90]"], r"other_horizons \(30, 90\) must not hold horizon_days \(90\)"),
+        (["labels.horizon_days=30"], r"other_horizons \(30, 180\) must not hold horizon_days \(30\)"),
+        (["labels.other_horizons=[30, 30]"], r"other_horizons \(30, 30\) must hold each horizon once"),
+        (["labels.other_horizons=[0]"], r"labels\.other_horizons\.0: .*greater than or equal to 1"),
+    ],
+)
+def test_horizons_must_differ(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        config.load(overrides=overrides)
+    assert config.load(overrides=["labels.other_horizons=[]"]).labels.other_horizons == ()
 
 
 def test_all_problems_are_told_at_once() -> None:

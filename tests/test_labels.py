@@ -66,6 +66,7 @@ def test_cutoffs_without_thirty_days_of_history_are_left_out() -> None:
     config=st.builds(
         LabelsConfig,
         horizon_days=st.integers(1, 730),
+        other_horizons=st.just(()),
         cutoffs=st.integers(1, 30),
         cutoff_step_days=st.integers(1, 120),
     ),
@@ -173,11 +174,13 @@ def test_every_user_keeps_a_row_and_who_did_nothing_spent_0(spark: SparkSession)
 
 
 def test_the_training_set_is_the_features_with_label_and_fold() -> None:
-    table = labels.training_set_table(FeaturesConfig())
+    table = labels.training_set_table(FeaturesConfig(), [30, 180])
     names = table.schema.names
-    assert names[-5:] == ["label_spend", "exposure_days", "weight", "complete", "fold"]
+    others = ["label_spend_30d", "label_spend_180d"]
+    assert names[-7:] == ["label_spend", *others, "exposure_days", "weight", "complete", "fold"]
     assert set(table.key) == {"user_key", "as_of_date"}
     assert not table.schema["label_spend"].nullable
+    assert all(table.schema[name].nullable and table.schema[name].metadata["comment"] for name in others)
 
 
 def test_rows_without_holdout_users_say_which_fold_the_others_are_in(spark: SparkSession) -> None:
@@ -225,6 +228,54 @@ def test_spend_from_the_test_date_on_is_never_seen(spark: SparkSession) -> None:
     days = daily(spark, [("a", -5, 300), ("a", -1, 50), ("a", 0, 1_000), ("a", 40, 1_000), ("b", 0, 70)])
     found = labels.future_spend(days, [as_of], HORIZON, DAY).collect()
     assert [(row["user_key"], row["label_spend"]) for row in found] == [("a", 3.5)]
+
+
+# --- other horizons ------------------------------------------------------------------------------------------------------
+
+
+def other_labels(
+    spark: SparkSession, spent: list[Spent], ages: list[int], horizons: list[int]
+) -> dict[tuple[str, int], dict[int, float | None]]:
+    """User, age of the cutoff in days -> horizon -> label, as known on DAY; of the users a to d at each of the cutoffs."""
+    users = [(user, DAY - timedelta(days=age)) for user in "abcd" for age in ages]
+    rows = spark.createDataFrame(users, "user_key string, as_of_date date")
+    dates = [DAY - timedelta(days=age) for age in ages]
+    found = labels.with_other_horizons(rows, daily(spark, spent), dates, horizons, DAY).collect()
+    assert len(found) == len(users)
+    return {
+        (row["user_key"], (DAY - row["as_of_date"]).days): {days: row[f"label_spend_{days}d"] for days in horizons}
+        for row in found
+    }
+
+
+@with_spark
+@given(
+    spent=st.lists(DAYS_AROUND, max_size=20),
+    ages=st.lists(st.integers(1, 200), min_size=1, max_size=4, unique=True),
+    horizons=st.lists(st.integers(1, 200), min_size=1, max_size=3, unique=True),
+)
+def test_another_horizon_has_its_whole_spend_or_none_at_all(
+    spark: SparkSession, spent: list[Spent], ages: list[int], horizons: list[int]
+) -> None:
+    found = other_labels(spark, spent, ages, horizons)
+    for (user, age), by_horizon in found.items():
+        for days, label in by_horizon.items():
+            within = sum(cents for who, after, cents in spent if who == user and 0 <= after + age < days)
+            assert label == (within / 100 if days <= age else None)
+
+
+def test_a_horizon_as_long_as_the_main_one_has_its_labels(spark: SparkSession) -> None:
+    spent = [("a", -95, 100), ("a", -80, 200), ("a", -10, -50), ("b", -1, 70)]
+    main = spend(daily(spark, spent), DAY - timedelta(days=HORIZON))
+    found = other_labels(spark, spent, [HORIZON], [HORIZON])
+    assert {user: label[HORIZON] for (user, _), label in found.items()} == {
+        user: main.get((user, DAY - timedelta(days=HORIZON)), 0.0) for user in "abcd"
+    }
+
+
+def test_without_other_horizons_rows_stay_as_they_are(spark: SparkSession) -> None:
+    rows = spark.createDataFrame([("a", DAY)], "user_key string, as_of_date date")
+    assert labels.with_other_horizons(rows, daily(spark, []), [DAY], [], DAY).columns == rows.columns
 
 
 # --- folds ---------------------------------------------------------------------------------------------------------------

@@ -19,29 +19,44 @@ from bp_spark.errors import BundleError, ConfigError, DataError
 from bp_spark.model.history import HistoryEncoder
 from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, empty_user
 from bp_spark.model.losses import band_loss, log_mse_loss, tweedie_loss, ziln_loss
-from bp_spark.model.network import DESCRIPTION_FILE, WEIGHTS_FILE, SpendNetwork, Statistics, TransformerMember
+from bp_spark.model.members import predict_all
+from bp_spark.model.network import (
+    DESCRIPTION_FILE,
+    WEIGHTS_FILE,
+    LabelStatistics,
+    SpendNetwork,
+    Statistics,
+    TransformerMember,
+)
 from training_rows import SPEC, TEXT_IDS, arrays, make_rows, take
 
 TINY = NetworkConfig(hidden_size=16, layers=2, heads=2, intermediate_size=16, adapter_size=8, loss="ziln")
 
 
-def make_network(config: NetworkConfig = TINY, missing: float = 0.1, max_label: float = 500.0) -> SpendNetwork:
+def make_network(
+    config: NetworkConfig = TINY, missing: float = 0.1, max_label: float = 500.0, others: tuple[int, ...] = ()
+) -> SpendNetwork:
     torch.manual_seed(0)
     history = HistoryEncoder(config, SPEC.history_length, torch.randn(len(TEXT_IDS), 6))
-    network = SpendNetwork(SPEC, config, torch.from_numpy(TEXT_IDS), history)
+    network = SpendNetwork(SPEC, config, torch.from_numpy(TEXT_IDS), history, others)
     features = len(SPEC.tabular)
     network.fit_statistics(
         Statistics(
             mean=np.full(features, 2.0),
             std=np.full(features, 3.0),
             missing=np.full(features, missing),
-            active_share=0.8,
-            log_mean=3.0,
-            log_std=1.0,
-            log1p_mean=2.5,
-            mean_label=40.0,
+            labels=tuple(
+                LabelStatistics(
+                    active_share=0.8,
+                    log_mean=3.0,
+                    log_std=1.0,
+                    log1p_mean=2.5,
+                    mean_label=40.0 * days / 90,
+                    max_label=max_label * days / 90,
+                )
+                for days in (90, *network.other_horizons)
+            ),
             band_edges=np.linspace(10, 90, config.bands - 1),
-            max_label=max_label,
         )
     )
     return network.eval()
@@ -244,7 +259,7 @@ def test_tweedie_starts_at_the_mean_label_and_does_not_depend_on_the_currency() 
     outputs, labels = torch.tensor([[0.0], [1.0]]), torch.tensor([40.0, 400.0])
     assert network.to_money(outputs).tolist() == pytest.approx([40, 40 * math.e])
     before = network.loss(outputs, labels)
-    network.label_scale *= 7
+    network.head.label_scale *= 7
     torch.testing.assert_close(network.loss(outputs, 7 * labels), before)
 
 
@@ -263,10 +278,58 @@ def test_bands_weigh_in_training_and_not_in_what_is_told() -> None:
     expected = ziln_loss(outputs[:, :3], labels)
     torch.testing.assert_close(network.loss(outputs, labels), expected)
     bands = band_loss(outputs[:, 3:], labels, network.band_edges)
-    torch.testing.assert_close(network.training_loss(outputs, labels), expected + 0.5 * bands)
+    trained = network.training_losses(outputs, labels.unsqueeze(1))
+    torch.testing.assert_close(trained, (expected + 0.5 * bands).unsqueeze(1))
     plain = make_network()
     assert plain(batch).shape == (8, 3)
-    torch.testing.assert_close(plain.training_loss(plain(batch), labels), plain.loss(plain(batch), labels))
+    trained = plain.training_losses(plain(batch), labels.unsqueeze(1))
+    torch.testing.assert_close(trained.squeeze(1), plain.loss(plain(batch), labels))
+
+
+@pytest.mark.parametrize("loss", ["ziln", "tweedie", "mse"])
+def test_a_row_learns_from_the_horizons_that_it_has_seen_and_from_no_other(loss: str) -> None:
+    config = TINY.model_copy(update={"loss": loss, "bands_weight": 0.5, "bands": 4, "horizons_weight": 0.25})
+    network, batch = make_network(config, others=(30, 180)), collate(make_rows(6), SPEC, TEXT_IDS)
+    main = torch.linspace(0, 200, 6)
+    unseen = torch.full((6,), math.nan)
+    half = torch.where(torch.arange(6) < 3, 2 * main, math.nan)
+    outputs = network(batch)
+    found = network.training_losses(outputs, torch.stack([main, unseen, half], dim=1))
+    plain = make_network(config)
+    torch.testing.assert_close(found[:, :1], plain.training_losses(plain(batch), main.unsqueeze(1)))
+    of_half = outputs[:, 2 * plain.head.out_features : 3 * plain.head.out_features]
+    assert found[:, 1].tolist() == [0.0] * 6
+    torch.testing.assert_close(found[:3, 2], 0.25 * network.heads[2].loss(of_half[:3], half[:3]))
+    assert found[3:, 2].tolist() == [0.0] * 3
+
+    found.sum().backward()
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    # DDP waits for each parameter that the loss doesn't reach
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
+    assert not gradients["other_heads.0.weight"].any()
+    assert gradients["other_heads.1.weight"].any()
+
+
+def test_each_horizon_starts_at_its_own_labels_and_is_told_beside_the_main_one() -> None:
+    config, rows = TINY.model_copy(update={"loss": "tweedie"}), make_rows(20)
+    network = make_network(config, others=(30, 180))
+    for head in network.heads:
+        torch.nn.init.zeros_(head.weight)
+    said = predict_all([TransformerMember(network, batch_rows=7)], rows)
+    assert {name: values.tolist() for name, values in said.items()} == {
+        "transformer": pytest.approx([40.0] * 20),
+        "transformer_30d": pytest.approx([40 / 3] * 20),
+        "transformer_180d": pytest.approx([80.0] * 20),
+    }
+
+
+def test_other_horizons_leave_the_start_of_the_main_one_alone_and_weigh_nothing_without_a_weight() -> None:
+    rows, batch = make_rows(10), collate(make_rows(10), SPEC, TEXT_IDS)
+    several, plain = make_network(others=(30, 180)), make_network()
+    np.testing.assert_array_equal(TransformerMember(several).predict(rows), TransformerMember(plain).predict(rows))
+    without = make_network(TINY.model_copy(update={"horizons_weight": 0.0}), others=(30, 180))
+    assert without(batch).shape == plain(batch).shape
+    assert list(predict_all([TransformerMember(without)], rows)) == ["transformer"]
 
 
 def test_expected_spend_is_the_mean_of_the_distribution() -> None:
@@ -292,11 +355,15 @@ def test_the_member_tells_who_will_buy_if_its_loss_knows() -> None:
 
 
 def test_a_saved_network_predicts_the_same(tmp_path: Path) -> None:
-    member, rows = TransformerMember(make_network()), make_rows(30)
+    member, rows = TransformerMember(make_network(others=(30, 180))), make_rows(30)
     member.save(tmp_path)
     loaded = TransformerMember.load(tmp_path)
     # the loaded one looks up what the other makes of a text each time
     np.testing.assert_allclose(loaded.predict(rows), member.predict(rows), rtol=1e-5)
+    said = member.predict_horizons(rows)
+    assert list(said) == ["transformer", "transformer_30d", "transformer_180d"]
+    for name, values in loaded.predict_horizons(rows).items():
+        np.testing.assert_allclose(values, said[name], rtol=1e-5)
     assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors", ".json"}
     assert json.loads((tmp_path / DESCRIPTION_FILE).read_text())["parameters"] == member.network.parameter_count
     again = tmp_path / "again"

@@ -34,6 +34,8 @@ SMALL = [
     "labels.cutoffs=2",
     "labels.cutoff_step_days=30",
     "labels.folds=2",
+    # seen whole by both cutoffs, by the older one, by none
+    "labels.other_horizons=[30, 120, 180]",
     "training.max_epochs=4",
     "training.learning_rate=0.005",
     "training.batch_size=64",
@@ -127,6 +129,11 @@ def test_scores_keep_their_promises_row_by_row(line: Line) -> None:
     assert set(night["risk_level"]) <= {"low", "medium", "high"}
     assert (night["bundle_digest"] == line.trained.bundle.digest).all()
     assert (night["reasons"].map(len) == scoring.REASONS).all()
+    by_days = pd.DataFrame([dict(row) for row in night["expected_by_horizon"]])
+    assert list(by_days.columns) == [30, 90, 120]
+    assert (by_days[90] == night["expected_spend"]).all()
+    assert (by_days.diff(axis=1).drop(columns=30) >= 0).all(axis=None)
+    assert (by_days[30] < by_days[90]).mean() > 0.9
 
 
 def test_a_second_run_of_the_same_night_changes_no_row(line: Line) -> None:
@@ -217,6 +224,19 @@ def test_training_never_sees_holdout_users_or_the_test_horizon(line: Line) -> No
     assert spent is not None
     assert seen[0] / line.config.labels.horizon_days == pytest.approx(float(spent[0]))
     assert {row[0] for row in rows.select("complete").distinct().collect()} == {True, False}
+    for other in line.config.labels.other_horizons:
+        known = F.col(f"label_spend_{other}d").isNotNull()
+        assert rows.filter(known != (F.date_add("as_of_date", other) <= F.lit(TEST_DATE))).isEmpty()
+        told = rows.filter(known).agg(F.sum(f"label_spend_{other}d")).first()
+        within = F.datediff("day", "as_of_date").between(0, other - 1)
+        spent = rows.filter(known).select("user_key", "as_of_date").join(days, "user_key").filter(within)
+        total = spent.agg(F.sum("spend")).first()
+        assert told is not None
+        assert total is not None
+        if other == 180:
+            assert told[0] is None
+        else:
+            assert told[0] == pytest.approx(float(total[0]))
 
 
 def test_pre_training_reads_what_is_known_on_the_test_date_of_users_that_are_not_held_out(
@@ -274,7 +294,9 @@ def test_labels_are_the_spend_of_the_horizon_in_the_events(line: Line) -> None:
 
 def test_metrics_cover_all_members_and_seen_and_unseen_users(line: Line) -> None:
     metrics = line.trained.metrics
-    assert set(metrics["member"]) == {"linear", "btyd", "trees", "sqrt_trees", "transformer", "fused"}
+    members = {"linear", "btyd", "trees", "sqrt_trees", "transformer", "fused"}
+    # the 120 days from the test date on are not over
+    assert set(metrics["member"]) == members | {"transformer_30d", "fused_30d"}
     users = metrics.drop_duplicates("population").set_index("population")["users"]
     assert users["seen"] + users["unseen"] == users["all"] == line.scored.users
     stored = line.lakehouse.read("metrics").filter(F.col("bundle_digest") == line.trained.bundle.digest)
@@ -283,6 +305,25 @@ def test_metrics_cover_all_members_and_seen_and_unseen_users(line: Line) -> None
         "value"
     ]
     assert spearman["fused"] > 0.6
+    assert spearman["fused_30d"] > 0.5
+    night = _night(line.lakehouse, TEST_DATE)
+    end = TEST_DATE + timedelta(days=30)
+    within = (F.col("day") >= F.lit(TEST_DATE)) & (F.col("day") < F.lit(end))
+    spent = line.lakehouse.read("user_daily").filter(within).groupBy("user_key").agg(F.sum("spend").cast("double"))
+    truth = night["user_key"].map(dict(map(tuple, spent.collect()))).fillna(0.0).clip(lower=0.0)
+    error = (night["expected_by_horizon"].map(lambda by_days: by_days[30]) - truth).abs().mean()
+    mae = metrics.set_index(["metric", "population", "member"])["value"]["mae", "all"]
+    assert mae["fused_30d"] == pytest.approx(error, rel=1e-3)
+    assert mae["fused_30d"] < mae["fused"]
+
+
+def test_a_horizon_that_no_cutoff_has_seen_whole_is_left_out_and_the_summary_says_so(line: Line) -> None:
+    assert line.trained.bundle.horizons.days == (30, 90, 120)
+    (stage,) = [stage for stage in line.trained.stages if stage["stage"] == "fit horizons"]
+    assert stage["figures"]["180_days"].startswith("LEFT OUT: 0 rows have seen 180 days whole")
+    rows = line.lakehouse.read("training_set").filter("complete")
+    assert stage["figures"]["30_days"] == f"from {rows.count():,} rows"
+    assert stage["figures"]["120_days"] == f"from {rows.filter('label_spend_120d IS NOT NULL').count():,} rows"
 
 
 def test_a_backtest_tells_how_sure_each_figure_is_and_promotes_nothing(line: Line) -> None:
@@ -298,6 +339,7 @@ def test_a_backtest_tells_how_sure_each_figure_is_and_promotes_nothing(line: Lin
     own = stored[stored["peer"].isna()].set_index(["population", "member", "metric"])
     # trained on the same rows, with the same seed: the figures are those of train
     trained = line.trained.metrics.set_index(["population", "member", "metric"])["value"]
+    trained = trained[~trained.index.get_level_values("member").str.endswith("_30d")]
     assert own.loc[trained.index, "value"].to_numpy() == pytest.approx(trained.to_numpy(), nan_ok=True)
     gini = own.loc[("all", "fused", "gini")]
     assert gini["low"] < gini["value"] < gini["high"]

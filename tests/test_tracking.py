@@ -24,6 +24,7 @@ from bp_spark.errors import BundleError, ConfigError, TrackingError
 from bp_spark.model import bundle as bundles
 from bp_spark.model.bundle import Bundle
 from bp_spark.model.fusion import Fusion
+from bp_spark.model.horizons import Horizons
 from bp_spark.model.members import LinearMember, TreesMember
 from bp_spark.search import Trial
 
@@ -102,7 +103,7 @@ def trained(settings: Config, members: list[Any], tmp_path: Path) -> Callable[..
                 "config": settings.model_dump(mode="json"),
             },
             metrics={"rows": [{"member": m, "population": "all", "metric": k, "value": v} for m, k, v in figures]},
-            horizon_days=90,
+            horizons=Horizons(90, ()),
         )
         if promoted:
             bundles.promote(settings.bundles, bundle)

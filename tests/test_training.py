@@ -192,6 +192,9 @@ def test_squared_error_of_logs_still_predicts_money(two_ranks: Path) -> None:
     rows = make_rows(240, seed=1)
     member = TransformerMember.load(two_ranks / "undisturbed" / module.MODEL_FOLDER)
     assert member.predict(rows).sum() == pytest.approx(rows["label_spend"].sum(), rel=0.05)
+    known = ~np.isnan(rows["label_spend_180d"])
+    said = member.predict_horizons(rows)["transformer_180d"][known]
+    assert said.sum() == pytest.approx(rows["label_spend_180d"][known].sum(), rel=0.05)
 
 
 def test_a_checkpoint_of_other_inputs_is_ignored(folder: Path, single_rank: None) -> None:
@@ -239,13 +242,19 @@ def test_statistics_are_those_of_all_rows(folder: Path, single_rank: None) -> No
         found = module.training_statistics(data, 4, group)
     spend, label = np.log1p(rows["spend_90d"]), rows["label_spend"]
     logs = np.log(label[label > 0])
+    main, month, half_year = found.labels
     np.testing.assert_allclose(found.mean, [np.nanmean(rows["recency"]), spend.mean()], rtol=1e-5)
     np.testing.assert_allclose(found.std, [np.nanstd(rows["recency"]), spend.std()], rtol=1e-4)
     np.testing.assert_allclose(found.missing, [np.isnan(rows["recency"]).mean(), 0])
-    assert found.active_share == pytest.approx((label > 0).mean())
-    assert (found.log_mean, found.log_std) == pytest.approx((logs.mean(), logs.std()))
-    assert (found.log1p_mean, found.max_label) == pytest.approx((np.log1p(label).mean(), label.max()))
-    assert found.mean_label == pytest.approx(label.mean())
+    assert main.active_share == pytest.approx((label > 0).mean())
+    assert (main.log_mean, main.log_std) == pytest.approx((logs.mean(), logs.std()))
+    assert (main.log1p_mean, main.max_label) == pytest.approx((np.log1p(label).mean(), label.max()))
+    assert main.mean_label == pytest.approx(label.mean())
+    assert (month.mean_label, month.max_label) == pytest.approx((0.4 * label.mean(), 0.4 * label.max()))
+    known = label[~np.isnan(rows["label_spend_180d"])]
+    assert len(known) == 192
+    assert (half_year.mean_label, half_year.max_label) == pytest.approx((2 * known.mean(), 2 * known.max()))
+    assert half_year.active_share == pytest.approx((known > 0).mean())
     np.testing.assert_allclose(found.band_edges, np.quantile(label, [0.25, 0.5, 0.75]), rtol=0.05)
 
 
@@ -262,6 +271,9 @@ def test_two_ranks_learn_what_spend_depends_on(spark: SparkSession, tmp_path: Pa
     mean_error = np.abs(np.log1p(actual) - np.log1p(actual).mean()).mean()
     assert np.abs(np.log1p(predicted) - np.log1p(actual)).mean() < 0.5 * mean_error
     assert 0.7 < predicted.sum() / actual.sum() < 1.3
+    months = TransformerMember.load(result.folder).predict_horizons(unseen)["transformer_30d"]
+    assert spearmanr(months, actual).statistic > 0.8
+    assert 0.7 < months.sum() / (0.4 * actual.sum()) < 1.3
     assert result.epochs == len(result.history) <= 15
     assert result.best_validation_loss == min(row["valid_loss"] for row in result.history)
     assert list((tmp_path / "run" / TENSORBOARD_FOLDER).iterdir())

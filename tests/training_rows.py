@@ -46,6 +46,9 @@ def make_rows(count: int, seed: int = 0) -> dict[str, np.ndarray]:
     columns: dict[str, np.ndarray] = {"user_key": np.array([f"user{n}" for n in range(count)])}
     columns["row"] = np.arange(count, dtype=np.float64)
     columns["label_spend"] = np.where(lengths > 0, level * np.exp(rng.normal(0, 0.2, count)), 0.0)
+    columns["label_spend_30d"] = 0.4 * columns["label_spend"]
+    # seen whole of the older cutoffs only
+    columns["label_spend_180d"] = np.where(columns["row"] < 0.8 * count, 2 * columns["label_spend"], np.nan)
     columns["recency"] = np.where(rng.random(count) < 0.1, np.nan, rng.random(count) * 100)
     columns["spend_90d"] = np.where(lengths > 0, level * np.exp(rng.normal(0, 0.5, count)), 0.0)
     make = {

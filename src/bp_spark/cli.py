@@ -415,11 +415,13 @@ def _print_training(result: Any) -> None:
     from bp_spark import evaluation
 
     if result.metrics.empty:
-        _print("No metrics: the horizon after the test date is not over yet.")
+        _print("No metrics: no horizon after the test date is over yet.")
     else:
         lineage = result.bundle.manifest["lineage"]
         days = result.bundle.horizon_days
-        _print(evaluation.render(result.metrics, f"Spend of {days} days from {lineage['test_date']}"))
+        others = ", ".join(f"_{other}d of {other}" for other in result.bundle.horizons.others)
+        title = f"Spend of {days} days from {lineage['test_date']}{f' (members with {others} days)' if others else ''}"
+        _print(evaluation.render(result.metrics, title))
     _print(f"Bundle {result.bundle.digest[:12]} {'promoted' if result.promoted else 'NOT promoted'}: {result.reason}")
 
 
@@ -445,6 +447,8 @@ def _rows_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.2f}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_cell(item)}" for key, item in value.items())
     if isinstance(value, list):
         return ", ".join(_cell(item) for item in value)
     if isinstance(value, Row) and "contribution" in value:

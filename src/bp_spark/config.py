@@ -164,6 +164,9 @@ class LabelsConfig(Section):
     """What is predicted, for whom, from which past dates."""
 
     horizon_days: Positive = 90
+    """Days of spend to predict, from the as-of date on: the horizon of scores, intervals and levels."""
+    other_horizons: tuple[Positive, ...] = (30, 180)
+    """Days of further horizons whose spend is predicted beside it; may be empty."""
     holdout_fraction: Fraction = 0.1
     """Share of users, by hash, that no model is ever fitted on: they tell how good a model is for users it has not seen."""
     folds: int = Field(2, ge=2)
@@ -176,6 +179,14 @@ class LabelsConfig(Section):
     """Days between two of them."""
     recency_half_life_days: Positive | None = None
     """Days in which the weight of a past label halves; null for no such weight."""
+
+    @model_validator(mode="after")
+    def _each_horizon_once(self) -> LabelsConfig:
+        if self.horizon_days in self.other_horizons:
+            raise ValueError(f"other_horizons {self.other_horizons} must not hold horizon_days ({self.horizon_days})")
+        if len(set(self.other_horizons)) < len(self.other_horizons):
+            raise ValueError(f"other_horizons {self.other_horizons} must hold each horizon once")
+        return self
 
 
 class HistoryTextConfig(Section):
@@ -222,6 +233,8 @@ class NetworkConfig(Section):
     """Spend bands of equally many training rows each."""
     bands_weight: float = Field(0.0, ge=0)
     """Of a second task, to tell a user's band, in the training loss; 0 leaves it out."""
+    horizons_weight: float = Field(0.1, ge=0)
+    """Of each of ``labels.other_horizons`` in the training loss; 0 leaves them out."""
 
     @model_validator(mode="before")
     @classmethod
@@ -507,8 +520,8 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         ConfigError: the file is missing or no YAML mapping; a key is unknown; a value has the wrong type or range.
 
-    >>> load(overrides=["labels.horizon_days=30"]).labels.horizon_days
-    30
+    >>> load(overrides=["labels.horizon_days=60"]).labels.horizon_days
+    60
     """
     values: dict[str, Any] = {}
     name = "configuration"

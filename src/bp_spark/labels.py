@@ -1,7 +1,8 @@
 """Past as-of dates and the spend that followed them: what models learn from, and who is kept apart.
 
 Nothing from the test date on is seen. Cutoffs whose horizon was over by then are labelled whole; newer ones, of which a part
-was seen, at what was seen, scaled up to the horizon (:func:`labelled`).
+was seen, at what was seen, scaled up to the horizon (:func:`labelled`). Of further horizons the spend is known or not: what was
+not over yet is NULL, neither a part nor scaled up (:func:`with_other_horizons`).
 
 Users are split by a hash of their key, so that a user is on one side for ever: ``holdout`` users are never fitted on, the
 others are in one of ``labels.folds`` folds, for cross-fitting: what a model says of a fold before it has seen its users.
@@ -10,7 +11,7 @@ others are in one of ``labels.folds`` folds, for cross-fitting: what a model say
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
 
 from pyspark.sql import Column, DataFrame
@@ -18,7 +19,7 @@ from pyspark.sql import functions as F
 
 from bp_spark.config import FeaturesConfig, LabelsConfig
 from bp_spark.errors import DataError
-from bp_spark.features import SEQUENCE_COLUMNS, user_features_table
+from bp_spark.features import KEY, SEQUENCE_COLUMNS, user_features_table
 from bp_spark.tables import Column as TableColumn
 from bp_spark.tables import Table
 
@@ -28,6 +29,15 @@ MIN_EXPOSURE = 1 / 3
 BUCKETS = 10_000
 HOLDOUT = -1
 """Fold of the users that no model is fitted on."""
+
+
+def of_days(name: str, days: int) -> str:
+    """Name of a column that is of another horizon than the main one.
+
+    >>> of_days("label_spend", 30)
+    'label_spend_30d'
+    """
+    return f"{name}_{days}d"
 
 
 def cutoffs(first_event: date, test_date: date, config: LabelsConfig) -> list[date]:
@@ -68,14 +78,20 @@ def future_spend(daily: DataFrame, as_of: Sequence[date], horizon_days: int, unt
     Args:
         until: the first day that is not seen; by default none.
     """
+    return _spend(daily, as_of, {"label_spend": horizon_days}, until)
+
+
+def _spend(daily: DataFrame, as_of: Sequence[date], horizons: Mapping[str, int], until: date | None) -> DataFrame:
+    """user_key, as_of_date and a column of spend for each of the horizons, column -> days; NULL without an event in it."""
     dates = F.array(*(F.lit(day) for day in sorted(set(as_of))))
     age = F.datediff("day", "as_of_date")
+    cents = F.round(F.col("spend").cast("double") * 100).cast("long")
     seen = daily if until is None else daily.filter(F.col("day") < F.lit(until))
     return (
         seen.withColumn("as_of_date", F.explode(F.filter(dates, lambda d: d <= F.col("day"))))
-        .filter(age < horizon_days)
-        .groupBy("user_key", "as_of_date")
-        .agg((F.sum(F.round(F.col("spend").cast("double") * 100).cast("long")) / 100).alias("label_spend"))
+        .filter(age < max(horizons.values()))
+        .groupBy(*KEY)
+        .agg(*((F.sum(F.when(age < days, cents)) / 100).alias(name) for name, days in horizons.items()))
     )
 
 
@@ -84,6 +100,25 @@ def labelled(features: DataFrame, spend: DataFrame) -> DataFrame:
     return features.join(spend, ["user_key", "as_of_date"], "left").withColumn(
         "label_spend", F.coalesce("label_spend", F.lit(0.0))
     )
+
+
+def with_other_horizons(
+    rows: DataFrame, daily: DataFrame, as_of: Sequence[date], horizons: Sequence[int], until: date
+) -> DataFrame:
+    """Add the spend of each further horizon, as ``label_spend_30d``; NULL where it was not over by ``until``.
+
+    Args:
+        rows: with user_key and as_of_date.
+        as_of: the dates of ``rows``.
+        horizons: days of each.
+        until: the first day that is not seen.
+    """
+    if not horizons:
+        return rows
+    columns = {of_days("label_spend", days): days for days in horizons}
+    found = rows.join(_spend(daily, as_of, columns, until), KEY, "left")
+    over = {name: F.date_add("as_of_date", days) <= F.lit(until) for name, days in columns.items()}
+    return found.withColumns({name: F.when(over[name], F.coalesce(name, F.lit(0.0))) for name in columns})
 
 
 def weighed(rows: DataFrame, test_date: date, config: LabelsConfig) -> DataFrame:
@@ -121,8 +156,8 @@ def without_holdout(rows: DataFrame, config: LabelsConfig) -> DataFrame:
     return rows.withColumn("fold", fold(config)).filter(F.col("fold") != HOLDOUT)
 
 
-def training_set_table(config: FeaturesConfig) -> Table:
-    """Features, label and split of all cutoffs."""
+def training_set_table(config: FeaturesConfig, other_horizons: Sequence[int]) -> Table:
+    """Features, labels and split of all cutoffs."""
     features = user_features_table(config)
     return Table(
         "training_set",
@@ -135,6 +170,14 @@ def training_set_table(config: FeaturesConfig) -> Table:
                 "Spend less refunds in the horizon after as_of_date; where that was not over yet, in exposure_days, times "
                 "horizon over exposure",
                 required=True,
+            ),
+            *(
+                TableColumn(
+                    of_days("label_spend", days),
+                    "double",
+                    f"Spend less refunds in the {days} days from as_of_date on; NULL where they were not over yet",
+                )
+                for days in other_horizons
             ),
             TableColumn("exposure_days", "int", "Days of the horizon that were seen", required=True),
             TableColumn("weight", "float", "Weight of the row in fitting", required=True),

@@ -46,8 +46,9 @@ from bp_spark.model import bundle as bundles
 from bp_spark.model.btyd import fit_btyd
 from bp_spark.model.bundle import Bundle
 from bp_spark.model.fusion import Fusion
+from bp_spark.model.horizons import MIN_ROWS, NETWORK, Horizons
 from bp_spark.model.inputs import InputSpec
-from bp_spark.model.members import Member, SqrtTreesMember, TreesMember, fit_linear, fit_trees
+from bp_spark.model.members import Member, SqrtTreesMember, TreesMember, fit_linear, fit_trees, predict_all
 from bp_spark.promotion import Decision
 from bp_spark.sources import open_source
 from bp_spark.sources.contract import Delivery
@@ -485,7 +486,7 @@ def adapt_language(spark: SparkSession, config: Config, output: Path) -> list[di
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run came to: the bundle, its metrics (empty where the horizon is not over), the decision."""
+    """What a training run came to: the bundle, its metrics (of the horizons that are over), the decision."""
 
     bundle: Bundle
     metrics: pd.DataFrame
@@ -516,7 +517,7 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
         test_date = test_date or last - timedelta(days=config.labels.horizon_days)
         fitted = _fit_as_of(run, labels.cutoffs(first, test_date, config.labels), test_date)
         complete = last >= test_date + timedelta(days=config.labels.horizon_days)
-        metrics = evaluation.metrics_table(fitted.predictions, fitted.names) if complete else pd.DataFrame()
+        metrics = _metrics(fitted, complete)
         bundle = _write_bundle(run, fitted, metrics)
         decision = _promote(run, bundle, fitted, complete)
         if not metrics.empty:
@@ -530,12 +531,14 @@ class _Fitted:
     """Members and their fusion, of what was known at a test date.
 
     ``predictions`` are of the date's users: ``user_key``, ``label_spend``, ``seen``, a column a member, and the answers
-    ``fused``, ``low``, ``high``, ``p_active``. ``history`` is the transformer's, epoch by epoch, without the first fold.
+    ``fused``, ``low``, ``high``, ``p_active``; of other horizons ``label_spend_30d``, ``transformer_30d``, ``fused_30d``.
+    ``history`` is the transformer's, epoch by epoch, without the first fold.
     """
 
     test_date: date
     members: Sequence[Member]
     fusion: Fusion
+    horizons: Horizons
     predictions: pd.DataFrame
     history: Sequence[Mapping[str, float]]
 
@@ -554,11 +557,48 @@ def _fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataF
         users = users.join(brackets, "user_key", "left")
     reference = _predict(users, members, config)
     fusion = Fusion.fit(out_of_fold, config.fusion, reference)
-    fused = fusion.apply({member.name: reference[member.name].to_numpy() for member in members})
+    horizons = _fit_horizons(run, out_of_fold, fusion)
+    said = {str(name): reference[name].to_numpy() for name in reference}
+    fused = fusion.apply(said)
+    by_horizon = horizons.apply(fused["expected_spend"], said)
     predictions = reference.assign(
-        fused=fused["expected_spend"], low=fused["low"], high=fused["high"], p_active=fused["p_active"]
+        fused=fused["expected_spend"],
+        low=fused["low"],
+        high=fused["high"],
+        p_active=fused["p_active"],
+        **{labels.of_days("fused", days): by_horizon[days] for days in horizons.others},
     )
-    return _Fitted(test_date, members, fusion, predictions, history)
+    return _Fitted(test_date, members, fusion, horizons, predictions, history)
+
+
+def _fit_horizons(run: Run, out_of_fold: pd.DataFrame, fusion: Fusion) -> Horizons:
+    """Ratios of other horizons; a stage, for one that no cutoff has seen whole is left out and people must see that."""
+    config = run.config.labels
+    with run.stage("fit horizons") as figures:
+        expected = fusion.apply({name: out_of_fold[name].to_numpy() for name in fusion.members})["expected_spend"]
+        horizons = Horizons.fit(out_of_fold, expected, config.horizon_days, config.other_horizons)
+        for days in config.other_horizons:
+            rows = int(out_of_fold[labels.of_days("label_spend", days)].notna().sum())
+            figures[f"{days}_days"] = (
+                f"from {rows:,} rows"
+                if days in horizons.others
+                else f"LEFT OUT: {rows:,} rows have seen {days} days whole, of the {MIN_ROWS} it takes; more history or "
+                "labels.cutoffs would help"
+            )
+    return horizons
+
+
+def _metrics(fitted: _Fitted, complete: bool) -> pd.DataFrame:
+    """Figures of the horizons that are over; ``complete`` tells whether the main one is."""
+    predictions = fitted.predictions
+    tables = [evaluation.metrics_table(predictions, fitted.names)] if complete else []
+    for days in fitted.horizons.others:
+        truth = predictions[labels.of_days("label_spend", days)]
+        if truth.notna().all():
+            names = [labels.of_days(name, days) for name in (NETWORK, "fused")]
+            there = [name for name in names if name in predictions]
+            tables.append(evaluation.metrics_table(predictions.assign(label_spend=truth), there))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def _prepare(run: Run, dates: Sequence[date], test_date: date) -> tuple[DataFrame, Path, Path]:
@@ -587,9 +627,13 @@ def _training_set(run: Run, dates: Sequence[date], test_date: date) -> DataFrame
             figures["status"] = "unchanged"
             return lakehouse.read("training_set")
         spend = labels.future_spend(lakehouse.read("user_daily"), dates, config.labels.horizon_days, test_date)
-        rows = labels.weighed(labels.labelled(source, spend), test_date, config.labels)
+        others = config.labels.other_horizons
+        rows = labels.with_other_horizons(
+            labels.labelled(source, spend), lakehouse.read("user_daily"), dates, others, test_date
+        )
+        rows = labels.weighed(rows, test_date, config.labels)
         rows = _spread(labels.without_holdout(rows, config.labels), run, "complete", "fold")
-        lakehouse.replace(labels.training_set_table(config.features), rows, inputs=inputs)
+        lakehouse.replace(labels.training_set_table(config.features, others), rows, inputs=inputs)
         written = lakehouse.read("training_set")
         figures["rows"] = written.count()
         figures["dates"] = len(dates)
@@ -677,31 +721,33 @@ def _cross_fit(
     """Members fitted on all folds; what members that were fitted without a user's fold say of that user; the epochs of the
     transformer without the first fold.
 
-    The frame has the rows whose whole horizon was seen, at most ``evaluation.max_users`` of them, with a column for each
-    member. Without ``refit`` no member is fitted on all folds.
+    The frame has the rows whose whole horizon was seen, at most ``evaluation.max_users`` of them, with the spend of each other
+    horizon, NaN where not known, and the columns of :func:`bp_spark.model.members.predict_all`. Without ``refit`` no member is
+    fitted on all folds.
     """
     folds = range(run.config.labels.folds)
     rows.persist()
     frame = _sample(rows.filter("complete"), run.config).toPandas()
     columns = {name: frame[name].to_numpy() for name in frame.columns}
     rows_of = [np.flatnonzero(columns["fold"] == fold) for fold in folds]
-    members, out_of_fold = [], {}
+    members: list[Member] = []
+    out_of_fold: dict[str, np.ndarray] = {}
     history: Sequence[Mapping[str, float]] = ()
     for name, fit in _fits(run, rows, test_date, vocabulary, folder).items():
         with run.stage(f"fit {name}") as figures:
-            said = np.empty(len(frame))
             for fold in folds:
                 fitted = fit(fold)
                 here = {column: values[rows_of[fold]] for column, values in columns.items()}
-                said[rows_of[fold]] = fitted.member.predict(here)
+                for column, said in predict_all([fitted.member], here).items():
+                    out_of_fold.setdefault(column, np.empty(len(frame)))[rows_of[fold]] = said
                 history = history or fitted.history
             if refit:
                 fitted = fit(None)
                 members.append(fitted.member)
             figures.update(fitted.figures)
-        out_of_fold[name] = said
     rows.unpersist()
-    return members, frame[["user_key", "as_of_date", "label_spend"]].assign(**out_of_fold), history
+    spend = [labels.of_days("label_spend", days) for days in run.config.labels.other_horizons]
+    return members, frame[["user_key", "as_of_date", "label_spend", *spend]].assign(**out_of_fold), history
 
 
 def _fits(run: Run, rows: DataFrame, test_date: date, vocabulary: Path, folder: Path) -> dict[str, Fit]:
@@ -816,16 +862,20 @@ def _test_rows(run: Run, test_date: date) -> DataFrame:
     """Users of the test date with what they spent after it; ``seen`` tells whether models were fitted on them."""
     lakehouse, config = run.lakehouse, run.config.labels
     users = lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(test_date))
-    spend = labels.future_spend(lakehouse.read("user_daily"), [test_date], config.horizon_days)
-    return labels.labelled(users, spend).withColumn("seen", labels.fold(config) != labels.HOLDOUT)
+    days = lakehouse.read("user_daily")
+    rows = labels.labelled(users, labels.future_spend(days, [test_date], config.horizon_days))
+    _, last = _span(lakehouse)
+    rows = labels.with_other_horizons(rows, days, [test_date], config.other_horizons, last)
+    return rows.withColumn("seen", labels.fold(config) != labels.HOLDOUT)
 
 
 def _predict(rows: DataFrame, members: Sequence[Member], config: Config) -> pd.DataFrame:
     """Each member's predictions of a sample of the rows, as a frame on the driver."""
     frame = _sample(rows, config).toPandas()
     columns = {name: frame[name].to_numpy() for name in frame.columns}
-    kept = [name for name in ("user_key", "as_of_date", "label_spend", "seen", "bracket") if name in frame]
-    return frame[kept].assign(**{member.name: member.predict(columns) for member in members})
+    others = [labels.of_days("label_spend", days) for days in config.labels.other_horizons]
+    kept = [name for name in ("user_key", "as_of_date", "label_spend", *others, "seen", "bracket") if name in frame]
+    return frame[kept].assign(**predict_all(members, columns))
 
 
 def _sample(rows: DataFrame, config: Config) -> DataFrame:
@@ -858,10 +908,10 @@ def _write_bundle(run: Run, fitted: _Fitted, metrics: pd.DataFrame) -> Bundle:
             Path(config.bundles) / name,
             fitted.members,
             fitted.fusion,
+            fitted.horizons,
             inputs=inputs,
             lineage=lineage,
             metrics={"rows": metrics.to_dict("records")},
-            horizon_days=config.labels.horizon_days,
         )
         figures["digest"] = bundle.digest
         figures["folder"] = bundle.folder

@@ -43,6 +43,7 @@ ANSWERS = (
     "score",
     "level",
     "risk_level",
+    "expected_by_horizon",
     "reasons",
 )
 """Columns of SCORES that a bundle computes."""
@@ -164,8 +165,11 @@ def _schema(*names: str) -> StructType:
 def answers(bundle: Bundle, columns: Columns) -> dict[str, pa.Array]:
     """ANSWERS for users, an Arrow array of one value each per column."""
     predicted = bundle.predict(columns)
-    said = {name: pa.array(predicted[name]) for name in ANSWERS if name in predicted}
-    return said | {"reasons": _reasons(bundle, columns, len(said["expected_spend"]))}
+    made: dict[str, pa.Array] = {
+        "expected_by_horizon": _by_horizon(bundle, predicted["expected_by_horizon"]),
+        "reasons": _reasons(bundle, columns, len(predicted["expected_spend"])),
+    }
+    return {name: made[name] if name in made else pa.array(predicted[name]) for name in ANSWERS}
 
 
 def _answer_batch(bundle: Bundle, batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -181,6 +185,13 @@ def _answer_batch(bundle: Bundle, batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict(
         {"user_key": batch.column("user_key"), "input_digest": batch.column("input_digest"), **said}
     )
+
+
+def _by_horizon(bundle: Bundle, expected: np.ndarray) -> pa.MapArray:
+    """Days -> expected spend of each user, from float64 [users, horizons]."""
+    users, horizons = expected.shape
+    offsets = np.arange(users + 1, dtype=np.int32) * horizons
+    return pa.MapArray.from_arrays(offsets, np.tile(np.array(bundle.horizons.days, np.int32), users), expected.ravel())
 
 
 def _reasons(bundle: Bundle, columns: Columns, users: int) -> pa.ListArray:

@@ -329,6 +329,12 @@ SCORES = Table(
         ("level", "string!", "A (score >= 80), B, C, D, E (score < 20)"),
         ("risk_level", "string!", "low, medium or high: how wide the interval is for the expected spend"),
         (
+            "expected_by_horizon",
+            "map<int,double>",
+            "Days -> expected spend over so many days; the bundle's horizon has expected_spend, a longer one never less than a "
+            "shorter one",
+        ),
+        (
             "reasons",
             "array<struct<feature:string,value:double,contribution:double>>!",
             "Features that moved the boosted-trees prediction most, with their share of log spend (TreeSHAP)",
@@ -371,7 +377,11 @@ METRICS = Table(
         ("bundle_digest", "string!", "Bundle"),
         ("test_date", "date!", "Evaluation date; the horizon after it was not trained on"),
         ("population", "string!", "all, seen or unseen users"),
-        ("member", "string!", "linear, btyd, trees, transformer or fused"),
+        (
+            "member",
+            "string!",
+            "linear, btyd, trees, sqrt_trees, transformer or fused; fused_30d and transformer_30d are of 30 days' spend",
+        ),
         ("metric", "string!", "Name of the figure"),
         ("value", "double", "Figure"),
         ("users", "bigint!", "Users it was computed over"),

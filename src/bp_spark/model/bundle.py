@@ -2,7 +2,7 @@
 it is from.
 
 ``manifest.json`` names every other file with its size and SHA-256, the input columns, the members, the
-fusion, the metrics and the lineage. A bundle is written beside its place and renamed into it, never changed
+fusion, the other horizons, the metrics and the lineage. A bundle is written beside its place and renamed into it, never changed
 afterwards, and refused when a single bit differs. Nothing in it is ever unpickled.
 """
 
@@ -25,9 +25,10 @@ import bp_spark
 from bp_spark.errors import BundleError
 from bp_spark.model.columns import Columns
 from bp_spark.model.fusion import Fusion
-from bp_spark.model.members import Member, load_member
+from bp_spark.model.horizons import Horizons
+from bp_spark.model.members import Member, load_member, predict_all
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 CURRENT = "current"
 DECISION = ".promotion.json"
@@ -39,6 +40,7 @@ _KEYS: dict[str, type] = {
     "created_at": str,
     "code_version": str,
     "horizon_days": int,
+    "horizons": dict,
     "inputs": dict,
     "members": list,
     "fusion": dict,
@@ -58,13 +60,17 @@ class Bundle:
         manifest: the document of ``manifest.json``; don't change it.
         members: the fitted members by name.
         fusion: what joins them.
+        horizons: what tells of other horizons.
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], members: Sequence[Member], fusion: Fusion) -> None:
+    def __init__(
+        self, folder: Path, manifest: Mapping[str, Any], members: Sequence[Member], fusion: Fusion, horizons: Horizons
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.members = {member.name: member for member in members}
         self.fusion = fusion
+        self.horizons = horizons
 
     @property
     def digest(self) -> str:
@@ -99,26 +105,30 @@ class Bundle:
             columns: an array of ``rows`` values per required column.
 
         Returns:
-            ``member_<name>`` (expected spend, ``float64[rows]``) per member, and the arrays of
-            :meth:`bp_spark.model.fusion.Fusion.apply`.
+            ``member_<name>`` (expected spend, ``float64[rows]``) per member, the arrays of
+            :meth:`bp_spark.model.fusion.Fusion.apply`, and ``expected_by_horizon``, float64 [rows, horizons], in the
+            order of ``horizons.days``; see :meth:`bp_spark.model.horizons.Horizons.apply`.
 
         Raises:
             BundleError: a column is missing.
         """
         self.check_inputs(columns)
-        predictions = {name: member.predict(columns) for name, member in self.members.items()}
-        return {f"member_{name}": values for name, values in predictions.items()} | self.fusion.apply(predictions)
+        predictions = predict_all(self.members.values(), columns)
+        answers = self.fusion.apply(predictions)
+        by_horizon = self.horizons.apply(answers["expected_spend"], predictions)
+        members = {f"member_{name}": predictions[name] for name in self.members}
+        return members | answers | {"expected_by_horizon": np.stack(list(by_horizon.values()), axis=1)}
 
 
 def write(
     folder: str | Path,
     members: Sequence[Member],
     fusion: Fusion,
+    horizons: Horizons,
     *,
     inputs: Mapping[str, Sequence[str]],
     lineage: Mapping[str, Any],
     metrics: Mapping[str, Any],
-    horizon_days: int,
 ) -> Bundle:
     """Write a bundle; it is there whole or not at all.
 
@@ -126,10 +136,10 @@ def write(
         folder: where to; must not exist. Its parent is created.
         members: fitted members, names unique.
         fusion: fitted on these members.
+        horizons: the main one, which members and fusion are of, and what tells of others.
         inputs: input columns by group, such as ``{"tabular": [...], "history": [...]}``.
         lineage: where the model comes from: training set and version, configuration, run. Plain JSON values.
         metrics: how good it is. Plain JSON values; NaN is written as null.
-        horizon_days: days of future spend it predicts.
 
     Raises:
         BundleError: the folder exists, its name or a file's is unfit, or the fusion needs a member that isn't
@@ -162,7 +172,8 @@ def write(
                 "format": FORMAT,
                 "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "code_version": bp_spark.__version__,
-                "horizon_days": horizon_days,
+                "horizon_days": horizons.main,
+                "horizons": horizons.to_json(),
                 "inputs": inputs,
                 "members": names,
                 "fusion": fusion.to_json(),
@@ -182,14 +193,14 @@ def write(
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    return Bundle(folder, manifest, members, fusion)
+    return Bundle(folder, manifest, members, fusion, horizons)
 
 
 def load(folder: str | Path) -> Bundle:
     """Read a bundle after proving that it is whole and unchanged.
 
     Raises:
-        BundleError: it is no bundle, of a newer format, or anything in it differs from what was written: a
+        BundleError: it is no bundle, of another format, or anything in it differs from what was written: a
             file missing, added, changed or cut short. The message names the file.
     """
     folder = Path(folder)
@@ -211,7 +222,8 @@ def load(folder: str | Path) -> Bundle:
     absent = [name for name in fusion.members if name not in manifest["members"]]
     if absent:
         raise BundleError(f"{folder / MANIFEST}: the fusion needs member {absent[0]!r}")
-    return Bundle(folder, manifest, [load_member(name, folder) for name in manifest["members"]], fusion)
+    horizons = Horizons.from_json(manifest["horizons"])
+    return Bundle(folder, manifest, [load_member(name, folder) for name in manifest["members"]], fusion, horizons)
 
 
 def promote(bundles_dir: str | Path, bundle: Bundle) -> None:
@@ -318,6 +330,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise BundleError(f"{path}: not a bundle's manifest")
     if written > FORMAT:
         raise BundleError(f"{path}: format {written} is newer than this bp-spark reads ({FORMAT}); update it")
+    if written < FORMAT:
+        raise BundleError(f"{path}: format {written} is older than this bp-spark reads ({FORMAT}); train a new bundle")
     for key, kind in _KEYS.items():
         if not isinstance(manifest.get(key), kind):
             raise BundleError(f"{path}: {key} is missing or no {kind.__name__}")

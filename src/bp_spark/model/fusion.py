@@ -205,12 +205,12 @@ class Fusion:
                 members=tuple(str(name) for name in document["members"]),
                 weights=_floats(document["weights"]),
                 coverage=float(document["coverage"]),
-                calibration=_curve(document["calibration"]),
-                activity=_curve(document["activity"]),
+                calibration=curve_from_json(document["calibration"]),
+                activity=curve_from_json(document["activity"]),
                 edges=_floats(document["edges"]),
                 lower=_floats(document["lower"]),
                 upper=_floats(document["upper"]),
-                reference=_curve(document["reference"]),
+                reference=curve_from_json(document["reference"]),
                 risk=(float(document["risk"][0]), float(document["risk"][1])),
             )
         except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -246,7 +246,7 @@ def _stacked_log(roots: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def _fit_calibration(mean: np.ndarray, spend: np.ndarray) -> Curve:
     said = np.expm1(mean)
-    group = _groups(mean, _CALIBRATION_BINS, _CALIBRATION_ROWS)
+    group = groups(mean, _CALIBRATION_BINS, _CALIBRATION_ROWS)
     rows = np.bincount(group)
     x = np.bincount(group, said) / rows
     y = isotonic_regression((np.bincount(group, spend) + x) / (rows + 1), sample_weight=rows + 1)
@@ -264,7 +264,7 @@ def _calibrate(curve: Curve, mean: np.ndarray) -> np.ndarray:
 
 
 def _fit_activity(expected: np.ndarray, spend: np.ndarray) -> Curve:
-    group = _groups(expected, _ACTIVITY_BINS, _ACTIVITY_ROWS)
+    group = groups(expected, _ACTIVITY_BINS, _ACTIVITY_ROWS)
     rows = np.bincount(group)
     share = (np.bincount(group, spend > 0) + 0.5) / (rows + 1)
     knots = isotonic_regression(share, y_min=0.0, y_max=1.0, sample_weight=rows + 1)
@@ -291,7 +291,8 @@ def _edges(x: np.ndarray, groups: int, smallest: int) -> np.ndarray:
     return edges
 
 
-def _groups(x: np.ndarray, bins: int, smallest: int) -> np.ndarray:
+def groups(x: np.ndarray, bins: int, smallest: int) -> np.ndarray:
+    """Number of the group of each row: up to ``bins`` equal shares of ``x``, about ``smallest`` rows in each at least."""
     return np.searchsorted(_edges(x, min(bins, max(1, len(x) // smallest)), 1), x, side="right")
 
 
@@ -321,7 +322,12 @@ def _floats(values: Any) -> tuple[float, ...]:
     return floats
 
 
-def _curve(document: Mapping[str, Any]) -> Curve:
+def curve_from_json(document: Mapping[str, Any]) -> Curve:
+    """The curve whose fields are in a JSON document.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are no curve's.
+    """
     curve = Curve(_floats(document["x"]), _floats(document["y"]))
     if len(curve.x) != len(curve.y) or not curve.x:
         raise ValueError("a curve needs as many x as y")

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -72,6 +72,32 @@ class Member(Protocol):
             BundleError: a file is missing, cut short or not this member's; the message names it.
         """
         ...
+
+
+@runtime_checkable
+class HorizonsMember(Protocol):
+    """A member that tells of other horizons too."""
+
+    def predict_horizons(self, columns: Columns) -> dict[str, np.ndarray]:
+        """As :meth:`Member.predict`, for each horizon: under the member's name for the main one, else under that of
+        :func:`bp_spark.labels.of_days`.
+        """
+        ...
+
+
+def predict_all(members: Iterable[Member], columns: Columns) -> dict[str, np.ndarray]:
+    """What members say, ``float64[rows]`` each: by name, and by name and days (``transformer_30d``) of other horizons.
+
+    Raises:
+        BundleError: a column a member needs is missing.
+    """
+    said: dict[str, np.ndarray] = {}
+    for member in members:
+        if isinstance(member, HorizonsMember):
+            said |= member.predict_horizons(columns)
+        else:
+            said[member.name] = member.predict(columns)
+    return said
 
 
 def load_member(name: str, folder: Path) -> Member:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,10 +26,11 @@ from torch.optim import Optimizer
 from bp_spark import __version__
 from bp_spark.config import Config, TrainingConfig, digest
 from bp_spark.errors import BundleError, DataError
+from bp_spark.labels import of_days
 from bp_spark.loader import Columns, Feed, Snapshot
 from bp_spark.model.history import ENCODER_FILE, HistoryEncoder
 from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, empty_user, tabular_matrix
-from bp_spark.model.network import History, SpendNetwork, Statistics
+from bp_spark.model.network import History, LabelStatistics, SpendNetwork, Statistics
 from bp_spark.model.text_history import TextHistoryEncoder, TokenTable, adapted
 from bp_spark.texts import model_digest, model_folder
 from bp_spark.training.distributed import Group, process_group, run_ranks
@@ -41,6 +42,7 @@ MODEL_FOLDER = "model"
 
 _LOG1P_GRID = np.linspace(0, math.log1p(1e13), 4096)
 """Upper ends of the bins in which labels are counted, for quantiles over all ranks."""
+_LABEL_SUMS = 6
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def finetune(
 
     Args:
         spark: the running session, for starting ranks.
-        train: rows to fit on: ``label_spend`` and the columns of ``spec``.
+        train: rows to fit on: ``label_spend``, that of each of ``labels.other_horizons``, and the columns of ``spec``.
         valid: rows to stop early on; without any the network of the last epoch is taken.
         spec: what the network reads.
         texts_path: safetensors with ``ids`` (int64 [V], sorted) and ``embeddings`` (float [V, D]); for the ``text``
@@ -95,7 +97,7 @@ def finetune(
     """
     started = time.monotonic()
     for part in (train, *([valid] if valid else [])):
-        for name in (LABEL, *spec.columns):
+        for name in (*label_columns(other_horizons(config)), *spec.columns):
             if name not in part.schema.names:
                 raise DataError(part.path, "must be a column of all files", column=name)
     read_texts(Path(texts_path))
@@ -132,6 +134,7 @@ def inputs_digest(
         texts,
         config.network,
         config.training,
+        other_horizons(config),
         __version__,
     )
     if config.network.backbone == "text":
@@ -144,6 +147,16 @@ def inputs_digest(
         raise BundleError(f"{initial / ENCODER_FILE}: can't be read: {error.strerror}") from error
 
 
+def other_horizons(config: Config) -> tuple[int, ...]:
+    """Days of the horizons that the network learns beside the main one."""
+    return config.labels.other_horizons if config.network.horizons_weight else ()
+
+
+def label_columns(others: Sequence[int]) -> tuple[str, ...]:
+    """The main horizon's column of labels, then those of the others."""
+    return (LABEL, *(of_days(LABEL, days) for days in others))
+
+
 @dataclass(frozen=True)
 class Data:
     """One rank's share of a split, and how it becomes tensors."""
@@ -151,12 +164,14 @@ class Data:
     feed: Feed
     steps: int
     spec: InputSpec
+    labels: tuple[str, ...]
     vocabulary_ids: np.ndarray
     device: torch.device
 
     @contextmanager
     def epoch(self, seed: int) -> Iterator[Iterator[tuple[Batch, Tensor]]]:
-        """All rows of the share in ``steps`` batches, each with its labels, float32 [rows], not negative.
+        """All rows of the share in ``steps`` batches, each with its labels, float32 [rows, labels], not negative, NaN where
+        spend is not known.
 
         Without a row left the batch has one empty user and no label: a rank takes part in every step.
         """
@@ -165,10 +180,12 @@ class Data:
 
     def _tensors(self, columns: Columns | None) -> tuple[Batch, Tensor]:
         if columns is None:
-            batch, labels = collate(empty_user(self.spec), self.spec, self.vocabulary_ids), torch.zeros(0)
+            batch = collate(empty_user(self.spec), self.spec, self.vocabulary_ids)
+            labels = torch.zeros(0, len(self.labels))
         else:
             batch = collate(columns, self.spec, self.vocabulary_ids)
-            labels = torch.from_numpy(columns[LABEL].astype(np.float32)).clamp(min=0)
+            known = np.stack([columns[name] for name in self.labels], axis=1).astype(np.float32)
+            labels = torch.from_numpy(known).clamp(min=0)
         return batch.to(self.device), labels.to(self.device)
 
 
@@ -186,7 +203,7 @@ def _train(job: Job, group: Group) -> Progress:
     valid = None if job.valid is None else _data(job.valid, job, ids, group)
 
     torch.manual_seed(settings.seed)
-    network = SpendNetwork(job.spec, job.config.network, ids, _history(job, embeddings))
+    network = SpendNetwork(job.spec, job.config.network, ids, _history(job, embeddings), other_horizons(job.config))
     network.fit_statistics(training_statistics(train, job.config.network.bands, group))
     network.to(group.device)
     optimizer = _optimizer(network, settings)
@@ -197,9 +214,10 @@ def _train(job: Job, group: Group) -> Progress:
         name="fine-tuning",
         section="training",
         network=network,
-        parts=("spend",),
-        losses=partial(losses, network.training_loss),
-        judged_by=partial(losses, network.loss),
+        parts=("spend", *(of_days("spend", days) for days in network.other_horizons)),
+        losses=partial(training_losses, network),
+        # The other horizons are there to help; when to stop is for the main one to say.
+        judged_by=partial(main_loss, network),
         learned=train.epoch,
         held_out=None if valid is None else valid.epoch,
         steps=train.steps,
@@ -216,79 +234,104 @@ def _train(job: Job, group: Group) -> Progress:
     )
     run_epochs(loop, progress, best)
     if job.config.network.loss == "mse":
-        network.smearing.fill_(smearing(network, train, group))
+        smear(network, train, group)
     if group.rank == 0:
         network.save(job.run_dir / MODEL_FOLDER)
     return progress
 
 
-def losses(
-    loss_of_rows: Callable[[Tensor, Tensor], Tensor], model: nn.Module, batch: tuple[Batch, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of the rows that have a label, float32 [1], and their number, [1]."""
+def training_losses(network: SpendNetwork, model: nn.Module, batch: tuple[Batch, Tensor]) -> tuple[Tensor, Tensor]:
+    """Of each horizon: the sum of the losses of the rows whose spend is known, float32 [horizons], and their number."""
     inputs, labels = batch
-    outputs = model(inputs)
-    loss = loss_of_rows(outputs[: len(labels)], labels).sum()
+    outputs = model(inputs)[: len(labels)]
+    return network.training_losses(outputs, labels).sum(dim=0), labels.isfinite().sum(dim=0)
+
+
+def main_loss(network: SpendNetwork, model: nn.Module, batch: tuple[Batch, Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum of the main horizon's losses of the rows that have a label, float32 [1], and their number, [1]."""
+    inputs, labels = batch
+    loss = network.loss(model(inputs)[: len(labels)], labels[:, 0]).sum()
     return loss.unsqueeze(0), loss.new_tensor([len(labels)])
 
 
 @torch.inference_mode()
-def smearing(network: SpendNetwork, data: Data, group: Group) -> float:
-    """What ``exp`` of a predicted log1p spend is to be multiplied by, so that spend sums to what it was."""
+def smear(network: SpendNetwork, data: Data, group: Group) -> None:
+    """Set what ``exp`` of a predicted log1p spend is multiplied by, so that known spend sums to what it was, by horizon."""
     network.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=group.device)
+    total = torch.zeros(2, len(data.labels), dtype=torch.float64, device=group.device)
     with data.epoch(seed=0) as batches:
         for batch, labels in batches:
-            predicted = network(batch)[: len(labels), 0].double().exp().sum()
-            total += torch.stack([(1 + labels.double()).sum(), predicted])
-    actual, predicted_sum = group.sum(total).tolist()
-    return actual / predicted_sum
+            said = network(batch)[: len(labels), : len(data.labels)].double().exp()
+            total += torch.stack([(1 + labels.double()).nansum(dim=0), said.where(labels.isfinite(), 0.0).sum(dim=0)])
+    for head, (actual, predicted) in zip(network.heads, group.sum(total).T.tolist(), strict=True):
+        head.smearing.fill_(actual / predicted if predicted else 1.0)
 
 
 def training_statistics(data: Data, bands: int, group: Group) -> Statistics:
     """Moments of features and labels over the rows of all ranks, from sums in float64.
 
-    The edges of ``bands`` bands of equally many labels are exact to 1 %.
+    The edges of ``bands`` bands of equally many labels of the main horizon are exact to 1 %.
 
     Raises:
-        DataError: a label is missing or not finite.
+        DataError: a label of the main horizon is missing, or one of any horizon is infinite.
     """
     features = len(data.spec.tabular)
     present, first, second = np.zeros(features), np.zeros(features), np.zeros(features)
-    label = np.zeros(6)  # rows, positive ones, sum and sum of squares of their logs, sum of log1p, sum
+    labels, largest = np.zeros((len(data.labels), _LABEL_SUMS)), np.zeros(len(data.labels))
     counts = np.zeros(len(_LOG1P_GRID) + 1)
-    largest = 0.0
     with data.feed.batches(data.steps, seed=0) as batches:
         for columns in filter(None, batches):
             values = tabular_matrix(columns, data.spec).astype(np.float64)
             present += (~np.isnan(values)).sum(axis=0)
             first += np.nansum(values, axis=0)
             second += np.nansum(values**2, axis=0)
-            spend = columns[LABEL].astype(np.float64).clip(min=0)
-            if not np.isfinite(spend).all():
-                raise DataError("training set", "must be a finite number", column=LABEL)
-            logs = np.log(spend[spend > 0])
-            label += [len(spend), len(logs), logs.sum(), (logs**2).sum(), np.log1p(spend).sum(), spend.sum()]
-            counts += np.bincount(np.searchsorted(_LOG1P_GRID, np.log1p(spend)), minlength=len(counts))
-            largest = max(largest, spend.max())
-    sums = group.sum(torch.from_numpy(np.concatenate([present, first, second, label, counts]))).numpy()
+            known = [_known_spend(columns, name) for name in data.labels]
+            labels += [_label_sums(spend) for spend in known]
+            largest = np.maximum(largest, [spend.max(initial=0.0) for spend in known])
+            counts += np.bincount(np.searchsorted(_LOG1P_GRID, np.log1p(known[0])), minlength=len(counts))
+    sums = group.sum(torch.from_numpy(np.concatenate([present, first, second, counts, labels.ravel()]))).numpy()
     present, first, second = sums[: 3 * features].reshape(3, features)
-    rows, active, log_sum, log_squares, log1p_sum, label_sum = sums[3 * features :][: len(label)]
+    counts, labels = sums[3 * features :][: len(counts)], sums[-labels.size :].reshape(labels.shape)
+    rows = labels[0, 0]
     shares = np.arange(1, bands) / bands
-    edges = np.searchsorted(sums[-len(counts) :].cumsum(), shares * rows).clip(max=len(_LOG1P_GRID) - 1)
+    edges = np.searchsorted(counts.cumsum(), shares * rows).clip(max=len(_LOG1P_GRID) - 1)
     mean, std = _moments(present, first, second)
-    log_mean, log_std = _moments(active, log_sum, log_squares)
+    tops = group.max(torch.from_numpy(largest)).tolist()
     return Statistics(
         mean=mean,
         std=std,
         missing=1 - present / rows,
+        labels=tuple(_label_statistics(of_one, top) for of_one, top in zip(labels, tops, strict=True)),
+        band_edges=np.expm1(_LOG1P_GRID[edges]),
+    )
+
+
+def _known_spend(columns: Columns, name: str) -> np.ndarray:
+    spend = columns[name].astype(np.float64)
+    if name != LABEL:
+        spend = spend[~np.isnan(spend)]
+    if not np.isfinite(spend).all():
+        raise DataError("training set", "must be a finite number", column=name)
+    return spend.clip(min=0)
+
+
+def _label_sums(spend: np.ndarray) -> np.ndarray:
+    """Rows, positive ones, sum and sum of squares of their logs, sum of log1p, sum: float64 [_LABEL_SUMS]."""
+    logs = np.log(spend[spend > 0])
+    return np.array([len(spend), len(logs), logs.sum(), (logs**2).sum(), np.log1p(spend).sum(), spend.sum()])
+
+
+def _label_statistics(sums: np.ndarray, largest: float) -> LabelStatistics:
+    rows, active, log_sum, log_squares, log1p_sum, total = sums
+    rows = max(rows, 1.0)  # of a horizon that no row has seen
+    log_mean, log_std = _moments(active, log_sum, log_squares)
+    return LabelStatistics(
         active_share=active / rows,
         log_mean=float(log_mean),
         log_std=float(log_std),
         log1p_mean=log1p_sum / rows,
-        mean_label=label_sum / rows,
-        band_edges=np.expm1(_LOG1P_GRID[edges]),
-        max_label=float(group.max(torch.tensor(largest, dtype=torch.float64))),
+        mean_label=total / rows,
+        max_label=largest,
     )
 
 
@@ -309,9 +352,10 @@ def _history(job: Job, embeddings: Tensor) -> History:
 
 
 def _data(snapshot: Snapshot, job: Job, ids: Tensor, group: Group) -> Data:
-    feed = Feed(snapshot.share(group.rank, group.size), (LABEL, *job.spec.tabular), HISTORY_COLUMNS)
+    labels = label_columns(other_horizons(job.config))
+    feed = Feed(snapshot.share(group.rank, group.size), (*labels, *job.spec.tabular), HISTORY_COLUMNS)
     steps = math.ceil(snapshot.rows / job.config.training.batch_size)
-    return Data(feed, steps, job.spec, ids.numpy(), group.device)
+    return Data(feed, steps, job.spec, labels, ids.numpy(), group.device)
 
 
 def _optimizer(network: nn.Module, settings: TrainingConfig) -> Optimizer:
