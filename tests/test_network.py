@@ -315,7 +315,7 @@ def test_each_horizon_starts_at_its_own_labels_and_is_told_beside_the_main_one()
     network = make_network(config, others=(30, 180))
     for head in network.heads:
         torch.nn.init.zeros_(head.weight)
-    said = predict_all([TransformerMember(network, batch_rows=7)], rows)
+    said = predict_all([TransformerMember(network, batch_events=40)], rows)
     assert {name: values.tolist() for name, values in said.items()} == {
         "transformer": pytest.approx([40.0] * 20),
         "transformer_30d": pytest.approx([40 / 3] * 20),
