@@ -48,7 +48,8 @@ def networks(settings: Config) -> Iterator[tuple[str, SpendNetwork]]:
         sized = config.changed(settings, {"network.size": size, "network.backbone": "events"}).network
         encoder = HistoryEncoder(sized, spec.history_length, torch.randn(len(TEXTS), TEXT_SIZE))
         yield size, SpendNetwork(spec, sized, ids, encoder)
-    folder, network = model_folder(settings.history_model), settings.network
+    as_text = config.changed(settings, {"network.backbone": "text", "pretraining.max_epochs": 0})
+    folder, network = model_folder(as_text.history_model), as_text.network
     table = tokenise(TEXTS, folder, settings.texts.max_tokens, network.text.max_tokens)
     yield "text", SpendNetwork(spec, network, ids, TextHistoryEncoder(network, adapted(folder, network), table))
 
@@ -81,7 +82,7 @@ def measure(network: SpendNetwork, users: int, repeats: int) -> dict[str, float]
 
     def step() -> None:
         optimizer.zero_grad()
-        network.training_loss(network(batch), labels).mean().backward()
+        network.training_losses(network(batch), labels.unsqueeze(1)).mean().backward()
         optimizer.step()
 
     figures: dict[str, float] = {

@@ -12,7 +12,6 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 from mlflow import MlflowClient
@@ -181,7 +180,7 @@ def test_scoring_another_date_leaves_the_first_one_alone(line: Line) -> None:
 def test_the_udf_scores_as_the_bundle_does_in_this_process(line: Line) -> None:
     features = line.lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(TEST_DATE)).toPandas()
     bundle = bundles.load(bundles.current(line.config.bundles))
-    here = pa.table(scoring.answers(bundle, {name: features[name].to_numpy() for name in features.columns})).to_pandas()
+    here = scoring.as_frame(scoring.answers(bundle, {name: features[name].to_numpy() for name in features.columns}))
     here.index = pd.Index(features["user_key"])
     night = _night(line.lakehouse, TEST_DATE).set_index("user_key")
     np.testing.assert_allclose(

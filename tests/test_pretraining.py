@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -278,8 +279,13 @@ def test_fine_tuning_starts_from_the_encoder_and_takes_no_other(folder: Path, si
     os.environ["MASTER_PORT"] = str(free_port())
     finetune.train_rank(start(initial))
     tuned = SpendNetwork.load(folder / "fine-tuned" / finetune.MODEL_FOLDER)
-    for name, tensor in encoder(run.run_dir).items():
-        torch.testing.assert_close(tuned.history.state_dict()[name], tensor, msg=name)
+    pretrained = encoder(run.run_dir)
+    for name, tensor in tuned.history.state_dict().items():
+        torch.testing.assert_close(tensor, pretrained[name], msg=name)
+    # texts are kept as the encoder reads them
+    width = tuned.config.hidden_size
+    no_text = F.layer_norm(pretrained["text.0.bias"], (width,), pretrained["text.1.weight"], pretrained["text.1.bias"])
+    torch.testing.assert_close(tuned.history.text_embeddings[0], no_text)
 
     other = folder / "other"
     other.mkdir()

@@ -128,7 +128,7 @@ def test_an_event_matters_and_padding_does_not(folder: Path) -> None:
 
 def test_only_low_rank_changes_and_the_layers_on_top_are_trained(folder: Path) -> None:
     net = network(folder).train()
-    net.training_loss(net(batch(make_rows(8))), torch.linspace(0, 200, 8)).sum().backward()
+    net.training_losses(net(batch(make_rows(8))), torch.linspace(0, 200, 8).unsqueeze(1)).sum().backward()
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
     language = {name: p for name, p in net.named_parameters() if name.startswith("history.language.")}
@@ -148,12 +148,12 @@ def test_only_low_rank_changes_and_the_layers_on_top_are_trained(folder: Path) -
 def test_a_few_steps_lower_the_loss_and_leave_the_frozen_weights(folder: Path) -> None:
     net, rows = network(folder).train(), make_rows(64)
     users, labels = batch(rows), torch.from_numpy(rows["label_spend"]).float()
-    net.label_scale.fill_(float(labels.mean()))
+    net.head.label_scale.fill_(float(labels.mean()))
     before = {name: p.detach().clone() for name, p in net.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(12):
-        loss = net.training_loss(net(users), labels).mean()
+        loss = net.training_losses(net(users), labels.unsqueeze(1)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -165,7 +165,7 @@ def test_what_is_loaded_by_alias_answers_as_scoring_does_without_a_pickle(
     loaded = mlflow.pyfunc.load_model(f"models:/{settings.tracking.model}@champion")
     # a user's key is none of the model's business
     answers = loaded.predict(rows.assign(user_key=rows.index))
-    expected = scoring.answers(bundle, {name: rows[name].to_numpy() for name in rows})
+    expected = scoring.as_frame(scoring.answers(bundle, {name: rows[name].to_numpy() for name in rows}))
     pd.testing.assert_frame_equal(answers, expected.set_axis(rows.index), check_exact=True)
     assert answers["reasons"].map(len).eq(2).all()
     with pytest.raises(mlflow.exceptions.MlflowException, match="spend_90d"):

@@ -152,7 +152,7 @@ def prediction_udf(spark: SparkSession, bundle: Bundle) -> Any:
         loaded = _load_once(name, digest)
         for batch in batches:
             said = answers(loaded, {column: batch[column].to_numpy() for column in batch.columns})
-            yield pa.table(said).to_pandas()
+            yield as_frame(said)
 
     return answer
 
@@ -170,6 +170,11 @@ def answers(bundle: Bundle, columns: Columns) -> dict[str, pa.Array]:
         "reasons": _reasons(bundle, columns, len(predicted["expected_spend"])),
     }
     return {name: made[name] if name in made else pa.array(predicted[name]) for name in ANSWERS}
+
+
+def as_frame(said: Mapping[str, pa.Array]) -> pd.DataFrame:
+    """What :func:`answers` returned, for people who work with pandas."""
+    return pa.table(said).to_pandas(maps_as_pydicts="strict")
 
 
 def _answer_batch(bundle: Bundle, batch: pa.RecordBatch) -> pa.RecordBatch:

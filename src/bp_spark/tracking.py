@@ -28,7 +28,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import pyarrow as pa
 from pyspark import TaskContext
 
 from bp_spark import __version__, features, scoring
@@ -213,7 +212,7 @@ class Scorer:
     def predict(self, model_input: pd.DataFrame) -> pd.DataFrame:
         """A row of answers for each row of ``user_features``, under the same index."""
         answers = scoring.answers(self.bundle, {name: model_input[name].to_numpy() for name in model_input.columns})
-        return pa.table(answers).to_pandas().set_index(model_input.index)
+        return scoring.as_frame(answers).set_index(model_input.index)
 
 
 def _load_pyfunc(path: str) -> Scorer:
