@@ -55,7 +55,7 @@ from bp_spark.model.bundle import Bundle
 from bp_spark.model.columns import from_arrow
 from bp_spark.model.fusion import Curve, Fusion
 from bp_spark.model.history import HistoryEncoder
-from bp_spark.model.horizons import NETWORK, Horizons, Ratio
+from bp_spark.model.horizons import EXPECTED, Horizons, Ratio
 from bp_spark.model.inputs import HISTORY_COLUMNS, InputSpec
 from bp_spark.model.members import Member, SqrtTreesMember, TreesMember
 from bp_spark.model.network import SpendNetwork, TransformerMember
@@ -156,7 +156,7 @@ def make_bundles(folder: Path, settings: Config, texts: int) -> dict[str, Bundle
         "transformer": TransformerMember(network),
     }
     frame = pd.DataFrame({name: rng.gamma(2, 20, 2000) for name in members}).assign(label_spend=rng.gamma(2, 20, 2000))
-    horizons = Horizons(90, tuple(Ratio(days, NETWORK, Curve((0.0, 3.0), (0.1, 2.5))) for days in others))
+    horizons = Horizons(90, tuple(Ratio(days, EXPECTED, Curve((0.0, 8.0), (0.9, 1.1))) for days in others))
     made = {}
     for name, chosen in (("network", ("transformer",)), ("whole", tuple(members))):
         made[name] = bundles.write(

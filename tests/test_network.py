@@ -30,7 +30,9 @@ from bp_spark.model.network import (
 )
 from training_rows import SPEC, TEXT_IDS, arrays, make_rows, take
 
-TINY = NetworkConfig(hidden_size=16, layers=2, heads=2, intermediate_size=16, adapter_size=8, loss="ziln")
+TINY = NetworkConfig(
+    hidden_size=16, layers=2, heads=2, intermediate_size=16, adapter_size=8, loss="ziln", horizons_weight=0.1
+)
 
 
 def make_network(

@@ -43,6 +43,7 @@ SMALL = [
     "network.heads=2",
     "network.intermediate_size=16",
     "network.adapter_size=16",
+    "network.horizons_weight=0.1",
     "features.history_length=16",
     "trees.rounds=60",
     "trees.learning_rate=0.1",

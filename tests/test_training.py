@@ -34,6 +34,7 @@ TINY = (
     "network.heads=2",
     "network.intermediate_size=16",
     "network.adapter_size=16",
+    "network.horizons_weight=0.1",
     "training.batch_size=32",
 )
 

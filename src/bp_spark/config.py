@@ -233,8 +233,8 @@ class NetworkConfig(Section):
     """Spend bands of equally many training rows each."""
     bands_weight: float = Field(0.0, ge=0)
     """Of a second task, to tell a user's band, in the training loss; 0 leaves it out."""
-    horizons_weight: float = Field(0.1, ge=0)
-    """Of each of ``labels.other_horizons`` in the training loss; 0 leaves them out."""
+    horizons_weight: float = Field(0.0, ge=0)
+    """Of each of ``labels.other_horizons`` in the training loss, as 0.1; 0 leaves them to a ratio by expected spend."""
 
     @model_validator(mode="before")
     @classmethod
