@@ -3,7 +3,7 @@
 In: settings. Out: ``build/bench/sizes.json``, also on standard output: for ``network.size`` of the events backbone, and for
 the text backbone, the numbers of weights, how many of them are trained, and, on one thread, CPU milliseconds of a forward pass
 for each user and of a training step for each row (forward, backward, AdamW). Every history is full:
-``features.history_length`` events, ``network.text.max_tokens`` tokens. CPU time, for that of the clock grows with what others do.
+``features.history_length`` events, ``network.text.max_tokens`` tokens. CPU time, for the clock's grows with what others do.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def networks(settings: Config) -> Iterator[tuple[str, SpendNetwork]]:
         sized = config.changed(settings, {"network.size": size, "network.backbone": "events"}).network
         encoder = HistoryEncoder(sized, spec.history_length, torch.randn(len(TEXTS), TEXT_SIZE))
         yield size, SpendNetwork(spec, sized, ids, encoder)
-    folder, network = model_folder(settings.history_model), settings.network
+    as_text = config.changed(settings, {"network.backbone": "text", "pretraining.max_epochs": 0})
+    folder, network = model_folder(as_text.history_model), as_text.network
     table = tokenise(TEXTS, folder, settings.texts.max_tokens, network.text.max_tokens)
     yield "text", SpendNetwork(spec, network, ids, TextHistoryEncoder(network, adapted(folder, network), table))
 
