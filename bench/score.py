@@ -82,7 +82,7 @@ class Sizes:
     texts: int = 50_000
 
 
-QUICK = Sizes(mean=300, cap=100, rounds=1, growth=(100, 300), nights=300, texts=50)
+QUICK = Sizes(mean=200, cap=100, rounds=1, growth=(100, 200), nights=200, texts=50)
 
 
 # --- random users and models -------------------------------------------------------------------------------------------

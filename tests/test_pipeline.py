@@ -452,7 +452,7 @@ def test_a_flipped_bit_in_the_bundle_is_refused_and_leaves_scores_alone(line: Li
 def test_a_bundle_that_wants_a_column_the_features_lack_is_refused(line: Line) -> None:
     users = line.lakehouse.read("user_features").drop("recency_days")
     with pytest.raises(BundleError, match="recency_days"):
-        scoring.score(users, line.trained.bundle, TEST_DATE, 0, line.config.scoring)
+        scoring.score(users, line.trained.bundle, TEST_DATE, 0)
 
 
 def test_training_without_enough_history_is_refused(line: Line) -> None:
