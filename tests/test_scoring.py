@@ -172,6 +172,12 @@ def test_users_with_the_same_features_are_computed_once(nights: Nights) -> None:
     assert asked == [60]
     pd.testing.assert_frame_equal(said.iloc[3:12].reset_index(drop=True), said.iloc[60:].reset_index(drop=True))
     assert said["user_key"].tolist() == twice.column("user_key").to_pylist()
+    # without a digest nobody is taken for another
+    nulls = pa.nulls(twice.num_rows, pa.int64())
+    unknown = pa.Table.from_batches([twice]).set_column(1, "input_digest", nulls).combine_chunks().to_batches()[0]
+    anew = scoring._answer_batch(bundle, unknown).to_pandas()
+    assert asked == [60, 69]
+    np.testing.assert_allclose(anew[NUMBERS], said[NUMBERS], rtol=1e-5)
 
 
 def test_the_weights_stay_in_the_file_that_all_workers_of_a_machine_share(nights: Nights) -> None:

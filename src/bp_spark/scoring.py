@@ -179,10 +179,9 @@ def as_frame(said: Mapping[str, pa.Array]) -> pd.DataFrame:
 
 def _answer_batch(bundle: Bundle, batch: pa.RecordBatch) -> pa.RecordBatch:
     """``user_key``, ``input_digest`` and ANSWERS; users with the same features are computed once."""
-    digests = batch.column("input_digest").to_numpy()
-    _, first, place = np.unique(digests, return_index=True, return_inverse=True)
     inputs = batch.select([name for name in batch.schema.names if name not in ("user_key", "input_digest")])
-    if len(first) < len(digests):
+    first, place = _distinct(batch.column("input_digest"))
+    if len(first) < batch.num_rows:
         said = answers(bundle, from_arrow(inputs.take(pa.array(first))))
         said = {name: array.take(pa.array(place)) for name, array in said.items()}
     else:
@@ -190,6 +189,16 @@ def _answer_batch(bundle: Bundle, batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict(
         {"user_key": batch.column("user_key"), "input_digest": batch.column("input_digest"), **said}
     )
+
+
+def _distinct(digests: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the first user with each digest, and for each user where among these the own one is."""
+    if digests.null_count:
+        # features of an older version have none: nobody is known to be like another
+        everyone = np.arange(len(digests))
+        return everyone, everyone
+    _, first, place = np.unique(digests.to_numpy(), return_index=True, return_inverse=True)
+    return first, place
 
 
 def _by_horizon(bundle: Bundle, expected: np.ndarray) -> pa.MapArray:
