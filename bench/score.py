@@ -67,6 +67,8 @@ NIGHT = date(2024, 10, 1)
 MEAN_EVENTS = 20
 TEXT_SIZE = 384
 SEED = 7
+_WARM_UP = (5_000, 50)
+"""Users of the nights that come first: one that loads the classes, one that is nothing but start-up."""
 GOALS = {"share_of_torch": 0.85, "times_peer": 2.5, "growth": 1.1, "night_10": 0.15, "night_1": 0.06}
 
 
@@ -286,24 +288,22 @@ def night(spark: SparkSession, settings: Config, bundle: Bundle, day: date, full
 
 
 def growth(spark: SparkSession, folder: Path, bundle: Bundle, sizes: Sizes) -> dict[str, Any]:
-    """Full nights of more and more users; the slope is what one more user costs beyond start-up."""
+    """Full nights of more and more users, and what a user costs beyond start-up: the time of a night of a handful."""
     measured = {}
-    for count in sizes.growth:
+    for count in (*_WARM_UP, *sizes.growth):
         settings = _settings(folder / f"growth-{count}")
         _write(spark, settings, users(spark, settings, count, MEAN_EVENTS), NIGHT)
         measured[count] = night(spark, settings, bundle, NIGHT)
         _say(measured[count])
         shutil.rmtree(folder / f"growth-{count}")
-    first, *rest = measured
-    start = measured[first]
-    each = {
-        count: (measured[count]["seconds"] - start["seconds"]) / (measured[count]["users"] - start["users"])
-        for count in rest
-    }
+    start_up = measured.pop(_WARM_UP[-1])["seconds"]
+    sized = {count: figures for count, figures in measured.items() if count in sizes.growth}
+    each = {count: (figures["seconds"] - start_up) / count for count, figures in sized.items()}
     return {
-        "nights": {str(count): figures for count, figures in measured.items()},
-        "microseconds_per_user_beyond_the_smallest": {str(count): 1e6 * seconds for count, seconds in each.items()},
-        "ratio": each[rest[-1]] / each[rest[0]],
+        "start_up_seconds": start_up,
+        "nights": {str(count): figures for count, figures in sized.items()},
+        "microseconds_per_user_beyond_start_up": {str(count): 1e6 * seconds for count, seconds in each.items()},
+        "ratio": max(each.values()) / min(each.values()),
     }
 
 
@@ -326,13 +326,9 @@ def nights(spark: SparkSession, folder: Path, bundle: Bundle, sizes: Sizes) -> d
         # the next night compares with this one, whose changed users have another digest
         before = rows
         _say(measured)
-    nobody = _settings(folder / "nobody")
-    _write(spark, nobody, users(spark, nobody, 100, MEAN_EVENTS), NIGHT)
-    start_up = night(spark, nobody, bundle, NIGHT)
     return {
         "full": full,
         "changed": found,
-        "start_up_seconds": start_up["seconds"],
         "ratio": {share: figures["seconds"] / full["seconds"] for share, figures in found.items()},
     }
 

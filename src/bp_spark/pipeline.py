@@ -1264,14 +1264,13 @@ def score(
         else:
             bundle = bundles.load(chosen or bundles.current(config.bundles))
         users = lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(score_date))
-        source = users.select("built_from").distinct().collect()
+        source = {row["built_from"]: row["count"] for row in users.groupBy("built_from").count().collect()}
         if not source:
             raise DataError(
                 "user_features", f"holds no rows of {score_date}; run featurize for it", column="as_of_date"
             )
-        inputs = digest(__version__, bundle.digest, sorted(row[0] for row in source))
+        inputs, expected = digest(__version__, bundle.digest, sorted(source)), sum(source.values())
         with run.stage("score", inputs) as figures:
-            expected = users.count()
             written = full or not _scored(run, inputs, score_date, expected)
             if written:
                 earlier = None if full else _earlier_night(run, bundle, score_date)
@@ -1281,12 +1280,10 @@ def score(
             else:
                 figures["status"] = "unchanged"
             _refresh_latest(run, inputs)
-            night = lakehouse.read("scores").filter(F.col("score_date") == F.lit(score_date))
-            figures["users"] = count = night.count()
-            figures["computed"] = computed = night.filter("computed_on = score_date").count() if written else 0
+            count, computed = _checked(lakehouse, score_date, expected)
+            figures["users"], figures["computed"] = count, computed if written else 0
             figures["score_date"], figures["bundle"] = score_date, bundle.digest
-            _require_one_row_each(night, count, expected)
-        return ScoreResult(count, computed, written, bundle, run.records)
+        return ScoreResult(count, computed if written else 0, written, bundle, run.records)
 
 
 def _night(
@@ -1344,6 +1341,21 @@ def _refresh_latest(run: Run, inputs: str) -> None:
         lakehouse.replace(SCORES_LATEST, rows, inputs=version)
 
 
-def _require_one_row_each(night: DataFrame, rows: int, users: int) -> None:
-    if rows != users or night.select("user_key").distinct().count() != users:
-        raise DataError("scores", f"must hold one row for each of {users} users", column="user_key", count=rows)
+def _checked(lakehouse: Lakehouse, score_date: date, users: int) -> tuple[int, int]:
+    """Rows of a night, and how many of them it computed itself.
+
+    Raises:
+        DataError: there isn't one row for each user.
+    """
+    night = lakehouse.read("scores").filter(F.col("score_date") == F.lit(score_date))
+    counted = night.agg(
+        F.count(F.lit(1)).alias("rows"),
+        F.count_distinct("user_key").alias("users"),
+        F.count_if(F.col("computed_on") == F.lit(score_date)).alias("computed"),
+    ).first()
+    assert counted is not None
+    if not counted["rows"] == counted["users"] == users:
+        raise DataError(
+            "scores", f"must hold one row for each of {users} users", column="user_key", count=counted["rows"]
+        )
+    return counted["rows"], counted["computed"]

@@ -124,6 +124,8 @@ def sized(spark: SparkSession, config: ScoringConfig) -> Iterator[None]:
         "spark.sql.files.maxPartitionBytes": f"{config.partition_mb}MB",
         "spark.sql.execution.arrow.maxBytesPerBatch": f"{config.batch_mb}MB",
         "spark.sql.execution.arrow.maxRecordsPerBatch": str(ROWS_AT_ONCE),
+        # above 100 columns Spark would build every row whole before it asks whether the user changed
+        "spark.sql.codegen.maxFields": "1000",
     }
     before = {key: spark.conf.get(key) for key in settings}
     try:
