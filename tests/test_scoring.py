@@ -91,11 +91,12 @@ def test_only_new_and_changed_users_are_computed(nights: Nights) -> None:
     assert (scores.loc[fresh, "features_version"] > origin).all()
 
 
-def test_a_night_of_carried_scores_is_a_full_night(nights: Nights) -> None:
+def test_a_night_of_carried_scores_is_a_full_night(nights: Nights, capsys: pytest.CaptureFixture[str]) -> None:
     carried = nights.scores(NEXT)
     version = nights.lakehouse.version("scores")
     full = pipeline.score(nights.spark, nights.settings, NEXT, nights.bundles["whole"].folder, full=True)
     assert (full.users, full.computed) == (60, 60)
+    assert f"scoring 60 users of {NEXT}: at most about 0:0" in capsys.readouterr().err
     anew = nights.scores(NEXT)
     assert (anew["computed_on"] == NEXT).all()
     np.testing.assert_allclose(anew[NUMBERS], carried[NUMBERS], rtol=1e-5)

@@ -1273,6 +1273,7 @@ def score(
         with run.stage("score", inputs) as figures:
             written = full or not _scored(run, inputs, score_date, expected)
             if written:
+                print(f"scoring {expected:,} users of {score_date}{_estimate(run, expected)}", file=sys.stderr)
                 earlier = None if full else _earlier_night(run, bundle, score_date)
                 rows = _night(users, earlier, bundle, score_date, lakehouse.version("user_features"))
                 with scoring.sized(spark, config.scoring):
@@ -1294,6 +1295,21 @@ def _night(
         return scoring.score(users, bundle, score_date, features_version)
     fresh = scoring.score(scoring.changed(users, earlier), bundle, score_date, features_version)
     return fresh.unionByName(scoring.carried(users, earlier, score_date))
+
+
+def _estimate(run: Run, users: int) -> str:
+    """How long so many users take at most, in words, by the newest night that computed any."""
+    if not run.lakehouse.exists("runs"):
+        return ""
+    computed = F.element_at("figures", "computed").cast("long")
+    nights = run.lakehouse.read("runs").filter(
+        (F.col("stage") == "score") & (F.col("status") == "done") & (computed > 0)
+    )
+    newest = nights.orderBy(F.desc("started_at")).select("seconds", computed.alias("computed")).first()
+    if newest is None:
+        return ""
+    seconds = newest["seconds"] * max(1.0, users / newest["computed"])
+    return f": at most about {timedelta(seconds=math.ceil(seconds))}, by the last night"
 
 
 def _earlier_night(run: Run, bundle: Bundle, score_date: date) -> DataFrame | None:
