@@ -27,7 +27,7 @@ from pyspark.sql import functions as F
 from tqdm import tqdm
 
 from bench import publish
-from bp_spark import config, features, labels, pipeline
+from bp_spark import config, labels, pipeline
 from bp_spark.errors import ConfigError
 from bp_spark.evaluation import normalised_gini, spearman
 from bp_spark.loader import snapshot
@@ -71,9 +71,7 @@ def run(
     seconds = time.monotonic() - clock
     test = pipeline._test_rows(line, test_date).toPandas()
 
-    catalogue = features.catalogue(settings.features)
-    logged = frozenset(f.name for f in catalogue.features if f.scale == "log")
-    spec = InputSpec(catalogue.names, logged, settings.features.history_length)
+    spec = InputSpec.of(settings.features)
     location, version = line.lakehouse.location("training_set"), line.lakehouse.version("training_set")
     # the fold whose histories stopped the pre-training
     valid = snapshot(location, version, {"complete": "true", "fold": "0"})

@@ -141,11 +141,7 @@ def make_bundles(folder: Path, settings: Config, texts: int) -> dict[str, Bundle
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     features = catalogue(settings.features)
-    spec = InputSpec(
-        features.names,
-        frozenset(f.name for f in features.features if f.scale == "log"),
-        settings.features.history_length,
-    )
+    spec = InputSpec.of(settings.features)
     history = HistoryEncoder(settings.network, spec.history_length, torch.randn(texts, TEXT_SIZE))
     others = settings.labels.other_horizons
     network = SpendNetwork(spec, settings.network, torch.arange(1, texts + 1), history, others)

@@ -38,12 +38,8 @@ TEXT_SIZE = 384
 
 def networks(settings: Config) -> Iterator[tuple[str, SpendNetwork]]:
     """The networks of all sizes, and the one that reads text, each with random weights where it has no others."""
-    features, ids = catalogue(settings.features), torch.arange(1, len(TEXTS) + 1)
-    spec = InputSpec(
-        tabular=features.names,
-        log_scaled=frozenset(feature.name for feature in features.features if feature.scale == "log"),
-        history_length=settings.features.history_length,
-    )
+    ids = torch.arange(1, len(TEXTS) + 1)
+    spec = InputSpec.of(settings.features)
     for size in SIZES:
         sized = config.changed(settings, {"network.size": size, "network.backbone": "events"}).network
         encoder = HistoryEncoder(sized, spec.history_length, torch.randn(len(TEXTS), TEXT_SIZE))

@@ -787,21 +787,17 @@ def _fits(run: Run, rows: DataFrame, test_date: date, vocabulary: Path, folder: 
     fits: dict[str, Fit] = {"linear": linear, "btyd": btyd}
     fits |= {kind.name: boosted(kind) for kind in (TreesMember, SqrtTreesMember) if kind.name in config.fusion.members}
     if "transformer" in config.fusion.members:
-        fits["transformer"] = _transformer_fit(run, catalogue, test_date, vocabulary, folder)
+        fits["transformer"] = _transformer_fit(run, test_date, vocabulary, folder)
     return fits
 
 
-def _transformer_fit(run: Run, catalogue: features.Catalogue, test_date: date, vocabulary: Path, folder: Path) -> Fit:
+def _transformer_fit(run: Run, test_date: date, vocabulary: Path, folder: Path) -> Fit:
     """Pre-trains and fine-tunes. Who is predicted out of fold isn't pre-trained on either: later events tell of labels."""
     # torch takes seconds to import: a platform without a sequence model doesn't pay for it
     from bp_spark.model.network import TransformerMember
 
     config, lakehouse = run.config, run.lakehouse
-    spec = InputSpec(
-        tabular=catalogue.names,
-        log_scaled=frozenset(f.name for f in catalogue.features if f.scale == "log"),
-        history_length=config.features.history_length,
-    )
+    spec = InputSpec.of(config.features)
     labelled = lakehouse.location("training_set"), lakehouse.version("training_set")
     best: dict[str, list[int]] = {"pre-training": [], "fine-tuning": []}
 
@@ -1297,15 +1293,23 @@ def _night(
     return fresh.unionByName(scoring.carried(users, earlier, score_date))
 
 
+def _nights(run: Run) -> DataFrame | None:
+    """Rows of ``runs`` of the nights that were scored; ``None`` where none can have been."""
+    lakehouse = run.lakehouse
+    if not (lakehouse.exists("scores") and lakehouse.exists("runs")):
+        return None
+    return lakehouse.read("runs").filter((F.col("stage") == "score") & (F.col("status") == "done"))
+
+
 def _estimate(run: Run, users: int) -> str:
     """How long so many users take at most, in words, by the newest night that computed any."""
-    if not run.lakehouse.exists("runs"):
+    nights = _nights(run)
+    if nights is None:
         return ""
     computed = F.element_at("figures", "computed").cast("long")
-    nights = run.lakehouse.read("runs").filter(
-        (F.col("stage") == "score") & (F.col("status") == "done") & (computed > 0)
+    newest = (
+        nights.filter(computed > 0).orderBy(F.desc("started_at")).select("seconds", computed.alias("computed")).first()
     )
-    newest = nights.orderBy(F.desc("started_at")).select("seconds", computed.alias("computed")).first()
     if newest is None:
         return ""
     seconds = newest["seconds"] * max(1.0, users / newest["computed"])
@@ -1314,33 +1318,25 @@ def _estimate(run: Run, users: int) -> str:
 
 def _earlier_night(run: Run, bundle: Bundle, score_date: date) -> DataFrame | None:
     """Scores of the newest night up to this date that the same bundle and code made."""
-    lakehouse = run.lakehouse
-    if not (lakehouse.exists("scores") and lakehouse.exists("runs")):
+    nights = _nights(run)
+    if nights is None:
         return None
     scored_date = F.to_date(F.element_at("figures", "score_date"))
-    nights = lakehouse.read("runs").filter(
-        (F.col("stage") == "score")
-        & (F.col("status") == "done")
-        & (F.element_at("figures", "bundle") == bundle.digest)
-        & (scored_date <= F.lit(score_date))
-    )
-    newest = nights.agg(F.max(scored_date)).first()
+    theirs = (F.element_at("figures", "bundle") == bundle.digest) & (scored_date <= F.lit(score_date))
+    newest = nights.filter(theirs).agg(F.max(scored_date)).first()
     if newest is None or newest[0] is None:
         return None
     made_by = (F.col("bundle_digest") == bundle.digest) & (F.col("code_version") == __version__)
-    return lakehouse.read("scores").filter((F.col("score_date") == F.lit(newest[0])) & made_by)
+    return run.lakehouse.read("scores").filter((F.col("score_date") == F.lit(newest[0])) & made_by)
 
 
 def _scored(run: Run, inputs: str, score_date: date, users: int) -> bool:
     """Whether the newest run that wrote this date scored it from these inputs and its rows are there."""
-    if not (run.lakehouse.exists("scores") and run.lakehouse.exists("runs")):
+    nights = _nights(run)
+    if nights is None:
         return False
-    nights = run.lakehouse.read("runs").filter(
-        (F.col("stage") == "score")
-        & (F.col("status") == "done")
-        & (F.element_at("figures", "score_date") == str(score_date))
-    )
-    newest = nights.orderBy(F.desc("started_at")).select("inputs").first()
+    of_date = nights.filter(F.element_at("figures", "score_date") == str(score_date))
+    newest = of_date.orderBy(F.desc("started_at")).select("inputs").first()
     if newest is None or newest[0] != inputs:
         return False
     return run.lakehouse.read("scores").filter(F.col("score_date") == F.lit(score_date)).count() == users

@@ -304,12 +304,9 @@ def current(bundles_dir: str | Path) -> Path:
 def _why_none(bundles_dir: Path) -> str:
     refused = []
     for path in bundles_dir.glob(f"*{DECISION}"):
-        try:
-            decision = json.loads(path.read_bytes())
-            if not decision["promoted"]:
-                refused.append((str(decision["decided_at"]), str(decision["bundle"]), str(decision["reason"])))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+        found = decision(path.with_name(path.name.removesuffix(DECISION)))
+        if found is not None and not found["promoted"] and {"decided_at", "bundle"} <= set(found):
+            refused.append((str(found["decided_at"]), str(found["bundle"]), str(found["reason"])))
     if not refused:
         return "train one first"
     _, name, reason = max(refused)

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,9 @@ from sklearn.isotonic import isotonic_regression
 
 from bp_spark.config import FusionConfig
 from bp_spark.errors import BundleError, DataError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 LEVELS = ("E", "D", "C", "B", "A")
 """Fifths of the reference population, by score."""
@@ -188,8 +191,7 @@ class Fusion:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file; floats come back bit for bit."""
-        document: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
-        return document
+        return as_json(self)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
@@ -220,6 +222,12 @@ class Fusion:
         if not len(fusion.edges) + 1 == len(fusion.lower) == len(fusion.upper):
             raise BundleError("fusion: edges, lower and upper don't fit together")
         return fusion
+
+
+def as_json(fitted: DataclassInstance) -> dict[str, Any]:
+    """The fields of a frozen dataclass of numbers as plain values for a JSON file; floats come back bit for bit."""
+    document: dict[str, Any] = json.loads(json.dumps(asdict(fitted), allow_nan=False))
+    return document
 
 
 def _stacking_weights(roots: np.ndarray, target: np.ndarray, shrinkage: float) -> np.ndarray:

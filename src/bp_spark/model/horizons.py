@@ -6,9 +6,8 @@ that the network sees, calibrated on users it has not seen. Without a network th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import numpy as np
@@ -17,7 +16,7 @@ from sklearn.isotonic import isotonic_regression
 
 from bp_spark.errors import BundleError
 from bp_spark.labels import of_days
-from bp_spark.model.fusion import Curve, curve_from_json, groups
+from bp_spark.model.fusion import Curve, as_json, curve_from_json, groups
 
 LABEL = "label_spend"
 NETWORK = "transformer"
@@ -117,8 +116,7 @@ class Horizons:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file; floats come back bit for bit."""
-        document: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
-        return document
+        return as_json(self)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:

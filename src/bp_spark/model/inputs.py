@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bp_spark.config import FeaturesConfig
 from bp_spark.errors import DataError
+from bp_spark.features import catalogue
 from bp_spark.model.columns import Columns, ragged, stack
 
 HISTORY_COLUMNS = (
@@ -62,6 +64,13 @@ class InputSpec:
     def columns(self) -> tuple[str, ...]:
         """Every column that :func:`collate` needs."""
         return (*self.tabular, *HISTORY_COLUMNS)
+
+    @classmethod
+    def of(cls, config: FeaturesConfig) -> InputSpec:
+        """All that ``user_features`` holds of a user."""
+        features = catalogue(config)
+        logged = frozenset(feature.name for feature in features.features if feature.scale == "log")
+        return cls(features.names, logged, config.history_length)
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that JSON can hold; :meth:`from_json` reads it back."""
