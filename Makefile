@@ -1,10 +1,11 @@
 # `make demo` and `make test` install what they need, from requirements.lock, into .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
+AUDIT_VENV ?= .venv-audit
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast bench-data bench-score bench-pretraining bench-sizes lint format lock clean
+.PHONY: help install demo test test-fast test-thorough bench-data bench-score bench-training bench-pretraining bench-sizes lint format lock audit sbom clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -28,13 +29,20 @@ test: lint ## lint, types, import contract, all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: install ## all but the heavy tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not thorough'
+
+test-thorough: install ## what CI tests by a few cases, by all: each write of a night killed, 10,000 rows and settings of any kind
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m thorough tests
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_fuzz.py
 
 bench-data: install ## the data half against DuckDB, growth, a new day, dirt: JSON to standard output
 	$(BIN)/python -m bench.data
 
 bench-score: install ## the nightly pass against plain torch and other ways, growth, nights with few changes: JSON to standard output
 	$(BIN)/python -m bench.score
+
+bench-training: install ## DDP by one and by two processes, and the feed against what one learns: JSON to standard output
+	$(BIN)/python -m bench.training
 
 bench-pretraining: demo ## the transformer with and without pre-training, by share of labels used: JSON to standard output
 	$(BIN)/python -m bench.pretraining --config conf/demo.yaml pretraining.max_epochs=60
@@ -52,9 +60,25 @@ format: install ## apply ruff's format and fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+$(AUDIT_VENV)/.installed: requirements-audit.lock
+	$(PYTHON) -m venv --clear $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-audit.lock
+	@touch $@
+
+audit: $(AUDIT_VENV)/.installed ## known vulnerabilities of the lock file that docs/security.md doesn't answer (asks osv.dev)
+	@$(AUDIT_VENV)/bin/pip-audit --strict --require-hashes --disable-pip --vulnerability-service osv --desc off \
+		--requirement requirements.lock $$(sed -nE 's/^\| (CVE-[0-9-]+) .*/--ignore-vuln \1/p' docs/security.md) \
+		|| { echo "make audit: unanswered findings stand above, or else the database could not be asked" >&2; exit 1; }
+
+sbom: $(AUDIT_VENV)/.installed ## sbom.json: what the lock file installs, in CycloneDX
+	$(AUDIT_VENV)/bin/python -W ignore -m cyclonedx_py requirements --short-PURLs --output-reproducible \
+		--pyproject pyproject.toml --output-file sbom.json requirements.lock
+
 lock: ## resolve requirements.lock anew (needs uv)
 	uv pip compile --quiet --python-version 3.11 --all-extras --generate-hashes --no-emit-index-url \
 		--custom-compile-command "make lock" pyproject.toml --output-file requirements.lock
+	uv pip compile --quiet --python-version 3.11 --group audit --generate-hashes --no-emit-index-url \
+		--custom-compile-command "make lock" --output-file requirements-audit.lock
 
 clean: ## remove what the demo wrote
 	rm -rf demo

@@ -46,6 +46,7 @@ from bench.duckdb_peer import Peer
 from bp_spark import config, pipeline
 from bp_spark.config import Config
 from bp_spark.features import CATEGORY_BUCKETS, SEQUENCE_COLUMNS, catalogue
+from bp_spark.privacy import make_secret
 from bp_spark.session import get_session
 from bp_spark.sources.synthetic import LOGS, MAX_DELAY, SPOILS, SyntheticConfig, generate
 from bp_spark.tables import RAW_TABLES, Lakehouse
@@ -119,6 +120,7 @@ class Platform:
                 "source.kind=files",
                 f"source.mapping={self.files}/source.yaml",
                 "cleaning.unknown_items=quarantine",
+                f"privacy.secret=file:{self.root}/secret",
             ]
         )
 
@@ -146,6 +148,7 @@ def make_platform(spark: SparkSession, root: Path, events: int, sizes: Sizes, **
     """A platform of about so many events."""
     settings = SyntheticConfig(users=sizes.users(events), days=sizes.days, first_day=FIRST_DAY, **dirt)
     generate(spark, settings, str(root / "platform"))
+    make_secret(root / "secret")
     return Platform(spark, root, sizes.days)
 
 
@@ -374,7 +377,8 @@ def latent_power(at: Platform, as_of: date) -> dict[str, float]:
     known = at.lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(as_of))
     share = min(1.0, LATENT_USERS / max(1, known.count()))
     sampled = known.filter(F.pmod(F.xxhash64("user_key"), F.lit(1_000_000)) < int(share * 1_000_000))
-    truth = at.spark.read.parquet(f"{at.files}/truth/users").select(F.col("user_id").alias("user_key"), "z")
+    latent = at.spark.read.parquet(f"{at.files}/truth/users").select("user_id", "z")
+    truth = latent.join(at.lakehouse.read("user_keys"), "user_id").select("user_key", "z")
     rows = sampled.select("user_key", *(f.name for f in features)).join(truth, "user_key").toPandas()
     rows = rows.sort_values("user_key", ignore_index=True)
     x = rows[[f.name for f in features]].to_numpy(np.float64)

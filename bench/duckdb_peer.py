@@ -206,8 +206,7 @@ class Peer:
         config = self.config.cleaning
         actions = ", ".join(f"'{action}'" for action in ACTIONS)
         timed = [
-            ("user_id is missing", "length(trim(user_id)) > 0"),
-            ("user_id is broken text", "user_id IS NULL OR NOT broken(user_id)"),
+            ("user_id is missing", "user_key IS NOT NULL"),
             ("ts is missing", "ts IS NOT NULL"),
             ("ts is in the future", "ts <= ingested_at"),
             (f"ts is before {config.first_day}", f"ts >= DATE '{config.first_day}'"),
@@ -288,19 +287,19 @@ class Peer:
             f"({name} * rate)::DECIMAL(18, 2) AS {name}" for name in ("amount", "discount", "coupon_discount")
         )
         logs = f"""
-            SELECT 'purchase' AS kind, trim(user_id) AS user_key, ts, order_id, line_id, item_id, quantity, {money},
+            SELECT 'purchase' AS kind, user_key, ts, order_id, line_id, item_id, quantity, {money},
                    NULL::DOUBLE AS rating, NULL::DOUBLE AS dwell_s, NULL AS own_text, category, item_text_id, ingest_id,
                    delivery
             FROM judged_raw_transactions WHERE rule IS NULL
             UNION ALL BY NAME
-            SELECT action AS kind, trim(user_id) AS user_key, ts, item_id, dwell_s, category, item_text_id, ingest_id, delivery
+            SELECT action AS kind, user_key, ts, item_id, dwell_s, category, item_text_id, ingest_id, delivery
             FROM judged_raw_behaviours WHERE rule IS NULL
             UNION ALL BY NAME
-            SELECT 'search' AS kind, trim(user_id) AS user_key, ts, clicked_item_id AS item_id, normalised(query) AS own_text,
+            SELECT 'search' AS kind, user_key, ts, clicked_item_id AS item_id, normalised(query) AS own_text,
                    category, item_text_id, ingest_id, delivery
             FROM judged_raw_searches WHERE rule IS NULL
             UNION ALL BY NAME
-            SELECT 'review' AS kind, trim(user_id) AS user_key, ts, item_id, rating, normalised(text) AS own_text,
+            SELECT 'review' AS kind, user_key, ts, item_id, rating, normalised(text) AS own_text,
                    category, NULL AS item_text_id, ingest_id, delivery
             FROM judged_raw_reviews WHERE rule IS NULL"""
         newest = ", ".join(

@@ -27,12 +27,14 @@ from pyspark.sql import functions as F
 from tqdm import tqdm
 
 from bench import publish
-from bp_spark import config, labels, pipeline
+from bp_spark import config, labels
 from bp_spark.errors import ConfigError
 from bp_spark.evaluation import normalised_gini, spearman
 from bp_spark.loader import snapshot
 from bp_spark.model.inputs import InputSpec
 from bp_spark.model.network import TransformerMember
+from bp_spark.pipeline import featurizing, training
+from bp_spark.pipeline.run import Run
 from bp_spark.session import get_session
 from bp_spark.training.finetune import finetune
 
@@ -59,17 +61,17 @@ def run(
             "pretraining.max_epochs: must be above 0, and fusion.members name the transformer, to compare"
         )
     spark = get_session(settings, "bp-spark bench")
-    line = pipeline.Run(spark, settings)
-    first, last = pipeline._span(line.lakehouse)
+    line = Run(spark, settings)
+    first, last = featurizing.span(line.lakehouse)
     test_date = test_date or last - timedelta(days=settings.labels.horizon_days)
     dates = labels.cutoffs(first, test_date, settings.labels)
-    pipeline._featurize(line, [*dates, test_date])
-    rows = pipeline._training_set(line, dates, test_date)
-    vocabulary = pipeline._vocabulary(line, test_date, folder)
+    featurizing.write_features(line, [*dates, test_date])
+    rows = line.lakehouse.read("training_set", training.write_training_set(line, dates, test_date))
+    vocabulary = training.write_vocabulary(line, test_date, folder)
     clock = time.monotonic()
-    encoder, _ = pipeline._pretrain(line, test_date, vocabulary, fold=0, epochs=None)
+    encoder, _ = training.pretrain_encoder(line, test_date, vocabulary, fold=0, epochs=None)
     seconds = time.monotonic() - clock
-    test = pipeline._test_rows(line, test_date).toPandas()
+    test = training.test_rows(line, test_date).toPandas()
 
     spec = InputSpec.of(settings.features)
     location, version = line.lakehouse.location("training_set"), line.lakehouse.version("training_set")

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -269,13 +269,25 @@ class Peak:
                         self.worker = max(self.worker, size)
 
 
+def _cpu_seconds() -> float:
+    """CPU seconds of this process, Spark's and its Python workers', ended ones included: other load on the machine hardly
+    moves them."""
+    this, total = psutil.Process(), 0.0
+    for process in (this, *this.children(recursive=True)):
+        with suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
 def night(spark: SparkSession, settings: Config, bundle: Bundle, day: date, full: bool = False) -> dict[str, float]:
     """Seconds of a night, and what it took."""
-    clock = time.monotonic()
+    clock, cpu = time.monotonic(), _cpu_seconds()
     with Peak() as peak:
         result = pipeline.score(spark, settings, day, bundle.folder, full)
     return {
         "seconds": time.monotonic() - clock,
+        "cpu_seconds": _cpu_seconds() - cpu,
         "users": result.users,
         "computed": result.computed,
         "driver_mb": peak.driver / 1e6,
@@ -292,15 +304,26 @@ def growth(spark: SparkSession, folder: Path, bundle: Bundle, sizes: Sizes) -> d
         measured[count] = night(spark, settings, bundle, NIGHT)
         _say(measured[count])
         shutil.rmtree(folder / f"growth-{count}")
-    start_up = measured.pop(_WARM_UP[-1])["seconds"]
+    start_up = measured.pop(_WARM_UP[-1])
     sized = {count: figures for count, figures in measured.items() if count in sizes.growth}
-    each = {count: (figures["seconds"] - start_up) / count for count, figures in sized.items()}
+
+    def each(kind: str) -> dict[int, float]:
+        return {count: (figures[kind] - start_up[kind]) / count for count, figures in sized.items()}
+
     return {
-        "start_up_seconds": start_up,
+        "start_up_seconds": start_up["seconds"],
         "nights": {str(count): figures for count, figures in sized.items()},
-        "microseconds_per_user_beyond_start_up": {str(count): 1e6 * seconds for count, seconds in each.items()},
-        "ratio": max(each.values()) / min(each.values()),
+        "microseconds_per_user_beyond_start_up": {
+            kind: {str(count): 1e6 * seconds for count, seconds in each(kind).items()}
+            for kind in ("seconds", "cpu_seconds")
+        },
+        "ratio": _spread(each("seconds")),
+        "cpu_ratio": _spread(each("cpu_seconds")),
     }
+
+
+def _spread(each: Mapping[int, float]) -> float:
+    return max(each.values()) / min(each.values())
 
 
 def nights(spark: SparkSession, folder: Path, bundle: Bundle, sizes: Sizes) -> dict[str, Any]:
@@ -326,6 +349,7 @@ def nights(spark: SparkSession, folder: Path, bundle: Bundle, sizes: Sizes) -> d
         "full": full,
         "changed": found,
         "ratio": {share: figures["seconds"] / full["seconds"] for share, figures in found.items()},
+        "cpu_ratio": {share: figures["cpu_seconds"] / full["cpu_seconds"] for share, figures in found.items()},
     }
 
 

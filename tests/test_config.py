@@ -76,6 +76,7 @@ def test_the_demo_writes_under_its_own_folder_and_adds_only_the_bracket_of_its_d
             "evaluation": defaults.evaluation.model_copy(
                 update={"reports": demo.evaluation.reports, "external_segment": "income"}
             ),
+            "privacy": defaults.privacy.model_copy(update={"secret": "file:demo/secret"}),
         }
     )
 

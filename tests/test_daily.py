@@ -162,3 +162,14 @@ def test_a_user_with_a_million_events_and_an_item_in_a_third_of_them_stay_small(
     assert largest is not None
     assert (largest[0], largest[1]) == (count, 64)
     assert largest[2] > 3000
+
+
+def test_absurd_orders_and_quantities_still_come_to_a_day(spark: SparkSession, history: pd.DataFrame) -> None:
+    rows = (
+        history[(history["kind"] == "purchase") & history["category"].notna() & (history["amount"] > 0)].head(2).copy()
+    )
+    rows["order_id"], rows["ts"], rows["event_date"] = ["a", "b"], rows["ts"].iloc[0], rows["event_date"].iloc[0]
+    rows["user_key"], rows["category"], rows["amount"], rows["quantity"] = "u", "Food", 3e9, 5e-324
+    [day] = days_of(spark, rows).collect()
+    assert (float(day["spend"]), day["order_value_sq"]) == (6e9, 2**63 - 1)
+    assert [(entry["spend"], entry["priced"]) for entry in day["categories"]] == [(600_000_000_000, 0)]

@@ -73,7 +73,7 @@ transactions:
     text = '客户;单号;时间;实付 金额;商品;多余\n007;1;2024/05/01 08:30;12.50;苹果;x\n王五;2;2024/05/02 00:00;-3;"梨;""大""";\n'
     source = source_of(tmp_path, mapping, 订单__csv=text)
     df = source.read(spark, source.deliveries(spark))["raw_transactions"]
-    assert df.columns == [name for name in RAW_TRANSACTIONS.schema.names if name not in INGEST_COLUMNS]
+    assert df.columns == ["user_id", *(n for n in RAW_TRANSACTIONS.schema.names[1:] if n not in INGEST_COLUMNS)]
     first, second = rows_of(spark, source)
     assert (first.user_id, first.order_id, first.ts) == ("007", "1", utc(2024, 5, 1, 0, 30))
     assert (first.amount, first.quantity, first.currency) == (Decimal("12.50"), 1.0, "CNY")
@@ -212,6 +212,36 @@ def test_corrupt_json_is_kept_as_text(spark: SparkSession, tmp_path: Path) -> No
     text = '{"who": 1, "at": "2024-05-01", "paid": 2}\n{"who": 1, "at\n'
     rows = rows_of(spark, source_of(tmp_path, ORDERS.replace("csv", "json"), a__json=text))
     assert {row.user_id: row.unreadable for row in rows} == {"1": None, None: {"row": '{"who": 1, "at'}}
+
+
+def test_no_object_of_a_json_line_is_lost(spark: SparkSession, tmp_path: Path) -> None:
+    one, two = (f'{{"who": {who}, "at": "2024-05-01", "paid": 2}}' for who in (1, 2))
+    torn = [
+        one + two,
+        f"{one} {two}",
+        f"[{one}]{two}",
+        f"[{one}, 7]",
+        f"{one} x",
+        "\u2028",
+        "]",
+        f"{one}]{two}",
+        f"]{one}",
+        f"{one}],[{two}",
+    ]
+    lines = [one, f"[{one}, {two}]", "[]", "", " ", *torn]
+    source = source_of(tmp_path, ORDERS.replace("csv", "json"), a__json="\ufeff" + "\n".join(lines))
+    rows = rows_of(spark, source)
+    assert sorted(row.user_id for row in rows if row.unreadable is None) == ["1", "1", "2"]
+    assert sorted(row.unreadable["row"] for row in rows if row.unreadable) == sorted(torn)
+
+
+def test_a_json_file_of_one_array_may_have_many_lines(spark: SparkSession, tmp_path: Path) -> None:
+    mapping = ORDERS.replace("csv", "json") + "  options: {multiLine: true}\n"
+    text = '[{"who": 1, "at": "2024-05-01", "paid": 2},\n {"who": 2, "at": "2024-05-01",\n "paid": 3}]\n'
+    source = source_of(tmp_path, mapping, a__json=text, b__json=text + text)
+    rows = rows_of(spark, source)
+    assert [(row.delivery, row.user_id) for row in rows if row.unreadable is None] == [("a.json", "1"), ("a.json", "2")]
+    assert [(row.delivery, row.unreadable) for row in rows if row.unreadable] == [("b.json", {"row": text + text})]
 
 
 def test_another_encoding_needs_the_session_to_allow_it(spark: SparkSession, tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ from bp_spark import config, pipeline
 from bp_spark.config import Config
 from bp_spark.errors import DataError
 from bp_spark.tables import EVENTS, USER_DAILY, Lakehouse
-from histories import sorted_rows, write_night
+from histories import WRITTEN_TEXTS, sorted_rows, write_night
 
 FIRST = date(2024, 2, 1)
 NIGHTS = 3
 AS_OF = FIRST + timedelta(days=40 + NIGHTS)
-MAPPING = """
+MAPPING = (
+    """
 timezone: UTC
 transactions:
   path: "transactions/*.json"
@@ -31,19 +32,13 @@ behaviours:
   path: "behaviours/*.json"
   format: json
   columns: {user_id: user, ts: time, action: action, item_id: item}
-searches:
-  path: "searches/*.json"
-  format: json
-  columns: {user_id: user, ts: time, query: query}
-reviews:
-  path: "reviews/*.json"
-  format: json
-  columns: {user_id: user, ts: time, item_id: item, rating: stars, text: text}
 items:
   path: "items/*.json"
   format: json
   columns: {item_id: item, title: title, category: category, brand: brand}
 """
+    + WRITTEN_TEXTS
+)
 DERIVED = ("events", "quarantine", "texts", "user_daily", "user_features")
 
 
@@ -107,6 +102,9 @@ def platform(tmp_path: Path) -> Callable[..., Config]:
                 f"tables.path={tmp_path}/{lakehouse}",
                 f"bundles={tmp_path}/bundles",
                 f"training.work_dir={tmp_path}/work",
+                # few columns: to plan the rest would be most of the time
+                "features.windows=[30, 90]",
+                "texts.max_tokens=8",
                 *overrides,
             ]
         )
@@ -253,3 +251,14 @@ def test_a_platform_without_a_row_is_refused_and_leaves_no_table(
         pipeline.featurize(spark, settings, [AS_OF])
     lakehouse = Lakehouse(spark, settings.tables)
     assert not any(lakehouse.exists(name) for name in ("raw_transactions", "deliveries", "events"))
+
+
+def test_a_platform_of_nothing_but_refused_rows_is_told_so(
+    spark: SparkSession, tmp_path: Path, platform: Callable[..., Config]
+) -> None:
+    line = {"user": "u1", "order": "o", "item": "i1", "time": "2024-02-20 10:00:00", "n": 1, "paid": "a lot"}
+    write_night(tmp_path / "platform", 0, transactions=[line, line])
+    settings = platform()
+    with pytest.raises(DataError, match="events: holds no rows"):
+        pipeline.featurize(spark, settings, [AS_OF])
+    assert Lakehouse(spark, settings.tables).read("quarantine").count() == 2

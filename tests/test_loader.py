@@ -205,18 +205,45 @@ class Trap:
         return exec, (f"import os; os.mkdir({str(self.marker)!r})",)
 
 
-def test_a_pickle_in_common_metadata_is_not_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["_common_metadata", "_metadata"])
+@pytest.mark.parametrize("key", ["dataset-toolkit.unischema.v1", "dataset-toolkit.rowgroups_index.v1"])
+def test_pickles_in_the_metadata_of_a_dataset_are_not_read(tmp_path: Path, file: str, key: str) -> None:
     path, marker = tmp_path / "t", tmp_path / "sprung"
     write_table(path, make_rows(10))
-    schema = pa.schema([("row", pa.float64())], {"dataset-toolkit.unischema.v1": pickle.dumps(Trap(marker))})
     for folder in (path, path / "split=train"):
-        pq.write_metadata(schema, folder / "_common_metadata")
+        pq.write_metadata(pa.schema([("row", pa.float64())], {key: pickle.dumps(Trap(marker))}), folder / file)
     feed = Feed(snapshot(str(path)).share(0, 1), SCALARS, HISTORY_COLUMNS)
     assert len(row_numbers(read(feed))) == 10
     assert not marker.exists()
+
+
+def test_the_trap_springs_where_petastorm_is_given_a_folder(tmp_path: Path) -> None:
+    path, marker = tmp_path / "t", tmp_path / "sprung"
+    write_table(path, make_rows(10))
+    schema = pa.schema([("row", pa.float64())], {"dataset-toolkit.unischema.v1": pickle.dumps(Trap(marker))})
+    pq.write_metadata(schema, path / "split=train" / "_common_metadata")
     with pytest.raises(Exception), make_batch_reader(f"file://{path / 'split=train'}"):  # noqa: B017, PT011
         pass
-    assert marker.exists(), "the trap works: handing over the folder would have sprung it"
+    assert marker.exists(), "handing over the folder springs it: the tests that it does not are worth something"
+
+
+def test_a_pickled_extension_type_in_the_footers_is_not_read(tmp_path: Path) -> None:
+    path, marker = tmp_path / "t", tmp_path / "sprung"
+    write_table(path, make_rows(10))
+    trap = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": pickle.dumps(Trap(marker))}
+    for file in path.rglob("*.parquet"):
+        rows = pq.read_table(file, partitioning=None)
+        pq.write_table(rows.append_column(pa.field("more", pa.int64(), metadata=trap), [range(rows.num_rows)]), file)
+    feed = Feed(snapshot(str(path)).share(0, 1), SCALARS, HISTORY_COLUMNS)
+    assert len(row_numbers(read(feed))) == 10
+    assert not marker.exists()
+    pa.PyExtensionType.set_auto_load(True)
+    try:
+        with pytest.raises(Exception):  # noqa: B017, PT011
+            pq.read_schema(file)
+    finally:
+        pa.PyExtensionType.set_auto_load(False)
+    assert marker.exists(), "pyarrow before 14.0.1 would have sprung it"
 
 
 def test_a_missing_column_is_named(table: Path) -> None:

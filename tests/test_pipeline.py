@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,13 +20,18 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
-from bp_spark import config, labels, pipeline, scoring, texts
+from bp_spark import __version__, cli, config, labels, pipeline, scoring, texts, traces
 from bp_spark.config import Config, SearchConfig, SearchRange
 from bp_spark.errors import BundleError, DataError
 from bp_spark.loader import snapshot
 from bp_spark.model import bundle as bundles
+from bp_spark.pipeline import backtesting, training
+from bp_spark.pipeline.run import Run
 from bp_spark.tables import Lakehouse
+from histories import SECRET
+from signing_keys import new_keys
 
 TEST_DATE = date(2017, 10, 3)
 SMALL = [
@@ -35,6 +41,8 @@ SMALL = [
     "labels.folds=2",
     # seen whole by both cutoffs, by the older one, by none
     "labels.other_horizons=[30, 120, 180]",
+    # of 239 users chance is as large as what the default members are better than the linear baseline by
+    "fusion.members=[linear, btyd, trees, sqrt_trees, transformer]",
     "training.max_epochs=4",
     "training.learning_rate=0.005",
     "training.batch_size=64",
@@ -64,6 +72,7 @@ class Line:
 @pytest.fixture(scope="module")
 def line(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Line:
     folder = tmp_path_factory.mktemp("line")
+    keys = new_keys(folder / "keys")
     settings = config.load(
         overrides=[
             *SMALL,
@@ -75,6 +84,8 @@ def line(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Line:
             f"tracking.artifacts={folder}/tracking/artifacts",
             "evaluation.external_segment=income",
             "evaluation.resamples=100",
+            f"signing.private_key={keys.private_key}",
+            f"signing.public_key={keys.public_key}",
         ]
     )
     pipeline.featurize(spark, settings, [TEST_DATE])
@@ -157,7 +168,7 @@ def test_a_second_featurize_changes_no_table(line: Line) -> None:
 
 def test_the_vocabulary_brings_tokens_where_a_language_model_reads_histories(line: Line, tmp_path: Path) -> None:
     settings = config.changed(line.config, {"network.backbone": "text"})
-    found = load_file(pipeline._vocabulary(pipeline.Run(line.spark, settings), TEST_DATE, tmp_path))
+    found = load_file(training.write_vocabulary(Run(line.spark, settings), TEST_DATE, tmp_path))
     tokenizer = AutoTokenizer.from_pretrained(texts.model_folder(settings.history_model))
     known = {row["text_id"]: row["text"] for row in line.lakehouse.read("texts").collect()}
     count = len(found["ids"])
@@ -176,6 +187,21 @@ def test_scoring_another_date_leaves_the_first_one_alone(line: Line) -> None:
     assert len(_night(line.lakehouse, other)) > 0
     latest = line.lakehouse.read("scores_latest").select("score_date").distinct().collect()
     assert [row[0] for row in latest] == [TEST_DATE]
+
+
+def test_a_bundle_that_another_key_signed_scores_nobody(line: Line, tmp_path: Path) -> None:
+    settings = line.config.model_copy(update={"signing": new_keys(tmp_path / "others")})
+    for chosen in (None, "models:/purchasing-power@champion"):
+        with pytest.raises(BundleError, match=r"manifest\.sig: is no signature"):
+            pipeline.score(line.spark, settings, TEST_DATE, chosen)
+
+
+@pytest.mark.parametrize("override", ["features.silence_digits=null", "features.history_length=17"])
+def test_a_bundle_of_features_that_meant_something_else_scores_nobody(line: Line, override: str) -> None:
+    name, _, value = override.removeprefix("features.").partition("=")
+    features = line.config.features.model_copy(update={name: None if value == "null" else int(value)})
+    with pytest.raises(BundleError, match=rf"features\.{name}=\d+, and now it is"):
+        pipeline.score(line.spark, line.config.model_copy(update={"features": features}), TEST_DATE)
 
 
 def test_the_udf_scores_as_the_bundle_does_in_this_process(line: Line) -> None:
@@ -243,9 +269,9 @@ def test_pre_training_reads_what_is_known_on_the_test_date_of_users_that_are_not
     line: Line, tmp_path: Path
 ) -> None:
     pretraining = line.config.pretraining.model_copy(update={"max_epochs": 2})
-    run = pipeline.Run(line.spark, line.config.model_copy(update={"pretraining": pretraining}))
-    vocabulary = pipeline._vocabulary(run, TEST_DATE, tmp_path)
-    encoder, epochs = pipeline._pretrain(run, TEST_DATE, vocabulary, fold=0, epochs=None)
+    run = Run(line.spark, line.config.model_copy(update={"pretraining": pretraining}))
+    vocabulary = training.write_vocabulary(run, TEST_DATE, tmp_path)
+    encoder, epochs = training.pretrain_encoder(run, TEST_DATE, vocabulary, fold=0, epochs=None)
     assert (encoder / "encoder.safetensors").exists()
     assert 1 <= epochs <= 2
     rows, fold = line.lakehouse.read("pretraining_set"), labels.fold(line.config.labels)
@@ -257,14 +283,14 @@ def test_pre_training_reads_what_is_known_on_the_test_date_of_users_that_are_not
 
 def test_what_is_said_of_a_user_out_of_fold_leans_on_no_label_of_the_fold(line: Line, tmp_path: Path) -> None:
     settings = line.config.model_copy(update={"fusion": line.config.fusion.model_copy(update={"members": ("linear",)})})
-    run = pipeline.Run(line.spark, settings)
+    run = Run(line.spark, settings)
     rows = line.lakehouse.read("training_set")
     in_fold = F.col("fold") == 0
     spoiled = rows.withColumn(
         "label_spend", F.when(in_fold, F.col("label_spend") * 50 + 1000).otherwise(F.col("label_spend"))
     )
     said = [
-        pipeline._cross_fit(run, labelled, TEST_DATE, tmp_path, tmp_path)[1]
+        training.cross_fit(run, labelled, TEST_DATE, tmp_path, tmp_path)[1]
         .set_index(["user_key", "as_of_date"])
         .sort_index()
         for labelled in (rows, spoiled)
@@ -275,6 +301,20 @@ def test_what_is_said_of_a_user_out_of_fold_leans_on_no_label_of_the_fold(line: 
     for member in ("linear", "btyd"):
         np.testing.assert_allclose(said[0].loc[held_out, member], said[1].loc[held_out, member], rtol=1e-6)
     assert not np.allclose(said[0].loc[~held_out, "linear"], said[1].loc[~held_out, "linear"], rtol=0.5)
+
+
+def test_no_file_of_the_whole_line_holds_the_secret_and_only_user_keys_holds_ids(line: Line) -> None:
+    root = Path(line.config.bundles).parent
+    ids = [row["user_id"] for row in line.lakehouse.read("user_keys").collect()]
+    secret = traces.search(line.spark, [str(root)], [SECRET.value.decode()], [])
+    assert secret.found == []
+    assert secret.other_files > 100
+    theirs = traces.search(line.spark, [str(root)], [], ids)
+    assert theirs.found
+    assert all("/bp/user_keys/" in path for path in theirs.found)
+    # what is looked for would be found: a user's key stands in the scores
+    key = traces.search(line.spark, [line.lakehouse.location("scores")], [SECRET.key_of(ids[0])], [])
+    assert key.found
 
 
 def test_labels_are_the_spend_of_the_horizon_in_the_events(line: Line) -> None:
@@ -334,7 +374,7 @@ def test_a_backtest_tells_how_sure_each_figure_is_and_promotes_nothing(line: Lin
     assert (Path(line.config.bundles) / "current").read_text() == pointer
     stored = line.lakehouse.read("backtests").toPandas()
     assert len(stored) == len(result.tables[TEST_DATE])
-    assert set(stored["member"]) == {"linear", "btyd", "trees", "sqrt_trees", "transformer", pipeline.MEAN, "fused"}
+    assert set(stored["member"]) == {"linear", "btyd", "trees", "sqrt_trees", "transformer", backtesting.MEAN, "fused"}
     assert set(stored["population"]) == {"all", "seen", "unseen", "income"}
     own = stored[stored["peer"].isna()].set_index(["population", "member", "metric"])
     # trained on the same rows, with the same seed: the figures are those of train
@@ -398,6 +438,39 @@ def test_the_bundle_says_where_it_comes_from(line: Line) -> None:
     assert not [path for path in line.trained.bundle.folder.iterdir() if path.suffix in (".pkl", ".pt", ".joblib")]
 
 
+def test_a_run_and_a_score_are_explained_and_the_night_comes_out_again(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as the command would, but for its log lines, in this process and session
+    monkeypatch.setattr("bp_spark.logs.listen", lambda form: None)
+    places = [f"tables.path={line.config.tables.path}", f"bundles={line.config.bundles}"]
+
+    def said(*arguments: str) -> list[str]:
+        result = CliRunner().invoke(cli.app, [*arguments, *places])
+        assert result.exit_code == 0, result.output
+        return [" ".join(row.split()) for row in re.sub("[│┃]", " ", result.stdout).splitlines()]
+
+    bundle, settings = line.trained.bundle, config.digest(line.config)
+    training_set = bundle.manifest["lineage"]["training_set"]
+    trained = said("explain-run", line.trained.stages[0]["run_id"])
+    assert {"job train", f"bundle {bundle.digest}", f"config digest {settings}"} <= set(trained)
+    (labelled,) = [row for row in trained if row.startswith("label done")]
+    assert f"training_set@{training_set['version']}" in labelled
+    user = _night(line.lakehouse, TEST_DATE).iloc[7]
+    run_id = line.scored.stages[0]["run_id"]
+    traced = said("explain-score", "--user", user["user_key"], "--date", str(TEST_DATE))
+    assert f"by run {run_id}, bp-spark {__version__}, config digest {settings}" in traced
+    assert {f"bundle {bundle.digest}", f"in folder {bundle.folder}"} <= set(traced)
+    assert f"on version {training_set['version']} of {training_set['location']}" in traced
+    (features,) = [row for row in traced if row.startswith("features version ")]
+    assert features.split()[2] == str(user["features_version"])
+    assert any(row.startswith("unseen (") for row in traced)
+    assert (
+        f"{line.scored.users} rows of {TEST_DATE} came out again"
+        in said("reproduce", "--score-date", str(TEST_DATE))[0]
+    )
+
+
 def test_scores_are_readable_without_spark_and_by_sql(line: Line) -> None:
     table = DeltaTable(line.lakehouse.location("scores_latest")).to_pandas()
     assert len(table) == line.scored.users
@@ -409,11 +482,19 @@ def test_scores_are_readable_without_spark_and_by_sql(line: Line) -> None:
 
 
 def test_runs_tell_what_ran_with_which_figures(line: Line) -> None:
-    runs = line.lakehouse.read("runs").toPandas()
+    runs = line.lakehouse.read("runs").orderBy("started_at").toPandas()
     cleaned = runs[(runs["stage"] == "clean") & (runs["status"] == "done")].iloc[0]
     figures = dict(cleaned["figures"])
     assert int(figures["rows"]) == sum(int(figures[name]) for name in ("events", "duplicates", "quarantine"))
     assert {"ingest", "clean", "embed", "aggregate", "featurize", "label", "score"} <= set(runs["stage"])
+    assert (cleaned["rows_in"], cleaned["rows_out"]) == (int(figures["rows"]), int(figures["events"]))
+    assert {"events", "quarantine", "texts"} <= set(dict(cleaned["written"]))
+    # the first one wrote the only date that was there then
+    featurized = runs[(runs["stage"] == "featurize") & (runs["status"] == "done")].iloc[0]
+    assert (featurized["job"], featurized["config_digest"]) == ("featurize", config.digest(line.config))
+    days = line.lakehouse.read("user_daily", dict(featurized["read"])["user_daily"])
+    users = line.lakehouse.read("user_features", dict(featurized["written"])["user_features"])
+    assert (featurized["rows_in"], featurized["rows_out"]) == (days.count(), users.count())
 
 
 def test_each_text_is_read_once(line: Line) -> None:
@@ -537,7 +618,8 @@ OF_ITEMS = ("items_browsed", "orders_per_browse", "orders_per_cart")
 
 @pytest.mark.slow
 def test_a_bare_order_log_gives_the_features_that_the_whole_source_gives(line: Line, tmp_path: Path) -> None:
-    log = line.lakehouse.read("raw_transactions").select("user_id", "order_id", "ts", "amount")
+    raw, keys = line.lakehouse.read("raw_transactions"), line.lakehouse.read("user_keys")
+    log = raw.join(keys, "user_key").select("user_id", "order_id", "ts", "amount")
     log.write.csv(str(tmp_path / "log"), header=True, timestampFormat="yyyy-MM-dd HH:mm:ss")
     columns = "{user_id: user_id, order_id: order_id, ts: ts, amount: amount}"
     (tmp_path / "source.yaml").write_text(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import shutil
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -16,8 +19,9 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from bench.score import NIGHT, make_bundles, users
-from bp_spark import config, pipeline, scoring
+from bp_spark import __version__, config, pipeline, scoring
 from bp_spark.config import Config
+from bp_spark.errors import BundleError, DataError
 from bp_spark.features import catalogue, input_digest, user_features_table
 from bp_spark.model import bundle as bundles
 from bp_spark.model.bundle import Bundle
@@ -91,12 +95,13 @@ def test_only_new_and_changed_users_are_computed(nights: Nights) -> None:
     assert (scores.loc[fresh, "features_version"] > origin).all()
 
 
-def test_a_night_of_carried_scores_is_a_full_night(nights: Nights, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_night_of_carried_scores_is_a_full_night(nights: Nights, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "bp_spark")
     carried = nights.scores(NEXT)
     version = nights.lakehouse.version("scores")
     full = pipeline.score(nights.spark, nights.settings, NEXT, nights.bundles["whole"].folder, full=True)
     assert (full.users, full.computed) == (60, 60)
-    assert f"scoring 60 users of {NEXT}: at most about 0:0" in capsys.readouterr().err
+    assert f"scoring 60 users of {NEXT}: at most about 0:0" in caplog.text
     anew = nights.scores(NEXT)
     assert (anew["computed_on"] == NEXT).all()
     np.testing.assert_allclose(anew[NUMBERS], carried[NUMBERS], rtol=1e-5)
@@ -104,6 +109,91 @@ def test_a_night_of_carried_scores_is_a_full_night(nights: Nights, capsys: pytes
         assert (anew[name] == carried[name]).all()
     assert anew["reasons"].map(repr).tolist() == carried["reasons"].map(repr).tolist()
     nights.spark.sql(f"RESTORE delta.`{nights.lakehouse.location('scores')}` TO VERSION AS OF {version}")
+
+
+def test_a_night_comes_out_again_and_scores_are_only_read(nights: Nights) -> None:
+    version = nights.lakehouse.version("scores")
+    again = pipeline.reproduce(nights.spark, nights.settings, NEXT)
+    assert nights.lakehouse.version("scores") == version
+    assert (again.rows, again.other_code) == (60, [])
+    assert 0 <= again.largest < 1e-5
+    assert again.bundle.digest == nights.bundles["whole"].digest
+    assert again.features_version == nights.scores(NEXT)["features_version"].max()
+
+
+def test_a_night_that_was_tampered_with_does_not_come_out_again(nights: Nights) -> None:
+    version, scores = nights.lakehouse.version("scores"), f"delta.`{nights.lakehouse.location('scores')}`"
+    one, other, lost = nights.scores(NEXT).query("low > 1").index[:3]
+    for change, user in (
+        ("UPDATE {} SET low = low * 0.9999", one),
+        ("UPDATE {} SET level = if(level = 'A', 'B', 'A')", other),
+        ("DELETE FROM {}", lost),
+    ):
+        statement = change.format(scores)
+        nights.spark.sql(f"{statement} WHERE score_date = '{NEXT}' AND user_key = '{user}'")
+    with pytest.raises(DataError) as error:
+        pipeline.reproduce(nights.spark, nights.settings, NEXT)
+    nights.spark.sql(f"RESTORE {scores} TO VERSION AS OF {version}")
+    assert error.value.column == "user_key"
+    assert "of 60 rows differ user_key of 1, " in str(error.value)
+    assert ", low of 2, " in str(error.value)
+    assert ", level of 2, " in str(error.value)
+    assert ", high of 1, " in str(error.value)
+    assert not re.search(r"user\d", str(error.value))
+
+
+def test_a_night_is_computed_from_the_features_of_then_as_long_as_they_are_kept_and_other_code_is_told(
+    nights: Nights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(nights.settings.tables.path or "", tmp_path / "lakehouse")
+    settings = config.changed(nights.settings, {"tables.path": f"{tmp_path}/lakehouse"})
+    lakehouse, spark = Lakehouse(nights.spark, settings.tables), nights.spark
+    corrected = nights.features[NIGHT].withColumn("spend_30d", F.lit(7.0).cast("float"))
+    lakehouse.replace(user_features_table(settings.features), corrected, where={"as_of_date": [NIGHT]})
+    monkeypatch.setattr("bp_spark.pipeline.lineage.__version__", "99")
+    again = pipeline.reproduce(spark, settings, NIGHT)
+    assert (again.rows, again.other_code) == (60, [__version__])
+    spark.conf.set("spark.databricks.delta.retentionDurationCheck.enabled", "false")
+    spark.sql(f"VACUUM delta.`{lakehouse.location('user_features')}` RETAIN 0 HOURS")
+    spark.conf.unset("spark.databricks.delta.retentionDurationCheck.enabled")
+    with pytest.raises(DataError, match=r"user_features: version 1, .* is vacuumed"):
+        pipeline.reproduce(spark, settings, NIGHT)
+
+
+def test_a_night_without_its_bundle_or_its_run_is_refused(nights: Nights, tmp_path: Path) -> None:
+    elsewhere = config.changed(nights.settings, {"bundles": str(tmp_path)})
+    with pytest.raises(BundleError, match=f"has the digest {nights.bundles['whole'].digest[:12]}"):
+        pipeline.reproduce(nights.spark, elsewhere, NIGHT)
+    with pytest.raises(DataError, match="doesn't say from what 2020-01-01 was scored"):
+        pipeline.reproduce(nights.spark, nights.settings, date(2020, 1, 1))
+
+
+def test_a_score_leads_to_the_run_that_computed_it(nights: Nights) -> None:
+    scores, runs = nights.scores(NEXT), nights.lakehouse.read("runs").toPandas().set_index("run_id")
+    computed = runs.loc[scores["run_id"]]
+    assert (
+        computed["figures"].map(lambda figures: figures["score_date"]) == scores["computed_on"].map(str).values
+    ).all()
+    read = computed["read"].map(lambda versions: dict(versions)["user_features"])
+    assert (read.to_numpy() == scores["features_version"].to_numpy()).all()
+    assert set(computed["config_digest"]) == {config.digest(nights.settings)}
+    assert (set(computed["job"]), set(computed["rows_in"]), set(computed["rows_out"])) == ({"score"}, {60}, {60})
+
+
+def test_a_stage_and_a_failure_are_a_line_and_a_row_each(nights: Nights, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "bp_spark")
+    pipeline.score(nights.spark, nights.settings, NIGHT, nights.bundles["whole"].folder)
+    with pytest.raises(DataError):
+        pipeline.score(nights.spark, nights.settings, date(2020, 1, 1), nights.bundles["whole"].folder)
+    told = [record.fields for record in caplog.records if hasattr(record, "fields")]
+    assert [line["status"] for line in told] == ["started", "unchanged", "failed"]
+    assert told[1].keys() == {"run_id", "job", "stage", "status", "seconds", "rows_in", "rows_out"}
+    assert (told[1]["rows_in"], told[1]["rows_out"]) == (60, 0)
+    assert "holds no rows of 2020-01-01" in told[2]["error"]
+    assert not re.search(r"user\d", caplog.text)
+    row = nights.lakehouse.read("runs").filter(F.col("run_id") == told[2]["run_id"]).first()
+    assert row is not None
+    assert (row["job"], row["stage"], row["status"], row["error"]) == ("score", "score", "failed", told[2]["error"])
 
 
 def test_another_bundle_computes_everyone(nights: Nights, tmp_path: Path) -> None:

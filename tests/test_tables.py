@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
+
 import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from bp_spark.errors import DataError
-from bp_spark.tables import SCORES, Column, Lakehouse, Table, conform
+from bp_spark import config, tables
+from bp_spark.config import TablesConfig
+from bp_spark.errors import ConfigError, DataError
+from bp_spark.tables import RUNS, SCORES, Column, Lakehouse, Table, conform
 
 TABLE = Table(
     "things",
@@ -61,12 +67,83 @@ def test_a_merge_updates_inserts_and_deletes_by_key(spark: SparkSession, lakehou
     assert stored(lakehouse) == [("a", 10), ("b", 2), ("new", 3)]
 
 
+def test_a_column_that_a_newer_version_knows_is_added_and_older_rows_hold_null(
+    spark: SparkSession, lakehouse: Lakehouse
+) -> None:
+    older = dataclasses.replace(TABLE, columns=TABLE.columns[:2])
+    lakehouse.append(older, things(spark, ROWS[:1]).drop("n"))
+    lakehouse.append(TABLE, things(spark, ROWS[1:]))
+    assert stored(lakehouse) == [("a", None), ("b", 2)]
+
+
 def test_a_table_that_is_not_there_is_an_error_that_names_it(lakehouse: Lakehouse) -> None:
-    with pytest.raises(DataError, match=r"bp\.scores: table does not exist"):
-        lakehouse.read("scores")
+    for ask in (lakehouse.read, lakehouse.version):
+        with pytest.raises(DataError, match=r"bp\.scores: table does not exist"):
+            ask("scores")
 
 
 def test_columns_carry_their_comments(spark: SparkSession, lakehouse: Lakehouse) -> None:
     lakehouse.replace(TABLE, things(spark, ROWS))
     assert [field.metadata["comment"] for field in lakehouse.read("things").schema.fields] == ["Day", "Name", "Number"]
     assert conform(spark.createDataFrame([], SCORES.schema), SCORES).schema == SCORES.schema
+
+
+HOSTILE = [
+    "x'); DROP TABLE things; --",
+    'say "hi"',
+    "back`tick",
+    "back\\slash",
+    "\\' OR 1=1 --",
+    "new\nline",
+    "牛奶",
+    "%_",
+]
+NAMED = Table(
+    "named",
+    "Rows by name",
+    (Column("name", "string", "Name", required=True), Column("n", "bigint", "Number")),
+    key=("name",),
+    partition_by=("name",),
+)
+
+
+def test_hostile_values_are_values(spark: SparkSession, lakehouse: Lakehouse) -> None:
+    rows = spark.createDataFrame([(name, n) for n, name in enumerate(HOSTILE)], "name string, n bigint")
+    lakehouse.replace(NAMED, rows)
+    changed = rows.withColumn("n", F.col("n") + 100)
+    lakehouse.replace(NAMED, changed, where={"name": HOSTILE})
+    lakehouse.merge(NAMED, changed.withColumn("n", F.col("n") + 100), within={"name": HOSTILE})
+    stored = {row["name"]: row["n"] for row in lakehouse.read("named").collect()}
+    assert stored == {name: n + 200 for n, name in enumerate(HOSTILE)}
+
+
+def test_hostile_values_bound_a_range(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_LISTED_VALUES", 1)
+    rows = spark.createDataFrame([(name,) for name in [*HOSTILE, "below"]], "name string")
+    for names in ([name, name + "x"] for name in HOSTILE):
+        found = {row["name"] for row in rows.filter(tables._narrowed("name", names)).collect()}
+        assert found == {name for name in HOSTILE if names[0] <= name <= names[1]}
+
+
+@pytest.mark.parametrize(
+    "namespace", ["x; DROP TABLE scores", "a`b", "a'b", 'a"b', "a.b.c", "../up", "a/b", "", "a b", "bp\n", ".", "bp."]
+)
+def test_a_namespace_that_is_no_name_is_refused(namespace: str) -> None:
+    with pytest.raises(ConfigError, match=r"tables\.namespace"):
+        config.load(overrides=[f"tables.namespace={json.dumps(namespace)}"])
+
+
+def test_a_folder_that_delta_would_take_apart_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"tables\.path"):
+        config.load(overrides=["tables.path=/data/`x`"])
+
+
+def test_tables_in_a_folder_with_quotes_are_known_by_name(spark: SparkSession, tmp_path: Path) -> None:
+    folder = tmp_path / 'it\'s "mine" -- x'
+    held = Lakehouse(spark, TablesConfig(path=str(folder), namespace="quoted"))
+    held.replace(RUNS, spark.createDataFrame([], RUNS.schema))
+    try:
+        assert held.register() == ["runs"]
+        assert spark.sql("SELECT * FROM quoted.runs").count() == 0
+    finally:
+        spark.sql("DROP SCHEMA IF EXISTS quoted CASCADE")

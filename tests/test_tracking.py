@@ -26,6 +26,8 @@ from bp_spark.model.bundle import Bundle
 from bp_spark.model.fusion import Fusion
 from bp_spark.model.horizons import Horizons
 from bp_spark.model.members import LinearMember, TreesMember
+from bp_spark.pipeline import training
+from bp_spark.pipeline.run import Run
 from bp_spark.search import Trial
 
 USERS = 50
@@ -293,11 +295,11 @@ def test_a_store_that_went_away_costs_an_entry_and_no_bundle(
     bundle = trained("one")
     (tmp_path / "file").touch()
     gone = config.changed(settings, {"tracking.uri": f"sqlite:///{tmp_path}/file/mlflow.db"})
-    run = pipeline.Run(cast(SparkSession, None), gone)
+    run = Run(cast(SparkSession, None), gone)
     with run.stage("train"):
         pass
     with pytest.raises(TrackingError, match=f"bundle is written: bp-spark publish --bundle {bundle.folder}$"):
-        pipeline._publish(run, bundle, ())
+        training.enter_registry(run, bundle, ())
     assert bundles.load(bundles.current(settings.bundles)).digest == bundle.digest
 
 

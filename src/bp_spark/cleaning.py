@@ -22,11 +22,11 @@ from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from bp_spark.config import CleaningConfig
-from bp_spark.sources.contract import RAW
+from bp_spark.privacy import BROKEN_TEXT
 from bp_spark.tables import EVENTS, RAW_LOGS
 from bp_spark.texts import normalised, text_id
 
-FORMAT = 1
+FORMAT = 2
 """Raised when events mean something else than before: older ones are then cleaned anew."""
 
 ACTIONS = ("browse", "click", "cart", "favourite", "coupon")
@@ -37,7 +37,7 @@ NEW, CHANGED, KNOWN = "new", "changed", "known"
 """What :func:`against_known` says of an event."""
 
 _JSON = {"timestampFormat": "yyyy-MM-dd'T'HH:mm:ss.SSSSSSXXX"}
-_BROKEN_TEXT = r"[\x00-\x08\x0B\x0C\x0E-\x1F\x{FFFD}]"
+_RAW = {table.name: table for table in RAW_LOGS}
 _CONTENT = ("item_id", "ts", "quantity", "amount", "discount", "coupon_discount", "rating", "dwell_s", "own_text")
 
 
@@ -62,14 +62,15 @@ def rules(table: str, config: CleaningConfig) -> Sequence[Rule]:
         return absent_or(column, F.abs(column).between(0, 1e15), "is not a finite number")
 
     def whole_text(column: str) -> Rule:
-        return absent_or(column, ~F.col(column).rlike(_BROKEN_TEXT), "is broken text")
+        return absent_or(column, ~F.col(column).rlike(BROKEN_TEXT), "is broken text")
 
     def plausible(column: str) -> Rule:
-        return absent_or(column, F.abs(column) <= config.max_amount, f"is beyond {config.max_amount:g}")
+        # converted: what a rate makes of it has to fit into its column too
+        converted = F.abs(F.col(column) * F.col("rate"))
+        return absent_or(column, converted <= config.max_amount, f"is beyond {config.max_amount:g}")
 
     timed = [
-        present("user_id"),
-        whole_text("user_id"),
+        Rule("user_id is missing", F.col("user_key").isNotNull()),
         Rule("ts is missing", F.col("ts").isNotNull()),
         Rule("ts is in the future", F.col("ts") <= F.col("ingested_at")),
         Rule(f"ts is before {config.first_day}", F.col("ts") >= F.lit(config.first_day).cast("timestamp")),
@@ -85,6 +86,7 @@ def rules(table: str, config: CleaningConfig) -> Sequence[Rule]:
             Rule("currency has no rate", F.col("rate").isNotNull()),
             plausible("amount"),
             plausible("discount"),
+            plausible("coupon_discount"),
             finite("quantity"),
             *known_item,
         ],
@@ -188,7 +190,7 @@ def quarantine(judged: Mapping[str, DataFrame]) -> DataFrame:
             df.filter(F.col("rule").isNotNull()).select(
                 F.lit(name).alias("source"),
                 F.col("rule"),
-                F.to_json(F.struct(*RAW[name].schema.names), {"ignoreNullFields": "false", **_JSON}).alias("row"),
+                F.to_json(F.struct(*_RAW[name].schema.names), {"ignoreNullFields": "false", **_JSON}).alias("row"),
                 F.col("ingest_id"),
             )
             for name, df in judged.items()
@@ -198,7 +200,7 @@ def quarantine(judged: Mapping[str, DataFrame]) -> DataFrame:
 
 def from_quarantine(rows: DataFrame, table: str) -> DataFrame:
     """Rows of a raw table as they went into quarantine."""
-    row = F.from_json("row", RAW[table].schema, _JSON)
+    row = F.from_json("row", _RAW[table].schema, _JSON)
     return rows.filter(F.col("source") == table).select(row.alias("row")).select("row.*")
 
 
@@ -224,7 +226,7 @@ def against_known(fresh: DataFrame, known: DataFrame) -> DataFrame:
 
 def _event(kind: Column, **columns: Column) -> list[Column]:
     given = {
-        "user_key": F.trim(F.col("user_id")),
+        "user_key": F.col("user_key"),
         "ts": F.col("ts"),
         "event_date": F.to_date("ts"),
         "kind": kind,

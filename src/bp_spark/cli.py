@@ -1,15 +1,13 @@
 """The ``bp-spark`` command and the jobs: arguments in, one call of the pipeline, a summary out.
 
-Results go to standard output, progress and errors to standard error. Exit codes: 0 done; 2 wrong usage or configuration;
-3 data that breaks a contract; 4 a bundle that can't be used; 5 the machine lacks something; 6 the registry can't be reached;
-1 anything else.
+Results go to standard output, progress and errors to standard error, as lines of text or JSON. A job ends with 0 when it is
+done, with the ``exit_code`` of its error (see :mod:`bp_spark.errors`), with 2 after wrong usage, with 1 after any other error.
 """
 
 from __future__ import annotations
 
-import os
+import logging
 import sys
-import traceback
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -20,14 +18,18 @@ from pyspark.sql import Row
 from rich.console import Console
 from rich.table import Table
 
-from bp_spark import __version__, config
+from bp_spark import __version__, config, logs
 from bp_spark.config import Config
 from bp_spark.errors import BpSparkError
+from bp_spark.logs import LogFormat
 
 DEFAULT_CONFIG = Path("conf/default.yaml")
 DEMO_CONFIG = Path("conf/demo.yaml")
 DEMO_DATE = "2017-10-03"
+DEMO_SECRET = "the Complete Journey is public: nothing to hide"  # noqa: S105
 EXAMPLE_ROWS = 10
+
+logger = logging.getLogger(__name__)
 
 OVERRIDES_HELP = "Settings to override, as section.key=value; all of them with their defaults are in conf/default.yaml."
 ConfigOption = Annotated[
@@ -53,6 +55,16 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def common(
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(envvar="BP_SPARK_LOG_FORMAT", help="How lines on standard error look; jobs read the variable."),
+    ] = LogFormat.text,
+) -> None:
+    logs.listen(log_format)
 
 
 @app.command()
@@ -203,6 +215,107 @@ def score(
 
 
 @app.command()
+def explain_run(
+    run: Annotated[str, typer.Argument(help="Run, as in the column run_id of runs, scores and metrics.")],
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Print one run: its stages, the table versions they read and wrote, rows in and out, figures, errors.
+
+    Example: bp-spark explain-run 0123456789ab
+    """
+    settings = _settings(config_file, overrides)
+    from bp_spark import pipeline
+
+    stages = pipeline.explain_run(_session(settings, "explain-run"), settings, run)
+    first = stages[0]
+    digests = [stage["figures"].get("bundle") or stage["figures"].get("digest") for stage in stages]
+    facts = [
+        ("job", first["job"]),
+        ("started", f"{first['started_at']:%Y-%m-%d %H:%M:%S} UTC"),
+        ("bp-spark", first["code_version"]),
+        ("config digest", first["config_digest"]),
+        *(("bundle", digest) for digest in dict.fromkeys(digests) if digest),
+        *((f"error in {stage['stage']}", stage["error"]) for stage in stages if stage["error"]),
+    ]
+    _print(_facts_table(f"run {run}", facts))
+    columns = ("stage", "status", "seconds", "rows in", "rows out", "read", "written", "figures")
+    rows = [
+        [
+            *(stage["stage"], stage["status"], f"{stage['seconds']:.1f}"),
+            *("–" if count is None else f"{count:,}" for count in (stage["rows_in"], stage["rows_out"])),
+            *(_versions(stage["read"]), _versions(stage["written"])),
+            ", ".join(f"{key} {value}" for key, value in stage["figures"].items()),
+        ]
+        for stage in stages
+    ]
+    _print(_rows_table(columns, rows))
+
+
+@app.command()
+def explain_score(
+    user: Annotated[str, typer.Option(help="User, as in the column user_key.")],
+    date: Annotated[str, typer.Option(help="Date YYYY-MM-DD of the score.")],
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Trace a row of scores back: the night and run that computed it, its features, its bundle, what that learned from and
+    how good it was on the test date.
+
+    Example: bp-spark explain-score --user 1042 --date 2017-10-03
+    """
+    settings = _settings(config_file, overrides)
+    day = config.parse_date(date)
+    from bp_spark import evaluation, pipeline
+
+    origin = pipeline.explain_score(_session(settings, "explain-score"), settings, user, day)
+    row, lineage = origin.row, origin.bundle.manifest["lineage"]
+    training_set = lineage["training_set"]
+    carried = "" if row["computed_on"] == day else f", and carried forward to {day}: the features were the same"
+    facts = [
+        ("score", f"{row['score']:.2f}, level {row['level']}"),
+        ("expected spend", f"{row['expected_spend']:,.2f} ({row['low']:,.2f} to {row['high']:,.2f})"),
+        ("computed", f"for {row['computed_on']} at {row['scored_at']:%Y-%m-%d %H:%M:%S} UTC{carried}"),
+        ("by run", f"{row['run_id']}, bp-spark {row['code_version']}, config digest {origin.run['config_digest']}"),
+        ("features", f"version {row['features_version']} of user_features, input digest {row['input_digest']}"),
+        ("bundle", row["bundle_digest"]),
+        ("in folder", origin.bundle.folder),
+        ("trained by run", f"{lineage['run_id']}, config digest {config.digest(lineage['config'])}"),
+        ("on", f"version {training_set['version']} of {training_set['location']}"),
+        ("nothing seen from", lineage["test_date"]),
+    ]
+    _print(_facts_table(f"score of {user} on {day}", facts))
+    if not origin.metrics.empty:
+        _print(evaluation.render(origin.metrics, f"The bundle on {lineage['test_date']}"))
+
+
+@app.command()
+def reproduce(
+    score_date: Annotated[str, typer.Option(help="Date YYYY-MM-DD of the night.")],
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Compute a night again from the recorded versions of features and bundle, and compare it with scores, row by row.
+
+    Nothing is written to scores. Ends with code 3 where a row does not come out again, and names the columns.
+
+    Example: bp-spark reproduce --score-date 2017-10-03
+    """
+    settings = _settings(config_file, overrides)
+    day = config.parse_date(score_date)
+    from bp_spark import pipeline, scoring
+
+    again = pipeline.reproduce(_session(settings, "reproduce"), settings, day)
+    for code in again.other_code:
+        logger.warning("rows of %s were computed by bp-spark %s, this is %s", day, code, __version__)
+    apart = f"differ by {again.largest:.1e} at most ({again.column}), within {scoring.TOLERANCE:.0e}"
+    _print(
+        f"{again.rows:,} rows of {day} came out again from bundle {again.bundle.digest[:12]} and version "
+        f"{again.features_version} of user_features: they {apart if again.largest else 'are the same, digit for digit'}"
+    )
+
+
+@app.command()
 def publish(
     bundle: Annotated[
         Path | None, typer.Option(help="Folder of a model bundle; by default the promoted one.", show_default=False)
@@ -219,8 +332,9 @@ def publish(
     settings = _settings(config_file, overrides)
     from bp_spark import tracking
     from bp_spark.model import bundle as bundles
+    from bp_spark.model import signing
 
-    found = bundles.load(bundle or bundles.current(settings.bundles))
+    found = bundles.load(bundle or bundles.current(settings.bundles), signing.public_key(settings.signing))
     published = tracking.publish(settings, found)
     model, alias = settings.tracking.model, settings.tracking.alias
     _print(f"{found.folder} is version {published.version} of {model}; {alias} is {published.promoted or 'none'}")
@@ -246,6 +360,72 @@ def quarantine(
         _print(
             _rows_table(["source", "rule", "rows"], pipeline.quarantine_by_rule(spark, settings), title="quarantine")
         )
+
+
+@app.command()
+def forget(
+    overrides: Overrides = None,
+    user: Annotated[list[str] | None, typer.Option(help="The platform's id of a user; may be repeated.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="File of user ids, one a line: no shell history keeps them.")
+    ] = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Erase users: from every table, from the files of its older versions, from checkpoints; then read every file to prove it.
+
+    No other job may run meanwhile. If it is stopped, run it again. Old deliveries are not read again; files that the platform
+    delivers later bring a user back. Models keep what they learned until the next training.
+
+    Example: bp-spark forget --file gone.txt
+    """
+    settings = _settings(config_file, overrides)
+    ids = list(user or ())
+    if file is not None:
+        try:
+            ids += file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            raise typer.BadParameter("can't be read as UTF-8 text", param_hint="--file") from None
+    if not any(one.strip() for one in ids):
+        raise typer.BadParameter("give --user or --file with at least one id", param_hint="--user")
+    from bp_spark import pipeline
+
+    _print(_stage_table("forget", pipeline.forget(_session(settings, "forget"), settings, ids)))
+
+
+@app.command()
+def rotate_keys(
+    to: Annotated[str, typer.Option(help="Where the new secret is: env:NAME, file:PATH or databricks:SCOPE/KEY.")],
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Give every user a new key, made with another secret; erase the files that hold the old ones.
+
+    No other job may run meanwhile. If it is stopped, run it again. Then set privacy.secret, featurize and train: who is held
+    out, and who is in which fold, goes by the key and is drawn anew.
+
+    Example: bp-spark rotate-keys --to file:/etc/bp-spark/secret-2025
+    """
+    settings = _settings(config_file, overrides)
+    config.load(overrides=[f"privacy.secret={to}"])
+    from bp_spark import pipeline
+
+    stages = pipeline.rotate_keys(_session(settings, "rotate-keys"), settings, to)
+    _print(_stage_table("rotate-keys", stages))
+    _print(f"From now on: privacy.secret={to}. Then featurize and train: holdout and folds are drawn anew.")
+
+
+@app.command()
+def retain(overrides: Overrides = None, config_file: ConfigOption = None) -> None:
+    """Delete what is older than privacy.retention_days allow, in the tables and in the files of their older versions.
+
+    No other job may run meanwhile.
+
+    Example: bp-spark retain privacy.retention_days.scores=400 privacy.retention_days.events=1100
+    """
+    settings = _settings(config_file, overrides)
+    from bp_spark import pipeline
+
+    _print(_stage_table("retain", pipeline.retain(_session(settings, "retain"), settings)))
 
 
 @app.command()
@@ -337,8 +517,13 @@ def demo(overrides: Overrides = None) -> None:
     settings = config.load(DEMO_CONFIG, overrides or ())
     day = config.parse_date(DEMO_DATE)
     from bp_spark import pipeline
+    from bp_spark.privacy import make_secret
     from bp_spark.tables import Lakehouse
 
+    kind, _, place = settings.privacy.secret.partition(":")
+    if kind == "file":
+        # holdout and folds go by user keys: with a secret of its own each demo would come to figures of its own
+        make_secret(Path(place), DEMO_SECRET)
     spark = _session(settings, "demo")
     stages = pipeline.featurize(spark, settings, [day])
     trained = pipeline.train(spark, settings, day)
@@ -351,7 +536,7 @@ def demo(overrides: Overrides = None) -> None:
     )
     _print(_rows_table(list(shown), [list(row) for row in examples.collect()], title=f"Ten of {night.users:,} scores"))
     where = settings.tables.path
-    _print(f'Tables are in {where}; look around: bp-spark sql -c {DEMO_CONFIG} "SELECT * FROM bp.scores_latest"')
+    _print(f'Tables are in {where}; look around: bp-spark sql -c {DEMO_CONFIG} "SELECT * FROM bp.scores_latest"')  # noqa: S608
 
 
 @app.command()
@@ -370,27 +555,12 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
         # ends the process itself, also after a usage error
         app([command, *given] if command else given, prog_name="bp-spark")
     except BpSparkError as error:
-        _fail(f"error: {error}", error.exit_code)
-    except Exception:
-        traceback.print_exc()
-        _fail("error: unexpected, see the traceback above", 1)
-
-
-def _fail(message: str, code: int) -> None:
-    if "PYSPARK_GATEWAY_PORT" in os.environ:
-        # spark-submit passes what Python writes to standard error on to its own standard output
-        from py4j.protocol import Py4JError
-        from pyspark import SparkContext
-        from pyspark.java_gateway import launch_gateway
-
-        try:
-            gateway: Any = SparkContext._gateway or launch_gateway()
-            gateway.jvm.java.lang.System.err.println(message)
-        except (Py4JError, OSError):
-            print(message, file=sys.stderr, flush=True)
-    else:
-        print(message, file=sys.stderr, flush=True)
-    sys.exit(code)
+        logger.error("%s", error, extra={"fields": {"error": type(error).__name__, "exit_code": error.exit_code}})
+        sys.exit(error.exit_code)
+    except Exception as error:
+        fields = {"error": type(error).__name__, "exit_code": 1}
+        logger.error("unexpected, see the traceback", exc_info=True, extra={"fields": fields})
+        sys.exit(1)
 
 
 def _settings(path: Path | None, overrides: Sequence[str] | None) -> Config:
@@ -442,6 +612,17 @@ def _rows_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     return table
+
+
+def _facts_table(title: str, facts: Sequence[tuple[str, Any]]) -> Table:
+    table = Table(title=title, show_header=False)
+    for name, value in facts:
+        table.add_row(name, str(value))
+    return table
+
+
+def _versions(versions: dict[str, int] | None) -> str:
+    return ", ".join(f"{name}@{version}" for name, version in sorted((versions or {}).items()))
 
 
 def _cell(value: Any) -> str:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,11 @@ from bp_spark.errors import ConfigError
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Folder = Annotated[str, Field(min_length=1)]
+SecretAddress = Annotated[str, Field(pattern=r"^(env:[A-Za-z_][A-Za-z0-9_]*|file:.+|databricks:[^/]+/[^/]+)$")]
+"""Where a secret is: ``env:NAME`` of an environment variable, ``file:PATH`` of a file, ``databricks:SCOPE/KEY``; never the
+secret."""
+SECRETS = ("privacy.secret", "signing.private_key", "signing.public_key")
+"""Settings of which a message never shows what was given, for it may be the secret itself."""
 MemberName = Literal["linear", "btyd", "trees", "sqrt_trees", "transformer"]
 SEARCHED_SECTIONS = ("trees", "linear", "network", "pretraining", "training", "fusion")
 """What a search may change: nothing that the training set is made from."""
@@ -59,8 +65,9 @@ class TablesConfig(Section):
 
     namespace: str = Field("bp", pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?$")
     """``schema`` or ``catalog.schema`` of every table."""
-    path: Folder | None = "lakehouse"
-    """Folder or object-store prefix of path-based tables; ``null`` for tables managed by the metastore."""
+    path: str | None = Field("lakehouse", pattern="^[^`]+$")
+    """Folder or object-store prefix of path-based tables, without a backtick, which Delta takes for the end of a path; ``null``
+    for tables managed by the metastore."""
 
 
 class SourceConfig(Section):
@@ -77,13 +84,13 @@ class SourceConfig(Section):
 class CleaningConfig(Section):
     """Bounds of a plausible row; what lies outside goes to quarantine."""
 
-    max_amount: float = Field(1_000_000.0, gt=0)
-    """Largest absolute amount of one order line, in the platform's currency."""
+    max_amount: float = Field(1_000_000.0, gt=0, le=1e12)
+    """Largest absolute amount or reduction of one order line, in the platform's currency."""
     currency: str = "USD"
     """The platform's currency; lines in another one are converted by the source's rates."""
     first_day: date = date(1995, 1, 1)
     """Timestamps before it are mistakes."""
-    max_rating: float = Field(5.0, gt=0)
+    max_rating: float = Field(5.0, gt=0, le=1e6)
     unknown_items: Literal["keep", "quarantine"] = "keep"
     """What becomes of rows whose item the source doesn't describe."""
 
@@ -428,6 +435,43 @@ class TrackingConfig(Section):
     """Folder of the bundles of a SQLite store, kept from the experiment's first run on; a server has its own place."""
 
 
+class SigningConfig(Section):
+    """Signatures of bundles, Ed25519; see :mod:`bp_spark.model.signing`."""
+
+    private_key: SecretAddress | None = None
+    """``env:NAME`` or ``file:PATH`` of the key, PEM, that ``train`` signs bundles with; ``null``: they are not signed."""
+    public_key: SecretAddress | None = None
+    """``env:NAME`` or ``file:PATH`` of the key, PEM, that bundles must be signed for to be loaded; ``null``: any is."""
+
+
+class RetentionConfig(Section):
+    """Days after which rows are deleted by ``bp-spark retain`` and at the end of ``forget``; ``null``: never."""
+
+    raw: Positive | None = None
+    """Raw rows of users and rows in quarantine, from their ingest on. ``featurize --rebuild`` and ``rotate-keys`` need them
+    all, and are refused then."""
+    events: Positive | None = None
+    """Events, and with them the user-days that they came to, from their day on."""
+    features: Positive | None = None
+    """Rows of ``user_features``, from their as-of date on."""
+    training: Positive | None = None
+    """Rows of ``training_set`` and ``pretraining_set``, from their as-of date on."""
+    scores: Positive | None = None
+    """Scores, from their date on."""
+
+
+class PrivacyConfig(Section):
+    """How users are kept pseudonymous, and for how long; see :mod:`bp_spark.privacy`."""
+
+    secret: SecretAddress = "env:BP_SPARK_SECRET"  # noqa: S105 where it is, not what
+    """Where the secret is that makes user keys of user ids: ``env:NAME``, ``file:PATH`` or ``databricks:SCOPE/KEY``. It is
+    at least 32 bytes long, and stands in no file, table or log that this package writes."""
+    mask_texts: bool = True
+    """Whether e-mail addresses, phone, card and id numbers and IBANs in queries and reviews are masked before they are
+    stored."""
+    retention_days: RetentionConfig = RetentionConfig()
+
+
 class SyntheticConfig(Section):
     """The synthetic platform that ``bp-spark generate`` makes; shares are of the rows of each log."""
 
@@ -491,6 +535,8 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     search: SearchConfig = SearchConfig()
     tracking: TrackingConfig = TrackingConfig()
+    signing: SigningConfig = SigningConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     synthetic: SyntheticConfig = SyntheticConfig()
     bundles: Folder = "bundles"
     """Folder of model bundles; ``bundles/current`` names the promoted one."""
@@ -499,6 +545,15 @@ class Config(Section):
     def history_model(self) -> str:
         """The language model of the ``text`` backbone, as in ``texts.model``."""
         return self.network.text.model or self.texts.model
+
+    @model_validator(mode="after")
+    def _only_settings_are_searched(self) -> Config:
+        for key in self.search.space:
+            if key not in _all_keys(Config):
+                raise ValueError(f"search.space: unknown key {key}{_suggestion(key)}")
+            if isinstance(reduce(getattr, key.split("."), self), Section):
+                raise ValueError(f"search.space: {key} is a section, not a setting")
+        return self
 
     @model_validator(mode="after")
     def _only_events_are_pretrained(self) -> Config:
@@ -528,12 +583,14 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     if path is not None:
         name = str(path)
         try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{name}: can't be read ({error.strerror})") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"{name}: must be UTF-8 text: {error}") from error
-        except yaml.YAMLError as error:
+        try:
+            loaded = parse_yaml(text)
+        except ValueError as error:
             raise ConfigError(f"{name}: not YAML: {error}") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"{name}: must be a mapping of sections, not a {type(loaded).__name__}")
@@ -547,6 +604,18 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(name, error)) from None
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says.
+
+    Raises:
+        ValueError: it is no YAML, is nested too deeply, or a value is none of its kind, as ``2024-13-45`` is no date.
+    """
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # of values that can't be made PyYAML lets Python's own errors of all kinds through
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def changed(config: Config, settings: Mapping[str, object]) -> Config:
@@ -580,8 +649,8 @@ def _set(values: dict[str, Any], key: str, text: str) -> None:
             raise ConfigError(f"override {key}: {parent} is a value, not a section")
         values = child
     try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values[last] = parse_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"override {key}: {text!r} is not a YAML value") from error
 
 
@@ -593,6 +662,10 @@ def _explain(name: str, error: ValidationError) -> str:
             lines.append(f"{name}: unknown key {key}{_suggestion(key)}")
         elif not key:
             lines.append(f"{name}: {problem['msg']}")
+        elif key in SECRETS:  # somebody may have put the secret itself there
+            lines.append(
+                f"{name}: {key}: must be env:NAME, file:PATH or databricks:SCOPE/KEY, which says where the secret is"
+            )
         elif problem["type"] != "default_factory_not_called":  # another problem of the same section is why
             lines.append(f"{name}: {key}: {problem['msg']} (got {problem['input']!r})")
     return "\n".join(lines)

@@ -109,7 +109,7 @@ def _measures(tokens: DataFrame, tokens_kept: int) -> DataFrame:
             _total(F.col("coupon_discount")).alias("coupon_discount"),
             _total(F.col("discounted_items")).alias("discounted_items"),
             F.max(F.when(order, value)).alias("order_value_max"),
-            _total(F.when(order, F.round((value / 100) * (value / 100)).cast("long"))).alias("order_value_sq"),
+            _bounded_total(F.when(order, F.round((value / 100) * (value / 100)))).alias("order_value_sq"),
             in_hours(5, 10).alias("morning_orders"),
             in_hours(11, 16).alias("afternoon_orders"),
             in_hours(17, 22).alias("evening_orders"),
@@ -138,7 +138,9 @@ def _measures(tokens: DataFrame, tokens_kept: int) -> DataFrame:
 def _category_days(events: DataFrame) -> DataFrame:
     """``categories`` of each user and day."""
     price = F.try_divide((F.col("amount") + F.coalesce("discount", F.lit(0))).cast("double"), F.col("quantity"))
-    micro = F.round(F.ln(price) * 1e6).cast("long")
+    micro = F.round(F.ln(price) * 1e6).try_cast(
+        "long"
+    )  # NULL where the quantity is so small that the price is infinite
     purchases = events.filter((F.col("kind") == "purchase") & (F.col("amount") >= 0) & F.col("category").isNotNull())
     with_price = purchases.withColumn("micro", F.when((F.col("quantity") > 0) & (price > 0), micro))
     milli = F.col("micro") / 1000
@@ -185,6 +187,11 @@ def cents(column: str) -> SparkColumn:
 
 def _total(column: SparkColumn) -> SparkColumn:
     return F.coalesce(F.sum(column), F.lit(0))
+
+
+def _bounded_total(column: SparkColumn) -> SparkColumn:
+    """As :func:`_total`, of whole doubles whose sum may be beyond a bigint: it then is the largest one."""
+    return F.least(_total(column.cast("decimal(38,0)")), F.lit(2**63 - 1)).cast("bigint")
 
 
 def _stored(column: Column) -> SparkColumn:

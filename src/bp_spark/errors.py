@@ -65,3 +65,20 @@ class TrackingError(BpSparkError):
     """The store at ``tracking.uri`` can't be reached or refuses what it is asked."""
 
     exit_code = 6
+
+
+class ConflictError(BpSparkError):
+    """Two jobs wrote one table at the same time: this one ended, the other one's rows are whole.
+
+    Args:
+        table: the table that the other job wrote.
+    """
+
+    exit_code = 7
+
+    def __init__(self, table: str) -> None:
+        super().__init__(
+            f"{table or 'a table'}: another run wrote this table meanwhile, and its rows are whole; nothing of this run is in "
+            "that commit. What this run wrote before is whole too: run again when the other has ended, it goes on from there"
+        )
+        self.table = table

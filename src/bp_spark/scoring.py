@@ -8,12 +8,15 @@ once; its Python workers map the same files into memory.
 from __future__ import annotations
 
 import atexit
+import math
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +25,18 @@ import pandas as pd
 import pyarrow as pa
 from pyspark import SparkFiles, TaskContext
 from pyspark.errors import PySparkAttributeError
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructField, StructType
 
 from bp_spark import __version__
 from bp_spark.config import ScoringConfig
-from bp_spark.errors import PlatformError
+from bp_spark.errors import BundleError, PlatformError
 from bp_spark.model import bundle as bundles
 from bp_spark.model.bundle import Bundle
 from bp_spark.model.columns import Columns, from_arrow
+from bp_spark.model.fusion import LEVEL_BORDERS, relative_width
+from bp_spark.session import with_settings
 from bp_spark.tables import SCORES
 
 REASONS = 3
@@ -47,8 +52,15 @@ ANSWERS = (
     "reasons",
 )
 """Columns of SCORES that a bundle computes."""
-ORIGIN = ("bundle_digest", "features_version", "code_version", "computed_on", "scored_at")
+ORIGIN = ("bundle_digest", "run_id", "features_version", "code_version", "computed_on", "scored_at")
 """Columns of SCORES that say where a score comes from: one that is carried forward keeps them."""
+NUMBERS = ("expected_spend", "low", "high", "p_active", "score")
+WORDS = ("user_key", "bundle_digest", "input_digest")
+COMPARED = (*WORDS, *ANSWERS)
+"""Columns of SCORES that are the same whenever and with whomever a night is computed."""
+TOLERANCE = 1e-5
+"""How far two computations of a number may be apart, relative to it where it is above 1: single precision sums of the network
+depend on who shares the batch, by about 1e-7."""
 REASON = pa.struct([("feature", pa.string()), ("value", pa.float64()), ("contribution", pa.float64())])
 ROWS_AT_ONCE = 65_536
 """Rows of an Arrow batch at most, however narrow they are."""
@@ -57,13 +69,16 @@ _archives: dict[tuple[str, str], Path] = {}
 _loaded: dict[str, Bundle] = {}
 
 
-def score(users: DataFrame, bundle: Bundle, score_date: date, features_version: int) -> DataFrame:
+def score(
+    users: DataFrame, bundle: Bundle, score_date: date, features_version: int, run_id: str | None = None
+) -> DataFrame:
     """Compute the score of every row of ``users``.
 
     Args:
         users: rows of ``user_features`` of one date.
         bundle: the model.
         features_version: Delta version of ``user_features``, recorded with each score.
+        run_id: run that computes them, recorded too.
 
     Returns:
         Rows of SCORES.
@@ -87,6 +102,7 @@ def score(users: DataFrame, bundle: Bundle, score_date: date, features_version: 
         {
             "score_date": F.lit(score_date),
             "bundle_digest": F.lit(digest),
+            "run_id": F.lit(run_id).cast("string"),
             "features_version": F.lit(features_version).cast("bigint"),
             "code_version": F.lit(__version__),
             "computed_on": F.lit(score_date),
@@ -95,26 +111,73 @@ def score(users: DataFrame, bundle: Bundle, score_date: date, features_version: 
     )
 
 
-def carried(users: DataFrame, earlier: DataFrame, score_date: date) -> DataFrame:
-    """The scores of an earlier night, of the same bundle, that still hold: the user's features are the same.
+def moved(users: DataFrame, earlier: DataFrame) -> DataFrame:
+    """Of whom an earlier night's score doesn't hold: users who are new or gone, or whose features are others now.
 
     Args:
-        users: rows of ``user_features`` of ``score_date``; no column but ``user_key`` and ``input_digest`` is read.
-        earlier: rows of SCORES, a user at most once.
+        users: rows of ``user_features``, a user once; no column but ``user_key`` and ``input_digest`` is read.
+        earlier: rows of SCORES that the same bundle made, a user at most once.
 
     Returns:
-        Rows of SCORES, as computed on the night that ``computed_on`` names.
+        ``user_key``.
     """
-    same = users.select("user_key", "input_digest").join(earlier, ["user_key", "input_digest"])
-    return same.select("user_key", F.lit(score_date).alias("score_date"), "input_digest", *ANSWERS, *ORIGIN)
+    before = earlier.select("user_key", F.col("input_digest").alias("earlier_digest"))
+    both = users.select("user_key", "input_digest").join(before, "user_key", "full_outer")
+    # a user without a digest, or whom one side lacks, is like nobody
+    same = F.coalesce(F.col("input_digest") == F.col("earlier_digest"), F.lit(False))
+    return both.filter(~same).select("user_key")
 
 
-def changed(users: DataFrame, earlier: DataFrame) -> DataFrame:
-    """The users whose score has to be computed: new ones, and those whose features aren't those of the earlier night."""
-    keys = ["user_key", "input_digest"]
-    fresh = users.select(*keys).join(earlier.select(*keys), keys, "left_anti")
-    # keys alone go through the join above: wide rows are moved only where the changed users are too many to broadcast
-    return users.join(fresh.select("user_key"), "user_key", "left_semi")
+def carried(earlier: DataFrame, keys: DataFrame, score_date: date) -> DataFrame:
+    """Rows of SCORES for ``score_date``: those of an earlier night but of the users in ``keys``, as computed then."""
+    still = earlier.join(keys, "user_key", "left_anti")
+    return still.select("user_key", F.lit(score_date).alias("score_date"), "input_digest", *ANSWERS, *ORIGIN)
+
+
+def differences(stored: DataFrame, computed: DataFrame, bundle: Bundle) -> DataFrame:
+    """How far two computations of the same scores are apart, user by user.
+
+    Args:
+        stored: rows of SCORES of one night.
+        computed: the same night, as computed by ``bundle``.
+
+    Returns:
+        A double for each of COMPARED: 0 where both say the same, up to TOLERANCE where that is due to who shared a batch, more
+        where they differ, infinity where one side has nothing to compare. A label on whose border the user stands within
+        TOLERANCE counts as the same.
+    """
+    both = stored.alias("s").join(computed.alias("c"), F.col("s.user_key") == F.col("c.user_key"), "full_outer")
+    s, c = ({name: F.col(f"{side}.{name}") for name in COMPARED} for side in "sc")
+    apart = {name: _numbers_apart(s[name], c[name]) for name in NUMBERS}
+    apart |= {name: _words_apart(s[name], c[name]) for name in WORDS}
+    for label, figure, borders in (
+        ("level", c["score"], LEVEL_BORDERS),
+        ("risk_level", relative_width(c), bundle.fusion.risk),
+    ):
+        on_border = reduce(or_, (_numbers_apart(figure, F.lit(border)) <= TOLERANCE for border in borders))
+        apart[label] = F.when(on_border, 0.0).otherwise(_words_apart(s[label], c[label]))
+    by_horizon = F.map_zip_with(
+        s["expected_by_horizon"], c["expected_by_horizon"], lambda _, x, y: _numbers_apart(x, y)
+    )
+    apart["expected_by_horizon"] = F.array_max(F.map_values(by_horizon))
+    apart["reasons"] = F.array_max(F.zip_with(s["reasons"], c["reasons"], _reasons_apart))
+    nothing = {name: F.when(s[name].isNull() != c[name].isNull(), math.inf) for name in COMPARED}
+    return both.select(*(F.coalesce(nothing[name], apart[name], F.lit(0.0)).alias(name) for name in COMPARED))
+
+
+def _numbers_apart(x: Column, y: Column) -> Column:
+    """Relative to the larger where that is above 1."""
+    apart = F.abs(x - y) / F.greatest(F.abs(x), F.abs(y), F.lit(1.0))
+    return F.when(x.eqNullSafe(y), 0.0).otherwise(F.coalesce(apart, F.lit(math.inf)))
+
+
+def _words_apart(x: Column, y: Column) -> Column:
+    return F.when(x.eqNullSafe(y), 0.0).otherwise(math.inf)
+
+
+def _reasons_apart(x: Column, y: Column) -> Column:
+    figures = (_numbers_apart(x[name], y[name]) for name in ("value", "contribution"))
+    return F.greatest(_words_apart(x["feature"], y["feature"]), *figures)
 
 
 @contextmanager
@@ -127,14 +190,8 @@ def sized(spark: SparkSession, config: ScoringConfig) -> Iterator[None]:
         # above 100 columns Spark would build every row whole before it asks whether the user changed
         "spark.sql.codegen.maxFields": "1000",
     }
-    before = {key: spark.conf.get(key) for key in settings}
-    try:
-        for key, value in settings.items():
-            spark.conf.set(key, value)
+    with with_settings(spark, settings):
         yield
-    finally:
-        for key, old in before.items():
-            spark.conf.set(key, str(old))
 
 
 def prediction_udf(spark: SparkSession, bundle: Bundle) -> Any:
@@ -264,7 +321,10 @@ def _load_once(name: str, digest: str) -> Bundle:
     """The bundle, verified as any bundle is and loaded by the first task of this worker process."""
     if digest not in _loaded:
         _loaded.clear()
-        _loaded[digest] = bundles.load(SparkFiles.get(name))
+        bundle = bundles.load(SparkFiles.get(name))
+        if bundle.digest != digest:
+            raise BundleError(f"{bundle.folder}: is bundle {bundle.digest[:12]}, not the one sent, {digest[:12]}")
+        _loaded[digest] = bundle
     fit_to_task(_loaded[digest], TaskContext.get())
     return _loaded[digest]
 

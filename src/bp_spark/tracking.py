@@ -34,7 +34,9 @@ from bp_spark import __version__, features, scoring
 from bp_spark.config import Config, SearchConfig, TrackingConfig
 from bp_spark.errors import BundleError, ConfigError, TrackingError
 from bp_spark.model import bundle as bundles
+from bp_spark.model import signing
 from bp_spark.model.bundle import Bundle
+from bp_spark.tables import SCORES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -196,11 +198,11 @@ def fetch(config: Config, address: str) -> Bundle:
             place.parent.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(dir=place.parent) as draft:
                 found = download_artifacts(source, dst_path=draft, tracking_uri=uri, registry_uri=_registry_uri(uri))
-                bundle = bundles.load(Path(found) / "data" / "bundle")
+                bundle = bundles.load(Path(found) / "data" / "bundle", signing.public_key(config.signing))
                 if bundle.digest != digest:
                     raise BundleError(f"{address}: the files are those of another bundle, {bundle.digest[:12]}")
                 _place(bundle.folder, place)
-    return bundles.load(place)
+    return bundles.load(place, signing.public_key(config.signing))
 
 
 class Scorer:
@@ -281,7 +283,9 @@ def _promoted(config: Config, bundle: Bundle) -> Bundle | None:
     """What ``bundles/current`` names; ``None`` where it names nothing that can be used."""
     try:
         folder = bundles.current(config.bundles)
-        return bundle if folder.resolve() == bundle.folder.resolve() else bundles.load(folder)
+        if folder.resolve() == bundle.folder.resolve():
+            return bundle
+        return bundles.load(folder, signing.public_key(config.signing))
     except BundleError:
         return None
 
@@ -373,11 +377,11 @@ def _signature(bundle: Bundle) -> ModelSignature:
             Property("contribution", DataType.double),
         ]
     )
-    numbers = ("expected_spend", "low", "high", "p_active", "score")
+    kinds: dict[str, DataType | Array] = {"double": DataType.double, "string": DataType.string, "array": Array(reason)}
+    answers = {c.name: c.type.partition("<")[0] for c in SCORES.columns if c.name in scoring.ANSWERS}
+    # MLflow knows no map whose keys are numbers: expected_by_horizon is answered without being declared
     outputs: list[ColSpec | TensorSpec] = [
-        *(ColSpec(DataType.double, name) for name in numbers),
-        *(ColSpec(DataType.string, name) for name in ("level", "risk_level")),
-        ColSpec(Array(reason), "reasons"),
+        ColSpec(kinds[kind], name) for name, kind in answers.items() if kind in kinds
     ]
     return ModelSignature(Schema(inputs), Schema(outputs))
 

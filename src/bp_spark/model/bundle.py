@@ -3,7 +3,8 @@ it is from.
 
 ``manifest.json`` names every other file with its size and SHA-256, the input columns, the members, the
 fusion, the other horizons, the metrics and the lineage. A bundle is written beside its place and renamed into it, never changed
-afterwards, and refused when a single bit differs. Nothing in it is ever unpickled.
+afterwards, and refused when a single bit differs. Nothing in it is ever unpickled. Digests tell damage; who wrote a bundle is
+told by a signature, ``manifest.sig``, where keys are set (see :mod:`bp_spark.model.signing`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,12 +29,17 @@ from bp_spark.model.fusion import Fusion
 from bp_spark.model.horizons import Horizons
 from bp_spark.model.members import Member, load_member, predict_all
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
 FORMAT = 2
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"
 CURRENT = "current"
 DECISION = ".promotion.json"
 """Ending of the file beside a bundle that says whether it was promoted, and why."""
 
+_OWN = {MANIFEST, SIGNATURE}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _KEYS: dict[str, type] = {
     "format": int,
@@ -129,6 +135,7 @@ def write(
     inputs: Mapping[str, Sequence[str]],
     lineage: Mapping[str, Any],
     metrics: Mapping[str, Any],
+    private_key: Ed25519PrivateKey | None = None,
 ) -> Bundle:
     """Write a bundle; it is there whole or not at all.
 
@@ -140,6 +147,7 @@ def write(
         inputs: input columns by group, such as ``{"tabular": [...], "history": [...]}``.
         lineage: where the model comes from: training set and version, configuration, run. Plain JSON values.
         metrics: how good it is. Plain JSON values; NaN is written as null.
+        private_key: what to sign it with, if it is to be signed.
 
     Raises:
         BundleError: the folder exists, its name or a file's is unfit, or the fusion needs a member that isn't
@@ -164,7 +172,7 @@ def write(
             member.save(draft)
         files = {path.name: _describe(path) for path in sorted(draft.iterdir())}
         for name in files:
-            if not _NAME.fullmatch(name) or name == MANIFEST:
+            if not _NAME.fullmatch(name) or name in _OWN:
                 raise BundleError(f"{folder}: a member wrote a file {name!r}")
             _sync(draft / name)
         manifest = _sealed(
@@ -184,6 +192,9 @@ def write(
         )
         (draft / MANIFEST).write_bytes(_text(manifest))
         _sync(draft / MANIFEST)
+        if private_key is not None:
+            (draft / SIGNATURE).write_bytes(private_key.sign(_text(manifest)))
+            _sync(draft / SIGNATURE)
         _sync(draft)
         try:
             os.rename(draft, folder)
@@ -196,21 +207,24 @@ def write(
     return Bundle(folder, manifest, members, fusion, horizons)
 
 
-def load(folder: str | Path) -> Bundle:
+def load(folder: str | Path, public_key: Ed25519PublicKey | None = None) -> Bundle:
     """Read a bundle after proving that it is whole and unchanged.
 
+    Args:
+        public_key: what its signature is checked with; without one it may be unsigned.
+
     Raises:
-        BundleError: it is no bundle, of another format, or anything in it differs from what was written: a
-            file missing, added, changed or cut short. The message names the file.
+        BundleError: it is no bundle, of another format, not signed for the key, or anything in it differs from
+            what was written: a file missing, added, changed or cut short. The message names the file.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder / MANIFEST)
+    manifest = _read_manifest(folder / MANIFEST, public_key)
     files: dict[str, Any] = manifest["files"]
     for name in files:
-        if not _NAME.fullmatch(name) or name == MANIFEST:
+        if not _NAME.fullmatch(name) or name in _OWN:
             raise BundleError(f"{folder / MANIFEST}: file name {name!r} is not allowed")
     there = {path.name for path in folder.iterdir()}
-    for name in sorted(there - set(files) - {MANIFEST}):
+    for name in sorted(there - set(files) - _OWN):
         raise BundleError(f"{folder / name}: doesn't belong to the bundle")
     for name, described in files.items():
         path = folder / name
@@ -301,6 +315,25 @@ def current(bundles_dir: str | Path) -> Path:
     return folder
 
 
+def find(bundles_dir: str | Path, digest: str) -> Path:
+    """Folder of the bundle with a digest.
+
+    Raises:
+        BundleError: none that can be read has it.
+    """
+    for path in sorted(Path(bundles_dir).glob(f"*/{MANIFEST}")):
+        try:
+            found = _NAME.fullmatch(path.parent.name) and _read_manifest(path, None)["digest"]
+        except BundleError:
+            # damaged or of another format: not the one that was meant
+            continue
+        if found == digest:
+            return path.parent
+    raise BundleError(
+        f"{bundles_dir}: no bundle that can be read has the digest {digest[:12]}; was it moved or deleted?"
+    )
+
+
 def _why_none(bundles_dir: Path) -> str:
     refused = []
     for path in bundles_dir.glob(f"*{DECISION}"):
@@ -313,11 +346,13 @@ def _why_none(bundles_dir: Path) -> str:
     return f"{name}, the newest, was refused: {reason}; train another, or name a bundle's folder"
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path, public_key: Ed25519PublicKey | None) -> dict[str, Any]:
     try:
         text = path.read_bytes()
     except OSError as error:
         raise BundleError(f"{path}: can't be read ({error.strerror})") from None
+    if public_key is not None:
+        _require_signature(path.with_name(SIGNATURE), text, public_key)
     try:
         manifest = json.loads(text)
     except (ValueError, RecursionError):
@@ -340,6 +375,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in inputs.values()):
         raise BundleError(f"{path}: inputs must be lists of column names")
     return manifest
+
+
+def _require_signature(path: Path, manifest: bytes, public_key: Ed25519PublicKey) -> None:
+    from bp_spark.model.signing import is_signed
+
+    try:
+        signature = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: can't be read ({error.strerror}), and bundles must be signed here") from None
+    if not is_signed(manifest, signature, public_key):
+        raise BundleError(f"{path}: is no signature of {MANIFEST} by the key in signing.public_key")
 
 
 def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 LEVELS = ("E", "D", "C", "B", "A")
 """Fifths of the reference population, by score."""
+LEVEL_BORDERS = (20.0, 40.0, 60.0, 80.0)
+"""Scores from which a level holds."""
 RISKS = ("low", "medium", "high")
 """Thirds of the reference population, by relative width of the interval."""
 OUTPUTS = ("expected_spend", "low", "high", "p_active", "score", "level", "risk_level")
@@ -146,7 +148,7 @@ class Fusion:
         grid = pd.DataFrame({"x": np.quantile(answers["expected_spend"], shares / 100.0), "y": shares})
         # Equal values share the middle of their percentiles.
         knots = grid.groupby("x", sort=True)["y"].mean()
-        first, second = np.quantile(_relative_width(answers), [1 / 3, 2 / 3]).tolist()
+        first, second = np.quantile(relative_width(answers), [1 / 3, 2 / 3]).tolist()
         return replace(self, reference=Curve(_floats(knots.index), _floats(knots.to_numpy())), risk=(first, second))
 
     def apply(self, predictions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -183,8 +185,8 @@ class Fusion:
             "p_active": self.activity(logs),
             "score": score,
         }
-        level = np.searchsorted(np.array([20.0, 40.0, 60.0, 80.0]), score, side="right")
-        risk = np.searchsorted(np.asarray(self.risk), _relative_width(answers), side="left")
+        level = np.searchsorted(np.array(LEVEL_BORDERS), score, side="right")
+        risk = np.searchsorted(np.asarray(self.risk), relative_width(answers), side="left")
         answers["level"] = np.array(LEVELS, dtype=object)[level]
         answers["risk_level"] = np.array(RISKS, dtype=object)[risk]
         return answers
@@ -304,7 +306,8 @@ def groups(x: np.ndarray, bins: int, smallest: int) -> np.ndarray:
     return np.searchsorted(_edges(x, min(bins, max(1, len(x) // smallest)), 1), x, side="right")
 
 
-def _relative_width(answers: Mapping[str, np.ndarray]) -> np.ndarray:
+def relative_width(answers: Mapping[str, Any]) -> Any:
+    """What the risk level goes by: how wide the interval is for the expected spend; of arrays or of Spark's columns."""
     return (answers["high"] - answers["low"]) / (answers["expected_spend"] + _CENT)
 
 

@@ -237,7 +237,7 @@ def adapted(folder: str, config: NetworkConfig) -> nn.Module:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    model = _without_waste(AutoModel.from_pretrained(folder, dtype=torch.float32))
+    model = _without_waste(AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True))
     settings = config.text
     low_rank = LoraConfig(
         r=settings.lora_rank,

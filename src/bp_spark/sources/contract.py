@@ -1,21 +1,32 @@
 """What every source offers: deliveries that can be listed cheaply, and their rows in the raw contract.
 
 In: a platform's own files or tables. Out: DataFrames with the columns of the raw tables of :mod:`bp_spark.tables`, less those
-that the ingest adds itself (:data:`INGEST_COLUMNS`).
+that the ingest adds itself (:data:`INGEST_COLUMNS`), and with the platform's ``user_id``, which the ingest turns into
+``user_key`` before anything is stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from bp_spark.tables import INGEST_COLUMNS, RAW_TABLES
+from bp_spark.tables import INGEST_COLUMNS, RAW_TABLES, Table
+from bp_spark.tables import Column as TableColumn
 
-RAW = {table.name: table for table in RAW_TABLES}
+_USER_ID = TableColumn("user_id", "string", "Platform's user id")
+
+
+def _as_delivered(table: Table) -> Table:
+    brought = (column for column in table.columns if column.name not in INGEST_COLUMNS)
+    return replace(table, columns=tuple(_USER_ID if c.name == "user_key" else c for c in brought))
+
+
+RAW = {table.name: _as_delivered(table) for table in RAW_TABLES}
+"""Raw tables as sources deliver them."""
 
 
 @dataclass(frozen=True, order=True)
@@ -63,7 +74,7 @@ def in_contract(df: DataFrame, table: str, unreadable: Column | None = None, **c
         unreadable: more such texts by column, of values that the source could not read itself: a map or NULL.
     """
     schema = RAW[table].schema
-    wanted = [field for field in schema.fields if field.name not in (*INGEST_COLUMNS, "unreadable")]
+    wanted = [field for field in schema.fields if field.name != "unreadable"]
     given = {field.name: columns.get(field.name, F.lit(None)) for field in wanted}
     cast = {field.name: given[field.name].try_cast(field.dataType) for field in wanted}
     castable = [

@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import uuid
 import zoneinfo
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,6 @@ from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-import yaml
 from py4j.protocol import Py4JJavaError
 from pydantic import AfterValidator, Field, ValidationError, create_model, model_validator
 from pyspark.errors import PySparkException
@@ -52,10 +52,10 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from bp_spark.config import Section
+from bp_spark.config import Section, parse_yaml
 from bp_spark.errors import ConfigError, DataError
 from bp_spark.sources.contract import RAW, Delivery, in_contract, text_map
-from bp_spark.tables import INGEST_COLUMNS, Table
+from bp_spark.tables import Table
 
 REQUIRED = {
     "raw_transactions": ("user_id", "ts", "amount"),
@@ -157,7 +157,7 @@ def _model(table: Table) -> Any:
     """TableMapping with the columns of a raw table, those of REQUIRED mandatory."""
     fields: dict[str, Any] = {}
     for column in table.columns:
-        if column.name not in (*INGEST_COLUMNS, "delivery", "unreadable"):
+        if column.name not in ("delivery", "unreadable"):
             rule: Any = KIND_OF_RULE.get(column.type, Plain)
             fields[column.name] = (rule, ...) if column.name in REQUIRED[table.name] else (rule | None, None)
     columns = create_model(f"{table.name}_columns", __base__=Section, **fields)
@@ -252,9 +252,7 @@ class FilesSource:
     def _reader(self, spark: SparkSession, mapping: TableMapping) -> Any:
         reader = spark.read.format(mapping.format)
         if mapping.format == "csv":
-            reader = reader.options(header=True, escape='"')
-        if mapping.format in ("csv", "json"):
-            reader = reader.options(mode="PERMISSIVE", columnNameOfCorruptRecord=CORRUPT)
+            reader = reader.options(header=True, escape='"', mode="PERMISSIVE", columnNameOfCorruptRecord=CORRUPT)
         return reader.options(**mapping.options)
 
     def _read(self, spark: SparkSession, table: str, names: list[str]) -> DataFrame:
@@ -290,11 +288,13 @@ class FilesSource:
         addresses = [_literal(self._address(name)) for name in names]
         reader = self._reader(spark, mapping)
         with _readable(names[0]):
+            if mapping.format == "json":
+                return _json_rows(spark, mapping, addresses)
             if mapping.format == "parquet":
                 df = reader.load(addresses)
                 columns = df.columns
             else:
-                columns = reader.load(addresses[0]).columns if mapping.format == "csv" else sorted(_mapped(mapping))
+                columns = reader.load(addresses[0]).columns
                 fields = [T.StructField(column, T.StringType()) for column in (*columns, CORRUPT)]
                 df = reader.schema(T.StructType(fields)).load(addresses)
         _require(columns, mapping, names[0])
@@ -339,6 +339,40 @@ class FilesSource:
                 except PySparkException as error:
                     where = f"{table.removeprefix('raw_')}.columns.{name}.format"
                     raise ConfigError(f"{self.name}: {where}: {rule.format!r} is no pattern of Spark") from error
+
+
+def _json_rows(spark: SparkSession, mapping: TableMapping, addresses: list[str]) -> DataFrame:
+    """Rows of JSON files, one for an object, one for each object of an array; a line that is neither stays as CORRUPT.
+
+    Not by Spark's own reader, which takes the first value of a line and is silent about what follows it.
+    """
+    options = {key.lower(): str(value) for key, value in mapping.options.items()}
+    of_text = {key: options.pop(key) for key in ("encoding", "linesep") if key in options}
+    whole = options.get("multiline", "false")
+    if "encoding" in of_text:
+        # the reader of texts would refuse it only when rows are asked for
+        spark.sql("SELECT encode('', :encoding)", args={"encoding": of_text["encoding"]}).collect()
+    lines = spark.read.format("text").options(wholetext=whole, **of_text).load(addresses)
+    row = T.StructType([T.StructField(column, T.StringType()) for column in sorted(_mapped(mapping))])
+    text = F.regexp_replace("value", "^\ufeff", "")
+    # in an object of our own that ends with a mark: whatever closes it early, or follows a value, takes the mark away
+    mark = uuid.uuid4().hex
+    array = text.rlike(r"^\s*\[")
+    rows = F.when(array, text).otherwise(F.concat(F.lit("["), text, F.lit("]")))
+    whole_line = F.concat(F.lit(f'{{"{mark}":'), rows, F.lit(f',"end":"{mark}"}}'))
+    parsed = F.from_json(whole_line, T.StructType().add(mark, T.ArrayType(row)).add("end", T.StringType()), options)
+    found = lines.filter(~text.rlike(r"^\s*\z")).select("_metadata", text.alias("line"), parsed.alias("parsed"))
+    found = found.select(
+        "_metadata", "line", F.col(f"parsed.{mark}").alias("rows"), (F.col("parsed.end") == mark).alias("ended")
+    )
+    all_rows = F.col("rows").isNotNull() & ~F.exists("rows", lambda each: each.isNull())
+    readable = F.coalesce(F.col("ended") & all_rows, F.lit(False))
+    nothing = F.array(F.lit(None).cast(row))
+    return found.select(
+        "_metadata",
+        F.explode(F.when(readable, F.col("rows")).otherwise(nothing)).alias("row"),
+        F.when(~readable, F.col("line")).alias(CORRUPT),
+    ).select("_metadata", "row.*", CORRUPT)
 
 
 def _shaped(
@@ -508,10 +542,10 @@ def _readable(name: str) -> Iterator[None]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: must be a mapping of tables, not a {type(loaded).__name__}")

@@ -307,7 +307,8 @@ def _adapt(job: Job, group: Group) -> Outcome:
     learned, held_out = read_texts(job, tokenizer, group)
 
     torch.manual_seed(training.seed)
-    network = MaskedLanguageModel(AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32)).to(group.device)
+    pretrained = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    network = MaskedLanguageModel(pretrained).to(group.device)
     optimizer = torch.optim.AdamW(decayed(network, settings.weight_decay), lr=settings.learning_rate)
     steps = learned.steps * settings.epochs
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(steps * settings.warmup_fraction), steps)
@@ -424,7 +425,7 @@ def _require_masked_model(folder: str) -> None:
 
 def _save(adapted: nn.Module, source: str, output: Path) -> None:
     """The encoder, with what of it was not trained (BERT's pooler) as the source has it, and the tokenizer."""
-    encoder = AutoModel.from_pretrained(source, dtype=torch.float32)
+    encoder = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     state = {name: tensor.cpu() for name, tensor in adapted.state_dict().items()}
     strange = encoder.load_state_dict(state, strict=False).unexpected_keys
     if strange:

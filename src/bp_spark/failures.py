@@ -1,0 +1,69 @@
+"""What Spark and Delta raise -> the project's errors: which table or file, which rule, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+
+from bp_spark.errors import BpSparkError, ConflictError, DataError, PlatformError
+
+_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
+_CONFLICT = re.compile(
+    r"DELTA_CONCURRENT_|DELTA_METADATA_CHANGED|DELTA_PROTOCOL_CHANGED|TABLE_OR_VIEW_ALREADY_EXISTS|"
+    r"Concurrent(Write|Append|Transaction|DeleteRead|DeleteDelete)Exception"
+)
+_UNREADABLE = re.compile(r"FAILED_READ_FILE\S* Encountered error while reading file (\S+?)\.?\s")
+_LOG = re.compile(r"DELTA_(?:TRUNCATED_TRANSACTION_LOG|LOG_FILE_NOT_FOUND)\S* (\S+): ")
+_GAP = re.compile(r"DELTA_VERSIONS_NOT_CONTIGUOUS\S* ([^\n]*)")
+_WORKER = re.compile(r"Python worker (?:exited unexpectedly|failed to connect)")
+
+
+@contextmanager
+def explained(table: str = "") -> Iterator[None]:
+    """Raise the project's error for what Spark or Delta raise in the block, where they tell of one of these:
+
+    Args:
+        table: the table that the block writes, where it writes one.
+
+    Raises:
+        ConflictError: another job wrote the table meanwhile.
+        PlatformError: a disk is full, or a Python worker was killed.
+        DataError: a file of a table, or of its log, is damaged or missing.
+    """
+    try:
+        yield
+    except (PySparkException, Py4JJavaError) as error:
+        explanation = _explanation(_text(error), table)
+        if explanation is None:
+            raise
+        raise explanation from error
+
+
+def _text(error: PySparkException | Py4JJavaError) -> str:
+    """Message and causes; the class's name too, for Delta's Python errors say no more by their message."""
+    return f"{type(error).__name__} {error}"
+
+
+def _explanation(text: str, table: str) -> BpSparkError | None:
+    if _FULL.search(text):
+        where = f"{table}: can't be written: " if table else ""
+        return PlatformError(
+            f"{where}no space left on a disk; no table holds a part of what was being written: make room and run again"
+        )
+    if _CONFLICT.search(text):
+        return ConflictError(table)
+    if found := _UNREADABLE.search(text):
+        return DataError(found[1], "is damaged or missing and was not read; restore the file, then run again")
+    if found := _LOG.search(text):
+        return DataError(found[1], "this entry of the table's log is missing; restore the file, then run again")
+    if found := _GAP.search(text):
+        return DataError(table or "a table", f"entries of its log are missing: {found[1]}")
+    if _WORKER.search(text):
+        return PlatformError(
+            "a Python worker was killed (out of memory?); no table holds a part of what it computed: run again"
+        )
+    return None

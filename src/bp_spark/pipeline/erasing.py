@@ -1,0 +1,260 @@
+"""Users forgotten, keys rotated, old rows deleted: in the newest version of each table, then in all files.
+
+Each is a run of steps that leave alone what is done already, so a run that was stopped is made whole by the next. Nothing
+else may write or read the tables meanwhile: the files of older versions go.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from safetensors import safe_open
+
+from bp_spark import cleaning, privacy, texts, traces
+from bp_spark.config import Config
+from bp_spark.errors import ConfigError, DataError
+from bp_spark.pipeline.featurizing import aggregate, clean, embed, require_same_secret
+from bp_spark.pipeline.run import Run, recorded
+from bp_spark.session import kept
+from bp_spark.tables import RAW_LOGS, RAW_TABLES, SCORES, SCORES_LATEST, USER_KEYS, Lakehouse
+
+QUARANTINED_KEY = "get_json_object(t.row, '$.user_key')"
+"""SQL of a row's user in ``quarantine``."""
+PERIODS: Mapping[str, Mapping[str, str]] = {
+    "raw": {
+        **dict.fromkeys((table.name for table in RAW_LOGS), "ingested_at"),
+        "quarantine": "substring(get_json_object(row, '$.ingested_at'), 1, 10)",
+    },
+    "events": {"events": "event_date"},
+    "features": {"user_features": "as_of_date"},
+    "training": {"training_set": "as_of_date", "pretraining_set": "as_of_date"},
+    "scores": {"scores": "score_date", "scores_latest": "score_date"},
+}
+"""Setting of ``privacy.retention_days`` -> table -> SQL of a row's day."""
+PROVEN_KEYS = 1_000
+"""Old keys that are looked for after a rotation."""
+
+
+def forget(spark: SparkSession, config: Config, user_ids: Sequence[str]) -> list[dict[str, Any]]:
+    """Erase users from every table and from the files of older versions, and prove it by reading every file.
+
+    Texts that nobody else wrote go with them, and so do checkpoints that hold such a text. Models are left: what they
+    learned of a user can't be told apart from the rest; bundles that carry such a text are named.
+
+    Returns:
+        The stages that ran, as in ``runs``. Called again with the same ids it deletes nothing and proves it again.
+
+    Raises:
+        ConfigError: no id; the secret is missing, or isn't the one that the keys were made with.
+        DataError: nothing was ingested yet; a file still holds a user when all is done.
+    """
+    ids = sorted({one.strip(" ") for one in user_ids} - {""})
+    if not ids:
+        raise ConfigError("forget: no user id was given")
+    secret = privacy.load_secret(config.privacy.secret)
+    with recorded(spark, config, "forget") as run:
+        lakehouse = run.lakehouse
+        known = lakehouse.read("user_keys")
+        require_same_secret(lakehouse, secret)
+        keys = F.broadcast(spark.createDataFrame([(secret.key_of(one),) for one in ids], "user_key string"))
+        with run.stage("forget") as figures:
+            figures["users"], figures["known"] = len(ids), known.join(keys, "user_key", "left_semi").count()
+            for name in _tables_of_users(lakehouse):
+                # user-days follow events below, and who is known is known until all rows are gone
+                if name not in ("user_daily", "user_keys"):
+                    figures[name] = lakehouse.erase(name, keys, "t.user_key = s.user_key")
+            if lakehouse.exists("quarantine"):
+                figures["quarantine"] = lakehouse.erase("quarantine", keys, f"{QUARANTINED_KEY} = s.user_key")
+        _follow_events(run)
+        _retain(run)
+        with run.stage("forget texts") as figures:
+            figures.update(_erase_texts(run))
+            figures["user_keys"] = lakehouse.erase("user_keys", keys, "t.user_key = s.user_key")
+        _vacuum(run)
+        _prove(run, [secret.key_of(one) for one in ids], ids)
+        return run.records
+
+
+def retain(spark: SparkSession, config: Config) -> list[dict[str, Any]]:
+    """Delete the rows that are older than ``privacy.retention_days`` allow, and the files of older versions.
+
+    Returns:
+        The stages that ran, as in ``runs``.
+
+    Raises:
+        ConfigError: no period is set.
+    """
+    if not any(config.privacy.retention_days.model_dump().values()):
+        raise ConfigError("retain: privacy.retention_days sets no period, so nothing is too old")
+    with recorded(spark, config, "retain") as run:
+        _retain(run)
+        with run.stage("forget texts") as figures:
+            figures.update(_erase_texts(run))
+        _vacuum(run)
+        return run.records
+
+
+def rotate_keys(spark: SparkSession, config: Config, to: str) -> list[dict[str, Any]]:
+    """Give every user a new key, made with another secret, and erase the files that hold the old ones.
+
+    Raw rows and scores are re-keyed; events, whose identity the key is part of, are derived from the raw rows anew, with
+    what follows from them. Features and training sets are emptied: ``featurize`` and ``train`` make them again. Holdout and
+    folds go by a hash of the key, so they are drawn anew: train again.
+
+    Args:
+        to: where the new secret is, as ``privacy.secret``, which must name it from then on.
+
+    Returns:
+        The stages that ran, as in ``runs``.
+
+    Raises:
+        ConfigError: a secret is missing, or the old one isn't that of the keys; raw rows are not all kept.
+        DataError: nothing was ingested yet; a file still holds an old key when all is done.
+    """
+    old, new = (privacy.load_secret(place) for place in (config.privacy.secret, to))
+    if old == new:
+        raise ConfigError(f"rotate-keys: {to} holds the secret that is in use already")
+    _require_all_raw_rows(config, "rotate-keys")
+    with recorded(spark, config, "rotate-keys") as run:
+        lakehouse = run.lakehouse
+        users = lakehouse.read("user_keys")
+        if not users.filter(F.col("key_id") != new.key_id).isEmpty():
+            require_same_secret(lakehouse, old)
+            with run.stage("rotate keys") as figures:
+                _rekey(lakehouse, users, new, figures)
+            clean(run, rebuild=True)
+            embed(run)
+            aggregate(run, rebuild=True)
+            # last: as long as the old keys stand here, a run that was stopped begins anew
+            rekeyed = {"user_key": privacy.user_key(F.col("user_id"), new), "key_id": F.lit(new.key_id)}
+            lakehouse.replace(USER_KEYS, users.withColumns(rekeyed))
+        _vacuum(run)
+        sample = lakehouse.read("user_keys").limit(PROVEN_KEYS).collect()
+        _prove(run, [old.key_of(row["user_id"]) for row in sample], [])
+        return run.records
+
+
+def _rekey(lakehouse: Lakehouse, users: DataFrame, new: privacy.Secret, figures: dict[str, object]) -> None:
+    both = users.select(F.col("user_key").alias("_old"), privacy.user_key(F.col("user_id"), new).alias("_new"))
+    with kept(both) as keys:
+        for table in (*RAW_TABLES, SCORES, SCORES_LATEST):
+            if not lakehouse.exists(table.name) or "user_key" not in table.schema.names:
+                continue
+            rows = lakehouse.read(table.name)
+            theirs = F.col("user_key") == F.col("_old")
+            if not rows.join(keys, theirs, "left_semi").isEmpty():
+                rekeyed = rows.join(keys, theirs, "left").withColumn("user_key", F.coalesce("_new", "user_key"))
+                lakehouse.replace(table, rekeyed)
+        figures["users"] = keys.count()
+    for name in ("user_features", "training_set", "pretraining_set"):
+        if lakehouse.exists(name):
+            lakehouse.delete(name, "true")
+
+
+def _require_all_raw_rows(config: Config, what: str) -> None:
+    days = config.privacy.retention_days.raw
+    if days is not None:
+        raise ConfigError(
+            f"{what}: events are derived from the raw rows anew, but of these only {days} days are kept "
+            "(privacy.retention_days.raw)"
+        )
+
+
+def _tables_of_users(lakehouse: Lakehouse) -> list[str]:
+    return [name for name in lakehouse.names() if "user_key" in lakehouse.read(name).columns]
+
+
+def _follow_events(run: Run) -> None:
+    """User-days that belong to no event any more go, by the change feed, which must still be there."""
+    if run.lakehouse.exists("events"):
+        embed(run)
+        aggregate(run, rebuild=False)
+
+
+def _retain(run: Run) -> None:
+    today = datetime.now(UTC).date()
+    periods = run.config.privacy.retention_days.model_dump()
+    if not any(periods.values()):
+        return
+    with run.stage("retain") as figures:
+        for period, days in periods.items():
+            for name, day in PERIODS[period].items() if days else ():
+                if run.lakehouse.exists(name):
+                    oldest = today - timedelta(days=days)
+                    figures[name] = run.lakehouse.delete(name, f"DATE({day}) < DATE'{oldest}'")
+    _follow_events(run)
+
+
+def _erase_texts(run: Run) -> dict[str, object]:
+    """Delete texts that stand in no raw row and no event, what the language model made of them, and checkpoints with them."""
+    lakehouse = run.lakehouse
+    if not lakehouse.exists("texts"):
+        return {}
+    raw = {table.name: lakehouse.read(table.name) for table in RAW_TABLES if lakehouse.exists(table.name)}
+    written = cleaning.texts(raw).select(texts.text_id(F.col("text")).alias("text_id"))
+    kept = written.unionByName(lakehouse.read("events").select("text_id").filter("text_id IS NOT NULL")).distinct()
+    same = "t.text_id = s.text_id"
+    figures: dict[str, object] = {}
+    for name in ("texts", "text_embeddings"):
+        if lakehouse.exists(name):
+            gone = lakehouse.read(name).select("text_id").distinct().join(kept, "text_id", "left_anti")
+            figures[name] = lakehouse.erase(name, gone.localCheckpoint(), same)
+    known = lakehouse.read("texts").select("text_id")
+    work = Path(run.config.training.work_dir)
+    stale = _with_other_texts(run, work, known)
+    for folder in stale:
+        shutil.rmtree(folder, ignore_errors=True)
+    figures["checkpoints"] = len(stale)
+    bundles = _with_other_texts(run, Path(run.config.bundles), known)
+    if bundles:
+        names = ", ".join(folder.name for folder in bundles)
+        figures["note"] = f"{names}: carry a text that was erased; train again, and delete them and their versions"
+    return figures
+
+
+def _with_other_texts(run: Run, root: Path, known: DataFrame) -> list[Path]:
+    """Folders below a root in which a file of weights carries a text that is not known (any more)."""
+    found = []
+    for path in sorted(root.rglob("*.safetensors")):
+        with safe_open(path, "numpy") as tensors:
+            name = next((name for name in ("ids", "vocabulary_ids") if name in tensors.keys()), None)  # noqa: SIM118
+            ids = [] if name is None else tensors.get_tensor(name).tolist()
+        if ids:
+            carried = run.spark.createDataFrame(pd.DataFrame({"text_id": ids}))
+            if not carried.join(known, "text_id", "left_anti").isEmpty():
+                found.append(path.parent)
+    return found
+
+
+def _vacuum(run: Run) -> None:
+    lakehouse = run.lakehouse
+    with run.stage("vacuum") as figures:
+        others = (name for name in ("quarantine", "texts", "text_embeddings") if lakehouse.exists(name))
+        for name in (*_tables_of_users(lakehouse), *others):
+            lakehouse.vacuum(name)
+            figures["tables"] = int(str(figures.get("tables", 0))) + 1
+
+
+def _prove(run: Run, keys: Collection[str], ids: Collection[str]) -> None:
+    """Read every file, whether a table needs it or not.
+
+    Raises:
+        DataError: one holds a key or an id.
+    """
+    config = run.config
+    places = [config.training.work_dir, config.bundles, config.evaluation.reports]
+    with run.stage("prove") as figures:
+        folders = [*run.lakehouse.folders(), *(str(Path(place).absolute()) for place in places)]
+        traces_left = traces.search(run.spark, folders, keys, ids)
+        figures["parquet_files"], figures["other_files"] = traces_left.parquet_files, traces_left.other_files
+        figures["found"] = len(traces_left.found)
+        if traces_left.found:
+            rule = f"still holds what was to be erased, as do {len(traces_left.found) - 1} more files; if it isn't a copy that "
+            raise DataError(traces_left.found[0], f"{rule}somebody made, another job was running: run this again")

@@ -1,0 +1,139 @@
+"""Folders of tables and checkpoints -> the files in them that still hold a user.
+
+Every file is read, whether a table needs it or not: Parquet is decoded (compressed, a value can't be found in its bytes), all
+others are searched as they are. Executors read; nothing but the names of what they found comes back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+from pyspark.sql import SparkSession
+
+FILES_PER_TASK = 50
+ID_COLUMNS = ("user_id", "user_key")
+"""Columns whose whole values are looked at, however short an id is."""
+MIN_WORD = 6
+"""Characters of a user id that is looked for inside longer texts too; a shorter one, or a number, is there by chance."""
+_WORD = re.compile(r"[\w@.+-]+")
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What a search came to.
+
+    Attributes:
+        parquet_files: that were decoded.
+        other_files: that were searched as they are.
+        found: files that hold a key or an id.
+    """
+
+    parquet_files: int
+    other_files: int
+    found: Sequence[str]
+
+
+def search(spark: SparkSession, folders: Sequence[str], keys: Collection[str], ids: Collection[str]) -> Traces:
+    """Look into every file of some folders for user keys, and for user ids.
+
+    A key is found wherever it stands. An id is found where it is the whole value of one of ID_COLUMNS, and, if it has a letter
+    and at least MIN_WORD characters, as a word of any text.
+
+    Args:
+        folders: paths or addresses (``s3``, ``gs``, ``hdfs``) that driver and executors see; one that isn't there has no files.
+    """
+    files = [file for folder in folders for file in _files(folder)]
+    if not files:
+        return Traces(0, 0, [])
+    words = frozenset(keys) | {one for one in ids if len(one) >= MIN_WORD and not one.isdigit()}
+    values = frozenset(ids)
+
+    def look(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        for batch in batches:
+            said = [_look_into(path, words, values) for path in batch["path"]]
+            yield pd.DataFrame(
+                {"path": batch["path"], "parquet": [one for one, _ in said], "found": [other for _, other in said]}
+            )
+
+    tasks = min(len(files), max(spark.sparkContext.defaultParallelism, len(files) // FILES_PER_TASK))
+    paths = spark.createDataFrame([(file,) for file in files], "path string").repartition(tasks)
+    answers = paths.mapInPandas(look, "path string, parquet boolean, found boolean")
+    counts = {row["parquet"]: row["count"] for row in answers.groupBy("parquet").count().collect()}
+    found = sorted(row["path"] for row in answers.filter("found").collect())
+    return Traces(counts.get(True, 0), counts.get(False, 0), found)
+
+
+def _files(folder: str) -> list[str]:
+    system, path = _system(folder)
+    if system.get_file_info(path).type == fs.FileType.NotFound:
+        return []
+    scheme = folder.partition("://")[0] + "://" if "://" in folder else ""
+    listed = system.get_file_info(fs.FileSelector(path, recursive=True))
+    return [scheme + info.path for info in listed if info.type == fs.FileType.File]
+
+
+def _system(address: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it."""
+    if "://" not in address:
+        return fs.LocalFileSystem(), address.removeprefix("file:")
+    system, path = fs.FileSystem.from_uri(re.sub("^s3[an]:", "s3:", address))
+    return system, path
+
+
+def _look_into(address: str, words: Collection[str], values: Collection[str]) -> tuple[bool, bool]:
+    """Whether a file is Parquet, and whether it holds one of the words or values."""
+    system, path = _system(address)
+    with system.open_input_file(path) as file:
+        parquet = file.read(4) == b"PAR1"
+        file.seek(0)
+        if not parquet:
+            return False, _has_word(file.read().decode("utf-8", "replace"), words)
+        found = any(
+            _has_value(name, texts, values) or _has_word("\n".join(texts), words) for name, texts in _texts(file)
+        )
+        return True, found
+
+
+def _has_word(text: str, words: Collection[str]) -> bool:
+    return any(match.group() in words or match.group().strip(".+-@") in words for match in _WORD.finditer(text))
+
+
+def _has_value(column: str, texts: Iterable[str], values: Collection[str]) -> bool:
+    return column in ID_COLUMNS and any(text.strip() in values for text in texts)
+
+
+def _texts(file: Any) -> Iterator[tuple[str, list[str]]]:
+    """Name and distinct texts of each column with any, a row group at a time."""
+    parquet = pq.ParquetFile(file)
+    names = [field.name for field in parquet.schema_arrow if _holds_text(field.type)]
+    for group in range(parquet.num_row_groups if names else 0):
+        for name in names:
+            for chunk in parquet.read_row_group(group, columns=[name]).column(0).chunks:
+                yield name, [text for leaf in _leaves(chunk) for text in leaf.unique().drop_null().to_pylist()]
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    if pa.types.is_nested(kind):
+        return any(_holds_text(kind.field(number).type) for number in range(kind.num_fields))
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _leaves(array: pa.Array) -> Iterator[pa.Array]:
+    """The arrays of texts inside an array of any type."""
+    if isinstance(array, pa.MapArray):
+        yield from _leaves(array.keys)
+        yield from _leaves(array.items)
+    elif isinstance(array, pa.StructArray):
+        for leaf in array.flatten():
+            yield from _leaves(leaf)
+    elif isinstance(array, pa.ListArray | pa.LargeListArray):
+        yield from _leaves(array.flatten())
+    elif _holds_text(array.type):
+        yield array

@@ -1,0 +1,143 @@
+"""Damaged or missing files, a full disk, a clock set back: an error that names the file, or a night made whole; never half."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from deltalake import DeltaTable
+from harness import Scored, World, assert_same_tables, copied, forget_cached, tables
+from pyspark.sql import SparkSession
+
+from bp_spark.errors import DataError, PlatformError
+from bp_spark.pipeline import run as running
+
+
+def _data(table: Path) -> Path:
+    return Path(DeltaTable(str(table)).file_uris()[0])
+
+
+def _log(table: Path) -> Path:
+    return table / "_delta_log/00000000000000000001.json"
+
+
+def _first_log(table: Path) -> Path:
+    return table / "_delta_log/00000000000000000000.json"
+
+
+def _cut(content: bytes) -> bytes | None:
+    return content[: len(content) // 2]
+
+
+def _flipped(content: bytes) -> bytes | None:
+    # the last bit of a column that is read: a value changes, and without its checksum no decoder would notice
+    metadata = pq.ParquetFile(io.BytesIO(content)).metadata.row_group(0)
+    columns = {metadata.column(n).path_in_schema: metadata.column(n) for n in range(metadata.num_columns)}
+    chunk = columns["tenure_days"]
+    place = (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 1
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def _gone(content: bytes) -> bytes | None:
+    return None
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Path], Callable[[bytes], bytes | None]]] = {
+    "parquet cut short": (_data, _cut),
+    "parquet with a flipped bit": (_data, _flipped),
+    "parquet missing": (_data, _gone),
+    "log cut short": (_log, _cut),
+    "log entry missing": (_first_log, _gone),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_file_of_a_table_is_named_and_nothing_is_written(
+    spark: SparkSession, unscored: Scored, what: str
+) -> None:
+    place, damage = DAMAGE[what]
+    table = unscored.lakehouse / "bp/user_features"
+    # an object store keeps none of Hadoop's checksums beside a file
+    for checksum in [*table.rglob(".*.crc")]:
+        checksum.unlink()
+    path = place(table)
+    whole = path.read_bytes()
+    damaged = damage(whole)
+    path.unlink() if damaged is None else path.write_bytes(damaged)
+    forget_cached(spark)
+    with pytest.raises(DataError, match=re.escape(path.name)):
+        unscored.score(spark)
+    path.write_bytes(whole)
+    forget_cached(spark)
+    scores = unscored.lakehouse / "bp/scores"
+    assert not scores.exists() or spark.read.format("delta").load(str(scores)).isEmpty()
+
+
+def test_after_a_restored_file_the_night_is_that_of_an_undisturbed_run(spark: SparkSession, unscored: Scored) -> None:
+    path = _data(unscored.lakehouse / "bp/user_features")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    with pytest.raises(DataError):
+        unscored.score(spark)
+    path.write_bytes(whole)
+    unscored.score(spark)
+    assert_same_tables(unscored.lakehouse, unscored.undisturbed)
+
+
+def test_events_whose_newest_log_entry_is_lost_are_cleaned_again(
+    spark: SparkSession, world: World, tmp_path: Path
+) -> None:
+    lakehouse = copied(spark, world.whole, tmp_path / "lakehouse")
+    log = sorted((lakehouse / "bp/events/_delta_log").glob("*.json"))[-1]
+    for path in log.parent.glob(f"*{log.stem}*"):
+        path.unlink()
+    forget_cached(spark)
+    world.platform.featurize(spark, lakehouse)
+    assert_same_tables(lakehouse, world.undisturbed)
+
+
+@contextmanager
+def full_disk(spark: SparkSession) -> Iterator[None]:
+    """No file of this session can grow: what a write meets on a full disk or at the end of a quota."""
+    jvm = psutil.Process(int(spark._jvm.java.lang.ProcessHandle.current().pid()))
+    before = jvm.rlimit(psutil.RLIMIT_FSIZE)
+    jvm.rlimit(psutil.RLIMIT_FSIZE, (512, before[1]))
+    try:
+        yield
+    finally:
+        jvm.rlimit(psutil.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_ends_the_run_with_the_table_and_the_remedy(spark: SparkSession, unscored: Scored) -> None:
+    with full_disk(spark), pytest.raises(PlatformError, match=r"no space left on a disk.*make room and run again"):
+        unscored.score(spark)
+    assert "scores" not in tables(unscored.lakehouse / "bp") or not tables(unscored.lakehouse / "bp")["scores"][0]
+    unscored.score(spark)
+    assert_same_tables(unscored.lakehouse, unscored.undisturbed)
+
+
+def test_a_clock_set_back_does_not_make_an_older_run_the_newest(
+    spark: SparkSession, unscored: Scored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert unscored.score(spark).written
+
+    class SetBack(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2001, 1, 1, tzinfo=UTC)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "datetime", SetBack)
+        assert unscored.score(spark, unscored.other).written
+    # by the clocks the first run is the newest, by the table the second is
+    assert unscored.score(spark).written
+    assert_same_tables(unscored.lakehouse, unscored.undisturbed)
+    assert not unscored.score(spark).written

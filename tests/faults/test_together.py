@@ -1,0 +1,163 @@
+"""Two jobs at once: one wins, the other ends with a message that names the table; no row is lost or there twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Scored, World, Write, another, assert_same_tables, hooked, tables
+from pyspark.sql import SparkSession
+
+from bp_spark.config import TablesConfig
+from bp_spark.errors import ConflictError
+from bp_spark.tables import Column, Lakehouse, Table
+
+NUMBERS = Table("numbers", "Numbers", (Column("n", "bigint", "Number"),), key=("n",))
+
+
+def numbers(spark: SparkSession, *values: int) -> Any:
+    return spark.createDataFrame([(value,) for value in values], "n bigint")
+
+
+def test_of_featurizes_at_once_one_wins_and_the_others_say_so(
+    spark: SparkSession, world: World, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {("deliveries", 1), ("events", 1)}
+    told: list[str] = []
+
+    def overtake(write: Write) -> None:
+        # while one is about to commit what it worked on, another goes the whole way: the first at the end of ingest, the
+        # second, which has ingested, at the end of cleaning; the third does the rest
+        if write in places:
+            places.remove(write)
+            featurize()
+
+    def featurize() -> None:
+        try:
+            world.platform.featurize(spark, fresh)
+        except ConflictError as error:
+            told.append(str(error))
+
+    with hooked(monkeypatch, overtake):
+        featurize()
+    assert [text.split(",")[0] for text in told] == [
+        "bp.events: another run wrote this table meanwhile",
+        "bp.deliveries: another run wrote this table meanwhile",
+    ]
+    assert_same_tables(fresh, world.undisturbed)
+    assert {stage["status"] for stage in world.platform.featurize(spark, fresh).values()} == {"unchanged"}
+
+
+def test_score_and_score_at_once_leave_one_whole_night(spark: SparkSession, unscored: Scored) -> None:
+    def score(session: SparkSession) -> str:
+        try:
+            unscored.score(session)
+        except ConflictError as error:
+            return str(error)
+        return "done"
+
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(score, [another(spark), another(spark)]))
+    assert "done" in said
+    assert all(one == "done" or "another run wrote this table" in one for one in said)
+    unscored.score(spark)
+    assert_same_tables(unscored.lakehouse, unscored.undisturbed)
+
+
+def test_features_written_while_they_are_scored_do_not_mix_into_the_night(
+    spark: SparkSession, unscored: Scored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = f"{unscored.lakehouse}/bp/user_features"
+
+    def overtake(write: Write) -> None:
+        if write == ("scores", 0):
+            spark.sql(f"DELETE FROM delta.`{features}` WHERE orders_30d > 0")
+
+    with hooked(monkeypatch, overtake):
+        unscored.score(spark)
+    left = spark.read.format("delta").load(features).count()
+    assert 0 < left < unscored.undisturbed["scores"][0]
+    assert tables(unscored.lakehouse / "bp")["scores"] == unscored.undisturbed["scores"]
+
+
+@pytest.mark.slow
+def test_maintenance_between_the_stages_of_a_night_changes_no_row(
+    spark: SparkSession, world: World, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def maintain(write: Write) -> None:
+        if write in (("events", 1), ("user_daily", 0)):
+            for name in ("raw_transactions", "events", "user_daily", "texts"):
+                spark.sql(f"OPTIMIZE delta.`{fresh}/bp/{name}`")
+                spark.sql(f"VACUUM delta.`{fresh}/bp/{name}`")
+            done.append(write[0])
+
+    with hooked(monkeypatch, maintain):
+        world.platform.featurize(spark, fresh)
+    assert done == ["events", "user_daily"]
+    assert_same_tables(fresh, world.undisturbed)
+    assert {stage["status"] for stage in world.platform.featurize(spark, fresh).values()} == {"unchanged"}
+
+
+@pytest.fixture
+def pair(spark: SparkSession, tmp_path: Path) -> tuple[Lakehouse, Lakehouse]:
+    """One table as two processes see it."""
+    config = TablesConfig(path=str(tmp_path / "lakehouse"))
+    first, second = (Lakehouse(session, config) for session in (another(spark), another(spark)))
+    first.append(NUMBERS, numbers(spark, 0))
+    return first, second
+
+
+WRITES: dict[str, Callable[[Lakehouse, int, int], int]] = {
+    "append": lambda at, n, after: at.append(NUMBERS, numbers(at.spark, n), after=after),
+    "replace": lambda at, n, after: at.replace(NUMBERS, numbers(at.spark, n), after=after),
+    "merge": lambda at, n, after: at.merge(NUMBERS, numbers(at.spark, n), within={}, after=after),
+}
+
+
+@pytest.mark.parametrize("way", WRITES)
+def test_what_follows_from_an_older_state_of_the_table_is_refused(pair: tuple[Lakehouse, Lakehouse], way: str) -> None:
+    first, second = pair
+    seen = [at.note("numbers")["version"] for at in pair]
+    first.spark.sql(f"OPTIMIZE delta.`{first.location('numbers')}`")
+    version = WRITES[way](first, 1, seen[0])
+    assert version == first.version("numbers")
+    with pytest.raises(ConflictError, match=r"bp\.numbers"):
+        WRITES[way](second, 2, seen[1])
+    assert first.version("numbers") == version
+    WRITES[way](second, 2, second.note("numbers")["version"])
+    assert 2 in {row["n"] for row in second.read("numbers").collect()}
+
+
+def test_an_older_claim_can_write_nothing_after_a_newer_one(pair: tuple[Lakehouse, Lakehouse]) -> None:
+    first, second = pair
+    other = Table("others", "Others", NUMBERS.columns)
+    older = first.claim(NUMBERS, first.note("numbers"))
+    newer = second.claim(NUMBERS, second.note("numbers"))
+    assert newer > older
+    first.replace(other, numbers(first.spark, 1), after=older)
+    second.replace(other, numbers(first.spark, 2), after=newer)
+    with pytest.raises(ConflictError, match=r"bp\.others"):
+        first.replace(other, numbers(first.spark, 3), after=older)
+    with pytest.raises(ConflictError, match=r"bp\.numbers"):
+        first.append(NUMBERS, numbers(first.spark, 3), after=older)
+    second.append(NUMBERS, numbers(first.spark, 4), after=newer)
+    assert [row["n"] for row in second.read("others").collect()] == [2]
+    assert {row["n"] for row in second.read("numbers").collect()} == {0, 4}
+
+
+def test_of_writes_that_overlap_one_is_there_and_the_others_are_conflicts(pair: tuple[Lakehouse, Lakehouse]) -> None:
+    def write(at: Lakehouse) -> str:
+        try:
+            at.append(NUMBERS, numbers(at.spark, 7), after=0)
+        except ConflictError:
+            return "conflict"
+        return "done"
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(write, pair)) == ["conflict", "done"]
+    assert sorted(row["n"] for row in pair[0].read("numbers").collect()) == [0, 7]
