@@ -29,13 +29,12 @@ from hypothesis import strategies as st
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from bp_spark import cleaning, config, daily
+from bp_spark import cleaning, config, daily, privacy
 from bp_spark.config import Config
 from bp_spark.errors import BpSparkError, ConfigError
-from bp_spark.sources.contract import RAW
 from bp_spark.sources.files import FilesSource
-from bp_spark.tables import TEXT_EMBEDDINGS, TEXTS
-from histories import sorted_rows
+from bp_spark.tables import RAW_LOGS, TEXT_EMBEDDINGS, TEXTS
+from histories import SECRET, sorted_rows
 
 CASES = settings().max_examples
 THOROUGH = CASES > 1_000
@@ -162,6 +161,7 @@ LOGS: dict[str, dict[str, st.SearchStrategy[str]]] = {
     "reviews": {"user_id": ID | TEXT, "ts": TIME, "item_id": ID | TEXT, "rating": NUMBER | st.just("4"), "text": TEXT},
 }
 NAMES = tuple(LOGS)
+STORED = {table.name: [c for c in table.schema.names if c != "ingested_at"] for table in RAW_LOGS}
 GOOD = {
     "ts": "2023-05-06 07:08:09",
     "quantity": "2",
@@ -355,7 +355,8 @@ def _imbalance(spark: SparkSession, folder: Path, rows: Sequence[Row]) -> str | 
         source = platform(folder / name, kind, [row for row in rows if row[0] == name])
         added = {"ingest_id": F.lit(number).cast("bigint"), "ingested_at": F.lit(datetime(2024, 6, 1, tzinfo=UTC))}
         read = source.read(spark, source.deliveries(spark))
-        delivered.append({table: df.withColumns(added) for table, df in read.items()})
+        stored = {table: privacy.pseudonymous(df, table, SECRET, privacy.mask) for table, df in read.items()}
+        delivered.append({table: df.withColumns(added) for table, df in stored.items()})
     raw = {
         name: reduce(DataFrame.unionByName, [each[name] for each in delivered]).localCheckpoint()
         for name in delivered[0]
@@ -388,7 +389,7 @@ def _imbalance(spark: SparkSession, folder: Path, rows: Sequence[Row]) -> str | 
     if (stored := days.agg(F.sum("spend")).collect()[0][0] or 0) != spent:
         return f"{spent} spent, {stored} in user_daily"
     for name, df in judged.items():
-        broken = df.filter("rule IS NOT NULL").select(*RAW[name].schema.names)
+        broken = df.filter("rule IS NOT NULL").select(*STORED[name])
         one, other = (
             sorted_rows(each.withColumn("ts", F.unix_micros("ts")).drop("ingested_at"))
             for each in (broken, cleaning.from_quarantine(refused, name))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,35 @@ def test_a_wrong_type_or_a_missing_column_is_named_and_the_table_untouched(
         lakehouse.replace(TABLE, things(spark, ROWS).drop("name"))
     assert lakehouse.version("things") == version
     assert stored(lakehouse) == [("a", 1), ("b", 2)]
+
+
+def test_a_table_that_another_run_is_about_to_create_is_waited_for(
+    spark: SparkSession, lakehouse: Lakehouse, tmp_path: Path
+) -> None:
+    elsewhere = Lakehouse(spark, TablesConfig(path=str(tmp_path / "elsewhere")))
+    elsewhere.replace(TABLE, things(spark, []))
+    log = Path(lakehouse.location("things"), "_delta_log")
+    log.mkdir(parents=True)
+    # the other run has made the folder, and commits a moment later
+    commit = threading.Timer(
+        1, shutil.copytree, (f"{elsewhere.location('things')}/_delta_log", log), {"dirs_exist_ok": True}
+    )
+    commit.start()
+    lakehouse.append(TABLE, things(spark, ROWS))
+    commit.join()
+    assert stored(lakehouse) == [("a", 1), ("b", 2)]
+
+
+def test_a_folder_with_other_files_is_no_place_for_a_table(
+    spark: SparkSession, lakehouse: Lakehouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "_CREATION_S", 0)
+    folder = Path(lakehouse.location("things"))
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"bp\.things: its folder holds files and no Delta table"):
+        lakehouse.append(TABLE, things(spark, ROWS))
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
 def test_a_partition_is_replaced_alone_and_no_other_row_gets_in(spark: SparkSession, lakehouse: Lakehouse) -> None:

@@ -49,6 +49,21 @@ class DataError(BpSparkError):
         self.rule = rule
 
 
+class OccupiedError(DataError):
+    """A table can't be created where it belongs: files lie in its folder, and they are no Delta table.
+
+    Args:
+        table: the table.
+    """
+
+    def __init__(self, table: str) -> None:
+        super().__init__(
+            table,
+            "its folder holds files and no Delta table (somebody else's files, or what a run left that was killed while it "
+            "created the table): empty the folder, then run again",
+        )
+
+
 class BundleError(BpSparkError):
     """A model bundle that can't be trusted or used: digest mismatch, foreign features, newer format."""
 

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 
-from bp_spark.errors import BpSparkError, ConflictError, DataError, PlatformError
+from bp_spark.errors import BpSparkError, ConflictError, DataError, OccupiedError, PlatformError
 
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
 _CONFLICT = re.compile(
     r"DELTA_CONCURRENT_|DELTA_METADATA_CHANGED|DELTA_PROTOCOL_CHANGED|TABLE_OR_VIEW_ALREADY_EXISTS|"
     r"Concurrent(Write|Append|Transaction|DeleteRead|DeleteDelete)Exception"
 )
+_OCCUPIED = "DELTA_CREATE_TABLE_WITH_NON_EMPTY_LOCATION"
 _UNREADABLE = re.compile(r"FAILED_READ_FILE\S* Encountered error while reading file (\S+?)\.?\s")
 _LOG = re.compile(r"DELTA_(?:TRUNCATED_TRANSACTION_LOG|LOG_FILE_NOT_FOUND)\S* (\S+): ")
 _GAP = re.compile(r"DELTA_VERSIONS_NOT_CONTIGUOUS\S* ([^\n]*)")
@@ -31,6 +32,7 @@ def explained(table: str = "") -> Iterator[None]:
 
     Raises:
         ConflictError: another job wrote the table meanwhile.
+        OccupiedError: the table can't be created, for its folder has files.
         PlatformError: a disk is full, or a Python worker was killed.
         DataError: a file of a table, or of its log, is damaged or missing.
     """
@@ -56,6 +58,8 @@ def _explanation(text: str, table: str) -> BpSparkError | None:
         )
     if _CONFLICT.search(text):
         return ConflictError(table)
+    if _OCCUPIED in text:
+        return OccupiedError(table)
     if found := _UNREADABLE.search(text):
         return DataError(found[1], "is damaged or missing and was not read; restore the file, then run again")
     if found := _LOG.search(text):

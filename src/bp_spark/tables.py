@@ -6,6 +6,7 @@ In: a DataFrame and a :class:`Table`. Out: a Delta table whose rows of one date 
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pyspark.sql.types import DataType, StructField, StructType
 
 from bp_spark import __version__
 from bp_spark.config import TablesConfig
-from bp_spark.errors import ConflictError, DataError
+from bp_spark.errors import ConflictError, DataError, OccupiedError
 from bp_spark.failures import explained
 from bp_spark.session import with_settings
 
@@ -30,6 +31,8 @@ _NOTES_SEARCHED = 100
 _COMMITS_SINCE = 20
 _TRANSACTIONS = "bp-spark"
 """Delta's ``txnAppId`` of this package's writes; a commit whose ``txnVersion`` is not above the table's is none."""
+_CREATION_S = 10
+"""How long a table's folder may be there before its first commit."""
 _LISTED_VALUES = 200
 _FILES_A_MONTH = 32
 
@@ -621,8 +624,12 @@ class Lakehouse:
             ConflictError: another run has written or claimed the table since.
         """
         if note["version"] < 0:
-            with explained(self._named(table.name)):
-                self._builder(DeltaTable.create(self.spark), table).execute()
+            try:
+                with explained(self._named(table.name)):
+                    self._builder(DeltaTable.create(self.spark), table).execute()
+            except OccupiedError as error:
+                self._await_creation(table.name, error)
+                raise ConflictError(self._named(table.name)) from None
             return self.version(table.name)
         kept = {key: value for key, value in note.items() if key not in ("version", "write")}
         nothing = self.spark.range(0).select(*map(_typed_null, table.schema.fields))
@@ -757,6 +764,16 @@ class Lakehouse:
                 # created by another run in the same moment, which is as good
                 if not self.exists(table.name):
                     raise
+            except OccupiedError as error:
+                self._await_creation(table.name, error)
+
+    def _await_creation(self, name: str, error: OccupiedError) -> None:
+        """Wait for the first commit of another run that has made the table's folder; raise the error if none comes."""
+        end = time.monotonic() + _CREATION_S
+        while not self.exists(name):
+            if time.monotonic() > end:
+                raise error
+            time.sleep(0.1)
 
     def _builder(self, builder: DeltaTableBuilder, table: Table) -> DeltaTableBuilder:
         builder = builder.comment(table.comment).addColumns(table.schema)
