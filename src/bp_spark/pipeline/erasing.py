@@ -23,7 +23,7 @@ from bp_spark.errors import ConfigError, DataError
 from bp_spark.pipeline.featurizing import aggregate, clean, embed, require_same_secret
 from bp_spark.pipeline.run import Run, recorded
 from bp_spark.session import kept
-from bp_spark.tables import RAW_LOGS, RAW_TABLES, SCORES, SCORES_LATEST, USER_KEYS, Lakehouse
+from bp_spark.tables import PROFILE_TABLES, RAW_LOGS, RAW_TABLES, SCORES, SCORES_LATEST, USER_KEYS, Lakehouse
 
 QUARANTINED_KEY = "get_json_object(t.row, '$.user_key')"
 """SQL of a row's user in ``quarantine``."""
@@ -35,7 +35,7 @@ PERIODS: Mapping[str, Mapping[str, str]] = {
     "events": {"events": "event_date"},
     "features": {"user_features": "as_of_date"},
     "training": {"training_set": "as_of_date", "pretraining_set": "as_of_date"},
-    "scores": {"scores": "score_date", "scores_latest": "score_date"},
+    "scores": {name: "score_date" for name in ("scores", "scores_latest", *(table.name for table in PROFILE_TABLES))},
 }
 """Setting of ``privacy.retention_days`` -> table -> SQL of a row's day."""
 PROVEN_KEYS = 1_000
@@ -66,6 +66,7 @@ def forget(spark: SparkSession, config: Config, user_ids: Sequence[str]) -> list
         keys = F.broadcast(spark.createDataFrame([(secret.key_of(one),) for one in ids], "user_key string"))
         with run.stage("forget") as figures:
             figures["users"], figures["known"] = len(ids), known.join(keys, "user_key", "left_semi").count()
+            _empty_segments_of(lakehouse, keys)
             for name in _tables_of_users(lakehouse):
                 # user-days follow events below, and who is known is known until all rows are gone
                 if name not in ("user_daily", "user_keys"):
@@ -80,6 +81,14 @@ def forget(spark: SparkSession, config: Config, user_ids: Sequence[str]) -> list
         _vacuum(run)
         _prove(run, [secret.key_of(one) for one in ids], ids)
         return run.records
+
+
+def _empty_segments_of(lakehouse: Lakehouse, keys: DataFrame) -> None:
+    """Segments that count a user who goes: by what is missing from the next ones the user could be told."""
+    if not (lakehouse.exists("market_segments") and lakehouse.exists("user_profile")):
+        return
+    if not lakehouse.read("user_profile").join(keys, "user_key", "left_semi").isEmpty():
+        lakehouse.delete("market_segments", "true")
 
 
 def retain(spark: SparkSession, config: Config) -> list[dict[str, Any]]:
@@ -105,8 +114,8 @@ def rotate_keys(spark: SparkSession, config: Config, to: str) -> list[dict[str, 
     """Give every user a new key, made with another secret, and erase the files that hold the old ones.
 
     Raw rows and scores are re-keyed; events, whose identity the key is part of, are derived from the raw rows anew, with
-    what follows from them. Features and training sets are emptied: ``featurize`` and ``train`` make them again. Holdout and
-    folds go by a hash of the key, so they are drawn anew: train again.
+    what follows from them. Features, training sets and profiles are emptied: ``featurize``, ``train`` and ``profile`` make them
+    again. Holdout and folds go by a hash of the key, so they are drawn anew: train again.
 
     Args:
         to: where the new secret is, as ``privacy.secret``, which must name it from then on.
@@ -153,7 +162,7 @@ def _rekey(lakehouse: Lakehouse, users: DataFrame, new: privacy.Secret, figures:
                 rekeyed = rows.join(keys, theirs, "left").withColumn("user_key", F.coalesce("_new", "user_key"))
                 lakehouse.replace(table, rekeyed)
         figures["users"] = keys.count()
-    for name in ("user_features", "training_set", "pretraining_set"):
+    for name in ("user_features", "training_set", "pretraining_set", *(table.name for table in PROFILE_TABLES)):
         if lakehouse.exists(name):
             lakehouse.delete(name, "true")
 
@@ -236,7 +245,8 @@ def _with_other_texts(run: Run, root: Path, known: DataFrame) -> list[Path]:
 def _vacuum(run: Run) -> None:
     lakehouse = run.lakehouse
     with run.stage("vacuum") as figures:
-        others = (name for name in ("quarantine", "texts", "text_embeddings") if lakehouse.exists(name))
+        named = ("quarantine", "texts", "text_embeddings", "market_segments")
+        others = (name for name in named if lakehouse.exists(name))
         for name in (*_tables_of_users(lakehouse), *others):
             lakehouse.vacuum(name)
             figures["tables"] = int(str(figures.get("tables", 0))) + 1
