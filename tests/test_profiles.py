@@ -473,6 +473,18 @@ def test_polars_reads_the_tables_without_spark(platform: Platform) -> None:
     assert first["category"].to_list() == ["Home > Garden", "Food > Dairy", None, None]
 
 
+def test_a_date_that_was_not_scored_or_a_region_of_nobody_is_named(platform: Platform) -> None:
+    versions = platform.versions()
+    with pytest.raises(DataError, match=r"scores\.score_date: holds no rows of 2024-03-09"):
+        pipeline.profile(platform.spark, platform.settings, ago(1))
+    with pytest.raises(DataError, match=r"user_features\.as_of_date: holds no rows of 2023-12-11"):
+        pipeline.profile(platform.spark, platform.settings, ago(90))
+    nowhere = platform.settings.profiles.model_copy(update={"region_segment": "planet"})
+    with pytest.raises(DataError, match="no user has a segment 'planet'"):
+        pipeline.profile(platform.spark, platform.settings.model_copy(update={"profiles": nowhere}))
+    assert platform.versions() == versions
+
+
 @contextmanager
 def before_writing(table: str, does: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In the block something happens before the first write of a table."""
@@ -505,35 +517,16 @@ def test_profiles_are_left_alone_made_whole_and_of_one_run(platform: Platform, m
     def killed() -> None:
         raise KeyboardInterrupt
 
-    with before_writing("risk_control", killed, monkeypatch), pytest.raises(KeyboardInterrupt):
-        profiled("profiles.active_days=1", "profiles.trend_points=50")
+    with before_writing("user_profile", killed, monkeypatch), pytest.raises(KeyboardInterrupt):
+        profiled("profiles.affinities=5")
     assert len(platform.inputs()) == 2
-    (whole,) = profiled("profiles.active_days=1", "profiles.trend_points=50")
-    assert (whole["status"], len(platform.inputs())) == ("done", 1)
-    assert (
-        platform.rows("customer_service")["d"]["activity"]
-        == platform.rows("user_profile")["d"]["activity"]
-        == "cooling"
-    )
-
-    # a run that is overtaken by another ends, and the tables are those of the other
+    # a run goes on from there, and is overtaken by another, whose tables stand: all of them
     with (
-        before_writing("customer_service", lambda: profiled() and None, monkeypatch),
-        pytest.raises(ConflictError, match="another run wrote this table meanwhile"),
+        before_writing("user_profile", lambda: profiled("profiles.active_days=1") and None, monkeypatch),
+        pytest.raises(ConflictError, match="user_profile: another run wrote this table meanwhile"),
     ):
-        profiled("profiles.trend_points=60")
-    assert platform.inputs() == {stage["inputs"]}
-    (settled,) = profiled()
-    assert settled["status"] == "unchanged"
-
-
-def test_a_date_that_was_not_scored_or_a_region_of_nobody_is_named(platform: Platform) -> None:
-    versions = platform.versions()
-    with pytest.raises(DataError, match=r"scores\.score_date: holds no rows of 2024-03-09"):
-        pipeline.profile(platform.spark, platform.settings, ago(1))
-    with pytest.raises(DataError, match=r"user_features\.as_of_date: holds no rows of 2023-12-11"):
-        pipeline.profile(platform.spark, platform.settings, ago(90))
-    nowhere = platform.settings.profiles.model_copy(update={"region_segment": "planet"})
-    with pytest.raises(DataError, match="no user has a segment 'planet'"):
-        pipeline.profile(platform.spark, platform.settings.model_copy(update={"profiles": nowhere}))
-    assert platform.versions() == versions
+        profiled("profiles.active_days=2")
+    assert len(platform.inputs()) == 1
+    assert stage["inputs"] not in platform.inputs()
+    assert [platform.rows(name)["d"]["activity"] for name in ("user_profile", "customer_service")] == ["cooling"] * 2
+    assert profiled("profiles.active_days=1")[0]["status"] == "unchanged"
