@@ -70,32 +70,13 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     settings = settings_of(folder / "tables")
     with chdir(folder):
         pipeline.featurize(spark, settings, [AS_OF])
-    rows = [
-        (
-            SECRET.key_of(user),
-            date_,
-            1.0,
-            1.0,
-            1.0,
-            1.0,
-            1.0,
-            "E",
-            "low",
-            None,
-            [],
-            "b",
-            1,
-            date_,
-            "r",
-            1,
-            "c",
-            datetime.now(UTC),
-        )
+    scored = [
+        {"user_key": SECRET.key_of(user), "score_date": date_, "level": "E", "risk_level": "low"}
         for user in (GONE, STAYS)
         for date_ in (AS_OF, TODAY - timedelta(days=500))
     ]
     lakehouse = Lakehouse(spark, settings.tables)
-    lakehouse.replace(SCORES, spark.createDataFrame(rows, SCORES.schema))
+    lakehouse.replace(SCORES, frame(spark, SCORES, *scored))
     profiled = [{"user_key": SECRET.key_of(user), "score_date": AS_OF} for user in (GONE, STAYS)]
     lakehouse.replace(USER_PROFILE, frame(spark, USER_PROFILE, *profiled))
     segment = {"score_date": AS_OF, "level": "E", "category": "none", "region": "all", "users": 2}
