@@ -209,6 +209,9 @@ def test_every_user_with_a_purchase_before_the_date_is_scored_once(night: Path) 
     buyers = events[(events["kind"] == "purchase") & (events["event_date"] < date.fromisoformat(DAY))]
     assert sorted(scores["user_key"]) == sorted(buyers["user_key"].unique())
     assert scores["expected_spend"].ge(0).all()
+    # and what is made from the scores came with them
+    for name in ("user_profile", "risk_control", "customer_service"):
+        assert sorted(_rows(night / name, "user_key")["user_key"]) == sorted(scores["user_key"])
 
 
 def test_the_users_are_those_of_the_raw_data(night: Path) -> None:

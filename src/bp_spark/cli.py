@@ -195,7 +195,7 @@ def score(
     full: Annotated[bool, typer.Option("--full", help="Compute every score, whatever earlier nights said.")] = False,
     config_file: ConfigOption = None,
 ) -> None:
-    """Score every user of a date into the table scores, replacing that date only.
+    """Score every user of a date into the table scores, replacing that date only; then bring the profiles up to date.
 
     Users whose features are those of an earlier night keep the score that the same bundle gave them then.
 
@@ -205,14 +205,37 @@ def score(
     day = config.parse_date(date)
     from bp_spark import pipeline
 
-    result = pipeline.score(_session(settings, "score"), settings, day, bundle, full)
-    _print(_stage_table("score", result.stages))
+    spark = _session(settings, "score")
+    result = pipeline.score(spark, settings, day, bundle, full)
+    _print(_stage_table("score", [*result.stages, *pipeline.profile(spark, settings)]))
     done = (
         f"scored, {result.computed:,} of them computed and the others carried forward"
         if result.written
         else "were scored already, with the same bundle on the same features: nothing changed"
     )
     _print(f"{result.users:,} users {done} (bundle {result.bundle.digest[:12]})")
+
+
+@app.command()
+def profile(
+    date: Annotated[
+        str | None, typer.Option(help="Scored date YYYY-MM-DD; by default the newest.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Write user_profile, category_affinity, risk_control, customer_service and market_segments as of a scored date.
+
+    score does so itself; this is for other settings of the section profiles, or another date. Tables whose inputs have not
+    changed are left as they are.
+
+    Example: bp-spark profile profiles.region_segment=region profiles.least_users=20
+    """
+    settings = _settings(config_file, overrides)
+    day = None if date is None else config.parse_date(date)
+    from bp_spark import pipeline
+
+    _print(_stage_table("profile", pipeline.profile(_session(settings, "profile"), settings, day)))
 
 
 @app.command()
@@ -529,7 +552,8 @@ def demo(overrides: Overrides = None) -> None:
     stages = pipeline.featurize(spark, settings, [day])
     trained = pipeline.train(spark, settings, day)
     night = pipeline.score(spark, settings, day)
-    _print(_stage_table("demo", [*stages, *trained.stages, *night.stages]))
+    profiled = pipeline.profile(spark, settings)
+    _print(_stage_table("demo", [*stages, *trained.stages, *night.stages, *profiled]))
     _print_training(trained)
     shown = ("user_key", "score", "level", "expected_spend", "low", "high", "p_active", "risk_level", "reasons")
     examples = (

@@ -10,6 +10,7 @@ from bp_spark.pipeline.featurizing import featurize, quarantine_by_rule, replay_
 from bp_spark.pipeline.language import adapt_language
 from bp_spark.pipeline.lineage import Origin, Reproduction, explain_run, explain_score, reproduce
 from bp_spark.pipeline.nights import ScoreResult, score
+from bp_spark.pipeline.profiling import profile
 from bp_spark.pipeline.searching import SearchResult, search
 from bp_spark.pipeline.training import TrainResult, train
 
@@ -26,6 +27,7 @@ __all__ = [
     "explain_score",
     "featurize",
     "forget",
+    "profile",
     "quarantine_by_rule",
     "replay_quarantine",
     "reproduce",
