@@ -36,6 +36,8 @@ def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.Compl
         "backtest",
         "search",
         "score",
+        "drift",
+        "fairness",
         "explain-run",
         "explain-score",
         "reproduce",
