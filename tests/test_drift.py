@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, timedelta
 from decimal import Decimal
@@ -226,6 +227,16 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     return Platform(spark, settings, lakehouse, bundle)
 
 
+@pytest.fixture(autouse=True)
+def listener() -> Iterator[None]:
+    """What the command does to the log, undone: tests listen to it through pytest."""
+    package = logging.getLogger("bp_spark")
+    package.propagate = True
+    yield
+    package.handlers.clear()
+    package.propagate = True
+
+
 def test_where_nothing_moved_nothing_alarms_but_what_was_spent_outside_the_intervals(platform: Platform) -> None:
     result, figures = platform.check(NIGHT)
     assert [(row["kind"], row["subject"], row["metric"]) for row in result.broken] == [
@@ -298,14 +309,12 @@ def test_the_command_ends_with_8_where_a_threshold_is_broken(
         assert "6.25%" in said
 
 
-def test_score_checks_the_night_and_warns(
-    platform: Platform, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING, "bp_spark")
+def test_score_checks_the_night_and_warns(platform: Platform, capsys: pytest.CaptureFixture[str]) -> None:
     version, table = platform.lakehouse.version("scores"), platform.lakehouse.location("scores")
     with pytest.raises(SystemExit) as ended:
         cli.main("score", ["--date", str(NEXT), "--bundle", str(platform.bundle.folder), *platform.arguments])
     platform.spark.sql(f"RESTORE delta.`{table}` TO VERSION AS OF {version}")
     assert ended.value.code == 0
-    assert "400 users scored" in capsys.readouterr().out
-    assert re.search(rf"drift of {NEXT}: \d+ of \d+ thresholds are broken: ", caplog.text)
+    said = capsys.readouterr()
+    assert "400 users scored" in said.out
+    assert re.search(rf"warning: drift of {NEXT}: \d+ of \d+ thresholds are broken: ", said.err)

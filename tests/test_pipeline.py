@@ -235,6 +235,15 @@ def test_a_user_scores_the_same_whoever_shares_the_batch(line: Line) -> None:
     np.testing.assert_allclose(alone["expected_spend"], night.loc[alone["user_key"], "expected_spend"], rtol=1e-4)
 
 
+def test_training_stores_what_nights_are_compared_with(line: Line) -> None:
+    stored = line.lakehouse.read("drift_reference").toPandas().set_index("subject")
+    manifest = line.trained.bundle.manifest
+    assert set(stored["bundle_digest"]) == {line.trained.bundle.digest}
+    assert sorted(stored.index) == sorted([*manifest["inputs"]["tabular"], "score"])
+    rows = line.lakehouse.read("training_set", manifest["lineage"]["training_set"]["version"]).count()
+    assert set(stored["counts"].drop("score").map(sum)) == {rows}
+
+
 def test_training_never_sees_holdout_users_or_the_test_horizon(line: Line) -> None:
     rows = line.lakehouse.read("training_set")
     fold = labels.fold(line.config.labels)
