@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from datetime import date, datetime, timedelta
+from datetime import date, timedelta
 from decimal import Decimal
 from pathlib import Path
 
@@ -11,13 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from pyspark.sql import SparkSession
-from pyspark.sql import functions as F
 
-from bp_spark import config, fairness, labels, pipeline
-from bp_spark.config import FairnessConfig
+from bp_spark import cleaning, config, fairness, labels, pipeline
+from bp_spark.config import CleaningConfig, FairnessConfig
 from bp_spark.features import SEQUENCE_COLUMNS, catalogue
 from bp_spark.tables import EVENTS, SCORES, USER_DAILY, Lakehouse
-from histories import RAW, rows_of, sorted_rows, write_night
+from histories import RAW, raw_frame, rows_of, sorted_rows
 
 NIGHT = date(2024, 10, 1)
 USERS = 600
@@ -155,18 +154,6 @@ def test_a_night_is_reported_with_the_errors_of_the_newest_whose_horizon_is_over
 
 # --- segments and models -----------------------------------------------------------------------------------------------
 
-MAPPING = """
-timezone: UTC
-transactions:
-  path: "transactions/*.json"
-  format: json
-  columns: {user_id: user, order_id: order, ts: time, amount: paid}
-users:
-  path: "users/*.json"
-  format: json
-  columns: {user_id: user, segment: {columns: {income: income, age: age}}}
-"""
-
 
 def test_no_column_of_features_or_of_training_is_a_segment() -> None:
     settings = config.load()
@@ -178,30 +165,12 @@ def test_no_column_of_features_or_of_training_is_a_segment() -> None:
     assert not [name for name in table.schema.names if "segment" in name]
 
 
-def test_features_do_not_change_with_segments(spark: SparkSession, tmp_path: Path) -> None:
-    (tmp_path / "source.yaml").write_text(MAPPING)
-    settings = config.load(
-        overrides=[
-            f"tables.path={tmp_path}/lakehouse",
-            "source.kind=files",
-            f"source.mapping={tmp_path}/source.yaml",
-            "features.windows=[30]",
-            "features.history_length=4",
-        ]
-    )
-    lakehouse = Lakehouse(spark, settings.tables)
-    first = datetime(2024, 6, 1)
-    orders = [
-        {"user": f"u{n % 7}", "order": f"o{n}", "time": str(first + timedelta(days=n)), "paid": f"{n + 1}.50"}
-        for n in range(40)
-    ]
-    told = []
-    for night, (income, age) in enumerate([("low", "19-24"), ("high", "65+")]):
-        people = [{"user": f"u{n}", "income": income, "age": age} for n in range(7)]
-        write_night(tmp_path, night, users=people, **({} if night else {"transactions": orders}))
-        pipeline.featurize(spark, settings, [date(2024, 7, 5)], rebuild=True)
-        told.append(sorted_rows(lakehouse.read("user_features").drop("built_from")))
-    values = lakehouse.read("raw_users").select(F.col("segment")["age"]).distinct().collect()
-    assert {row[0] for row in values} == {"19-24", "65+"}
-    assert len(told[0]) == 7
+def test_events_do_not_change_with_segments(spark: SparkSession) -> None:
+    orders = [{"user_key": f"u{n}", "order_id": f"o{n}", "ts": "2024-05-01 10:00:00", "amount": n} for n in range(1, 5)]
+    logs, told = raw_frame(spark, "raw_transactions", *orders), []
+    for income in ("low", "high"):
+        people = [{"user_key": f"u{n}", "segment": {"income": income}} for n in range(3)]
+        raw = {"raw_transactions": logs, "raw_users": rows_of(spark, RAW["raw_users"], people)}
+        told.append(sorted_rows(cleaning.events(cleaning.judge(raw, raw, CleaningConfig()))))
     assert told[0] == told[1]
+    assert len(told[0]) == 4

@@ -506,6 +506,13 @@ def test_runs_tell_what_ran_with_which_figures(line: Line) -> None:
     assert (featurized["rows_in"], featurized["rows_out"]) == (days.count(), users.count())
 
 
+def test_no_stage_after_cleaning_reads_what_is_known_of_users(line: Line) -> None:
+    runs = line.lakehouse.read("runs").filter(F.col("job").isin("featurize", "train", "score")).collect()
+    stages = {row["stage"]: set(row["read"] or {}) for row in runs if row["status"] == "done"}
+    assert "user_daily" in stages["featurize"]
+    assert [stage for stage, tables in stages.items() if "raw_users" in tables] == ["clean"]
+
+
 def test_each_text_is_read_once(line: Line) -> None:
     embeddings = line.lakehouse.read("text_embeddings")
     assert embeddings.count() == embeddings.select("text_id", "model_digest").distinct().count()

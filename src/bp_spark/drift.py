@@ -92,7 +92,7 @@ def counted(rows: DataFrame, edges: Mapping[str, np.ndarray], by: str) -> dict[s
         for batch in batches:
             for part in pc.unique(batch.column(0)).to_pylist():
                 columns = from_arrow(batch.filter(pc.equal(batch.column(0), part)))
-                found = np.concatenate([spread(columns[name], edges[name]) for name in names])
+                found = np.concatenate([spread(np.asarray(columns[name]), edges[name]) for name in names])
                 totals[part] = totals.get(part, 0) + found
         for part, total in totals.items():
             cells = np.flatnonzero(total)

@@ -257,14 +257,14 @@ def _spread_figures(
                 max_psi=config.max_psi if watched else None,
                 max_ks=config.max_ks if watched else None,
             )
-        for day in days[1:]:
-            if subject in found.get(str(day), {}):
+        for before in map(str, days[1:]):
+            if subject in found.get(before, {}):
                 rows += drift.distances(
                     kind,
                     subject,
-                    found[str(day)][subject],
+                    found[before][subject],
                     tonight,
-                    against=str(day),
+                    against=before,
                     max_psi=config.max_psi_night if watched else None,
                     max_ks=config.max_ks_night if watched else None,
                 )
@@ -379,7 +379,8 @@ def _errors(run: Run, scores: DataFrame, day: date) -> list[dict[str, Any]]:
     promised = _of_test_date(run, _bundle_of(scores, day))
     coverage = run.config.fusion.coverage
     promised |= {"coverage": coverage, "calibration": 1.0}
-    least = {name: promised[name] - config.max_rank_loss for name in ("spearman", "gini") if name in promised}
+    ranks = [name for name in promised if name in ("spearman", "gini")]
+    least = {name: promised[name] - config.max_rank_loss for name in ranks}
     least |= {"coverage": coverage - config.max_coverage_gap, "calibration": 1 - config.max_calibration_error}
     most = {"calibration": 1 + config.max_calibration_error}
     note = None if len(frame) == users else f"of a sample of {len(frame):,} of {users:,} users, by hash"
