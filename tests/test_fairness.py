@@ -166,7 +166,7 @@ def test_no_column_of_features_or_of_training_is_a_segment() -> None:
 
 
 def test_events_do_not_change_with_segments(spark: SparkSession) -> None:
-    orders = [{"user_key": f"u{n}", "order_id": f"o{n}", "ts": "2024-05-01 10:00:00", "amount": n} for n in range(1, 5)]
+    orders = [{"user_id": f"u{n}", "order_id": f"o{n}", "ts": "2024-05-01 10:00:00", "amount": n} for n in range(1, 5)]
     logs, told = raw_frame(spark, "raw_transactions", *orders), []
     for income in ("low", "high"):
         people = [{"user_key": f"u{n}", "segment": {"income": income}} for n in range(3)]
