@@ -106,10 +106,15 @@ def test_groups_of_few_users_are_joined_or_left_out_and_small_ones_marked(report
     assert not report[report["small"]]["broken"].any()
 
 
-def test_a_share_of_nobody_is_bounded_by_the_rule_of_three(report: pd.DataFrame) -> None:
+def test_a_share_has_wilsons_interval_of_nobody_too(report: pd.DataFrame) -> None:
     row = report.loc[("income", "high", "level_B")]
     assert (row["value"], row["low"]) == (0, 0)
-    assert row["high"] == pytest.approx(3 / 300)
+    assert row["high"] == pytest.approx(fairness.Z**2 / (300 + fairness.Z**2))
+    found = report.loc[("income", "low", "level_A")]
+    p, n, z = found["value"], 300, fairness.Z
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    assert (found["low"], found["high"]) == (pytest.approx(middle - half), pytest.approx(middle + half))
 
 
 def test_the_newest_value_of_a_segment_counts(spark: SparkSession) -> None:

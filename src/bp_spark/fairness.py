@@ -25,8 +25,6 @@ NOT_GIVEN = "(not given)"
 SMALL_GROUPS = "(small groups)"
 Z = 1.6448536269514722
 """Of a normal distribution, between -Z and Z is 90 %."""
-ZERO = 3.0
-"""Where nobody of n is counted, the share is below ``3 / n`` with 95 % (the rule of three, Hanley and Lippman-Hand 1983)."""
 TOP = 0.8
 """Users who spend more than this share of users are the top."""
 
@@ -121,12 +119,12 @@ def report(users: DataFrame, figures: Figures, config: FairnessConfig) -> DataFr
     others = {name: F.col(f"all_{name}") - F.col(name) for name in theirs}
     value, error = _value(theirs), _standard_error(theirs)
     other_value, other_error = _value(others), _standard_error(others)
-    none = theirs["n"] == 0
-    rule_of_three = F.try_divide(F.lit(ZERO), theirs["d"])
+    low, high = _interval(theirs)
     ratio = F.try_divide(value, other_value)
     relative = F.sqrt(F.pow(F.try_divide(error, value), 2) + F.pow(F.try_divide(other_error, other_value), 2))
-    ratio_low = F.when(none, ratio).otherwise(ratio * F.exp(-Z * relative))
-    ratio_high = F.when(none, F.try_divide(rule_of_three, other_value)).otherwise(ratio * F.exp(Z * relative))
+    # a share of nobody, or of all, has no error of its own: how far it may be from there is its interval's other end
+    ratio_low = F.when(_edge(theirs), F.try_divide(low, other_value)).otherwise(ratio * F.exp(-Z * relative))
+    ratio_high = F.when(_edge(theirs), F.try_divide(high, other_value)).otherwise(ratio * F.exp(Z * relative))
     small = F.col("users") < config.small_below
     watched = F.col("metric").isin(*config.watched) & (F.col("group") != ALL)
     apart = (ratio_high < config.min_ratio) | (ratio_low > config.max_ratio)
@@ -137,8 +135,8 @@ def report(users: DataFrame, figures: Figures, config: FairnessConfig) -> DataFr
         small.alias("small"),
         "metric",
         value.alias("value"),
-        F.greatest(value - Z * error, F.lit(0.0)).alias("low"),
-        F.when(none, rule_of_three).otherwise(value + Z * error).alias("high"),
+        low.alias("low"),
+        high.alias("high"),
         ratio.alias("ratio"),
         ratio_low.alias("ratio_low"),
         ratio_high.alias("ratio_high"),
@@ -176,6 +174,25 @@ def _standard_error(of: Mapping[str, Column]) -> Column:
     # sums cancel to rounding where all users are alike
     squares = F.greatest(of["nn"] - 2 * value * of["nd"] + value * value * of["dd"], F.lit(0.0))
     return F.try_divide(F.sqrt(F.try_divide(of["users"], of["users"] - 1) * squares), of["d"])
+
+
+def _interval(of: Mapping[str, Column]) -> tuple[Column, Column]:
+    """Ends of the 90 % interval: Wilson's (1927) of a share, by the standard error of any other figure."""
+    value, error = _value(of), _standard_error(of)
+    over = F.try_divide(F.lit(Z * Z), of["d"])
+    middle = (value + over / 2) / (1 + over)
+    half = F.sqrt(over * value * (1 - value) + over * over / 4) / (1 + over)
+    low = F.when(_share(of), middle - half).otherwise(value - Z * error)
+    return F.greatest(low, F.lit(0.0)), F.when(_share(of), middle + half).otherwise(value + Z * error)
+
+
+def _share(of: Mapping[str, Column]) -> Column:
+    """Whether users count as 0 or 1, above and below the line."""
+    return (of["nn"] == of["n"]) & (of["dd"] == of["d"])
+
+
+def _edge(of: Mapping[str, Column]) -> Column:
+    return _share(of) & ((of["n"] == 0) | (of["n"] == of["d"]))
 
 
 def _one(condition: Column) -> Column:
