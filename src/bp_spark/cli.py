@@ -652,7 +652,7 @@ def _print_training(result: Any) -> None:
 
 
 def _print_drift(result: Any) -> None:
-    broken = [["BROKEN" if row["broken"] else "", *_figure(row)] for row in result.broken]
+    broken = [["BROKEN", *_figure(row)] for row in result.broken]
     others = [row for row in result.rows if row["kind"] in ("stability", "realised") and not row["broken"]]
     columns = ["", "figure", "value", "threshold", "users", "note"]
     _print(_rows_table(columns, broken + [["", *_figure(row)] for row in others], title="drift"))
@@ -667,9 +667,10 @@ def _print_drift(result: Any) -> None:
 
 
 def _figure(row: dict[str, Any]) -> list[str]:
+    from bp_spark.pipeline.monitoring import named
+
     value, threshold = ("–" if row[name] is None else f"{row[name]:,.4f}" for name in ("value", "threshold"))
-    against = f" against {row['against']}" if row["against"] else ""
-    return [f"{row['metric']} of {row['subject']}{against}", value, threshold, f"{row['users']:,}", row["note"] or ""]
+    return [named(row), value, threshold, f"{row['users']:,}", row["note"] or ""]
 
 
 def _stage_table(title: str, stages: Sequence[dict[str, Any]]) -> Table:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
-from scipy.stats import chi2
+from scipy.special import chdtri
 
 from bp_spark.model.columns import from_arrow
 
@@ -149,7 +149,7 @@ def psi_by_chance(reference: np.ndarray, current: np.ndarray) -> float:
     ``(1 / rows + 1 / rows)`` times chi-squared with a degree less than groups (Yurdakul and Naranjo 2020).
     """
     degrees = max(1, int(_groups(reference).max()))
-    return float(chi2.ppf(1 - CHANCE, degrees) * _both(reference, current))
+    return float(chdtri(degrees, CHANCE) * _both(reference, current))
 
 
 def ks(reference: np.ndarray, current: np.ndarray) -> float:

@@ -487,6 +487,7 @@ DRIFT_REFERENCE = Table(
         ("run_id", "string!", "Run that counted them"),
     ),
     key=("bundle_digest", "subject"),
+    partition_by=("bundle_digest",),
 )
 DRIFT = Table(
     "drift",

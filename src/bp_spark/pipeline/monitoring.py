@@ -159,7 +159,6 @@ def store_reference(run: Run, bundle: Bundle) -> Spreads | None:
     if not lakehouse.exists("training_set") or trained.get("location") != lakehouse.location("training_set"):
         return None
     with run.stage("drift reference", digest(bundle.digest)) as figures:
-        before = lakehouse.note("drift_reference")
         try:
             rows = lakehouse.read("training_set", trained["version"])
             names = [name for name in bundle.manifest["inputs"]["tabular"] if name in rows.columns]
@@ -174,9 +173,8 @@ def store_reference(run: Run, bundle: Bundle) -> Spreads | None:
             (bundle.digest, subject, edges.tolist(), counts.tolist(), run.run_id)
             for subject, (edges, counts) in spreads.items()
         ]
-        lakehouse.append(
-            DRIFT_REFERENCE, run.spark.createDataFrame(stored, DRIFT_REFERENCE.schema), after=before["version"]
-        )
+        rows = run.spark.createDataFrame(stored, DRIFT_REFERENCE.schema)
+        lakehouse.replace(DRIFT_REFERENCE, rows, where={"bundle_digest": [bundle.digest]})
         figures["rows_out"] = len(stored)
         return spreads
 
