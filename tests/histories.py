@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import numpy as np
 import pandas as pd
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.types import StructField
 
 from bp_spark.privacy import Secret
 from bp_spark.sources.contract import in_contract
-from bp_spark.tables import EVENTS, RAW_TABLES, TEXT_EMBEDDINGS, TEXTS
+from bp_spark.tables import EVENTS, RAW_TABLES, TEXT_EMBEDDINGS, TEXTS, Table
 
 SECRET = Secret(b"the-secret-of-the-tests-0123456789abcdef")
 """What conftest.py puts into the environment."""
@@ -114,6 +117,19 @@ def raw_frame(
     added = {"ingest_id": F.lit(ingest_id).cast("bigint"), "ingested_at": when}
     stored = shaped.withColumns(added).withColumnRenamed("user_id", "user_key")
     return stored.select(*RAW[table].schema.names)
+
+
+def rows_of(spark: SparkSession, table: Table, rows: Sequence[dict[str, Any]]) -> DataFrame:
+    """Rows of a table from a few of their values; of the others those that must be there are 0, empty or far back."""
+    empty = {"string": "", "bigint": 0, "int": 0, "double": 0.0, "float": 0.0, "boolean": False}
+    empty |= {"date": date(2000, 1, 1), "timestamp": datetime(2000, 1, 1, tzinfo=UTC)}
+
+    def nothing(field: StructField) -> Any:
+        name = field.dataType.simpleString()
+        return [] if name.startswith("array") else Decimal(0) if name.startswith("decimal") else empty[name]
+
+    defaults = {field.name: None if field.nullable else nothing(field) for field in table.schema}
+    return spark.createDataFrame([tuple({**defaults, **row}.values()) for row in rows], table.schema)
 
 
 def write_night(folder: Path, night: int, **tables: list[dict[str, Any]]) -> None:

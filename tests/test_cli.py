@@ -37,6 +37,8 @@ def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.Compl
         "search",
         "score",
         "profile",
+        "drift",
+        "fairness",
         "explain-run",
         "explain-score",
         "reproduce",

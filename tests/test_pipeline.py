@@ -238,6 +238,15 @@ def test_a_user_scores_the_same_whoever_shares_the_batch(line: Line) -> None:
     np.testing.assert_allclose(alone["expected_spend"], night.loc[alone["user_key"], "expected_spend"], rtol=1e-4)
 
 
+def test_training_stores_what_nights_are_compared_with(line: Line) -> None:
+    stored = line.lakehouse.read("drift_reference").toPandas().set_index("subject")
+    manifest = line.trained.bundle.manifest
+    assert set(stored["bundle_digest"]) == {line.trained.bundle.digest}
+    assert sorted(stored.index) == sorted([*manifest["inputs"]["tabular"], "score"])
+    rows = line.lakehouse.read("training_set", manifest["lineage"]["training_set"]["version"]).count()
+    assert set(stored["counts"].drop("score").map(sum)) == {rows}
+
+
 def test_training_never_sees_holdout_users_or_the_test_horizon(line: Line) -> None:
     rows = line.lakehouse.read("training_set")
     fold = labels.fold(line.config.labels)
@@ -498,6 +507,13 @@ def test_runs_tell_what_ran_with_which_figures(line: Line) -> None:
     days = line.lakehouse.read("user_daily", dict(featurized["read"])["user_daily"])
     users = line.lakehouse.read("user_features", dict(featurized["written"])["user_features"])
     assert (featurized["rows_in"], featurized["rows_out"]) == (days.count(), users.count())
+
+
+def test_no_stage_after_cleaning_reads_what_is_known_of_users(line: Line) -> None:
+    runs = line.lakehouse.read("runs").filter(F.col("job").isin("featurize", "train", "score")).collect()
+    stages = {row["stage"]: set(row["read"] or {}) for row in runs if row["status"] == "done"}
+    assert "user_daily" in stages["featurize"]
+    assert [stage for stage, tables in stages.items() if "raw_users" in tables] == ["clean"]
 
 
 def test_each_text_is_read_once(line: Line) -> None:

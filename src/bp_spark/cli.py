@@ -15,12 +15,13 @@ from typing import Annotated, Any
 
 import typer
 from pyspark.sql import Row
+from pyspark.sql import functions as F
 from rich.console import Console
 from rich.table import Table
 
 from bp_spark import __version__, config, logs
 from bp_spark.config import Config
-from bp_spark.errors import BpSparkError
+from bp_spark.errors import BpSparkError, DriftError
 from bp_spark.logs import LogFormat
 
 DEFAULT_CONFIG = Path("conf/default.yaml")
@@ -28,6 +29,7 @@ DEMO_CONFIG = Path("conf/demo.yaml")
 DEMO_DATE = "2017-10-03"
 DEMO_SECRET = "the Complete Journey is public: nothing to hide"  # noqa: S105
 EXAMPLE_ROWS = 10
+FAIRNESS_ROWS = 200
 MODEL_COMMANDS = ("train", "backtest", "search", "score", "reproduce", "demo")
 
 logger = logging.getLogger(__name__)
@@ -197,7 +199,8 @@ def score(
 ) -> None:
     """Score every user of a date into the table scores, replacing that date only; then bring the profiles up to date.
 
-    Users whose features are those of an earlier night keep the score that the same bundle gave them then.
+    Users whose features are those of an earlier night keep the score that the same bundle gave them then. The night is
+    then checked as drift does; a broken threshold is a warning here, and the scores stay.
 
     Example: bp-spark score --date 2017-10-03
     """
@@ -207,7 +210,9 @@ def score(
 
     spark = _session(settings, "score")
     result = pipeline.score(spark, settings, day, bundle, full)
-    _print(_stage_table("score", [*result.stages, *pipeline.profile(spark, settings)]))
+    profiled = pipeline.profile(spark, settings)
+    checked = pipeline.check_drift(spark, settings, day)
+    _print(_stage_table("score", [*result.stages, *profiled, *checked.stages]))
     done = (
         f"scored, {result.computed:,} of them computed and the others carried forward"
         if result.written
@@ -236,6 +241,56 @@ def profile(
     from bp_spark import pipeline
 
     _print(_stage_table("profile", pipeline.profile(_session(settings, "profile"), settings, day)))
+
+
+@app.command()
+def drift(
+    date: Annotated[str, typer.Option(help="Date YYYY-MM-DD that was scored.")],
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Compare a night's features and scores with training and with the night before, and past scores with what was spent.
+
+    All figures go to the table drift. Ends with code 8 where one is beyond its threshold, of the section drift of the settings.
+
+    Example: bp-spark drift --date 2017-10-03 drift.max_psi=0.2
+    """
+    settings = _settings(config_file, overrides)
+    day = config.parse_date(date)
+    from bp_spark import pipeline
+
+    result = pipeline.check_drift(_session(settings, "drift"), settings, day)
+    _print(_stage_table("drift", result.stages))
+    _print_drift(result)
+    if result.broken:
+        watched = sum(row["threshold"] is not None for row in result.rows)
+        raise DriftError(f"drift of {day}: {len(result.broken):,} of {watched:,} thresholds are broken")
+
+
+@app.command()
+def fairness(
+    date: Annotated[str, typer.Option(help="Date YYYY-MM-DD that was scored.")],
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Report scores and errors by segment of users (age, income, ...), each group beside all others, with 90 % intervals.
+
+    Errors are of the newest night up to the date whose horizon is over. All figures go to the table fairness; those that are
+    surely beyond the thresholds of the section fairness are a warning.
+
+    Example: bp-spark fairness --date 2017-10-03
+    """
+    settings = _settings(config_file, overrides)
+    day = config.parse_date(date)
+    from bp_spark import pipeline
+
+    result = pipeline.fairness(_session(settings, "fairness"), settings, day)
+    _print(_stage_table("fairness", result.stages))
+    errors = f"errors of {result.measured}" if result.measured else "no night's horizon is over yet, so without errors"
+    shown = ("segment", "group", "users", "small", "metric", "value", "low", "high", "ratio", "ratio_low", "ratio_high")
+    rows = result.report.orderBy(F.desc("broken"), "segment", "group", "metric").select(*shown).limit(FAIRNESS_ROWS)
+    title = f"{result.broken:,} figures break their thresholds and come first; scores of {day}, {errors}"
+    _print(_rows_table(list(shown), [list(row) for row in rows.collect()], title=title))
 
 
 @app.command()
@@ -618,6 +673,28 @@ def _print_training(result: Any) -> None:
         title = f"Spend of {days} days from {lineage['test_date']}{f' (members with {others} days)' if others else ''}"
         _print(evaluation.render(result.metrics, title))
     _print(f"Bundle {result.bundle.digest[:12]} {'promoted' if result.promoted else 'NOT promoted'}: {result.reason}")
+
+
+def _print_drift(result: Any) -> None:
+    broken = [["BROKEN", *_figure(row)] for row in result.broken]
+    others = [row for row in result.rows if row["kind"] in ("stability", "realised") and not row["broken"]]
+    columns = ["", "figure", "value", "threshold", "users", "note"]
+    _print(_rows_table(columns, broken + [["", *_figure(row)] for row in others], title="drift"))
+    moves = {tuple(row["subject"].split(">")): row for row in result.rows if row["kind"] == "levels"}
+    if moves:
+        after = sorted({now for _, now in moves})
+        shares = [
+            [before, *(f"{moves[before, now]['value']:.2%}" if (before, now) in moves else "" for now in after)]
+            for before in sorted({before for before, _ in moves})
+        ]
+        _print(_rows_table(["before", *after], shares, title="Users of each level of the night before, by level now"))
+
+
+def _figure(row: dict[str, Any]) -> list[str]:
+    from bp_spark.pipeline.monitoring import named
+
+    value, threshold = ("–" if row[name] is None else f"{row[name]:,.4f}" for name in ("value", "threshold"))
+    return [named(row), value, threshold, f"{row['users']:,}", row["note"] or ""]
 
 
 def _stage_table(title: str, stages: Sequence[dict[str, Any]]) -> Table:

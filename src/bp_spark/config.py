@@ -39,6 +39,19 @@ SIZES: Mapping[str, Mapping[str, int]] = {
     "large": {"hidden_size": 512, "layers": 8, "heads": 8, "intermediate_size": 2048, "adapter_size": 256},
 }
 """What ``network.size`` stands for."""
+FairnessFigure = Literal[
+    "score",
+    "level_A",
+    "level_B",
+    "level_C",
+    "level_D",
+    "level_E",
+    "mae",
+    "relative_error",
+    "calibration",
+    "coverage",
+    "top_found",
+]
 Delivered = Literal["transactions", "behaviours", "searches", "reviews", "items"]
 
 
@@ -457,6 +470,49 @@ class EvaluationConfig(Section):
     """Folder of the reports of backtests."""
 
 
+class DriftConfig(Section):
+    """What ``bp-spark drift`` compares, and from where on it alarms; see :mod:`bp_spark.drift`."""
+
+    max_users: Positive = 200_000
+    """Users of a night, and rows of the training set, whose features are counted into bins, and users of a past night whose
+    spend is held against its scores; more are sampled by hash."""
+    max_psi: float = Field(0.25, gt=0)
+    """Population stability index of a feature or the score against training: above 0.25 a large shift, as is the custom."""
+    max_ks: float = Field(0.3, gt=0, le=1)
+    """Kolmogorov-Smirnov distance against training."""
+    max_psi_night: float = Field(0.1, gt=0)
+    """Population stability index against the night before: below 0.1 no shift, as is the custom."""
+    max_ks_night: float = Field(0.1, gt=0, le=1)
+    """Kolmogorov-Smirnov distance against the night before."""
+    not_watched: tuple[str, ...] = ()
+    """Features that are recorded and never alarm, as windows that are longer than the platform's history."""
+    moved_points: float = Field(10.0, gt=0, lt=100)
+    """A score that is more points away from that of the night before has moved."""
+    max_moved: float = Field(0.005, ge=0, le=1)
+    """Share of users whose score moved without any new event."""
+    max_calibration_error: float = Field(0.2, gt=0)
+    """How far the mean spend that was expected may be from the mean spend that came, relative to it."""
+    max_coverage_gap: float = Field(0.05, gt=0, lt=1)
+    """How far below ``fusion.coverage`` the share of users may be whose spend was inside ``low``..``high``."""
+    max_rank_loss: float = Field(0.05, gt=0, lt=1)
+    """How far Spearman's correlation and the normalised Gini may be below what the bundle had on its test date."""
+
+
+class FairnessConfig(Section):
+    """The report by segments of ``raw_users``; see :mod:`bp_spark.fairness`. No setting makes a segment a feature."""
+
+    suppressed_below: Positive = 10
+    """Groups of fewer users are joined to one; if that has fewer too, nothing is said of it."""
+    small_below: Positive = 100
+    """Groups of fewer users are marked as small, and never alarm: their intervals say little."""
+    min_ratio: float = Field(0.8, gt=0, lt=1)
+    """Least ratio of a group's figure to that of all others: the four-fifths rule (29 CFR 1607.4 D)."""
+    max_ratio: float = Field(1.25, gt=1)
+    """Largest such ratio."""
+    watched: tuple[FairnessFigure, ...] = ("relative_error", "calibration", "coverage", "top_found")
+    """Figures whose ratio is held to these. Not score and levels: groups that spend more score higher."""
+
+
 class SearchRange(Section):
     """Values of one setting that a search tries: ``choices``, or numbers from ``low`` to ``high``, both included."""
 
@@ -630,6 +686,8 @@ class Config(Section):
     scoring: ScoringConfig = ScoringConfig()
     profiles: ProfilesConfig = ProfilesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    drift: DriftConfig = DriftConfig()
+    fairness: FairnessConfig = FairnessConfig()
     search: SearchConfig = SearchConfig()
     tracking: TrackingConfig = TrackingConfig()
     signing: SigningConfig = SigningConfig()

@@ -97,3 +97,9 @@ class ConflictError(BpSparkError):
             "that commit. What this run wrote before is whole too: run again when the other has ended, it goes on from there"
         )
         self.table = table
+
+
+class DriftError(BpSparkError):
+    """Thresholds of a drift check are broken: the rows are in the table drift, and scores stay as they are."""
+
+    exit_code = 8

@@ -20,6 +20,7 @@ _OCCUPIED = "DELTA_CREATE_TABLE_WITH_NON_EMPTY_LOCATION"
 _UNREADABLE = re.compile(r"FAILED_READ_FILE\S* Encountered error while reading file (\S+?)\.?\s")
 _LOG = re.compile(r"DELTA_(?:TRUNCATED_TRANSACTION_LOG|LOG_FILE_NOT_FOUND)\S* (\S+): ")
 _GAP = re.compile(r"DELTA_VERSIONS_NOT_CONTIGUOUS\S* ([^\n]*)")
+_GONE = re.compile(r"FILE_NOT_EXIST|FileNotFoundException|DELTA_VERSION_NOT_FOUND|Cannot time travel")
 _WORKER = re.compile(r"Python worker (?:exited unexpectedly|failed to connect)")
 
 
@@ -43,6 +44,11 @@ def explained(table: str = "") -> Iterator[None]:
         if explanation is None:
             raise
         raise explanation from error
+
+
+def is_gone(error: Exception) -> bool:
+    """Whether Spark or Delta say that a table's version is not there any more: its files or its log were deleted."""
+    return _GONE.search(str(error)) is not None
 
 
 def _text(error: PySparkException | Py4JJavaError) -> str:

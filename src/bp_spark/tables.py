@@ -642,6 +642,95 @@ TRIALS = Table(
     ),
     key=("run_id", "trial"),
 )
+DRIFT_REFERENCE = Table(
+    "drift_reference",
+    "How features and score were spread over the users that a bundle learned from: what nights are compared with",
+    _columns(
+        ("bundle_digest", "string!", "Bundle"),
+        ("subject", "string!", "Feature, or score"),
+        (
+            "edges",
+            "array<double>!",
+            "Borders between bins, rising; a bin holds values above the border before it, up to its own",
+        ),
+        (
+            "counts",
+            "array<bigint>!",
+            "Rows in each bin; two more than edges: one above the last border, and last the missing values",
+        ),
+        ("run_id", "string!", "Run that counted them"),
+    ),
+    key=("bundle_digest", "subject"),
+    partition_by=("bundle_digest",),
+)
+DRIFT = Table(
+    "drift",
+    "How far the population, the scores and their errors have moved, night by night",
+    _columns(
+        ("run_id", "string!", "Run of the check"),
+        ("score_date", "date!", "Night that was checked"),
+        ("bundle_digest", "string!", "Bundle that made its scores"),
+        (
+            "kind",
+            "string!",
+            "feature or score: how it is spread; levels: who is on which level now; stability: scores that moved; realised: "
+            "an earlier night, whose horizon is over, held against what was spent",
+        ),
+        (
+            "subject",
+            "string!",
+            "Feature, score, level before and now as A>B (new: no score before, gone: none now), or the earlier night",
+        ),
+        ("metric", "string!", "psi, ks; share; moved, changed_level; spearman, gini, mae, coverage, calibration, ..."),
+        ("against", "string", "training, or the date of the night before; NULL where neither is meant"),
+        ("value", "double", "Figure; NULL where it can't be told"),
+        (
+            "reference",
+            "double",
+            "What the figure should be near: coverage as set, calibration 1, ranks of the test date",
+        ),
+        ("threshold", "double", "Border beyond which the figure alarms; NULL: it never does"),
+        ("broken", "boolean!", "Whether it is beyond"),
+        ("users", "bigint!", "Users it was computed over"),
+        ("note", "string", "What has to be known of the figure"),
+    ),
+    key=("score_date", "kind", "subject", "metric", "against"),
+    partition_by=("score_date",),
+)
+FAIRNESS = Table(
+    "fairness",
+    "Scores and their errors by segment of users, each group beside all others; for people, never for models",
+    _columns(
+        ("run_id", "string!", "Run of the report"),
+        ("score_date", "date!", "Night that the report is of"),
+        ("measured_date", "date!", "Night whose scores are measured: score_date, or the newest whose horizon was over"),
+        ("bundle_digest", "string!", "Bundle that made these scores"),
+        ("segment", "string!", "Segment of raw_users"),
+        (
+            "group",
+            "string!",
+            "Its value; (all): all users but suppressed ones, (not given): users without it, (small groups): joined ones",
+        ),
+        ("users", "bigint!", "Users of the group"),
+        ("small", "boolean!", "Whether they are too few to rely on the interval"),
+        (
+            "metric",
+            "string!",
+            "score, level_A to level_E; where the horizon was over mae, relative_error, calibration, coverage, top_found",
+        ),
+        ("value", "double", "Figure; NULL where it can't be told"),
+        ("low", "double", "Lower end of its 90 % interval (delta method; of shares Wilson's)"),
+        ("high", "double", "Upper end"),
+        ("ratio", "double", "Figure of the group over that of all other users of the segment"),
+        ("ratio_low", "double", "Lower end of the ratio's 90 % interval (delta method on logarithms)"),
+        ("ratio_high", "double", "Upper end"),
+        ("threshold_low", "double", "Least ratio that is fair; NULL where the figure is not watched"),
+        ("threshold_high", "double", "Largest ratio that is fair"),
+        ("broken", "boolean!", "Whether the ratio's whole interval lies outside, for a group that is not small"),
+    ),
+    key=("score_date", "measured_date", "segment", "group", "metric"),
+    partition_by=("score_date",),
+)
 SHARED_TABLES = (
     *RAW_TABLES,
     USER_KEYS,
@@ -658,6 +747,9 @@ SHARED_TABLES = (
     METRICS,
     TRIALS,
     BACKTESTS,
+    DRIFT_REFERENCE,
+    DRIFT,
+    FAIRNESS,
 )
 
 

@@ -151,6 +151,17 @@ class Fusion:
         first, second = np.quantile(relative_width(answers), [1 / 3, 2 / 3]).tolist()
         return replace(self, reference=Curve(_floats(knots.index), _floats(knots.to_numpy())), risk=(first, second))
 
+    @property
+    def reference_scores(self) -> np.ndarray:
+        """Scores of the reference population, float64 [1001]: of users that part it evenly, equal ones as often as they are."""
+        first, scores = 0, list[float]()
+        for score in self.reference.y:
+            # a knot stands for percentiles from the first that is left on, and is their mean
+            last = round(score * (_GRID - 1) / 50.0) - first
+            scores += [score] * (last - first + 1)
+            first = last + 1
+        return np.array(scores)
+
     def apply(self, predictions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Answers for users, from each member's expected spend.
 

@@ -9,6 +9,7 @@ from bp_spark.pipeline.erasing import forget, retain, rotate_keys
 from bp_spark.pipeline.featurizing import featurize, quarantine_by_rule, replay_quarantine
 from bp_spark.pipeline.language import adapt_language
 from bp_spark.pipeline.lineage import Origin, Reproduction, explain_run, explain_score, reproduce
+from bp_spark.pipeline.monitoring import DriftResult, FairnessResult, check_drift, fairness
 from bp_spark.pipeline.nights import ScoreResult, score
 from bp_spark.pipeline.profiling import profile
 from bp_spark.pipeline.searching import SearchResult, search
@@ -16,6 +17,8 @@ from bp_spark.pipeline.training import TrainResult, train
 
 __all__ = [
     "BacktestResult",
+    "DriftResult",
+    "FairnessResult",
     "Origin",
     "Reproduction",
     "ScoreResult",
@@ -23,8 +26,10 @@ __all__ = [
     "TrainResult",
     "adapt_language",
     "backtest",
+    "check_drift",
     "explain_run",
     "explain_score",
+    "fairness",
     "featurize",
     "forget",
     "profile",

@@ -14,6 +14,7 @@ from pyspark.sql import functions as F
 from bp_spark import __version__, scoring
 from bp_spark.config import Config, digest
 from bp_spark.errors import DataError
+from bp_spark.failures import is_gone
 from bp_spark.model import bundle as bundles
 from bp_spark.model import signing
 from bp_spark.model.bundle import Bundle
@@ -119,7 +120,7 @@ def reproduce(spark: SparkSession, config: Config, score_date: date) -> Reproduc
                 stored, users = _scores(lakehouse, score_date), features_of(lakehouse, score_date, version)
                 found = _compared(stored, scoring.score(users, bundle, score_date, version), bundle)
             except (PySparkException, Py4JJavaError) as error:
-                if not any(sign in str(error) for sign in _GONE):
+                if not is_gone(error):
                     raise
                 raise DataError(
                     "user_features",
@@ -144,10 +145,6 @@ def reproduce(spark: SparkSession, config: Config, score_date: date) -> Reproduc
             figures["largest_difference"] = largest = found[f"{column}_largest"]
         others = stored.filter(F.col("code_version") != __version__).select("code_version").distinct().collect()
         return Reproduction(rows, largest, column, bundle, version, sorted(row[0] for row in others))
-
-
-_GONE = ("FILE_NOT_EXIST", "FileNotFoundException", "DELTA_VERSION_NOT_FOUND", "Cannot time travel")
-"""What Spark and Delta say of a version whose files or log are deleted."""
 
 
 def _compared(stored: DataFrame, computed: DataFrame, bundle: Bundle) -> Row:

@@ -30,6 +30,7 @@ from bp_spark.model.horizons import MIN_ROWS, NETWORK, Horizons
 from bp_spark.model.inputs import InputSpec
 from bp_spark.model.members import Member, SqrtTreesMember, TreesMember, fit_linear, fit_trees, predict_all
 from bp_spark.pipeline.featurizing import span, write_features
+from bp_spark.pipeline.monitoring import store_reference
 from bp_spark.pipeline.run import Run, recorded
 from bp_spark.promotion import Decision
 from bp_spark.tables import METRICS
@@ -85,6 +86,7 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
         complete = last >= test_date + timedelta(days=config.labels.horizon_days)
         metrics = _metrics(fitted, complete)
         bundle = _write_bundle(run, fitted, fit_explanation(run, fitted), metrics)
+        store_reference(run, bundle)
         if not metrics.empty:
             # before the bundle can score: a promoted one has its figures
             _record_metrics(run, metrics, bundle, test_date)
@@ -212,9 +214,9 @@ def write_training_set(run: Run, dates: Sequence[date], test_date: date) -> int:
 
 
 def _work_folder(run: Run) -> Path:
-    # another place of the record, or of the secret, is no reason to train anew
+    # another place of the record, or of the secret, or other alarms, are no reason to train anew
     folder = Path(run.config.training.work_dir).absolute() / digest(
-        run.config.model_dump(exclude={"tracking", "privacy"}),
+        run.config.model_dump(exclude={"tracking", "privacy", "drift", "fairness"}),
         run.lakehouse.location("training_set"),
         run.lakehouse.inputs("training_set"),
     )
