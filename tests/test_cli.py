@@ -36,6 +36,7 @@ def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.Compl
         "backtest",
         "search",
         "score",
+        "report",
         "explain-run",
         "explain-score",
         "reproduce",

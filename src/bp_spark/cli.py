@@ -7,27 +7,34 @@ done, with the ``exit_code`` of its error (see :mod:`bp_spark.errors`), with 2 a
 from __future__ import annotations
 
 import logging
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pyspark.sql import Row
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bp_spark import __version__, config, logs
 from bp_spark.config import Config
 from bp_spark.errors import BpSparkError
 from bp_spark.logs import LogFormat
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 DEFAULT_CONFIG = Path("conf/default.yaml")
 DEMO_CONFIG = Path("conf/demo.yaml")
 DEMO_DATE = "2017-10-03"
 DEMO_SECRET = "the Complete Journey is public: nothing to hide"  # noqa: S105
 EXAMPLE_ROWS = 10
+
+_STATUS_STYLES = {"done": "green", "unchanged": "dim", "failed": "red"}
 
 logger = logging.getLogger(__name__)
 
@@ -206,12 +213,36 @@ def score(
 
     result = pipeline.score(_session(settings, "score"), settings, day, bundle, full)
     _print(_stage_table("score", result.stages))
+    _print(_levels_table(result.levels, f"Users of {day} by level", settings))
     done = (
         f"scored, {result.computed:,} of them computed and the others carried forward"
         if result.written
         else "were scored already, with the same bundle on the same features: nothing changed"
     )
     _print(f"{result.users:,} users {done} (bundle {result.bundle.digest[:12]})")
+
+
+@app.command()
+def report(
+    date: Annotated[str, typer.Option(help="Date YYYY-MM-DD of a night that was scored.")],
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; by default night-DATE.html in evaluation.reports.")
+    ] = None,
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Write the page of a night, one HTML file with its charts: what ran, scores beside those of the night before, reasons,
+    data quality, drift and fairness where they are watched, the model. No user is in it, nor a group of few.
+
+    Example: bp-spark report --date 2017-10-03
+    """
+    settings = _settings(config_file, overrides)
+    day = config.parse_date(date)
+    from bp_spark import pipeline
+
+    result = pipeline.report(_session(settings, "report"), settings, day, output)
+    _print(_levels_table(result.levels, f"Users of {day} by level", settings))
+    _print(f"Report: {result.page.absolute()}")
 
 
 @app.command()
@@ -243,9 +274,9 @@ def explain_run(
     rows = [
         [
             *(stage["stage"], stage["status"], f"{stage['seconds']:.1f}"),
-            *("–" if count is None else f"{count:,}" for count in (stage["rows_in"], stage["rows_out"])),
+            *(_count(stage[name]) for name in ("rows_in", "rows_out")),
             *(_versions(stage["read"]), _versions(stage["written"])),
-            ", ".join(f"{key} {value}" for key, value in stage["figures"].items()),
+            _figures(stage["figures"]),
         ]
         for stage in stages
     ]
@@ -596,12 +627,44 @@ def _print_training(result: Any) -> None:
 
 
 def _stage_table(title: str, stages: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=title)
-    for heading in ("stage", "status", "seconds", "figures"):
-        table.add_column(heading, justify="right" if heading == "seconds" else "left")
+    table = Table(title=title, show_footer=True)
+    table.add_column("stage", "all")
+    table.add_column("status")
+    table.add_column("seconds", f"{sum(stage['seconds'] for stage in stages):.1f}", justify="right")
+    table.add_column("rows in", justify="right")
+    table.add_column("rows out", justify="right")
+    table.add_column("figures", overflow="fold")
     for stage in stages:
-        figures = ", ".join(f"{key} {value}" for key, value in stage["figures"].items())
-        table.add_row(stage["stage"], stage["status"], f"{stage['seconds']:.1f}", figures)
+        status = Text(stage["status"], style=_STATUS_STYLES.get(stage["status"], ""))
+        counts = (_count(stage[name]) for name in ("rows_in", "rows_out"))
+        table.add_row(stage["stage"], status, f"{stage['seconds']:.1f}", *counts, _figures(stage["figures"]))
+    return table
+
+
+def _figures(figures: Mapping[str, str]) -> str:
+    """What a stage came to, as people read it: numbers with commas, digests by their beginning."""
+    return ", ".join(f"{name.replace('_', ' ')} {_figure(value)}" for name, value in figures.items())
+
+
+def _figure(value: str) -> str:
+    if re.fullmatch(r"[0-9a-f]{64}", value):
+        return value[:12]
+    return f"{int(value):,}" if re.fullmatch(r"\d{5,17}", value) else value
+
+
+def _levels_table(levels: pd.DataFrame, title: str, settings: Config) -> Table:
+    """Users and money by level; groups of few are not told.
+
+    Args:
+        levels: see :func:`bp_spark.report.population.distribution`, of one night.
+    """
+    from bp_spark.report.population import by_level
+
+    table = Table(title=title)
+    for heading in ("level", "users", "share", f"expected spend, {settings.cleaning.currency}", "mean of a user"):
+        table.add_column(heading, justify="left" if heading == "level" else "right")
+    for level, group in by_level(levels, settings.privacy.smallest_group).items():
+        table.add_row(level, group.users, group.share, group.spend, group.mean)
     return table
 
 
@@ -623,6 +686,10 @@ def _facts_table(title: str, facts: Sequence[tuple[str, Any]]) -> Table:
 
 def _versions(versions: dict[str, int] | None) -> str:
     return ", ".join(f"{name}@{version}" for name, version in sorted((versions or {}).items()))
+
+
+def _count(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"
 
 
 def _cell(value: Any) -> str:

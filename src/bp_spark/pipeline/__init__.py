@@ -7,15 +7,18 @@ the run. A stage whose inputs are unchanged is skipped; every stage leaves a row
 from bp_spark.pipeline.backtesting import BacktestResult, backtest
 from bp_spark.pipeline.erasing import forget, retain, rotate_keys
 from bp_spark.pipeline.featurizing import featurize, quarantine_by_rule, replay_quarantine
+from bp_spark.pipeline.imagining import what_if
 from bp_spark.pipeline.language import adapt_language
 from bp_spark.pipeline.lineage import Origin, Reproduction, explain_run, explain_score, reproduce
 from bp_spark.pipeline.nights import ScoreResult, score
+from bp_spark.pipeline.reporting import ReportResult, report
 from bp_spark.pipeline.searching import SearchResult, search
 from bp_spark.pipeline.training import TrainResult, train
 
 __all__ = [
     "BacktestResult",
     "Origin",
+    "ReportResult",
     "Reproduction",
     "ScoreResult",
     "SearchResult",
@@ -28,10 +31,12 @@ __all__ = [
     "forget",
     "quarantine_by_rule",
     "replay_quarantine",
+    "report",
     "reproduce",
     "retain",
     "rotate_keys",
     "score",
     "search",
     "train",
+    "what_if",
 ]
