@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def stage(name: str, status: str = "done", **figures: object) -> dict[str, Any]:
         "run_id": "0123456789ab",
         "job": "score" if name == "score" else "featurize",
         "stage": name,
-        "started_at": datetime(2024, 5, 2, 1, 30, tzinfo=UTC),
+        "started": "2024-05-02 01:30",
         "seconds": 61.25,
         "status": status,
         "error": "DataError: bp.events: <rule>" if status == "failed" else None,

@@ -138,6 +138,8 @@ def _stages(lakehouse: Lakehouse, tonight: Row, nights: Collection[Row]) -> list
     runs = runs.filter(own | (F.col("started_at") <= F.lit(tonight["started_at"])))
     if earlier:
         runs = runs.filter(own | (F.col("started_at") > F.lit(max(earlier))))
+    # in words here: Python would tell the time of the machine's own zone
+    runs = runs.withColumn("started", F.date_format("started_at", "yyyy-MM-dd HH:mm"))
     return runs.orderBy(F.desc("started_at")).limit(_MOST_STAGES).collect()[::-1]
 
 

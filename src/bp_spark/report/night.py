@@ -41,7 +41,7 @@ class Night:
         previous: the scored night before it, if there is one.
         currency: of money.
         smallest: users of a group of which figures may be told.
-        stages: rows of RUNS since the night before, oldest first.
+        stages: rows of RUNS since the night before, oldest first, and ``started``, the time in words.
         distribution: see :func:`bp_spark.report.population.distribution`, of both nights.
         migration: see :func:`bp_spark.report.population.migration`; empty without a night before.
         history: a row a night, oldest first: ``score_date, expected_spend, users, bundle``.
@@ -136,7 +136,7 @@ def _ran(night: Night) -> list[Markup]:
             stage["stage"],
             stage["job"] or "–",
             page.badge(stage["status"], _MOODS.get(stage["status"], "warn")),
-            f"{stage['started_at']:%Y-%m-%d %H:%M}",
+            stage["started"],
             f"{stage['seconds']:,.1f}",
             _count(stage["rows_in"]),
             _count(stage["rows_out"]),
