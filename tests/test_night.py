@@ -224,6 +224,12 @@ def test_no_figure_of_a_group_of_few_is_told_nor_can_be_reckoned(night: Night) -
     assert all(row.count("*") != 1 for row in moved[:5])
 
 
+def test_whom_a_feature_raised_is_told_only_of_many(night: Night) -> None:
+    few = night.reasons.assign(raised=[3, *night.reasons["raised"][1:]])
+    told = cells(report.document(replace(night, reasons=few)), "The most frequent reasons")[1:]
+    assert [row[3] for row in told[:3]] == ["*", "45%", "45%"]
+
+
 def test_a_first_night_has_no_night_before(night: Night) -> None:
     first = replace(
         night,

@@ -82,7 +82,7 @@ def report(spark: SparkSession, config: Config, score_date: date, path: str | Pa
                 stages=[stage.asDict() for stage in stages],
                 distribution=distribution,
                 migration=moved,
-                history=_history(nights, score_date),
+                history=_history(nights, distribution, score_date),
                 reasons=population.reasons(of_night).toPandas(),
                 meanings={
                     feature.name: f"{feature.description} [{feature.unit}; {feature.window}]" for feature in known
@@ -143,16 +143,15 @@ def _stages(lakehouse: Lakehouse, tonight: Row, nights: Collection[Row]) -> list
     return runs.orderBy(F.desc("started_at")).limit(_MOST_STAGES).collect()[::-1]
 
 
-def _history(nights: Collection[Row], score_date: date) -> pd.DataFrame:
-    """The newest scoring of each night up to this one, of those that recorded their expected spend."""
-    newest = {
-        row["score_date"]: row
-        for row in nights
-        if row["score_date"] <= score_date and row["expected_spend"] is not None
-    }
-    columns = ["score_date", "expected_spend", "users", "bundle"]
-    rows = [[newest[day][name] for name in columns] for day in sorted(newest)[-HISTORY_NIGHTS:]]
-    return pd.DataFrame(rows, columns=columns)
+def _history(nights: Collection[Row], distribution: pd.DataFrame, score_date: date) -> pd.DataFrame:
+    """The newest scoring of each night up to this one: as recorded then, and the nights of ``distribution`` as they are."""
+    found = {row["score_date"]: row.asDict() for row in nights if row["score_date"] <= score_date}
+    for day, sums in distribution.groupby("score_date")[["users", "expected_spend"]].sum().iterrows():
+        found[day] = {"score_date": day, "bundle": "", **found.get(day, {}), **sums}
+    # nights before this was recorded are left out
+    told = [found[day] for day in sorted(found) if found[day]["expected_spend"] is not None][-HISTORY_NIGHTS:]
+    history = pd.DataFrame(told, columns=["score_date", "expected_spend", "users", "bundle"])
+    return history.astype({"users": "int64"})
 
 
 def _refused(lakehouse: Lakehouse, stages: Collection[Row]) -> pd.DataFrame | None:

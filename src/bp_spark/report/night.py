@@ -109,7 +109,7 @@ def _lead(night: Night) -> list[Markup]:
     state = (
         page.badge(f"{len(failed)} of {len(night.stages)} stages failed", "bad")
         if failed
-        else page.badge(f"all {len(night.stages)} stages done", "good")
+        else page.badge("all stages done", "good")
     )
     against = f"held against the night of {night.previous}" if night.previous else "the first night that was scored"
     rows: list[tuple[str, object, object]] = [
@@ -233,19 +233,12 @@ def _spend(night: Night) -> list[Markup]:
         ]
         for row in history.iloc[::-1].head(14).itertuples()
     ]
-    drawn = [
-        page.figure(
-            _spend_chart(night),
-            "Expected spend of all users",
-            "By night; a dotted line where another bundle began to score.",
-        )
-    ]
-    return [
-        page.figures(drawn) if len(history) > 1 else page.note("A curve comes with the second night."),
-        page.table(
-            "Newest nights", ["night", "users", night.spend_name, "mean of a user", "bundle"], rows, words=(0, 4)
-        ),
-    ]
+    headings = ["night", "users", night.spend_name, "mean of a user", "bundle"]
+    table = page.table("Newest nights", headings, rows, words=(0, 4))
+    if len(history) < 2:
+        return [page.note("A curve comes with the second night."), table]
+    says = "By night; a dotted line where another bundle began to score."
+    return [page.figures([page.figure(_spend_chart(night), "Expected spend of all users", says)]), table]
 
 
 def _reasons(night: Night) -> list[Markup]:
@@ -254,30 +247,25 @@ def _reasons(night: Night) -> list[Markup]:
     top = told.sort_values(["users", "feature"], ascending=[False, True]).head(_SHOWN_REASONS)
     if top.empty:
         return [page.note("The bundle has no trees, so its scores have no reasons.")]
+    # how many it raised and lowered is told only where neither are few
+    fewer = pd.concat([top["raised"], top["users"] - top["raised"]], axis=1)
+    top = top.assign(split=~((fewer > 0) & (fewer < night.smallest)).any(axis=1))
     rows = [
         [
             row.feature,
             night.meanings.get(row.feature, "–"),
             f"{row.users / users:.1%}",
-            f"{row.raised / row.users:.0%}",
+            f"{row.raised / row.users:.0%}" if row.split else "*",
             f"{row.contribution:.3f}",
         ]
         for row in top.itertuples()
     ]
+    chart, says = _reasons_chart(top, users), "Share of users, by whether the feature raised or lowered the prediction."
     headings = ["feature", "what it is", "users", "raised of them", "mean size"]
+    caption = "The most frequent reasons; size is the share of log spend (TreeSHAP)"
     return [
-        page.figures(
-            [
-                page.figure(
-                    _reasons_chart(top, users),
-                    "Features among the reasons",
-                    "Share of users, by whether the feature raised or lowered the prediction.",
-                )
-            ]
-        ),
-        page.table(
-            "The most frequent reasons; size is the share of log spend (TreeSHAP)", headings, rows, sentences=(1,)
-        ),
+        page.figures([page.figure(chart, "Features among the reasons", says)]),
+        page.table(caption, headings, rows, sentences=(1,)),
     ]
 
 
@@ -427,7 +415,7 @@ def _scores_chart(night: Night) -> Chart:
     page.label(axes, "score", "share of users")
     axes.set_xlim(0, 100)
     axes.set_xticks(range(0, 101, 20))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(visible=False, axis="x")
     page.legend(axes, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return page.chart(drawn)
@@ -447,7 +435,7 @@ def _levels_chart(night: Night) -> Chart:
         )
     axes.set_xticks(range(len(BEST_FIRST)), BEST_FIRST)
     page.label(axes, "level", "share of users")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(visible=False, axis="x")
     page.legend(axes, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return page.chart(drawn)
@@ -473,14 +461,18 @@ def _spend_chart(night: Night) -> Chart:
 def _reasons_chart(top: pd.DataFrame, users: int) -> Chart:
     shown = top.iloc[::-1]
     drawn, (axes,) = page.canvas(width=6.5, height=0.9 + 0.33 * len(shown))
-    raised = shown["raised"] / users
+    raised = shown["raised"].where(shown["split"], 0) / users
+    lowered = (shown["users"] - shown["raised"]).where(shown["split"], 0) / users
     axes.barh(shown["feature"], raised, color=SERIES[0], label="raised")
-    axes.barh(shown["feature"], shown["users"] / users - raised, left=raised, color=SERIES[1], label="lowered")
+    axes.barh(shown["feature"], lowered, left=raised, color=SERIES[1], label="lowered")
+    if not shown["split"].all():
+        whole = shown["users"].mask(shown["split"], 0) / users
+        axes.barh(shown["feature"], whole, color=FAINT, label="not told: few users")
     page.label(axes, "share of users", "")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", labelcolor=INK)
-    page.legend(axes, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    page.legend(axes, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     return page.chart(drawn)
 
 
