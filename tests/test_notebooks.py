@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from deltalake import DeltaTable
 from nbclient import NotebookClient
+from tokenizers import Tokenizer, models
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -45,29 +47,42 @@ def test_a_notebook_is_stored_without_what_it_came_to(path: Path) -> None:
     assert path.stat().st_size < 20_000
 
 
-@pytest.mark.slow
-def test_the_notebooks_run_one_after_the_other(tmp_path: Path) -> None:
+def environment(folder: Path) -> dict[str, str]:
+    """Of a kernel that works in a folder, with a language model of a few random weights."""
+    words = {word: number for number, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]"))}
+    tokenizer = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        folder / "bert"
+    )
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=16, **sizes)).save_pretrained(folder / "bert")
     settings = [
         *SMALL,
-        f"tables.path={tmp_path}/lakehouse",
-        f"bundles={tmp_path}/bundles",
-        f"training.work_dir={tmp_path}/work",
-        f"evaluation.reports={tmp_path}/reports",
-        f"privacy.secret=file:{tmp_path}/secret",
+        f"texts.model={folder}/bert",
+        f"tables.path={folder}/lakehouse",
+        f"bundles={folder}/bundles",
+        f"training.work_dir={folder}/work",
+        f"evaluation.reports={folder}/reports",
+        f"privacy.secret=file:{folder}/secret",
     ]
     submitted = " ".join(f"--conf {key}={value}" for key, value in CONF.items())
-    environment = {
+    return {
         **os.environ,
         "BP_SPARK_SETTINGS": " ".join(settings),
         "PYSPARK_SUBMIT_ARGS": f"{submitted} pyspark-shell",
         "JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1",
     }
+
+
+@pytest.mark.slow
+def test_the_notebooks_run_one_after_the_other(tmp_path: Path) -> None:
+    variables = environment(tmp_path)
     assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
     for path in NOTEBOOKS:
         notebook = nbformat.read(path, as_version=4)
         client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}})
         # an error of a cell ends it with the cell and the traceback
-        client.execute(env=environment)
+        client.execute(env=variables)
         told = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         images = [output for output in told if "image/png" in output.get("data", {})]
         assert images, f"{path.stem} draws nothing"

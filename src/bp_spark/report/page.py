@@ -6,6 +6,7 @@ light or dark screen, and light ones on paper.
 
 from __future__ import annotations
 
+import hashlib
 import html
 import io
 import re
@@ -241,7 +242,9 @@ def _inline(svg: str) -> str:
     for colour, name in _NAMES.items():
         svg = svg.replace(f": {colour}", f": var({name},{colour})")
     referred = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
-    return re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in referred else "", svg)
+    svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in referred else "", svg)
+    own = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>c{own}-", svg)
 
 
 def _anchor(title: str) -> str:
