@@ -244,28 +244,28 @@ def _spend(night: Night) -> list[Markup]:
 def _reasons(night: Night) -> list[Markup]:
     users = max(int(night.tonight["users"].sum()), 1)
     told = night.reasons[night.reasons["users"] >= night.smallest]
-    top = told.sort_values(["users", "feature"], ascending=[False, True]).head(_SHOWN_REASONS)
+    top = told.sort_values(["users", "group"], ascending=[False, True]).head(_SHOWN_REASONS)
     if top.empty:
-        return [page.note("The bundle has no trees, so its scores have no reasons.")]
+        return [page.note("The bundle gives no reasons.")]
     # how many it raised and lowered is told only where neither are few
     fewer = pd.concat([top["raised"], top["users"] - top["raised"]], axis=1)
     top = top.assign(split=~((fewer > 0) & (fewer < night.smallest)).any(axis=1))
     rows = [
         [
-            row.feature,
-            night.meanings.get(row.feature, "–"),
+            row.group,
             f"{row.users / users:.1%}",
             f"{row.raised / row.users:.0%}" if row.split else "*",
-            f"{row.contribution:.3f}",
+            f"{row.contribution:,.2f}",
+            night.meanings.get(row.feature, "–"),
         ]
         for row in top.itertuples()
     ]
-    chart, says = _reasons_chart(top, users), "Share of users, by whether the feature raised or lowered the prediction."
-    headings = ["feature", "what it is", "users", "raised of them", "mean size"]
-    caption = "The most frequent reasons; size is the share of log spend (TreeSHAP)"
+    chart, says = _reasons_chart(top, users), "Share of users, by whether it raised or lowered the expected spend."
+    headings = ["group of features", "users", "raised of them", f"mean size, {night.currency}", "most often above all"]
+    caption = "The most frequent reasons, and how much of the expected spend they came to"
     return [
-        page.figures([page.figure(chart, "Features among the reasons", says)]),
-        page.table(caption, headings, rows, sentences=(1,)),
+        page.figures([page.figure(chart, "Groups of features among the reasons", says)]),
+        page.table(caption, headings, rows, sentences=(4,)),
     ]
 
 
@@ -463,11 +463,11 @@ def _reasons_chart(top: pd.DataFrame, users: int) -> Chart:
     drawn, (axes,) = page.canvas(width=6.5, height=0.9 + 0.33 * len(shown))
     raised = shown["raised"].where(shown["split"], 0) / users
     lowered = (shown["users"] - shown["raised"]).where(shown["split"], 0) / users
-    axes.barh(shown["feature"], raised, color=SERIES[0], label="raised")
-    axes.barh(shown["feature"], lowered, left=raised, color=SERIES[1], label="lowered")
+    axes.barh(shown["group"], raised, color=SERIES[0], label="raised")
+    axes.barh(shown["group"], lowered, left=raised, color=SERIES[1], label="lowered")
     if not shown["split"].all():
         whole = shown["users"].mask(shown["split"], 0) / users
-        axes.barh(shown["feature"], whole, color=FAINT, label="not told: few users")
+        axes.barh(shown["group"], whole, color=FAINT, label="not told: few users")
     page.label(axes, "share of users", "")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(visible=False, axis="y")

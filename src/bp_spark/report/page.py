@@ -11,7 +11,7 @@ import html
 import io
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
@@ -55,8 +55,8 @@ class Chart:
         png: for a file or a notebook, which shows it by itself.
     """
 
-    svg: str
-    png: bytes
+    svg: str = field(repr=False)
+    png: bytes = field(repr=False)
 
     def _repr_png_(self) -> bytes:
         return self.png

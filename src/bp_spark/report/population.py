@@ -51,8 +51,9 @@ def migration(before: DataFrame, after: DataFrame) -> DataFrame:
 
 
 def reasons(scores: DataFrame) -> DataFrame:
-    """``feature, users, raised, contribution``: of how many users a feature is among the reasons, for how many of these it
-    raised the prediction, and the mean size of its share of log spend.
+    """``group, users, raised, contribution, feature``: of how many users a group of features is among the reasons, for how many
+    of these it raised the expected spend, the mean size of what it came to in money, and the feature that most often did most
+    of it.
 
     Args:
         scores: rows of SCORES of one night.
@@ -60,11 +61,14 @@ def reasons(scores: DataFrame) -> DataFrame:
     size = F.col("contribution")
     return (
         scores.select(F.inline("reasons"))
-        .groupBy("feature")
+        # nights of before have none
+        .filter("group IS NOT NULL")
+        .groupBy("group")
         .agg(
             F.count(F.lit(1)).alias("users"),
             F.count_if(size > 0).alias("raised"),
             F.avg(F.abs(size)).alias("contribution"),
+            F.mode("feature").alias("feature"),
         )
     )
 
