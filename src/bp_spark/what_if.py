@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 
 import numpy as np
 import pandas as pd
@@ -42,10 +42,11 @@ class Comparison:
 
 
 def one_more_order(at: datetime, times: float = 1.0) -> Change:
-    """The user's last order before ``at`` once more at that time (UTC), its amounts and quantities multiplied by ``times``."""
+    """The user's last order before ``at`` once more at that time, its amounts and quantities multiplied by ``times``; a time
+    without a zone is of UTC."""
 
     def change(events: DataFrame) -> DataFrame:
-        when = F.lit(at).cast("timestamp")
+        when = F.lit(at if at.tzinfo else at.replace(tzinfo=UTC)).cast("timestamp")
         orders = events.filter((F.col("kind") == "purchase") & (F.col("ts") < when) & (F.col("amount") > 0))
         last = orders.agg(F.max_by("order_id", F.struct("ts", "order_id")).alias("order_id")).filter(
             "order_id IS NOT NULL"

@@ -145,9 +145,11 @@ def _stages(lakehouse: Lakehouse, tonight: Row, nights: Collection[Row]) -> list
 
 def _history(nights: Collection[Row], distribution: pd.DataFrame, score_date: date) -> pd.DataFrame:
     """The newest scoring of each night up to this one: as recorded then, and the nights of ``distribution`` as they are."""
-    found = {row["score_date"]: row.asDict() for row in nights if row["score_date"] <= score_date}
+    found: dict[Any, dict[str, Any]] = {
+        row["score_date"]: row.asDict() for row in nights if row["score_date"] <= score_date
+    }
     for day, sums in distribution.groupby("score_date")[["users", "expected_spend"]].sum().iterrows():
-        found[day] = {"score_date": day, "bundle": "", **found.get(day, {}), **sums}
+        found[day] = {"score_date": day, "bundle": "", **found.get(day, {}), **sums.to_dict()}
     # nights before this was recorded are left out
     told = [found[day] for day in sorted(found) if found[day]["expected_spend"] is not None][-HISTORY_NIGHTS:]
     history = pd.DataFrame(told, columns=["score_date", "expected_spend", "users", "bundle"])

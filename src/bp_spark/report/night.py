@@ -180,12 +180,14 @@ def _population(night: Night) -> list[Markup]:
 
 def _bins(rows: pd.DataFrame, smallest: int) -> list[float]:
     """Share of users in each bar, NaN where it is withheld; each level's sum is told elsewhere."""
-    counts = rows.groupby("bin")["users"].sum().reindex(range(0, 100, BIN), fill_value=0)
+    starts = range(0, 100, BIN)
+    users = rows.groupby("bin")["users"].sum().reindex(starts, fill_value=0)
+    counts = {start: int(users[start]) for start in starts}
     width = 100 // len(BEST_FIRST)
     levels = [range(start, start + width, BIN) for start in range(0, 100, width)]
-    hidden = withheld(counts.to_dict(), levels, smallest)
-    total = max(int(counts.sum()), 1)
-    return [math.nan if start in hidden else users / total for start, users in counts.items()]
+    hidden = withheld(counts, levels, smallest)
+    total = max(sum(counts.values()), 1)
+    return [math.nan if start in hidden else counts[start] / total for start in starts]
 
 
 def _risks(night: Night) -> Markup:
@@ -225,13 +227,13 @@ def _spend(night: Night) -> list[Markup]:
     history = night.history
     rows = [
         [
-            str(row.score_date),
-            f"{row.users:,}",
-            f"{row.expected_spend:,.0f}",
-            f"{row.expected_spend / max(row.users, 1):,.2f}",
-            row.bundle[:12],
+            str(row["score_date"]),
+            f"{row['users']:,}",
+            f"{row['expected_spend']:,.0f}",
+            f"{row['expected_spend'] / max(row['users'], 1):,.2f}",
+            row["bundle"][:12],
         ]
-        for row in history.iloc[::-1].head(14).itertuples()
+        for row in history.iloc[::-1].head(14).to_dict("records")
     ]
     headings = ["night", "users", night.spend_name, "mean of a user", "bundle"]
     table = page.table("Newest nights", headings, rows, words=(0, 4))
@@ -252,13 +254,13 @@ def _reasons(night: Night) -> list[Markup]:
     top = top.assign(split=~((fewer > 0) & (fewer < night.smallest)).any(axis=1))
     rows = [
         [
-            row.group,
-            f"{row.users / users:.1%}",
-            f"{row.raised / row.users:.0%}" if row.split else "*",
-            f"{row.contribution:,.2f}",
-            night.meanings.get(row.feature, "–"),
+            row["group"],
+            f"{row['users'] / users:.1%}",
+            f"{row['raised'] / row['users']:.0%}" if row["split"] else "*",
+            f"{row['contribution']:,.2f}",
+            night.meanings.get(row["feature"], "–") if row["feature"] else "order and content of recent events",
         ]
-        for row in top.itertuples()
+        for row in top.to_dict("records")
     ]
     chart, says = _reasons_chart(top, users), "Share of users, by whether it raised or lowered the expected spend."
     headings = ["group of features", "users", "raised of them", f"mean size, {night.currency}", "most often above all"]
@@ -282,7 +284,10 @@ def _quality(night: Night) -> list[Markup]:
         body.append(page.paragraph("Nothing new was delivered and cleaned since the night before."))
     if night.refused is not None and len(night.refused):
         found = night.refused.sort_values(["rows", "source", "rule"], ascending=[False, True, True])
-        rows = [[row.rule, row.source, _count(row.tonight), _count(row.rows)] for row in found.itertuples()]
+        rows = [
+            [row["rule"], row["source"], _count(row["tonight"]), _count(row["rows"])]
+            for row in found.to_dict("records")
+        ]
         body.append(
             page.table(
                 "Rows in quarantine",
@@ -295,10 +300,10 @@ def _quality(night: Night) -> list[Markup]:
     elif night.refused is not None:
         body.append(page.paragraph("Quarantine is empty."))
     rows = []
-    for row in night.freshness.sort_values(["newest", "kind"], ascending=[False, True]).itertuples():
-        late = (night.score_date - row.newest).days - 1
+    for row in night.freshness.sort_values(["newest", "kind"], ascending=[False, True]).to_dict("records"):
+        late = (night.score_date - row["newest"]).days - 1
         state = page.badge("up to date", "good") if not late else page.badge(f"{late} days behind", "warn")
-        rows.append([row.kind, str(row.newest), state, _count(row.last_day), _count(row.events)])
+        rows.append([row["kind"], str(row["newest"]), state, _count(row["last_day"]), _count(row["events"])])
     day = night.score_date - timedelta(days=1)
     headings = ["events", "newest day", "", f"on {day}", f"in {FRESH_DAYS} days"]
     body.append(
@@ -320,15 +325,15 @@ def _drift(found: pd.DataFrame, smallest: int) -> list[Markup]:
     headings = ["subject", "metric", "against", "value", "threshold", "", "note"]
     rows = [
         [
-            row.subject,
-            row.metric,
-            row.against or "–",
-            _figure(row.value),
-            _figure(row.threshold),
-            _beyond(row.broken),
-            row.note or "",
+            row["subject"],
+            row["metric"],
+            row["against"] or "–",
+            _figure(row["value"]),
+            _figure(row["threshold"]),
+            _beyond(row["broken"]),
+            row["note"] or "",
         ]
-        for row in shown.head(_SHOWN_WATCHED).itertuples()
+        for row in shown.head(_SHOWN_WATCHED).to_dict("records")
     ]
     caption = _caption("Figures that are watched", len(rows), len(judged))
     return [*body, page.table(caption, headings, rows, words=(0, 1, 2, 5), sentences=(6,))] if rows else body
@@ -345,16 +350,16 @@ def _fairness(found: pd.DataFrame, smallest: int) -> list[Markup]:
     rows = [
         [
             *(
-                row.segment,
-                row.group,
-                f"{row.users:,}" + (" (few)" if row.small else ""),
-                row.metric,
-                _figure(row.value),
+                row["segment"],
+                row["group"],
+                f"{row['users']:,}" + (" (few)" if row["small"] else ""),
+                row["metric"],
+                _figure(row["value"]),
             ),
-            *(_figure(row.ratio), f"{_figure(row.ratio_low)} to {_figure(row.ratio_high)}"),
-            *(f"{_figure(row.threshold_low)} to {_figure(row.threshold_high)}", _beyond(row.broken)),
+            *(_figure(row["ratio"]), f"{_figure(row['ratio_low'])} to {_figure(row['ratio_high'])}"),
+            *(f"{_figure(row['threshold_low'])} to {_figure(row['threshold_high'])}", _beyond(row["broken"])),
         ]
-        for row in shown.head(_SHOWN_WATCHED).itertuples()
+        for row in shown.head(_SHOWN_WATCHED).to_dict("records")
     ]
     caption = _caption("Groups held against all other users", len(rows), len(judged))
     return [*body, page.table(caption, headings, rows, words=(0, 1, 3, 8))] if rows else body

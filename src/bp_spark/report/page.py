@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -219,7 +220,7 @@ def label(axes: Axes, x: str, y: str) -> None:
     axes.grid(color=GRID)
 
 
-def legend(axes: Axes, **where: object) -> None:
+def legend(axes: Axes, **where: Any) -> None:
     """The names of the series."""
     axes.legend(fontsize=10, frameon=False, labelcolor=INK, **where)
 
