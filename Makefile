@@ -37,9 +37,7 @@ test-thorough: install ## what CI tests by a few cases, by all: each write of a 
 
 notebooks: install ## the four notebooks on the demo's data, with what they show, to demo/notebooks
 	@mkdir -p demo/notebooks
-	@for notebook in notebooks/*.ipynb; do \
-		echo "$$notebook"; $(BIN)/jupyter-execute --output ../demo/notebooks/$$(basename $$notebook) $$notebook || exit 1; \
-	done
+	$(BIN)/jupyter-execute --output "../demo/notebooks/{notebook_name}.ipynb" notebooks/*.ipynb
 
 browser: # Debian's Chromium, for the test that opens a report; only where CI=true, nobody else's machine is changed
 	@if [ "$$CI" = true ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
