@@ -16,7 +16,6 @@ from bp_spark.config import Config
 from bp_spark.errors import DataError
 from bp_spark.features import catalogue, user_features
 from bp_spark.model.bundle import Bundle
-from bp_spark.what_if import Change
 from histories import AS_OF, embeddings_frame, events_frame, random_events, texts_frame
 
 USER = "user3"
@@ -35,28 +34,24 @@ def events(spark: SparkSession) -> DataFrame:
     return events_frame(spark, random_events(seed=5)).localCheckpoint()
 
 
-def features_of(events: DataFrame, settings: Config) -> DataFrame:
-    """The user's row, by way of everybody's days."""
-    spark = events.sparkSession
-    days = daily.user_daily(events, texts_frame(spark), embeddings_frame(spark), settings.features.history_length)
-    return user_features(days, [AS_OF], settings.features, "").filter(F.col("user_key") == USER)
+def test_another_past_gives_the_features_that_it_would_have_given(events: DataFrame, settings: Config) -> None:
+    def change(theirs: DataFrame) -> DataFrame:
+        silent = what_if.silent_since(AS_OF - timedelta(days=40))(theirs)
+        return what_if.one_more_order(EVENING, times=1.5)(silent)
 
-
-@pytest.mark.parametrize(
-    "change", [what_if.one_more_order(EVENING, times=1.5), what_if.silent_since(AS_OF - timedelta(days=40))]
-)
-def test_another_past_gives_the_features_that_it_would_have_given(
-    events: DataFrame, settings: Config, change: Change
-) -> None:
-    spark = events.sparkSession
-    theirs = events.filter(F.col("user_key") == USER)
-    real = events.filter(F.col("user_key") != USER).unionByName(change(theirs))
+    spark, length = events.sparkSession, settings.features.history_length
     tables = texts_frame(spark), embeddings_frame(spark)
-    days = daily.user_daily(events, *tables, settings.features.history_length).localCheckpoint()
-    imagined = what_if.other_past(events, days, *tables, USER, AS_OF, change, settings.features)
-    wanted = features_of(real, settings).drop("built_from").toPandas()
-    pd.testing.assert_frame_equal(imagined.drop("built_from").toPandas(), wanted)
-    assert wanted["input_digest"][0] != features_of(events, settings).toPandas()["input_digest"][0]
+    days = daily.user_daily(events, *tables, length).localCheckpoint()
+    imagined = what_if.other_past(events, days, *tables, USER, AS_OF, change, settings.features).toPandas()
+    theirs, others = events.filter(F.col("user_key") == USER), events.filter(F.col("user_key") != USER)
+    # as if it had been so: by way of everybody's days
+    real = daily.user_daily(others.unionByName(change(theirs)), *tables, length)
+    wanted = user_features(real, [AS_OF], settings.features, "imagined").filter(F.col("user_key") == USER).toPandas()
+    pd.testing.assert_frame_equal(imagined, wanted)
+    assert imagined["recency_days"].tolist() == [1]
+    # the 30 days are the imagined order's alone
+    assert imagined["orders_30d"].tolist() == [1]
+    assert len(imagined["seq_kind"][0]) > 1
 
 
 def test_one_more_order_is_the_last_one_again(events: DataFrame) -> None:
