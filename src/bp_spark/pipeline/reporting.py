@@ -148,8 +148,11 @@ def _history(nights: Collection[Row], distribution: pd.DataFrame, score_date: da
     found: dict[Any, dict[str, Any]] = {
         row["score_date"]: row.asDict() for row in nights if row["score_date"] <= score_date
     }
-    for day, sums in distribution.groupby("score_date")[["users", "expected_spend"]].sum().iterrows():
-        found[day] = {"score_date": day, "bundle": "", **found.get(day, {}), **sums.to_dict()}
+    for sums in (
+        distribution.groupby("score_date", as_index=False)[["users", "expected_spend"]].sum().to_dict("records")
+    ):
+        day = sums["score_date"]
+        found[day] = {"bundle": "", **found.get(day, {}), **{str(name): value for name, value in sums.items()}}
     # nights before this was recorded are left out
     told = [found[day] for day in sorted(found) if found[day]["expected_spend"] is not None][-HISTORY_NIGHTS:]
     history = pd.DataFrame(told, columns=["score_date", "expected_spend", "users", "bundle"])
