@@ -33,6 +33,8 @@ _TRANSACTIONS = "bp-spark"
 """Delta's ``txnAppId`` of this package's writes; a commit whose ``txnVersion`` is not above the table's is none."""
 _CREATION_S = 10
 """How long a table's folder may be there before its first commit."""
+_CLOCKS_APART_S = 1
+"""How far the clocks of the driver and of the store may be apart."""
 _LISTED_VALUES = 200
 _FILES_A_MONTH = 32
 
@@ -639,8 +641,15 @@ class Lakehouse:
                 raise ConflictError(self._named(table.name)) from None
             return self.version(table.name)
         kept = {key: value for key, value in note.items() if key not in ("version", "write")}
-        nothing = self.spark.range(0).select(*map(_typed_null, table.schema.fields))
-        return self.append(table, nothing, note=kept, after=note["version"])
+        return self.append(table, self._nothing(table), note=kept, after=note["version"])
+
+    def outdate(self, table: Table, claim: int) -> None:
+        """Let no run write a table that is written under claims, ``after`` an older one than this."""
+        kept = {key: value for key, value in self.note(table.name).items() if key not in ("version", "write")}
+        self.append(table, self._nothing(table), note=kept, after=claim)
+
+    def _nothing(self, table: Table) -> DataFrame:
+        return self.spark.range(0).select(*map(_typed_null, table.schema.fields))
 
     def merge(
         self,
@@ -704,27 +713,40 @@ class Lakehouse:
         """
         rows = self.read(name).alias("t").join(gone.alias("s"), F.expr(same), "left_semi").count()
         if rows:
-            self._delta(name).alias("t").merge(gone.alias("s"), same).whenMatchedDelete().execute()
+            with explained(self._named(name)):
+                self._delta(name).alias("t").merge(gone.alias("s"), same).whenMatchedDelete().execute()
         return rows
 
     def delete(self, name: str, condition: str) -> int:
         """Delete the rows that meet a SQL condition in one commit, as :meth:`erase` does; returns how many."""
         rows = self.read(name).filter(condition).count()
         if rows:
-            self._delta(name).delete(condition)
+            with explained(self._named(name)):
+                self._delta(name).delete(condition)
         return rows
+
+    def fence(self, name: str) -> None:
+        """End all writes of a table that are under way: Delta lets none commit that began before a change of the metadata."""
+        told = f"'bp-spark.fence' = {_literal(uuid.uuid4().hex)}"
+        with explained(self._named(name)):
+            self.spark.sql(f"ALTER TABLE {self._sql_name(name)} SET TBLPROPERTIES ({told})")
 
     def vacuum(self, name: str) -> None:
         """Remove all files that the newest version doesn't need, those of the change feed too: older versions are gone then.
 
-        Without a commit of its own: to stages that look at a table's version nothing has changed.
+        Other jobs may run. Who reads an older version, or writes when this is called, ends with an error; what they write
+        later is left alone. The files are looked up in the log first, so that none which is not committed yet goes. Then a
+        fence ends the writes under way, and what they and killed runs left in the folder goes too.
         """
         settings = {
             "spark.databricks.delta.retentionDurationCheck.enabled": "false",
             "spark.databricks.delta.vacuum.logging.enabled": "false",
         }
-        with with_settings(self.spark, settings):
-            self._delta(name).vacuum(0)
+        with with_settings(self.spark, settings), explained(self._named(name)):
+            self.spark.sql(f"VACUUM {self._sql_name(name)} LITE RETAIN 0 HOURS")
+            began = time.time()
+            self.fence(name)
+            self._delta(name).vacuum((time.time() - began + _CLOCKS_APART_S) / 3600)
 
     def folders(self) -> list[str]:
         """Where all files of the tables are: one folder, or one of each table that the metastore manages."""
@@ -751,6 +773,9 @@ class Lakehouse:
         """The tables that are there."""
         known = [table.name for table in SHARED_TABLES] + ["user_features", "training_set", "pretraining_set"]
         return [name for name in known if self.exists(name)]
+
+    def _sql_name(self, name: str) -> str:
+        return f"delta.`{self.location(name).replace('`', '``')}`" if self._root is not None else self._identifier(name)
 
     def _identifier(self, name: str) -> str:
         return f"{_quoted(self.namespace)}.`{name}`"

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Scored, World, Write, another, assert_same_tables, hooked, tables
+from delta.exceptions import ConcurrentModificationException
+from harness import Scored, World, Write, another, assert_same_tables, copied, hooked, tables
 from pyspark.sql import SparkSession
 
+from bp_spark import pipeline
 from bp_spark.config import TablesConfig
-from bp_spark.errors import ConflictError
+from bp_spark.errors import BpSparkError, ConflictError
 from bp_spark.tables import Column, Lakehouse, Table
+from histories import SECRET
 
 NUMBERS = Table("numbers", "Numbers", (Column("n", "bigint", "Number"),), key=("n",))
 
@@ -65,6 +68,46 @@ def test_score_and_score_at_once_leave_one_whole_night(spark: SparkSession, unsc
     assert all(one == "done" or "another run wrote this table" in one for one in said)
     unscored.score(spark)
     assert_same_tables(unscored.lakehouse, unscored.undisturbed)
+
+
+@pytest.mark.slow
+def test_featurize_score_forget_and_optimize_at_once_come_to_what_they_do_one_by_one(
+    spark: SparkSession, world: World, night: Scored, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # forget searches the folders of work and reports too
+    monkeypatch.chdir(tmp_path)
+    alone = copied(spark, world.base, tmp_path / "alone")
+
+    def featurize(session: SparkSession, lakehouse: Path) -> object:
+        return world.platform.featurize(session, lakehouse)
+
+    def score(session: SparkSession, lakehouse: Path) -> object:
+        return Scored(world.platform, lakehouse, night.bundle, night.other, {}).score(session)
+
+    def forget(session: SparkSession, lakehouse: Path) -> object:
+        return pipeline.forget(session, world.platform.config(lakehouse), ["u3"])
+
+    def optimize(session: SparkSession, lakehouse: Path) -> object:
+        names = [path.name for path in (lakehouse / "bp").iterdir()]
+        return [session.sql(f"OPTIMIZE delta.`{lakehouse}/bp/{name}`").collect() for name in names]
+
+    def tried(job: Callable[[SparkSession, Path], object]) -> str:
+        try:
+            job(another(spark), fresh)
+        except (BpSparkError, ConcurrentModificationException) as error:
+            return type(error).__name__
+        return "done"
+
+    with ThreadPoolExecutor(4) as pool:
+        said = list(pool.map(tried, (featurize, score, forget, optimize)))
+    assert "done" in said
+    for lakehouse in (fresh, alone):
+        for job in (featurize, forget, featurize, score):
+            job(spark, lakehouse)
+    assert tables(fresh / "bp") == tables(alone / "bp")
+    left = spark.read.format("delta").load(f"{fresh}/bp/scores_latest").select("user_key").collect()
+    assert SECRET.key_of("u3") not in {row["user_key"] for row in left}
+    assert len(left) == world.undisturbed["user_features"][0] - 1
 
 
 def test_features_written_while_they_are_scored_do_not_mix_into_the_night(

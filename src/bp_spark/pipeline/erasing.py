@@ -1,7 +1,7 @@
 """Users forgotten, keys rotated, old rows deleted: in the newest version of each table, then in all files.
 
-Each is a run of steps that leave alone what is done already, so a run that was stopped is made whole by the next. Nothing
-else may write or read the tables meanwhile: the files of older versions go.
+Each is a run of steps that leave alone what is done already, so a run that was stopped is made whole by the next. Other jobs
+may run meanwhile: what they worked out before, they can't write any more, and end with an error; run them again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,20 @@ from bp_spark.errors import ConfigError, DataError
 from bp_spark.pipeline.featurizing import aggregate, clean, embed, require_same_secret
 from bp_spark.pipeline.run import Run, recorded
 from bp_spark.session import kept
-from bp_spark.tables import RAW_LOGS, RAW_TABLES, SCORES, SCORES_LATEST, USER_KEYS, Lakehouse
+from bp_spark.tables import (
+    DELIVERIES,
+    EVENTS,
+    QUARANTINE,
+    RAW_LOGS,
+    RAW_TABLES,
+    SCORES,
+    SCORES_LATEST,
+    TEXT_EMBEDDINGS,
+    TEXTS,
+    USER_DAILY,
+    USER_KEYS,
+    Lakehouse,
+)
 
 QUARANTINED_KEY = "get_json_object(t.row, '$.user_key')"
 """SQL of a row's user in ``quarantine``."""
@@ -64,6 +77,7 @@ def forget(spark: SparkSession, config: Config, user_ids: Sequence[str]) -> list
         known = lakehouse.read("user_keys")
         require_same_secret(lakehouse, secret)
         keys = F.broadcast(spark.createDataFrame([(secret.key_of(one),) for one in ids], "user_key string"))
+        _outdate(lakehouse)
         with run.stage("forget") as figures:
             figures["users"], figures["known"] = len(ids), known.join(keys, "user_key", "left_semi").count()
             for name in _tables_of_users(lakehouse):
@@ -165,6 +179,20 @@ def _require_all_raw_rows(config: Config, what: str) -> None:
             f"{what}: events are derived from the raw rows anew, but of these only {days} days are kept "
             "(privacy.retention_days.raw)"
         )
+
+
+def _outdate(lakehouse: Lakehouse) -> None:
+    """Refuse what other runs worked out of the tables so far, be it in memory still, from now on."""
+    claims = {
+        table.name: lakehouse.claim(table, lakehouse.note(table.name))
+        for table in (DELIVERIES, EVENTS, TEXTS, TEXT_EMBEDDINGS, USER_DAILY, SCORES_LATEST)
+        if lakehouse.exists(table.name)
+    }
+    for table in (*RAW_TABLES, USER_KEYS):
+        if lakehouse.exists(table.name):
+            lakehouse.outdate(table, claims["deliveries"])
+    if lakehouse.exists("quarantine"):
+        lakehouse.outdate(QUARANTINE, claims["events"])
 
 
 def _tables_of_users(lakehouse: Lakehouse) -> list[str]:
