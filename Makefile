@@ -5,7 +5,7 @@ AUDIT_VENV ?= .venv-audit
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-thorough bench-data bench-score bench-training bench-pretraining bench-sizes lint format lock audit sbom clean
+.PHONY: help install demo test test-fast test-thorough bench-data bench-score bench-training bench-pretraining bench-sizes notebooks browser lint format lock audit sbom clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -25,7 +25,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 demo: install ## the whole line on real data: features, training, metrics, scores
 	$(BIN)/bp-spark demo
 
-test: lint ## lint, types, import contract, all tests
+test: lint browser ## lint, types, import contract, all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: install ## all but the heavy tests
@@ -34,6 +34,17 @@ test-fast: install ## all but the heavy tests
 test-thorough: install ## what CI tests by a few cases, by all: each write of a night killed, 10,000 rows and settings of any kind
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m thorough tests
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_fuzz.py
+
+notebooks: install ## the four notebooks on the demo's data, with what they show, to demo/notebooks
+	@mkdir -p demo/notebooks
+	$(BIN)/jupyter-execute --output "../demo/notebooks/{notebook_name}.ipynb" notebooks/*.ipynb
+
+browser: # Debian's Chromium, for the test that opens a report; only where CI=true, nobody else's machine is changed
+	@if [ "$$CI" = true ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& ! command -v chromium >/dev/null && ! command -v chromium-browser >/dev/null && ! command -v google-chrome >/dev/null; then \
+		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium; } >/dev/null \
+			|| echo "make browser: Chromium can't be installed; the tests that need it are skipped" >&2; \
+	fi
 
 bench-data: install ## the data half against DuckDB, growth, a new day, dirt: JSON to standard output
 	$(BIN)/python -m bench.data

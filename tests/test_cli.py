@@ -39,6 +39,7 @@ def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.Compl
         "profile",
         "drift",
         "fairness",
+        "report",
         "explain-run",
         "explain-score",
         "reproduce",

@@ -467,7 +467,7 @@ class EvaluationConfig(Section):
     external_segment: str | None = None
     """Segment of ``raw_users`` that holds an ordered bracket, as income, to hold scores against; ``null`` for none."""
     reports: Folder = "reports"
-    """Folder of the reports of backtests."""
+    """Folder of the reports of backtests and nights."""
 
 
 class DriftConfig(Section):
@@ -621,6 +621,8 @@ class PrivacyConfig(Section):
     mask_texts: bool = True
     """Whether e-mail addresses, phone, card and id numbers and IBANs in queries and reviews are masked before they are
     stored."""
+    smallest_group: Positive = 10
+    """Of fewer users no figure is told in a night's report."""
     retention_days: RetentionConfig = RetentionConfig()
 
 

@@ -1167,6 +1167,12 @@ def _newest_version(table: DeltaTable) -> int:
         return int(newest[0])
 
 
+def whole(lakehouse: Lakehouse, table: Table) -> DataFrame:
+    """A table with all columns of today, NULL where it was written before there were any."""
+    none = lakehouse.spark.createDataFrame([], table.schema)
+    return none.unionByName(lakehouse.read(table.name), allowMissingColumns=True)
+
+
 def conform(df: DataFrame, table: Table) -> DataFrame:
     """``df`` with exactly the table's columns, in its order.
 

@@ -59,7 +59,7 @@ def backtest(
             before anything is trained; or no user has the bracket of ``evaluation.external_segment``.
     """
     # matplotlib takes a second to import: other stages don't pay for it
-    from bp_spark import report
+    from bp_spark.report import backtest as report
 
     horizon = timedelta(days=config.labels.horizon_days)
     lakehouse = Lakehouse(spark, config.tables)
