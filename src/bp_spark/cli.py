@@ -17,10 +17,11 @@ import typer
 from pyspark.sql import Row
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bp_spark import __version__, config, logs
 from bp_spark.config import Config
-from bp_spark.errors import BpSparkError
+from bp_spark.errors import BpSparkError, PlatformError
 from bp_spark.logs import LogFormat
 
 DEFAULT_CONFIG = Path("conf/default.yaml")
@@ -537,6 +538,31 @@ def demo(overrides: Overrides = None) -> None:
     _print(_rows_table(list(shown), [list(row) for row in examples.collect()], title=f"Ten of {night.users:,} scores"))
     where = settings.tables.path
     _print(f'Tables are in {where}; look around: bp-spark sql -c {DEMO_CONFIG} "SELECT * FROM bp.scores_latest"')  # noqa: S608
+
+
+@app.command()
+def doctor(overrides: Overrides = None, config_file: ConfigOption = None) -> None:
+    """Is this machine, or cluster, fit for a night? Java, Python, packages, memory, jars, folders, secret, a session.
+
+    Each finding is ok, warn or fail, with its remedy; ends with code 5 if one fails. On a cluster: spark-submit jobs/doctor.py,
+    with the settings of the night.
+
+    Example: bp-spark doctor tables.path=/data/lakehouse
+    """
+    settings = _settings(config_file, overrides)
+    from bp_spark import doctor as checks
+
+    findings = list(checks.examine(settings, lambda: _session(settings, "doctor")))
+    table = Table(title="doctor")
+    for heading in ("check", "", "found", "remedy"):
+        table.add_column(heading, overflow="fold")
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    for finding in findings:
+        status = Text(finding.status, style=colours[finding.status])
+        table.add_row(finding.check, status, Text(finding.found), Text(finding.remedy))
+    _print(table)
+    if failed := [finding.check for finding in findings if finding.status == "fail"]:
+        raise PlatformError(f"not fit for a night: {', '.join(failed)}; the table says what to do")
 
 
 @app.command()
