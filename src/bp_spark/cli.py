@@ -580,6 +580,10 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
     try:
         # ends the process itself, also after a usage error
         app([command, *given] if command else given, prog_name="bp-spark")
+    except SystemExit as end:
+        # Databricks takes any SystemExit of a task for a failure
+        if end.code:
+            raise
     except BpSparkError as error:
         logger.error("%s", error, extra={"fields": {"error": type(error).__name__, "exit_code": error.exit_code}})
         sys.exit(error.exit_code)
