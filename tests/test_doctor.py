@@ -181,7 +181,7 @@ def test_one_failure_ends_the_command_with_code_5(
     shown = capsys.readouterr().out
     assert "17.0 [is] missing" in shown
     assert "install it" in shown
+    # what only warns ends as any job that is done: without SystemExit, which Databricks takes for a failure
     monkeypatch.setattr(doctor, "examine", lambda *_: iter(said[1:]))
-    with pytest.raises(SystemExit) as ended:
-        cli.main("doctor", [])
-    assert ended.value.code == 0
+    cli.main("doctor", [])
+    assert "4g of 5 GiB" in capsys.readouterr().out
