@@ -1,7 +1,7 @@
 """Example for Airflow 3: the night, and the weekly training. Copy it to the DAGs folder and set the four constants.
 
 A run of the interval that ends on day D builds the features of D, from events before it, and scores D: so a night that was
-missed, or a backfill (``airflow backfill create --dag-id bp_spark_nightly --from-date ... --to-date ...``), is as of its own day.
+missed, or a backfill (``airflow backfill create --dag-id bp_spark_nightly --from-date ... --to-date ...``), is as of its day.
 Where the workers of Airflow have no spark-submit, put the way to a machine that has one before it in SUBMIT (``ssh``).
 
 Secrets stay with the jobs: SETTINGS names where they are (privacy.secret=file:...), and no command or log of Airflow shows one.
