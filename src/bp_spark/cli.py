@@ -663,5 +663,5 @@ def _cell(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_cell(item) for item in value)
     if isinstance(value, Row) and "contribution" in value:
-        return f"{value['feature']}={_cell(value['value'])} ({value['contribution']:+.2f})"
+        return f"{value['group']} {value['contribution']:+,.2f}"
     return str(value)
