@@ -171,6 +171,8 @@ def machine_memory() -> int:
 
 def delta_jars(_: Config) -> Finding:
     """Delta's jars: on this machine, or to be fetched by the first session."""
+    if _on_databricks():
+        return Finding("Delta jars", "ok", "the runtime's own")
     for folder in (session.spark_jars(), Path.home() / _IVY_JARS):
         if session.has_delta_jars(folder):
             return Finding("Delta jars", "ok", f"{session.DELTA_PACKAGE} in {folder}")
@@ -335,7 +337,11 @@ def _submitted() -> bool:
 
 def _others_own() -> Status:
     """Of what differs: Databricks brings its own Python, Spark and Delta (conf/databricks)."""
-    return "warn" if "DATABRICKS_RUNTIME_VERSION" in os.environ else "fail"
+    return "warn" if _on_databricks() else "fail"
+
+
+def _on_databricks() -> bool:
+    return "DATABRICKS_RUNTIME_VERSION" in os.environ
 
 
 def _first_line(error: Exception) -> str:
