@@ -161,10 +161,15 @@ def test_a_session_that_does_not_start_is_a_finding(settings: Config) -> None:
     assert (found.status, found.found) == ("fail", "no Delta Lake")
 
 
-def test_a_store_that_cannot_be_reached_is_a_finding(spark: SparkSession, settings: Config) -> None:
-    elsewhere = config.load(overrides=["tables.path=nowhere://bucket/lakehouse"])
+@pytest.mark.parametrize("scheme", ["nowhere", "s3a"])
+def test_an_address_that_spark_has_no_connector_for_is_told_with_the_remedy(
+    spark: SparkSession, settings: Config, scheme: str
+) -> None:
+    elsewhere = config.load(overrides=[f"tables.path={scheme}://bucket/lakehouse"])
     found = list(doctor.in_session(elsewhere, lambda: spark))[-1]
     assert (found.check, found.status) == ("Delta table", "fail")
+    assert f"can't read {scheme} addresses" in found.found
+    assert "conf/object-stores.md" in found.found
 
 
 def test_one_failure_ends_the_command_with_code_5(

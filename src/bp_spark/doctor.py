@@ -26,6 +26,7 @@ import bp_spark
 from bp_spark import privacy, session, texts
 from bp_spark.config import Config
 from bp_spark.errors import BpSparkError
+from bp_spark.failures import explained
 from bp_spark.model import signing
 
 PACKAGE = "bp-spark"
@@ -271,7 +272,8 @@ def in_session(config: Config, start: Callable[[], SparkSession]) -> Iterator[Fi
 
 def _guarded(check: str, of: Callable[..., Finding], *arguments: Any) -> Finding:
     try:
-        return of(*arguments)
+        with explained():
+            return of(*arguments)
     except Exception as error:
         return Finding(check, "fail", _first_line(error), "see the lines of Spark above")
 
