@@ -8,6 +8,7 @@ once; its Python workers map the same files into memory.
 from __future__ import annotations
 
 import atexit
+import gc
 import math
 import shutil
 import tempfile
@@ -398,6 +399,8 @@ def _load_once(name: str, digest: str) -> Bundle:
         if bundle.digest != digest:
             raise BundleError(f"{bundle.folder}: is bundle {bundle.digest[:12]}, not the one sent, {digest[:12]}")
         _loaded[digest] = bundle
+        # a worker collects garbage after each task: without this it would look at all objects of all libraries each time
+        gc.freeze()
     fit_to_task(_loaded[digest], TaskContext.get())
     return _loaded[digest]
 
