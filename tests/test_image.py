@@ -81,6 +81,8 @@ def _wheel(folder: Path) -> str:
 def _install_as_here(prefix: Path) -> None:
     """What ``pip install -r requirements.lock`` would leave, as links to this environment; this project is not in the lock."""
     site = prefix / "venv/lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+    for older in site.glob("setuptools-*"):
+        shutil.rmtree(older)
     for entry in SITE.iterdir():
         if entry.name.startswith((*OWN, "pip")) or entry.name == "pyspark":
             continue
