@@ -14,11 +14,12 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 from packaging.requirements import Requirement
 from pyspark.sql import DataFrame, SparkSession
 
@@ -282,11 +283,7 @@ def _workers(spark: SparkSession) -> Finding:
     """Which Python and package the executors have."""
     tasks = spark.sparkContext.defaultParallelism
 
-    def versions(batches: Iterator[Any]) -> Iterator[Any]:
-        import pandas as pd
-
-        import bp_spark
-
+    def versions(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         for _ in batches:
             yield pd.DataFrame({"python": [sys.version.split()[0]], "package": [bp_spark.__version__]})
 
