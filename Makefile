@@ -2,10 +2,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 AUDIT_VENV ?= .venv-audit
+AIRFLOW_VENV ?= .venv-airflow
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-thorough bench-data bench-score bench-training bench-pretraining bench-sizes notebooks browser lint format lock audit sbom clean
+.PHONY: help install demo test test-fast test-thorough bench-data bench-score bench-training bench-pretraining bench-sizes notebooks browser lint format lock audit sbom clean check-airflow
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -25,7 +26,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 demo: install ## the whole line on real data: features, training, metrics, scores
 	$(BIN)/bp-spark demo
 
-test: lint browser ## lint, types, import contract, all tests
+test: lint check-airflow browser ## lint, types, import contract, all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: install ## all but the heavy tests
@@ -61,11 +62,21 @@ bench-pretraining: demo ## the transformer with and without pre-training, by sha
 bench-sizes: install ## weights and milliseconds of the network in each size, on one thread: JSON to standard output
 	$(BIN)/python -m bench.sizes
 
-lint: install ## ruff, mypy, import contract
+lint: install ## ruff, mypy, import contract, the Dockerfile and the compose file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+
+$(AIRFLOW_VENV)/.installed: requirements-airflow.lock
+	$(PYTHON) -m venv --clear $(AIRFLOW_VENV)
+	$(AIRFLOW_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes -r requirements-airflow.lock
+	@touch $@
+
+check-airflow: $(AIRFLOW_VENV)/.installed ## the example DAGs of conf/airflow in a real Airflow, in an environment of its own
+	$(AIRFLOW_VENV)/bin/python tests/airflow_dags.py
 
 format: install ## apply ruff's format and fixes
 	$(BIN)/ruff format .
@@ -90,6 +101,8 @@ lock: ## resolve requirements.lock anew (needs uv)
 		--custom-compile-command "make lock" pyproject.toml --output-file requirements.lock
 	uv pip compile --quiet --python-version 3.11 --group audit --generate-hashes --no-emit-index-url \
 		--custom-compile-command "make lock" --output-file requirements-audit.lock
+	uv pip compile --quiet --python-version 3.11 --group airflow --generate-hashes --no-emit-index-url \
+		--custom-compile-command "make lock" --output-file requirements-airflow.lock
 
 clean: ## remove what the demo wrote
 	rm -rf demo

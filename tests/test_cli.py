@@ -51,6 +51,7 @@ def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.Compl
         "rotate-keys",
         "retain",
         "features",
+        "doctor",
         "demo",
     ],
 )
@@ -58,6 +59,15 @@ def test_help_teaches_each_command(command: str) -> None:
     result = run("bp-spark", command, "--help")
     assert result.returncode == 0
     assert "KEY=VALUE" in result.stdout
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    def completed(words: str, position: int) -> list[str]:
+        asked = {"_BP_SPARK_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(position)}
+        return run("bp-spark", **asked).stdout.split()
+
+    assert completed("bp-spark fea", 1) == ["featurize", "features"]
+    assert completed("bp-spark score --da", 2) == ["--date"]
 
 
 def test_an_unknown_key_is_one_clear_error() -> None:

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from bp_spark import __version__, config, logs
 from bp_spark.config import Config
-from bp_spark.errors import BpSparkError, DriftError
+from bp_spark.errors import BpSparkError, DriftError, PlatformError
 from bp_spark.logs import LogFormat
 
 if TYPE_CHECKING:
@@ -651,6 +651,31 @@ def demo(overrides: Overrides = None) -> None:
 
 
 @app.command()
+def doctor(overrides: Overrides = None, config_file: ConfigOption = None) -> None:
+    """Is this machine, or cluster, fit for a night? Java, Python, packages, memory, jars, folders, secret, a session.
+
+    Each finding is ok, warn or fail, with its remedy; ends with code 5 if one fails. On a cluster: spark-submit jobs/doctor.py,
+    with the settings of the night.
+
+    Example: bp-spark doctor tables.path=/data/lakehouse
+    """
+    settings = _settings(config_file, overrides)
+    from bp_spark import doctor as checks
+
+    findings = list(checks.examine(settings, lambda: _session(settings, "doctor")))
+    table = Table(title="doctor")
+    for heading in ("check", "", "found", "remedy"):
+        table.add_column(heading, overflow="fold")
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    for finding in findings:
+        status = Text(finding.status, style=colours[finding.status])
+        table.add_row(finding.check, status, Text(finding.found), Text(finding.remedy))
+    _print(table)
+    if failed := [finding.check for finding in findings if finding.status == "fail"]:
+        raise PlatformError(f"not fit for a night: {', '.join(failed)}; the table says what to do")
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     _print(__version__)
@@ -665,6 +690,10 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
     try:
         # ends the process itself, also after a usage error
         app([command, *given] if command else given, prog_name="bp-spark")
+    except SystemExit as end:
+        # Databricks takes any SystemExit of a task for a failure
+        if end.code:
+            raise
     except BpSparkError as error:
         logger.error("%s", error, extra={"fields": {"error": type(error).__name__, "exit_code": error.exit_code}})
         sys.exit(error.exit_code)

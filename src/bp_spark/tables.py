@@ -6,6 +6,8 @@ In: a DataFrame and a :class:`Table`. Out: a Delta table whose rows of one date 
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +15,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from delta.tables import DeltaTable, DeltaTableBuilder
 from py4j.protocol import Py4JError
+from pyarrow import fs
 from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -1189,6 +1193,23 @@ def conform(df: DataFrame, table: Table) -> DataFrame:
             raise DataError(table.name, f"must be {wanted}, is {found}", column=field.name)
         selected.append(F.col(field.name).alias(field.name, metadata=field.metadata))
     return df.select(*selected)
+
+
+def file_system(address: str) -> tuple[Any, str]:
+    """What pyarrow reads a folder or an object-store address by, and the path in it.
+
+    Of S3 the variable ``AWS_ENDPOINT_URL`` is obeyed, as Spark and deltalake obey it: pyarrow 14 doesn't know it.
+    """
+    if "://" not in address:
+        return fs.LocalFileSystem(), address.removeprefix("file:")
+    address = re.sub("^s3[an]:", "s3:", address)
+    store = urlsplit(os.environ.get("AWS_ENDPOINT_URL", ""))
+    if address.startswith("s3:") and store.netloc:
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        found = fs.S3FileSystem(endpoint_override=store.netloc, scheme=store.scheme, region=region)
+        return found, address.removeprefix("s3://")
+    system, path = fs.FileSystem.from_uri(address)
+    return system, path
 
 
 def _typed_null(field: StructField) -> SparkColumn:
