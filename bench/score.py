@@ -53,6 +53,7 @@ from bp_spark.model import bundle as bundles
 from bp_spark.model.btyd import BtydMember
 from bp_spark.model.bundle import Bundle
 from bp_spark.model.columns import from_arrow
+from bp_spark.model.explanation import Explanation
 from bp_spark.model.fusion import Curve, Fusion
 from bp_spark.model.history import HistoryEncoder
 from bp_spark.model.horizons import EXPECTED, Horizons, Ratio
@@ -156,11 +157,25 @@ def make_bundles(folder: Path, settings: Config, texts: int) -> dict[str, Bundle
     frame = pd.DataFrame({name: rng.gamma(2, 20, 2000) for name in members}).assign(label_spend=rng.gamma(2, 20, 2000))
     horizons = Horizons(90, tuple(Ratio(days, EXPECTED, Curve((0.0, 8.0), (0.9, 1.1))) for days in others))
     made = {}
+    columns = {name: values[:, place] for place, name in enumerate(features.names)}
+    said = {name: frame[name].to_numpy() for name in members}
     for name, chosen in (("network", ("transformer",)), ("whole", tuple(members))):
+        fusion = Fusion.fit(frame, FusionConfig(members=chosen))
+        explanation = Explanation.fit(
+            {column: some[:2000] for column, some in columns.items()},
+            said,
+            np.arange(2000),
+            list(members.values()),
+            fusion,
+            features.groups,
+            seed=SEED,
+            threads=1,
+        )
         made[name] = bundles.write(
             folder / name,
             [members[member] for member in chosen],
-            Fusion.fit(frame, FusionConfig(members=chosen)),
+            fusion,
+            explanation=explanation if name == "whole" else None,
             inputs={"tabular": features.names, "history": HISTORY_COLUMNS},
             lineage={},
             metrics={},

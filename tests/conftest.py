@@ -12,7 +12,7 @@ from pyspark.sql import SparkSession
 
 from bp_spark import config
 from bp_spark.config import Config
-from bp_spark.session import get_session
+from bp_spark.session import MODEL_MODULES, get_session
 from bp_spark.tables import Lakehouse
 from histories import SECRET
 
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def spark() -> Iterator[SparkSession]:
-    session = get_session(config.load(), "bp-spark tests")
+    session = get_session(config.load(), "bp-spark tests", MODEL_MODULES)
     session.sparkContext.setLogLevel("OFF")
     for key, value in TEST_SETTINGS.items():
         session.conf.set(key, value)

@@ -140,6 +140,9 @@ def test_scores_keep_their_promises_row_by_row(line: Line) -> None:
     assert set(night["risk_level"]) <= {"low", "medium", "high"}
     assert (night["bundle_digest"] == line.trained.bundle.digest).all()
     assert (night["reasons"].map(len) == scoring.REASONS).all()
+    listed = night["reasons"].map(lambda reasons: sum(reason["contribution"] for reason in reasons))
+    summed = night["base_spend"] + listed + night["other_reasons"]
+    np.testing.assert_allclose(summed, night["expected_spend"], rtol=1e-6, atol=1e-6)
     by_days = pd.DataFrame([dict(row) for row in night["expected_by_horizon"]])
     assert list(by_days.columns) == [30, 90, 120]
     assert (by_days[90] == night["expected_spend"]).all()

@@ -28,6 +28,7 @@ DEMO_CONFIG = Path("conf/demo.yaml")
 DEMO_DATE = "2017-10-03"
 DEMO_SECRET = "the Complete Journey is public: nothing to hide"  # noqa: S105
 EXAMPLE_ROWS = 10
+MODEL_COMMANDS = ("train", "backtest", "search", "score", "reproduce", "demo")
 
 logger = logging.getLogger(__name__)
 
@@ -570,9 +571,9 @@ def _settings(path: Path | None, overrides: Sequence[str] | None) -> Config:
 
 
 def _session(settings: Config, command: str) -> Any:
-    from bp_spark.session import get_session
+    from bp_spark.session import MODEL_MODULES, get_session
 
-    return get_session(settings, f"bp-spark {command}")
+    return get_session(settings, f"bp-spark {command}", MODEL_MODULES if command in MODEL_COMMANDS else ())
 
 
 def _print(what: Any) -> None:
@@ -633,5 +634,5 @@ def _cell(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_cell(item) for item in value)
     if isinstance(value, Row) and "contribution" in value:
-        return f"{value['feature']}={_cell(value['value'])} ({value['contribution']:+.2f})"
+        return f"{value['group']} {value['contribution']:+,.2f}"
     return str(value)

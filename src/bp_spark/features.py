@@ -44,6 +44,7 @@ class Feature:
         description: what it is, in words an analyst reads.
         unit: currency, orders, items, days, share, ...
         window: the days before the as-of date that it sees.
+        group: what kind of thing it tells; reasons are given by group.
         scale: ``log`` for heavy-tailed amounts and counts (models take its signed log1p), else ``linear``.
     """
 
@@ -52,6 +53,7 @@ class Feature:
     description: str
     unit: str
     window: str
+    group: str
     scale: Literal["log", "linear"] = "linear"
 
 
@@ -67,11 +69,17 @@ class Catalogue:
         """Feature columns, in table order."""
         return tuple(feature.name for feature in self.features)
 
+    @property
+    def groups(self) -> dict[str, str]:
+        """Feature -> group, in table order."""
+        return {feature.name: feature.group for feature in self.features}
+
 
 class _Builder:
     def __init__(self) -> None:
         self.features: list[Feature] = []
         self.aggregates: dict[str, str] = {}
+        self.group = ""
 
     def total(self, measure: str, days: int) -> str:
         """Name of the sum of a daily measure over the last ``days`` days."""
@@ -91,24 +99,36 @@ class _Builder:
         scale: Literal["log", "linear"] = "linear",
     ) -> None:
         span = f"{window} days" if isinstance(window, int) else window
-        self.features.append(Feature(name, expression, description, unit, span, scale))
+        self.features.append(Feature(name, expression, description, unit, span, self.group, scale))
 
 
 def catalogue(config: FeaturesConfig) -> Catalogue:
     """All features for the configured windows."""
     b = _Builder()
+    b.group = "recency, frequency, value"
     _recency_frequency_monetary(b)
+    b.group = "recent purchases"
     _windows(b, config.windows)
     _decayed(b)
+    b.group = "rhythm of purchases"
     _gaps(b)
+    b.group = "weekly spend"
     _weekly(b)
+    b.group = "order values"
     _order_values(b)
+    b.group = "discounts and prices"
     _discounts_and_prices(b)
+    b.group = "shopping times"
     _habits(b)
+    b.group = "season"
     _season(b)
+    b.group = "categories"
     _categories(b)
+    b.group = "browsing and carts"
     _behaviour(b)
+    b.group = "searches"
     _searches(b)
+    b.group = "reviews"
     _reviews(b)
     return Catalogue(tuple(b.features), b.aggregates)
 

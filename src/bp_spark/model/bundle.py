@@ -1,10 +1,10 @@
 """The artefact of training: a folder of plain files that scores users, proves itself unchanged and says where
 it is from.
 
-``manifest.json`` names every other file with its size and SHA-256, the input columns, the members, the
-fusion, the other horizons, the metrics and the lineage. A bundle is written beside its place and renamed into it, never changed
-afterwards, and refused when a single bit differs. Nothing in it is ever unpickled. Digests tell damage; who wrote a bundle is
-told by a signature, ``manifest.sig``, where keys are set (see :mod:`bp_spark.model.signing`).
+``manifest.json`` names every other file with its size and SHA-256, the input columns, the members, the fusion, the other
+horizons, the explanation, the metrics and the lineage. A bundle is written beside its place and renamed into it, never
+changed afterwards, and refused when a single bit differs. Nothing in it is ever unpickled. Digests tell damage; who wrote a
+bundle is told by a signature, ``manifest.sig``, where keys are set (see :mod:`bp_spark.model.signing`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 import bp_spark
 from bp_spark.errors import BundleError
 from bp_spark.model.columns import Columns
+from bp_spark.model.explanation import Explanation
 from bp_spark.model.fusion import Fusion
 from bp_spark.model.horizons import Horizons
 from bp_spark.model.members import Member, load_member, predict_all
@@ -32,7 +33,7 @@ from bp_spark.model.members import Member, load_member, predict_all
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
 CURRENT = "current"
@@ -50,6 +51,7 @@ _KEYS: dict[str, type] = {
     "inputs": dict,
     "members": list,
     "fusion": dict,
+    "explanation": dict,
     "metrics": dict,
     "lineage": dict,
     "files": dict,
@@ -67,16 +69,24 @@ class Bundle:
         members: the fitted members by name.
         fusion: what joins them.
         horizons: what tells of other horizons.
+        explanation: what takes predictions apart; ``None`` in a bundle that gives no reasons.
     """
 
     def __init__(
-        self, folder: Path, manifest: Mapping[str, Any], members: Sequence[Member], fusion: Fusion, horizons: Horizons
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        members: Sequence[Member],
+        fusion: Fusion,
+        horizons: Horizons,
+        explanation: Explanation | None,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.members = {member.name: member for member in members}
         self.fusion = fusion
         self.horizons = horizons
+        self.explanation = explanation
 
     @property
     def digest(self) -> str:
@@ -125,6 +135,20 @@ class Bundle:
         members = {f"member_{name}": predictions[name] for name in self.members}
         return members | answers | {"expected_by_horizon": np.stack(list(by_horizon.values()), axis=1)}
 
+    def explain(self, columns: Columns, predicted: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:
+        """Take predictions apart; see :class:`bp_spark.model.explanation.Explanation`.
+
+        Args:
+            predicted: what :meth:`predict` said of the same users.
+
+        Raises:
+            BundleError: the bundle gives no reasons.
+        """
+        if self.explanation is None:
+            raise BundleError(f"{self.folder}: gives no reasons")
+        predictions = {name: predicted[f"member_{name}"] for name in self.fusion.members}
+        return self.explanation(columns, predictions, self.members, self.fusion)
+
 
 def write(
     folder: str | Path,
@@ -135,6 +159,7 @@ def write(
     inputs: Mapping[str, Sequence[str]],
     lineage: Mapping[str, Any],
     metrics: Mapping[str, Any],
+    explanation: Explanation | None = None,
     private_key: Ed25519PrivateKey | None = None,
 ) -> Bundle:
     """Write a bundle; it is there whole or not at all.
@@ -147,6 +172,7 @@ def write(
         inputs: input columns by group, such as ``{"tabular": [...], "history": [...]}``.
         lineage: where the model comes from: training set and version, configuration, run. Plain JSON values.
         metrics: how good it is. Plain JSON values; NaN is written as null.
+        explanation: what takes its predictions apart, if it is to give reasons.
         private_key: what to sign it with, if it is to be signed.
 
     Raises:
@@ -170,6 +196,8 @@ def write(
     try:
         for member in members:
             member.save(draft)
+        if explanation is not None:
+            explanation.save(draft)
         files = {path.name: _describe(path) for path in sorted(draft.iterdir())}
         for name in files:
             if not _NAME.fullmatch(name) or name in _OWN:
@@ -185,6 +213,7 @@ def write(
                 "inputs": inputs,
                 "members": names,
                 "fusion": fusion.to_json(),
+                "explanation": {} if explanation is None else explanation.to_json(),
                 "metrics": metrics,
                 "lineage": lineage,
                 "files": files,
@@ -204,7 +233,7 @@ def write(
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    return Bundle(folder, manifest, members, fusion, horizons)
+    return Bundle(folder, manifest, members, fusion, horizons, explanation)
 
 
 def load(folder: str | Path, public_key: Ed25519PublicKey | None = None) -> Bundle:
@@ -237,7 +266,10 @@ def load(folder: str | Path, public_key: Ed25519PublicKey | None = None) -> Bund
     if absent:
         raise BundleError(f"{folder / MANIFEST}: the fusion needs member {absent[0]!r}")
     horizons = Horizons.from_json(manifest["horizons"])
-    return Bundle(folder, manifest, [load_member(name, folder) for name in manifest["members"]], fusion, horizons)
+    told = manifest["explanation"]
+    explanation = Explanation.from_json(told, folder) if told else None
+    members = [load_member(name, folder) for name in manifest["members"]]
+    return Bundle(folder, manifest, members, fusion, horizons, explanation)
 
 
 def promote(bundles_dir: str | Path, bundle: Bundle) -> None:

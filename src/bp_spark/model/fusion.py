@@ -191,6 +191,10 @@ class Fusion:
         answers["risk_level"] = np.array(RISKS, dtype=object)[risk]
         return answers
 
+    def expected(self, root: np.ndarray) -> np.ndarray:
+        """Calibrated expected spend, float64 [rows], of the stack's root, float64 [rows]."""
+        return np.expm1(_calibrate(self.calibration, np.log1p(np.maximum(root, 0.0) ** 2)))
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file; floats come back bit for bit."""
         return as_json(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -23,6 +24,7 @@ from bp_spark.model import bundle as bundles
 from bp_spark.model import signing
 from bp_spark.model.btyd import fit_btyd
 from bp_spark.model.bundle import Bundle
+from bp_spark.model.explanation import Explanation
 from bp_spark.model.fusion import Fusion
 from bp_spark.model.horizons import MIN_ROWS, NETWORK, Horizons
 from bp_spark.model.inputs import InputSpec
@@ -82,7 +84,7 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
         fitted = fit_as_of(run, labels.cutoffs(first, test_date, config.labels), test_date)
         complete = last >= test_date + timedelta(days=config.labels.horizon_days)
         metrics = _metrics(fitted, complete)
-        bundle = _write_bundle(run, fitted, metrics)
+        bundle = _write_bundle(run, fitted, fit_explanation(run, fitted), metrics)
         if not metrics.empty:
             # before the bundle can score: a promoted one has its figures
             _record_metrics(run, metrics, bundle, test_date)
@@ -464,7 +466,29 @@ def _sample(rows: DataFrame, config: Config) -> DataFrame:
     return rows.filter(F.pmod(F.xxhash64("user_key"), F.lit(1_000_000)) < int(1_000_000 * most / total))
 
 
-def _write_bundle(run: Run, fitted: Fitted, metrics: pd.DataFrame) -> Bundle:
+def fit_explanation(run: Run, fitted: Fitted) -> Explanation:
+    """What takes predictions apart, learned from a sample of the training set; its error stands in ``runs``."""
+    config = run.config
+    with run.stage("explain") as figures:
+        frame = _sample(run.lakehouse.read("training_set", fitted.version), config).toPandas()
+        columns = {str(name): frame[name].to_numpy() for name in frame.columns}
+        members = [member for member in fitted.members if member.name in fitted.fusion.members]
+        explanation = Explanation.fit(
+            columns,
+            predict_all(members, columns),
+            frame["user_key"].to_numpy(),
+            members,
+            fitted.fusion,
+            features.catalogue(config.features).groups,
+            seed=config.training.seed,
+            threads=os.cpu_count() or 1,
+        )
+        figures["rows_in"] = len(frame)
+        figures["r_squared"] = f"{explanation.r_squared:.4f}"
+    return explanation
+
+
+def _write_bundle(run: Run, fitted: Fitted, explanation: Explanation, metrics: pd.DataFrame) -> Bundle:
     lakehouse, config, test_date = run.lakehouse, run.config, fitted.test_date
     catalogue = features.catalogue(config.features)
     inputs: dict[str, Sequence[str]] = {"tabular": catalogue.names}
@@ -490,6 +514,7 @@ def _write_bundle(run: Run, fitted: Fitted, metrics: pd.DataFrame) -> Bundle:
             inputs=inputs,
             lineage=lineage,
             metrics={"rows": metrics.to_dict("records")},
+            explanation=explanation,
             private_key=signing.private_key(config.signing),
         )
         figures["digest"] = bundle.digest
