@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-OUTSIDE = re.compile(r"\[([^]\n]+)\]\(\.\./[^)\n]+\)")
+OUTSIDE = re.compile(r"\[([^][]+)\]\(\.\./[^)\n]+\)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
