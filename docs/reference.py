@@ -105,8 +105,9 @@ def commands() -> str:
 def settings(text: str) -> Iterator[tuple[str, str, str]]:
     """Each setting and section of a commented YAML file: dotted key, default as written, meaning.
 
-    What lies below ``search.space`` are keys of a setting, not settings.
+    Keys inside of a setting's own value, as those of ``search.space``, are no settings.
     """
+    known = set(config._all_keys(Config))
     above: list[str] = []
     comment: list[str] = []
     for line in text.splitlines():
@@ -115,9 +116,8 @@ def settings(text: str) -> Iterator[tuple[str, str, str]]:
         elif found := SETTING.match(line):
             indent, name, default, remark = found.groups()
             above = [*above[: len(indent) // 2], name]
-            if above[:2] == ["search", "space"] and len(above) > 2:
-                continue
-            yield ".".join(above), default or "", " ".join(comment) or remark or ""
+            if (key := ".".join(above)) in known:
+                yield key, default or "", " ".join(comment) or remark or ""
             comment = []
         else:
             comment = []
@@ -146,9 +146,10 @@ def _values(described: Mapping[str, Any]) -> str:
         return " or ".join(_values(one) for one in described["anyOf"])
     if "enum" in described:
         return ", ".join(f"`{value}`" for value in described["enum"])
-    kind = described["type"]
+    kind = described.get("type", "object")
     if kind == "array":
-        return f"list of: {_values(described['items'])}"
+        parts = described.get("prefixItems") or [described["items"]]
+        return f"list of: {', '.join(_values(part) for part in parts)}"
     if kind == "object":
         return "mapping"
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
