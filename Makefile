@@ -6,7 +6,7 @@ AIRFLOW_VENV ?= .venv-airflow
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-thorough bench-data bench-score bench-training bench-pretraining bench-sizes notebooks browser lint format lock audit sbom clean check-airflow
+.PHONY: help install demo test test-fast test-thorough bench-data bench-score bench-training bench-pretraining bench-sizes notebooks browser lint format lock audit sbom clean check-airflow docs reference
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -61,6 +61,13 @@ bench-pretraining: demo ## the transformer with and without pre-training, by sha
 
 bench-sizes: install ## weights and milliseconds of the network in each size, on one thread: JSON to standard output
 	$(BIN)/python -m bench.sizes
+
+docs: install ## the documentation as a site, build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+reference: install ## the pages of docs/ that are written from the code
+	$(BIN)/python docs/reference.py
+	$(BIN)/bp-spark features > docs/features.md
 
 lint: install ## ruff, mypy, import contract, the Dockerfile and the compose file
 	$(BIN)/ruff check .

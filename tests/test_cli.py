@@ -116,7 +116,7 @@ def test_an_error_is_one_object_where_lines_are_asked_for_as_json() -> None:
 
 
 @pytest.mark.parametrize("error", [*BpSparkError.__subclasses__(), ZeroDivisionError], ids=lambda error: error.__name__)
-def test_a_job_ends_with_the_exit_code_that_the_readme_gives_its_error(
+def test_a_job_ends_with_the_exit_code_that_the_documentation_gives_its_error(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def app(*_: object, **__: object) -> None:
@@ -125,7 +125,7 @@ def test_a_job_ends_with_the_exit_code_that_the_readme_gives_its_error(
     monkeypatch.setattr(cli, "app", app)
     with pytest.raises(SystemExit) as ended:
         cli.main("score", [])
-    table = re.findall(r"^\| (\d) \| .+ \| (?:`(\w+)`)? *\|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    table = re.findall(r"^\| (\d) \| .+ \| (?:`(\w+)`)? *\|$", (ROOT / "docs/ops.md").read_text(encoding="utf-8"), re.M)
     assert (str(ended.value.code), error.__name__ if issubclass(error, BpSparkError) else "") in table
     assert len(table) == len({code for code, _ in table}) == len(BpSparkError.__subclasses__()) + 2
 

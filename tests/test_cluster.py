@@ -1,4 +1,4 @@
-"""The three jobs on a cluster: a standalone master, two worker processes, and ``spark-submit`` as the README gives it."""
+"""The three jobs on a cluster: a standalone master, two worker processes, and ``spark-submit`` as docs/cluster.md gives it."""
 
 from __future__ import annotations
 
