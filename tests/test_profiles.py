@@ -41,7 +41,7 @@ SETTINGS = [
     "features.windows=[30]",
     "profiles.window_days=100",
     "profiles.half_life_days=10",
-    "profiles.least_users=2",
+    "privacy.smallest_group=2",
     "profiles.region_segment=region",
 ]
 NAMES = [table.name for table in PROFILE_TABLES]
@@ -234,7 +234,7 @@ def test_a_user_has_only_so_many_categories(platform: Platform) -> None:
         platform.lakehouse.read(name) for name in ("scores", "user_features", "user_daily", "events")
     )
     now = (scores.filter(f"score_date = '{DAY}'"), features.filter(f"as_of_date = '{DAY}'"))
-    rows = profiles.category_affinity(*now, daily, events, DAY, few).collect()
+    rows = profiles.category_affinity(*now, daily, events, DAY, few, 2).collect()
     assert sorted((row["user_key"], row["rank"], row["category"]) for row in rows) == [
         ("a", 1, "Home > Garden"),
         ("a", 2, "Food > Dairy"),
@@ -405,7 +405,7 @@ def test_nothing_that_can_be_worked_out_from_segments_is_of_few_users(
     regions = spark.createDataFrame(
         [(f"u{n}", r) for n, r in enumerate(of_users["region"])], "user_key string, region string"
     )
-    found = profiles.market_segments(profile, regions, DAY, ProfilesConfig(least_users=k)).toPandas()
+    found = profiles.market_segments(profile, regions, DAY, k).toPandas()
     if users < k:
         assert found.empty
         return

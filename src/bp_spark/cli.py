@@ -242,7 +242,7 @@ def profile(
     score does so itself; this is for other settings of the section profiles, or another date. Tables whose inputs have not
     changed are left as they are.
 
-    Example: bp-spark profile profiles.region_segment=region profiles.least_users=20
+    Example: bp-spark profile profiles.region_segment=region privacy.smallest_group=20
     """
     settings = _settings(config_file, overrides)
     day = None if date is None else config.parse_date(date)

@@ -438,8 +438,6 @@ class ProfilesConfig(Section):
     """Variation of weekly spend from which it is one and two points of risk."""
     region_segment: str | None = None
     """Segment of ``raw_users`` that holds the region; ``null``: all users are in one."""
-    least_users: Positive = 10
-    """No cell of ``market_segments`` and no usual price stands for fewer users (k)."""
     phrases: PhrasesConfig = PhrasesConfig()
 
     @model_validator(mode="after")
@@ -501,8 +499,6 @@ class DriftConfig(Section):
 class FairnessConfig(Section):
     """The report by segments of ``raw_users``; see :mod:`bp_spark.fairness`. No setting makes a segment a feature."""
 
-    suppressed_below: Positive = 10
-    """Groups of fewer users are joined to one; if that has fewer too, nothing is said of it."""
     small_below: Positive = 100
     """Groups of fewer users are marked as small, and never alarm: their intervals say little."""
     min_ratio: float = Field(0.8, gt=0, lt=1)
@@ -622,7 +618,7 @@ class PrivacyConfig(Section):
     """Whether e-mail addresses, phone, card and id numbers and IBANs in queries and reviews are masked before they are
     stored."""
     smallest_group: Positive = 10
-    """Of fewer users no figure is told in a night's report."""
+    """Of fewer users no figure is told (k): in ``market_segments``, ``fairness``, a category's usual price, a night's report."""
     retention_days: RetentionConfig = RetentionConfig()
 
 

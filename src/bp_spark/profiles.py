@@ -53,7 +53,13 @@ _STEPS = 1_000_000
 
 
 def category_affinity(
-    scores: DataFrame, features: DataFrame, daily: DataFrame, events: DataFrame, day: date, config: ProfilesConfig
+    scores: DataFrame,
+    features: DataFrame,
+    daily: DataFrame,
+    events: DataFrame,
+    day: date,
+    config: ProfilesConfig,
+    least_users: int,
 ) -> DataFrame:
     """The categories each user is most interested in, and how easily each is afforded.
 
@@ -67,6 +73,7 @@ def category_affinity(
         features: rows of ``user_features`` of ``day``.
         daily: USER_DAILY; days before ``day`` are read.
         events: EVENTS; likewise.
+        least_users: a category's usual price is of so many users at least.
 
     Returns:
         Rows of CATEGORY_AFFINITY, ``config.affinities`` of a user at most.
@@ -84,7 +91,7 @@ def category_affinity(
     rows = (
         _interests(bought, _looked(events, day, config), config)
         .join(scores.select("user_key", "expected_spend").join(means, "user_key", "left"), "user_key")
-        .join(F.broadcast(_usual_prices(bought, config.least_users)), "category", "left")
+        .join(F.broadcast(_usual_prices(bought, least_users)), "category", "left")
         .withColumn("affordability", F.try_divide(budget, budget + price))
         .withColumn("fit", fit)
         .withColumns({"rank": F.row_number().over(best), "score_date": F.lit(day), "usual_price": F.exp("mean")})
@@ -424,8 +431,8 @@ def _filled(phrase: str, **values: Column) -> Column:
 # --- market analysis ---------------------------------------------------------------------------------------------------
 
 
-def market_segments(profile: DataFrame, regions: DataFrame | None, day: date, config: ProfilesConfig) -> DataFrame:
-    """Users of USER_PROFILE by level, top category and region, none of the rows of fewer than ``config.least_users`` users.
+def market_segments(profile: DataFrame, regions: DataFrame | None, day: date, least_users: int) -> DataFrame:
+    """Users of USER_PROFILE by level, top category and region, none of the rows of fewer than ``least_users`` users.
 
     The rows are a partition of all users: cells that are too small are merged, first with those of other regions, then of other
     categories, then of other levels, and where that is still too small, with the smallest cell that is large enough. So
@@ -453,9 +460,9 @@ def market_segments(profile: DataFrame, regions: DataFrame | None, day: date, co
         .agg(F.count(F.lit(1)).alias("users"), *sums)
     )
     for depth in (2, 1, 0):
-        cells = _merged(cells, CELL[:depth], [*figures], config.least_users)
+        cells = _merged(cells, CELL[:depth], [*figures], least_users)
     means = {f"mean_{name}": F.col(name).cast("double") / by / F.col("users") for name, by in figures.items()}
-    rows = cells.filter(F.col("users") >= config.least_users).withColumns({**means, "score_date": F.lit(day)})
+    rows = cells.filter(F.col("users") >= least_users).withColumns({**means, "score_date": F.lit(day)})
     return _shaped(rows, MARKET_SEGMENTS)
 
 

@@ -423,7 +423,7 @@ CATEGORY_AFFINITY = Table(
             "usual_price",
             "double",
             "Geometric mean of all users' unit prices there, in the platform's currency; NULL where fewer than "
-            "profiles.least_users bought",
+            "privacy.smallest_group bought",
         ),
     ),
     key=("user_key", "category"),
@@ -550,7 +550,7 @@ CUSTOMER_SERVICE = Table(
 )
 MARKET_SEGMENTS = Table(
     "market_segments",
-    "For market analysis: users by level, top category and region; no row stands for fewer than profiles.least_users users, "
+    "For market analysis: users by level, top category and region; no row stands for fewer than privacy.smallest_group users, "
     "for small cells are merged into rows named other (docs/profiles.md)",
     _columns(
         ("score_date", "date!", "Only events before this day are seen"),

@@ -47,7 +47,7 @@ def profile(spark: SparkSession, config: Config, day: date | None = None) -> lis
         versions = {name: lakehouse.version(name) for name in read}
         scores = lakehouse.read("scores", versions["scores"])
         as_of = day or _newest(scores)
-        inputs = digest(__version__, config.profiles, as_of, sorted(versions.items()))
+        inputs = digest(__version__, config.profiles, config.privacy.smallest_group, as_of, sorted(versions.items()))
         with run.stage("profile", inputs) as figures:
             figures["score_date"] = as_of
             if all(lakehouse.inputs(table.name) == inputs for table in PROFILE_TABLES):
@@ -67,6 +67,7 @@ def _newest(scores: DataFrame) -> date:
 
 def _write(run: Run, versions: dict[str, int], day: date, inputs: str) -> dict[str, object]:
     lakehouse, config = run.lakehouse, run.config.profiles
+    least_users = run.config.privacy.smallest_group
     tables = {name: lakehouse.read(name, version) for name, version in versions.items()}
     scores = tables["scores"].filter(F.col("score_date") == F.lit(day))
     users = scores.count()
@@ -81,7 +82,9 @@ def _write(run: Run, versions: dict[str, int], day: date, inputs: str) -> dict[s
     how: dict[str, Any] = {"inputs": inputs, "note": {"score_date": str(day)}}
     # the last table says whose turn it is: no run that began before this one writes any of them from here on
     claim = lakehouse.claim(MARKET_SEGMENTS, lakehouse.note("market_segments"))
-    affinity = profiles.category_affinity(scores, features, tables["user_daily"], tables["events"], day, config)
+    affinity = profiles.category_affinity(
+        scores, features, tables["user_daily"], tables["events"], day, config, least_users
+    )
     written = lakehouse.replace(CATEGORY_AFFINITY, affinity, after=claim, **how)
     affinity = lakehouse.read("category_affinity", written)
     earlier = {span: found for span in profiles.SPANS if (found := _compared(tables["scores"], day, span))}
@@ -90,7 +93,7 @@ def _write(run: Run, versions: dict[str, int], day: date, inputs: str) -> dict[s
     told = lakehouse.read("user_profile", written)
     lakehouse.replace(RISK_CONTROL, profiles.risk_control(told, config), after=claim, **how)
     lakehouse.replace(CUSTOMER_SERVICE, profiles.customer_service(told, config), after=claim, **how)
-    with kept(profiles.market_segments(told, regions, day, config)) as segments:
+    with kept(profiles.market_segments(told, regions, day, least_users)) as segments:
         lakehouse.replace(MARKET_SEGMENTS, segments, after=claim, **how)
         cells, shown = segments.agg(F.count("users"), F.coalesce(F.sum("users"), F.lit(0))).collect()[0]
     count = told.count()
