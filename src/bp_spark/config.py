@@ -618,7 +618,8 @@ class PrivacyConfig(Section):
     """Whether e-mail addresses, phone, card and id numbers and IBANs in queries and reviews are masked before they are
     stored."""
     smallest_group: Positive = 10
-    """Of fewer users no figure is told (k): in ``market_segments``, ``fairness``, a category's usual price, a night's report."""
+    """Of fewer users no figure is told (k): in ``market_segments``, ``fairness``, a category's usual price, a night's
+    report."""
     retention_days: RetentionConfig = RetentionConfig()
 
 
