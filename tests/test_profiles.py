@@ -18,11 +18,12 @@ import polars as pl
 import pytest
 from deltalake import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from bp_spark import config, pipeline, profiles
-from bp_spark.config import Config, ProfilesConfig
+from bp_spark.config import Config, FeaturesConfig, ProfilesConfig
 from bp_spark.errors import ConfigError, ConflictError, DataError
-from bp_spark.features import user_features_table
+from bp_spark.features import catalogue, user_features_table
 from bp_spark.tables import (
     EVENTS,
     PROFILE_TABLES,
@@ -45,6 +46,7 @@ SETTINGS = [
     "profiles.region_segment=region",
 ]
 NAMES = [table.name for table in PROFILE_TABLES]
+CATALOGUE = catalogue(FeaturesConfig(windows=(30,)))
 
 
 def ago(days: int) -> date:
@@ -258,9 +260,33 @@ def test_without_earlier_scores_there_is_no_trend(platform: Platform) -> None:
     read = platform.lakehouse.read
     scores = read("scores").filter(f"score_date = '{DAY}'")
     features = read("user_features").filter(f"as_of_date = '{DAY}'")
-    alone = profiles.user_profile(scores, {}, features, read("category_affinity"), DAY, ProfilesConfig())
+    alone = profiles.user_profile(scores, {}, features, read("category_affinity"), DAY, ProfilesConfig(), CATALOGUE)
     trends = alone.select("compared_30d", "score_change_30d", "trend_30d", "compared_90d", "trend_90d").distinct()
     assert [tuple(row) for row in trends.collect()] == [(None,) * 5]
+
+
+def test_why_so_much_is_expected_is_told_in_words(platform: Platform) -> None:
+    read = platform.lakehouse.read
+    told = (("recent purchases", -12.5, "spend_30d", 40.0), ("recent events", 3.0, None, None))
+    of_type = read("scores").schema["reasons"].dataType
+    scores = read("scores").filter(f"score_date = '{DAY}'").withColumn("reasons", F.array().cast(of_type))
+    listed = F.array(*(F.struct(*map(F.lit, one)) for one in told)).cast(of_type)
+    features = read("user_features").filter(f"as_of_date = '{DAY}'")
+    rows = profiles.user_profile(
+        scores.withColumn("reasons", F.when(F.col("user_key") == "a", listed).otherwise(F.col("reasons"))),
+        {},
+        features,
+        read("category_affinity"),
+        DAY,
+        ProfilesConfig(),
+        CATALOGUE,
+    )
+    found = {row["user_key"]: row["reasons"] for row in rows.select("user_key", "reasons").collect()}
+    assert found["a"] == [
+        "Recent purchases: -12.50; above all Spend less refunds (currency, 30 days) = 40.00",
+        "Recent events: +3.00",
+    ]
+    assert found["b"] == []
 
 
 def test_tier_activity_and_facts_are_of_the_date(platform: Platform) -> None:

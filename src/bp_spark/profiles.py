@@ -18,7 +18,9 @@ from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from bp_spark.config import PhrasesConfig, ProfilesConfig
+from bp_spark.features import Catalogue
 from bp_spark.model.fusion import relative_width
+from bp_spark.reasons import in_words
 from bp_spark.tables import (
     CATEGORY_AFFINITY,
     CUSTOMER_SERVICE,
@@ -202,6 +204,7 @@ def user_profile(
     affinity: DataFrame,
     day: date,
     config: ProfilesConfig,
+    catalogue: Catalogue,
 ) -> DataFrame:
     """One row for each score of ``day``.
 
@@ -215,6 +218,7 @@ def user_profile(
         earlier: days of SPANS -> the date that the score is compared with, and rows of SCORES of it.
         features: rows of ``user_features`` of ``day``.
         affinity: CATEGORY_AFFINITY of ``day``.
+        catalogue: what reasons call the features.
 
     Returns:
         Rows of USER_PROFILE.
@@ -227,6 +231,7 @@ def user_profile(
         .withColumns(
             {
                 "score_date": F.lit(day),
+                "reasons": in_words(F.col("reasons"), catalogue),
                 "interests": F.coalesce("interests", F.array().cast(USER_PROFILE.schema["interests"].dataType)),
                 "price_tier": _price_tier(),
                 "activity": _activity(config),

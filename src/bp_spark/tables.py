@@ -441,6 +441,7 @@ USER_PROFILE = Table(
         ("low", "double!", "Lower end of the 90 % prediction interval"),
         ("high", "double!", "Upper end of the 90 % prediction interval"),
         ("p_active", "double!", "Probability of any spend in the horizon"),
+        ("reasons", "array<string>!", "Why that much is expected, in words, what moved it most first"),
         ("compared_30d", "date", "Scored date nearest to 30 days before, a week off at most; NULL: there is none"),
         ("score_change_30d", "double", "Score less that of compared_30d; NULL: the user had none then"),
         (

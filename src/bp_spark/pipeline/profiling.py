@@ -11,6 +11,7 @@ from pyspark.sql import functions as F
 from bp_spark import __version__, profiles
 from bp_spark.config import Config, digest
 from bp_spark.errors import DataError
+from bp_spark.features import catalogue
 from bp_spark.pipeline.backtesting import brackets
 from bp_spark.pipeline.run import Run, recorded
 from bp_spark.session import kept
@@ -88,7 +89,7 @@ def _write(run: Run, versions: dict[str, int], day: date, inputs: str) -> dict[s
     written = lakehouse.replace(CATEGORY_AFFINITY, affinity, after=claim, **how)
     affinity = lakehouse.read("category_affinity", written)
     earlier = {span: found for span in profiles.SPANS if (found := _compared(tables["scores"], day, span))}
-    rows = profiles.user_profile(scores, earlier, features, affinity, day, config)
+    rows = profiles.user_profile(scores, earlier, features, affinity, day, config, catalogue(run.config.features))
     written = lakehouse.replace(USER_PROFILE, rows, after=claim, **how)
     told = lakehouse.read("user_profile", written)
     lakehouse.replace(RISK_CONTROL, profiles.risk_control(told, config), after=claim, **how)
