@@ -2,10 +2,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 AUDIT_VENV ?= .venv-audit
+AIRFLOW_VENV ?= .venv-airflow
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-thorough bench-data bench-score bench-training bench-pretraining bench-sizes lint format lock audit sbom clean
+.PHONY: help install demo test test-fast test-thorough bench-data bench-score bench-training bench-pretraining bench-sizes notebooks browser lint format lock audit sbom clean check-airflow docs reference
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -25,7 +26,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 demo: install ## the whole line on real data: features, training, metrics, scores
 	$(BIN)/bp-spark demo
 
-test: lint ## lint, types, import contract, all tests
+test: lint check-airflow browser ## lint, types, import contract, all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: install ## all but the heavy tests
@@ -34,6 +35,17 @@ test-fast: install ## all but the heavy tests
 test-thorough: install ## what CI tests by a few cases, by all: each write of a night killed, 10,000 rows and settings of any kind
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m thorough tests
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_fuzz.py
+
+notebooks: install ## the four notebooks on the demo's data, with what they show, to demo/notebooks
+	@mkdir -p demo/notebooks
+	$(BIN)/jupyter-execute --output "../demo/notebooks/{notebook_name}.ipynb" notebooks/*.ipynb
+
+browser: # Debian's Chromium, for the test that opens a report; only where CI=true, nobody else's machine is changed
+	@if [ "$$CI" = true ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& ! command -v chromium >/dev/null && ! command -v chromium-browser >/dev/null && ! command -v google-chrome >/dev/null; then \
+		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium; } >/dev/null \
+			|| echo "make browser: Chromium can't be installed; the tests that need it are skipped" >&2; \
+	fi
 
 bench-data: install ## the data half against DuckDB, growth, a new day, dirt: JSON to standard output
 	$(BIN)/python -m bench.data
@@ -50,11 +62,28 @@ bench-pretraining: demo ## the transformer with and without pre-training, by sha
 bench-sizes: install ## weights and milliseconds of the network in each size, on one thread: JSON to standard output
 	$(BIN)/python -m bench.sizes
 
-lint: install ## ruff, mypy, import contract
+docs: install ## the documentation as a site, build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+reference: install ## the pages of docs/ that are written from the code
+	$(BIN)/python docs/reference.py
+	$(BIN)/bp-spark features > docs/features.md
+
+lint: install ## ruff, mypy, import contract, the Dockerfile and the compose file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+
+$(AIRFLOW_VENV)/.installed: requirements-airflow.lock
+	$(PYTHON) -m venv --clear $(AIRFLOW_VENV)
+	$(AIRFLOW_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes -r requirements-airflow.lock
+	@touch $@
+
+check-airflow: $(AIRFLOW_VENV)/.installed ## the example DAGs of conf/airflow in a real Airflow, in an environment of its own
+	$(AIRFLOW_VENV)/bin/python tests/airflow_dags.py
 
 format: install ## apply ruff's format and fixes
 	$(BIN)/ruff format .
@@ -79,6 +108,8 @@ lock: ## resolve requirements.lock anew (needs uv)
 		--custom-compile-command "make lock" pyproject.toml --output-file requirements.lock
 	uv pip compile --quiet --python-version 3.11 --group audit --generate-hashes --no-emit-index-url \
 		--custom-compile-command "make lock" --output-file requirements-audit.lock
+	uv pip compile --quiet --python-version 3.11 --group airflow --generate-hashes --no-emit-index-url \
+		--custom-compile-command "make lock" --output-file requirements-airflow.lock
 
 clean: ## remove what the demo wrote
 	rm -rf demo

@@ -36,8 +36,10 @@ def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.Compl
         "backtest",
         "search",
         "score",
+        "profile",
         "drift",
         "fairness",
+        "report",
         "explain-run",
         "explain-score",
         "reproduce",
@@ -49,6 +51,7 @@ def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.Compl
         "rotate-keys",
         "retain",
         "features",
+        "doctor",
         "demo",
     ],
 )
@@ -56,6 +59,15 @@ def test_help_teaches_each_command(command: str) -> None:
     result = run("bp-spark", command, "--help")
     assert result.returncode == 0
     assert "KEY=VALUE" in result.stdout
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    def completed(words: str, position: int) -> list[str]:
+        asked = {"_BP_SPARK_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(position)}
+        return run("bp-spark", **asked).stdout.split()
+
+    assert completed("bp-spark fea", 1) == ["featurize", "features"]
+    assert completed("bp-spark score --da", 2) == ["--date"]
 
 
 def test_an_unknown_key_is_one_clear_error() -> None:
@@ -104,7 +116,7 @@ def test_an_error_is_one_object_where_lines_are_asked_for_as_json() -> None:
 
 
 @pytest.mark.parametrize("error", [*BpSparkError.__subclasses__(), ZeroDivisionError], ids=lambda error: error.__name__)
-def test_a_job_ends_with_the_exit_code_that_the_readme_gives_its_error(
+def test_a_job_ends_with_the_exit_code_that_the_documentation_gives_its_error(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def app(*_: object, **__: object) -> None:
@@ -113,7 +125,7 @@ def test_a_job_ends_with_the_exit_code_that_the_readme_gives_its_error(
     monkeypatch.setattr(cli, "app", app)
     with pytest.raises(SystemExit) as ended:
         cli.main("score", [])
-    table = re.findall(r"^\| (\d) \| .+ \| (?:`(\w+)`)? *\|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    table = re.findall(r"^\| (\d) \| .+ \| (?:`(\w+)`)? *\|$", (ROOT / "docs/ops.md").read_text(encoding="utf-8"), re.M)
     assert (str(ended.value.code), error.__name__ if issubclass(error, BpSparkError) else "") in table
     assert len(table) == len({code for code, _ in table}) == len(BpSparkError.__subclasses__()) + 2
 

@@ -1,19 +1,11 @@
-"""The three jobs on a cluster: a standalone master, two worker processes, and ``spark-submit`` as the README gives it."""
+"""The three jobs on a cluster: a standalone master, two worker processes, and ``spark-submit`` as docs/cluster.md gives it."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
@@ -27,9 +19,8 @@ from pyspark.sql import functions as F
 
 from bp_spark import scoring
 from bp_spark.model import bundle as bundles
+from clusters import Cluster
 
-ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
 DAY = "2017-10-03"
 WORKERS = 2
 SMALL = [
@@ -51,13 +42,6 @@ SMALL = [
     "features.history_length=16",
     "trees.rounds=10",
 ]
-# Short jobs on small tables: Delta's 50 and Spark's 200 tasks and the second compiler would be all overhead.
-SHORT = {
-    "spark.sql.shuffle.partitions": "2",
-    "spark.databricks.delta.snapshotPartitions": "2",
-    "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
-    "spark.executor.extraJavaOptions": "-XX:TieredStopAtLevel=1",
-}
 JOBS = {
     "featurize": ("--as-of", DAY),
     "train": ("--test-date", DAY),
@@ -67,121 +51,9 @@ JOBS = {
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
-@dataclass
-class Cluster:
-    """A master and its workers, each the leader of a process group of its own."""
-
-    folder: Path
-    address: str = ""
-    page: str = ""
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-
-    def start(self) -> None:
-        port, page_port = _free_ports(2)
-        self.address, self.page = f"spark://localhost:{port}", f"http://localhost:{page_port}/json/"
-        self._daemon("master", "Master", "--port", str(port), "--webui-port", str(page_port))
-        for number in range(1, WORKERS + 1):
-            sizes = ("--cores", "1", "--memory", "2g", "--webui-port", "0")
-            self._daemon(f"worker-{number}", "Worker", *sizes, "--work-dir", str(self.work_dir(number)), self.address)
-        self._wait_for_workers()
-
-    def work_dir(self, number: int) -> Path:
-        return self.folder / f"work-{number}"
-
-    def state(self) -> dict:
-        """What the master's page says."""
-        with urllib.request.urlopen(self.page, timeout=10) as answer:
-            return json.load(answer)
-
-    def submit(
-        self, job: str, *arguments: str, meanwhile: Callable[[], None] = lambda: None
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a job to its end, and something else while it runs."""
-        command = [
-            str(BIN / "spark-submit"),
-            *("--master", self.address, "--driver-memory", "2g", "--executor-memory", "1g"),
-            *(part for setting in SHORT.items() for part in ("--conf", "=".join(setting))),
-            *(str(ROOT / f"jobs/{job}.py"), *arguments),
-        ]
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=_environment(),
-            start_new_session=True,
-        )
-        try:
-            meanwhile()
-            output, errors = process.communicate(timeout=400)
-        finally:
-            _end(process)
-        return subprocess.CompletedProcess(command, process.returncode, output, errors)
-
-    def stop(self) -> None:
-        for process in reversed(self.processes):
-            _end(process)
-
-    def _daemon(self, name: str, role: str, *arguments: str) -> None:
-        command = [str(BIN / "spark-class"), f"org.apache.spark.deploy.{role.lower()}.{role}", "--host", "localhost"]
-        with (self.folder / f"{name}.log").open("wb") as log:
-            self.processes.append(
-                subprocess.Popen(
-                    [*command, *arguments],
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    cwd=self.folder,
-                    env=_environment(),
-                    start_new_session=True,
-                )
-            )
-
-    def _wait_for_workers(self) -> None:
-        for _ in range(120):
-            with suppress(OSError):
-                if self.state()["aliveworkers"] == WORKERS:
-                    return
-            for process in self.processes:
-                assert process.poll() is None, f"{process.args} ended:\n{self._logs()}"
-            time.sleep(1)
-        pytest.fail(f"the workers did not register:\n{self._logs()}")
-
-    def _logs(self) -> str:
-        return "\n".join(f"{log.name}: {log.read_text()[-2000:]}" for log in sorted(self.folder.glob("*.log")))
-
-
-def _environment() -> dict[str, str]:
-    """A shell with the environment activated and nothing more: conf/spark-env.sh finds interpreter and Java."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYSPARK_", "SPARK_"))}
-    return {
-        **kept,
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "SPARK_CONF_DIR": str(ROOT / "conf"),
-        "SPARK_LOCAL_HOSTNAME": "localhost",
-    }
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def _end(process: subprocess.Popen) -> None:
-    """End a process with its children (they share its process group), gently first."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=20)
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"), WORKERS)
     try:
         cluster.start()
         yield cluster
@@ -209,6 +81,9 @@ def test_every_user_with_a_purchase_before_the_date_is_scored_once(night: Path) 
     buyers = events[(events["kind"] == "purchase") & (events["event_date"] < date.fromisoformat(DAY))]
     assert sorted(scores["user_key"]) == sorted(buyers["user_key"].unique())
     assert scores["expected_spend"].ge(0).all()
+    # and what is made from the scores came with them
+    for name in ("user_profile", "risk_control", "customer_service"):
+        assert sorted(_rows(night / name, "user_key")["user_key"]) == sorted(scores["user_key"])
 
 
 def test_the_users_are_those_of_the_raw_data(night: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
@@ -18,9 +19,10 @@ from safetensors.numpy import save_file
 from bp_spark import config, pipeline, privacy, traces
 from bp_spark.config import Config
 from bp_spark.errors import ConfigError, DataError
-from bp_spark.tables import SCORES, Lakehouse
+from bp_spark.tables import MARKET_SEGMENTS, SCORES, USER_PROFILE, Lakehouse
 from histories import SECRET, sorted_rows, write_night
 from test_incremental import DERIVED, MAPPING
+from test_profiles import frame
 
 TODAY = datetime.now(UTC).date()
 AS_OF = TODAY - timedelta(days=1)
@@ -69,33 +71,17 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     settings = settings_of(folder / "tables")
     with chdir(folder):
         pipeline.featurize(spark, settings, [AS_OF])
-    rows = [
-        (
-            SECRET.key_of(user),
-            date_,
-            1.0,
-            1.0,
-            1.0,
-            1.0,
-            1.0,
-            "E",
-            "low",
-            None,
-            None,
-            [],
-            None,
-            "b",
-            1,
-            date_,
-            "r",
-            1,
-            "c",
-            datetime.now(UTC),
-        )
+    scored = [
+        {"user_key": SECRET.key_of(user), "score_date": date_, "level": "E", "risk_level": "low"}
         for user in (GONE, STAYS)
         for date_ in (AS_OF, TODAY - timedelta(days=500))
     ]
-    Lakehouse(spark, settings.tables).replace(SCORES, spark.createDataFrame(rows, SCORES.schema))
+    lakehouse = Lakehouse(spark, settings.tables)
+    lakehouse.replace(SCORES, frame(spark, SCORES, *scored))
+    profiled = [{"user_key": SECRET.key_of(user), "score_date": AS_OF} for user in (GONE, STAYS)]
+    lakehouse.replace(USER_PROFILE, frame(spark, USER_PROFILE, *profiled))
+    segment = {"score_date": AS_OF, "level": "E", "category": "none", "region": "all", "users": 2}
+    lakehouse.replace(MARKET_SEGMENTS, frame(spark, MARKET_SEGMENTS, segment))
     return folder
 
 
@@ -196,7 +182,12 @@ def test_a_forgotten_user_is_in_no_file_and_the_nights_go_on(
     assert found(spark, tables, SECRET.key_of(GONE), GONE, "mine", ids=(GONE,)) == set()
     assert [folder.name for folder in (tables / "work").iterdir()] == ["fresh"]
     assert {row["text"] for row in lakehouse.read("texts").collect()} == {*ids} - {"only mine"}
-    assert {row[0] for row in lakehouse.read("scores").select("user_key").collect()} == {SECRET.key_of(STAYS)}
+    for name in ("scores", "user_profile"):
+        assert {row[0] for row in lakehouse.read(name).select("user_key").collect()} == {SECRET.key_of(STAYS)}
+    # what counted the user is not to be held against what does not
+    assert lakehouse.read("market_segments").isEmpty()
+    files = Path(lakehouse.location("market_segments")).glob("*.parquet")
+    assert sum(pq.read_metadata(file).num_rows for file in files) == 0
     assert {row[0] for row in lakehouse.read("user_keys").select("user_id").collect()} == {STAYS, *OTHERS}
 
     # the old file isn't read again; a new one is, and night by night comes to what a rebuild gives
@@ -222,6 +213,7 @@ def test_rotated_keys_are_in_no_file_and_known_events_stay_known(
 
     before = scored()
     events = lakehouse.read("events").count()
+    assert not lakehouse.read("user_profile").isEmpty()
     privacy.make_secret(tmp_path / "new")
     new = privacy.load_secret(f"file:{tmp_path}/new")
     with pytest.raises(ConfigError, match="only 30 days are kept"):
@@ -255,12 +247,16 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
         "privacy.retention_days.events=100", "privacy.retention_days.scores=100", "privacy.retention_days.raw=1"
     )
     lakehouse = Lakehouse(spark, settings.tables)
+    old = lakehouse.read("user_profile").withColumn("score_date", F.lit(TODAY - timedelta(days=500)))
+    lakehouse.replace(USER_PROFILE, old)
     stages = {stage["stage"]: stage for stage in pipeline.retain(spark, settings)}
     assert {
-        name: stages["retain"]["figures"][name] for name in ("events", "scores", "raw_transactions", "quarantine")
+        name: stages["retain"]["figures"][name]
+        for name in ("events", "scores", "user_profile", "raw_transactions", "quarantine")
     } == {
         "events": "4",
         "scores": "2",
+        "user_profile": "2",
         "raw_transactions": "0",
         "quarantine": "0",
     }

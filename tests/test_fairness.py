@@ -55,7 +55,7 @@ def report(spark: SparkSession) -> pd.DataFrame:
     night = spark.createDataFrame(frame.drop(columns=names))
     grouped = fairness.in_groups(night, spark.createDataFrame(long), names)
     figures = {**fairness.of_scores(), **fairness.of_errors(float(np.quantile(frame["label_spend"], 0.8)))}
-    return fairness.report(grouped, figures, FairnessConfig()).toPandas().set_index(["segment", "group", "metric"])
+    return fairness.report(grouped, figures, FairnessConfig(), 10).toPandas().set_index(["segment", "group", "metric"])
 
 
 def test_a_disparity_that_was_put_in_is_found_and_nothing_else(report: pd.DataFrame) -> None:

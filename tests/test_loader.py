@@ -5,10 +5,12 @@ from __future__ import annotations
 import pickle
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 from deltalake import write_deltalake
@@ -112,6 +114,20 @@ def test_a_share_too_large_for_memory_is_read_once_per_pass(
         batches = [read(feed, steps=11, seed=epoch) for feed in feeds]
         assert sorted(row_numbers([batch for own in batches for batch in own])) == list(range(90))
         assert {len(own) for own in batches} == {11}
+
+
+def test_an_object_store_is_read_as_a_folder_is(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = snapshot(str(table))
+    names = [file.removeprefix(f"file://{table.parent}") for file in here.files]
+    bucket = pyarrow.fs.SubTreeFileSystem(str(table.parent), pyarrow.fs.LocalFileSystem())
+    monkeypatch.setattr(loader, "file_system", lambda address: (bucket, address.removeprefix("s3a://bucket/")))
+    files = tuple(f"s3a://bucket{name}" for name in names)
+    schema, groups = loader._read_footers(files)
+    assert (schema, groups) == (here.schema, here.groups)
+    there = replace(here, files=files)
+    batches = [read(Feed(found.share(0, 1), SCALARS, HISTORY_COLUMNS)) for found in (here, there)]
+    assert row_numbers(batches[0]) == row_numbers(batches[1])
+    assert sorted(row_numbers(batches[1])) == list(range(90))
 
 
 def test_values_arrive_unchanged(tmp_path: Path) -> None:

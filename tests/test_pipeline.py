@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import mlflow
@@ -30,6 +30,7 @@ from bp_spark.model import bundle as bundles
 from bp_spark.pipeline import backtesting, training
 from bp_spark.pipeline.run import Run
 from bp_spark.tables import Lakehouse
+from bp_spark.what_if import one_more_order
 from histories import SECRET
 from signing_keys import new_keys
 
@@ -313,6 +314,45 @@ def test_what_is_said_of_a_user_out_of_fold_leans_on_no_label_of_the_fold(line: 
     for member in ("linear", "btyd"):
         np.testing.assert_allclose(said[0].loc[held_out, member], said[1].loc[held_out, member], rtol=1e-6)
     assert not np.allclose(said[0].loc[~held_out, "linear"], said[1].loc[~held_out, "linear"], rtol=0.5)
+
+
+def test_the_page_of_a_night_tells_of_all_users_and_of_none(line: Line, tmp_path: Path) -> None:
+    told = pipeline.report(line.spark, line.config, TEST_DATE, tmp_path / "night.html")
+    night = _night(line.lakehouse, TEST_DATE)
+    assert told.levels.groupby("level")["users"].sum().to_dict() == night["level"].value_counts().to_dict()
+    assert told.levels["expected_spend"].sum() == pytest.approx(night["expected_spend"].sum())
+    text = told.page.read_text(encoding="utf-8")
+    assert f"<strong>{len(night):,}</strong>" in text
+    assert f"{night['expected_spend'].sum():,.0f}" in text
+    assert line.trained.bundle.folder.name in text
+    assert "normalised Gini" in text
+    for name in ("ingest", "clean", "featurize", "fit trees", "score"):
+        assert f'<th scope="row" class="words">{name}</th>' in text
+    rows = sum(line.lakehouse.read(name).count() for name in ("raw_transactions", "raw_behaviours"))
+    assert f"{rows:,} rows in = " in text
+    assert "balanced" in text
+    keys = set(night["user_key"])
+    assert not any(word in keys for word in re.findall(r"\w+", text))
+
+
+def test_a_night_that_nobody_scored_has_no_page(line: Line, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no finished scoring of 2020-01-01"):
+        pipeline.report(line.spark, line.config, date(2020, 1, 1), tmp_path / "night.html")
+    assert not (tmp_path / "night.html").exists()
+
+
+def test_what_if_says_of_the_past_as_it_is_what_the_night_said(line: Line) -> None:
+    night = _night(line.lakehouse, TEST_DATE).set_index("user_key")
+    user = str(night["expected_spend"].idxmin())
+    more = one_more_order(datetime(2017, 10, 2, 18, tzinfo=UTC), times=3.0)
+    found = pipeline.what_if(line.spark, line.config, user, TEST_DATE, more)
+    assert found.answers.loc["before", "expected_spend"] == pytest.approx(night.loc[user, "expected_spend"], rel=1e-4)
+    assert found.answers.loc["before", "level"] == night.loc[user, "level"]
+    assert found.features.loc["recency_days", "after"] == 1
+    assert found.features.loc["spend_30d", "after"] > found.features.loc["spend_30d", "before"]
+    assert found.answers.loc["after", "expected_spend"] > found.answers.loc["before", "expected_spend"]
+    with pytest.raises(DataError, match="holds no row of that user"):
+        pipeline.what_if(line.spark, line.config, "nobody", TEST_DATE, more)
 
 
 def test_no_file_of_the_whole_line_holds_the_secret_and_only_user_keys_holds_ids(line: Line) -> None:

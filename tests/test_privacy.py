@@ -11,6 +11,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
@@ -158,3 +160,30 @@ def test_a_secret_in_the_place_of_its_name_is_not_printed() -> None:
         config.load(overrides=[f"privacy.secret={SECRET.value.hex()}"])
     assert "must be env:NAME" in str(refused.value)
     assert SECRET.value.hex() not in str(refused.value)
+
+
+TABLES = st.lists(st.lists(st.integers(0, 40), min_size=4, max_size=4), min_size=2, max_size=5)
+
+
+@given(TABLES)
+def test_no_withheld_group_can_be_reckoned_from_a_row_or_a_column(table: list[list[int]]) -> None:
+    counts = {(row, column): users for row, cells in enumerate(table) for column, users in enumerate(cells)}
+    rows = [[(row, column) for column in range(4)] for row in range(len(table))]
+    columns = [[(row, column) for row in range(len(table))] for column in range(4)]
+    hidden = privacy.withheld(counts, [*rows, *columns], 10)
+    assert hidden >= {group for group, users in counts.items() if 0 < users < 10}
+    assert all(counts[group] for group in hidden)
+    for total in (*rows, *columns):
+        withheld = [group for group in total if group in hidden]
+        told = [group for group in total if counts[group] and group not in hidden]
+        if withheld and told:
+            assert len(withheld) > 1
+            assert sum(counts[group] for group in withheld) >= 10
+
+
+def test_large_groups_are_told() -> None:
+    counts = {"A": 10, "B": 11, "C": 0}
+    assert privacy.withheld(counts, [counts], 10) == set()
+    assert privacy.withheld({**counts, "D": 9}, [[*counts, "D"]], 10) == {"A", "D"}
+    # one alone that is small: nothing told gives it away
+    assert privacy.withheld({**counts, "D": 9}, [], 10) == {"D"}

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bp_spark import bootstrap, report
+from bp_spark import bootstrap
+from bp_spark.report import backtest as report
 
 MEMBERS = ["linear", "fused"]
 HISTORY = [{"epoch": n, "train_loss": 3.0 / n, "valid_loss": 3.5 / n} for n in (1, 2, 3)]
@@ -48,7 +49,7 @@ class Tags(HTMLParser):
         self.addresses: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
@@ -63,8 +64,8 @@ def test_the_page_needs_nothing_beside_it_and_the_figures_lie_there_too(tmp_path
     tags = Tags()
     tags.feed(text)
     assert tags.open == []
-    assert len(tags.addresses) == 12
-    assert all(address.startswith("data:image/png;base64,") for address in tags.addresses)
+    assert text.count("<svg ") == 12
+    assert all(address.startswith(("#", "data:image/png;base64,")) for address in tags.addresses)
     assert "trees &amp; &lt;others&gt;" in text
     images = sorted(page.parent.glob("*.png"))
     assert len(images) == 12

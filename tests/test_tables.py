@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,35 @@ def test_tables_in_a_folder_with_quotes_are_known_by_name(spark: SparkSession, t
         assert spark.sql("SELECT * FROM quoted.runs").count() == 0
     finally:
         spark.sql("DROP SCHEMA IF EXISTS quoted CASCADE")
+
+
+@pytest.mark.parametrize("address", ["s3a://bucket/lake/a.parquet", "s3://bucket/lake/a.parquet"])
+def test_s3_is_asked_where_spark_asks_it(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Store(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", "7")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Store) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+            monkeypatch.setenv(name, "eu-central-1")
+        system, path = tables.file_system(address)
+        info = system.get_file_info(path)
+        server.shutdown()
+    assert (info.size, asked) == (7, ["/bucket/lake/a.parquet"])
+
+
+def test_a_folder_and_its_url_are_the_same_place(tmp_path: Path) -> None:
+    for address in (str(tmp_path), f"file:{tmp_path}", tmp_path.as_uri()):
+        system, path = tables.file_system(address)
+        assert system.get_file_info(path).type.name == "Directory"
+        assert Path(path) == tmp_path

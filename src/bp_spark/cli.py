@@ -7,22 +7,27 @@ done, with the ``exit_code`` of its error (see :mod:`bp_spark.errors`), with 2 a
 from __future__ import annotations
 
 import logging
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pyspark.sql import Row
 from pyspark.sql import functions as F
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bp_spark import __version__, config, logs
 from bp_spark.config import Config
-from bp_spark.errors import BpSparkError, DriftError
+from bp_spark.errors import BpSparkError, DriftError, PlatformError
 from bp_spark.logs import LogFormat
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DEFAULT_CONFIG = Path("conf/default.yaml")
 DEMO_CONFIG = Path("conf/demo.yaml")
@@ -31,6 +36,8 @@ DEMO_SECRET = "the Complete Journey is public: nothing to hide"  # noqa: S105
 EXAMPLE_ROWS = 10
 FAIRNESS_ROWS = 200
 MODEL_COMMANDS = ("train", "backtest", "search", "score", "reproduce", "demo")
+
+_STATUS_STYLES = {"done": "green", "unchanged": "dim", "failed": "red"}
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +204,7 @@ def score(
     full: Annotated[bool, typer.Option("--full", help="Compute every score, whatever earlier nights said.")] = False,
     config_file: ConfigOption = None,
 ) -> None:
-    """Score every user of a date into the table scores, replacing that date only.
+    """Score every user of a date into the table scores, replacing that date only; bring the profiles up to date, check.
 
     Users whose features are those of an earlier night keep the score that the same bundle gave them then. The night is
     then checked as drift does; a broken threshold is a warning here, and the scores stay.
@@ -210,14 +217,38 @@ def score(
 
     spark = _session(settings, "score")
     result = pipeline.score(spark, settings, day, bundle, full)
+    profiled = pipeline.profile(spark, settings)
     checked = pipeline.check_drift(spark, settings, day)
-    _print(_stage_table("score", [*result.stages, *checked.stages]))
+    _print(_stage_table("score", [*result.stages, *profiled, *checked.stages]))
+    _print(_levels_table(result.levels, f"Users of {day} by level", settings))
     done = (
         f"scored, {result.computed:,} of them computed and the others carried forward"
         if result.written
         else "were scored already, with the same bundle on the same features: nothing changed"
     )
     _print(f"{result.users:,} users {done} (bundle {result.bundle.digest[:12]})")
+
+
+@app.command()
+def profile(
+    date: Annotated[
+        str | None, typer.Option(help="Scored date YYYY-MM-DD; by default the newest.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Write user_profile, category_affinity, risk_control, customer_service and market_segments as of a scored date.
+
+    score does so itself; this is for other settings of the section profiles, or another date. Tables whose inputs have not
+    changed are left as they are.
+
+    Example: bp-spark profile profiles.region_segment=region privacy.smallest_group=20
+    """
+    settings = _settings(config_file, overrides)
+    day = None if date is None else config.parse_date(date)
+    from bp_spark import pipeline
+
+    _print(_stage_table("profile", pipeline.profile(_session(settings, "profile"), settings, day)))
 
 
 @app.command()
@@ -271,6 +302,29 @@ def fairness(
 
 
 @app.command()
+def report(
+    date: Annotated[str, typer.Option(help="Date YYYY-MM-DD of a night that was scored.")],
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; by default night-DATE.html in evaluation.reports.")
+    ] = None,
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Write the page of a night, one HTML file with its charts: what ran, scores beside those of the night before, reasons,
+    data quality, drift and fairness where they are watched, the model. No user is in it, nor a group of few.
+
+    Example: bp-spark report --date 2017-10-03
+    """
+    settings = _settings(config_file, overrides)
+    day = config.parse_date(date)
+    from bp_spark import pipeline
+
+    result = pipeline.report(_session(settings, "report"), settings, day, output)
+    _print(_levels_table(result.levels, f"Users of {day} by level", settings))
+    _print(f"Report: {result.page.absolute()}")
+
+
+@app.command()
 def explain_run(
     run: Annotated[str, typer.Argument(help="Run, as in the column run_id of runs, scores and metrics.")],
     overrides: Overrides = None,
@@ -299,9 +353,9 @@ def explain_run(
     rows = [
         [
             *(stage["stage"], stage["status"], f"{stage['seconds']:.1f}"),
-            *("–" if count is None else f"{count:,}" for count in (stage["rows_in"], stage["rows_out"])),
+            *(_count(stage[name]) for name in ("rows_in", "rows_out")),
             *(_versions(stage["read"]), _versions(stage["written"])),
-            ", ".join(f"{key} {value}" for key, value in stage["figures"].items()),
+            _figures(stage["figures"]),
         ]
         for stage in stages
     ]
@@ -584,7 +638,8 @@ def demo(overrides: Overrides = None) -> None:
     stages = pipeline.featurize(spark, settings, [day])
     trained = pipeline.train(spark, settings, day)
     night = pipeline.score(spark, settings, day)
-    _print(_stage_table("demo", [*stages, *trained.stages, *night.stages]))
+    profiled = pipeline.profile(spark, settings)
+    _print(_stage_table("demo", [*stages, *trained.stages, *night.stages, *profiled]))
     _print_training(trained)
     shown = ("user_key", "score", "level", "expected_spend", "low", "high", "p_active", "risk_level", "reasons")
     examples = (
@@ -593,6 +648,31 @@ def demo(overrides: Overrides = None) -> None:
     _print(_rows_table(list(shown), [list(row) for row in examples.collect()], title=f"Ten of {night.users:,} scores"))
     where = settings.tables.path
     _print(f'Tables are in {where}; look around: bp-spark sql -c {DEMO_CONFIG} "SELECT * FROM bp.scores_latest"')  # noqa: S608
+
+
+@app.command()
+def doctor(overrides: Overrides = None, config_file: ConfigOption = None) -> None:
+    """Is this machine, or cluster, fit for a night? Java, Python, packages, memory, jars, folders, secret, a session.
+
+    Each finding is ok, warn or fail, with its remedy; ends with code 5 if one fails. On a cluster: spark-submit jobs/doctor.py,
+    with the settings of the night.
+
+    Example: bp-spark doctor tables.path=/data/lakehouse
+    """
+    settings = _settings(config_file, overrides)
+    from bp_spark import doctor as checks
+
+    findings = list(checks.examine(settings, lambda: _session(settings, "doctor")))
+    table = Table(title="doctor")
+    for heading in ("check", "", "found", "remedy"):
+        table.add_column(heading, overflow="fold")
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    for finding in findings:
+        status = Text(finding.status, style=colours[finding.status])
+        table.add_row(finding.check, status, Text(finding.found), Text(finding.remedy))
+    _print(table)
+    if failed := [finding.check for finding in findings if finding.status == "fail"]:
+        raise PlatformError(f"not fit for a night: {', '.join(failed)}; the table says what to do")
 
 
 @app.command()
@@ -610,6 +690,10 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
     try:
         # ends the process itself, also after a usage error
         app([command, *given] if command else given, prog_name="bp-spark")
+    except SystemExit as end:
+        # Databricks takes any SystemExit of a task for a failure
+        if end.code:
+            raise
     except BpSparkError as error:
         logger.error("%s", error, extra={"fields": {"error": type(error).__name__, "exit_code": error.exit_code}})
         sys.exit(error.exit_code)
@@ -652,10 +736,10 @@ def _print_training(result: Any) -> None:
 
 
 def _print_drift(result: Any) -> None:
-    broken = [["BROKEN", *_figure(row)] for row in result.broken]
+    broken = [["BROKEN", *_drift_cells(row)] for row in result.broken]
     others = [row for row in result.rows if row["kind"] in ("stability", "realised") and not row["broken"]]
     columns = ["", "figure", "value", "threshold", "users", "note"]
-    _print(_rows_table(columns, broken + [["", *_figure(row)] for row in others], title="drift"))
+    _print(_rows_table(columns, broken + [["", *_drift_cells(row)] for row in others], title="drift"))
     moves = {tuple(row["subject"].split(">")): row for row in result.rows if row["kind"] == "levels"}
     if moves:
         after = sorted({now for _, now in moves})
@@ -666,7 +750,7 @@ def _print_drift(result: Any) -> None:
         _print(_rows_table(["before", *after], shares, title="Users of each level of the night before, by level now"))
 
 
-def _figure(row: dict[str, Any]) -> list[str]:
+def _drift_cells(row: dict[str, Any]) -> list[str]:
     from bp_spark.pipeline.monitoring import named
 
     value, threshold = ("–" if row[name] is None else f"{row[name]:,.4f}" for name in ("value", "threshold"))
@@ -674,12 +758,44 @@ def _figure(row: dict[str, Any]) -> list[str]:
 
 
 def _stage_table(title: str, stages: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=title)
-    for heading in ("stage", "status", "seconds", "figures"):
-        table.add_column(heading, justify="right" if heading == "seconds" else "left")
+    table = Table(title=title, show_footer=True)
+    table.add_column("stage", "all")
+    table.add_column("status")
+    table.add_column("seconds", f"{sum(stage['seconds'] for stage in stages):.1f}", justify="right")
+    table.add_column("rows in", justify="right")
+    table.add_column("rows out", justify="right")
+    table.add_column("figures", overflow="fold")
     for stage in stages:
-        figures = ", ".join(f"{key} {value}" for key, value in stage["figures"].items())
-        table.add_row(stage["stage"], stage["status"], f"{stage['seconds']:.1f}", figures)
+        status = Text(stage["status"], style=_STATUS_STYLES.get(stage["status"], ""))
+        counts = (_count(stage[name]) for name in ("rows_in", "rows_out"))
+        table.add_row(stage["stage"], status, f"{stage['seconds']:.1f}", *counts, _figures(stage["figures"]))
+    return table
+
+
+def _figures(figures: Mapping[str, str]) -> str:
+    """What a stage came to, as people read it: numbers with commas, digests by their beginning."""
+    return ", ".join(f"{name.replace('_', ' ')} {_figure(value)}" for name, value in figures.items())
+
+
+def _figure(value: str) -> str:
+    if re.fullmatch(r"[0-9a-f]{64}", value):
+        return value[:12]
+    return f"{int(value):,}" if re.fullmatch(r"\d{5,17}", value) else value
+
+
+def _levels_table(levels: pd.DataFrame, title: str, settings: Config) -> Table:
+    """Users and money by level; groups of few are not told.
+
+    Args:
+        levels: see :func:`bp_spark.report.population.distribution`, of one night.
+    """
+    from bp_spark.report.population import by_level
+
+    table = Table(title=title)
+    for heading in ("level", "users", "share", f"expected spend, {settings.cleaning.currency}", "mean of a user"):
+        table.add_column(heading, justify="left" if heading == "level" else "right")
+    for level, group in by_level(levels, settings.privacy.smallest_group).items():
+        table.add_row(level, group.users, group.share, group.spend, group.mean)
     return table
 
 
@@ -701,6 +817,10 @@ def _facts_table(title: str, facts: Sequence[tuple[str, Any]]) -> Table:
 
 def _versions(versions: dict[str, int] | None) -> str:
     return ", ".join(f"{name}@{version}" for name, version in sorted((versions or {}).items()))
+
+
+def _count(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"
 
 
 def _cell(value: Any) -> str:

@@ -361,6 +361,100 @@ class ScoringConfig(Section):
     holds the night."""
 
 
+class PhrasesConfig(Section):
+    """What customer service and risk control are told of a user, in plain words; words in braces are filled in. Write them in
+    your language, with :data:`FILLED_IN` of these words at most."""
+
+    refunds: str = "Has returned {share} % of what was bought in the past year: ask what went wrong."
+    ratings: str = "Gave mostly low ratings in the past year: listen first."
+    overdue: str = "Last bought {days} days ago, where every {gap} days is usual: give a reason to come back."
+    falling: str = "The score has fallen by {points} points since {date}: ask what is missing."
+    rising: str = "The score has risen by {points} points since {date}: show something new."
+    expected: str = "Is expected to buy again in about {days} days."
+    favourite: str = "Is most interested in {category}."
+    offers: str = "Buys mostly at reduced prices: speak of offers."
+    premium: str = "Buys in the upper price range: speak of quality."
+    budget: str = "Buys in the lower price range: speak of value for money."
+    risk_interval: str = "What the user will spend is uncertain: the interval is {value} times the expected spend wide."
+    risk_refunds: str = "Refunds of the past year came to {value} times what was paid."
+    risk_volatility: str = "Weekly spend varies: its standard deviation is {value} times its mean."
+
+    @model_validator(mode="after")
+    def _only_what_is_filled_in(self) -> PhrasesConfig:
+        for name, phrase in self:
+            unknown = set(re.findall(r"{(.*?)}", phrase)) - FILLED_IN.get(name, set())
+            if unknown:
+                known = ", ".join(sorted(f"{{{word}}}" for word in FILLED_IN.get(name, ()))) or "nothing"
+                raise ValueError(f"{name} names {{{min(unknown)}}}; what can be filled in there is {known}")
+        return self
+
+
+FILLED_IN: Mapping[str, set[str]] = {
+    "refunds": {"share"},
+    "overdue": {"days", "gap"},
+    "falling": {"points", "date"},
+    "rising": {"points", "date"},
+    "expected": {"days"},
+    "favourite": {"category"},
+    "risk_interval": {"value"},
+    "risk_refunds": {"value"},
+    "risk_volatility": {"value"},
+}
+"""Phrase -> the words in braces that it may have."""
+
+
+class ProfilesConfig(Section):
+    """What is told of each user beside the score; see :mod:`bp_spark.profiles` and ``docs/profiles.md``."""
+
+    window_days: Positive = 180
+    """Days before the score's date in which interests are looked for."""
+    half_life_days: Positive = 60
+    """Days in which the weight of what was bought, looked at or searched for halves."""
+    purchase_weight: float = Field(0.6, ge=0)
+    """Of a category's share of the user's spend in the interest in it; weights are relative to each other."""
+    click_weight: float = Field(0.25, ge=0)
+    """Of its share of the user's browse, click, cart and favourite actions."""
+    search_weight: float = Field(0.15, ge=0)
+    """Of its share of the user's searches with a click on a result."""
+    category_levels: Positive = 2
+    """Levels of a category path, from the broadest on, that are told apart."""
+    interests: Positive = 5
+    """Interests in a profile, at most."""
+    affinities: Positive = 20
+    """Categories of a user in ``category_affinity``, at most."""
+    trend_points: float = Field(5.0, gt=0)
+    """Points that a score must have changed by to be called rising or falling."""
+    active_days: Positive = 30
+    """A user who bought or visited within so many days is active."""
+    dormant_days: Positive = 90
+    """Who did neither for longer than this is dormant, and cooling in between."""
+    prior_purchases: float = Field(2.0, gt=0)
+    """Purchases whose worth the population's rhythm has beside the user's own in the expectation of the next purchase."""
+    likely_active: float = Field(0.5, ge=0, le=1)
+    """No next purchase is expected of users with a lower ``p_active``."""
+    refund_borders: tuple[float, float] = (0.05, 0.2)
+    """Shares of the year's money that was paid back, from which refunds are one and two points of risk."""
+    volatility_borders: tuple[float, float] = (1.5, 2.5)
+    """Variation of weekly spend from which it is one and two points of risk."""
+    region_segment: str | None = None
+    """Segment of ``raw_users`` that holds the region; ``null``: all users are in one."""
+    phrases: PhrasesConfig = PhrasesConfig()
+
+    @model_validator(mode="after")
+    def _borders_rise(self) -> ProfilesConfig:
+        if self.dormant_days < self.active_days:
+            raise ValueError(f"dormant_days ({self.dormant_days}) must not be below active_days ({self.active_days})")
+        for name in ("refund_borders", "volatility_borders"):
+            first, second = getattr(self, name)
+            if not 0 < first <= second:
+                raise ValueError(f"{name} must be above 0 and rise")
+        if not self.purchase_weight + self.click_weight + self.search_weight > 0:
+            raise ValueError("purchase_weight, click_weight and search_weight must not all be 0")
+        if self.interests > self.affinities:
+            raise ValueError(f"interests ({self.interests}) must not be above affinities ({self.affinities})")
+        return self
+
+
 class EvaluationConfig(Section):
     """How a trained bundle is judged."""
 
@@ -371,7 +465,7 @@ class EvaluationConfig(Section):
     external_segment: str | None = None
     """Segment of ``raw_users`` that holds an ordered bracket, as income, to hold scores against; ``null`` for none."""
     reports: Folder = "reports"
-    """Folder of the reports of backtests."""
+    """Folder of the reports of backtests and nights."""
 
 
 class DriftConfig(Section):
@@ -405,8 +499,6 @@ class DriftConfig(Section):
 class FairnessConfig(Section):
     """The report by segments of ``raw_users``; see :mod:`bp_spark.fairness`. No setting makes a segment a feature."""
 
-    suppressed_below: Positive = 10
-    """Groups of fewer users are joined to one; if that has fewer too, nothing is said of it."""
     small_below: Positive = 100
     """Groups of fewer users are marked as small, and never alarm: their intervals say little."""
     min_ratio: float = Field(0.8, gt=0, lt=1)
@@ -513,7 +605,7 @@ class RetentionConfig(Section):
     training: Positive | None = None
     """Rows of ``training_set`` and ``pretraining_set``, from their as-of date on."""
     scores: Positive | None = None
-    """Scores, from their date on."""
+    """Scores, and profiles made from them, from their date on."""
 
 
 class PrivacyConfig(Section):
@@ -525,6 +617,9 @@ class PrivacyConfig(Section):
     mask_texts: bool = True
     """Whether e-mail addresses, phone, card and id numbers and IBANs in queries and reviews are masked before they are
     stored."""
+    smallest_group: Positive = 10
+    """Of fewer users no figure is told (k): in ``market_segments``, ``fairness``, a category's usual price, a night's
+    report."""
     retention_days: RetentionConfig = RetentionConfig()
 
 
@@ -588,6 +683,7 @@ class Config(Section):
     linear: LinearConfig = LinearConfig()
     fusion: FusionConfig = FusionConfig()
     scoring: ScoringConfig = ScoringConfig()
+    profiles: ProfilesConfig = ProfilesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     drift: DriftConfig = DriftConfig()
     fairness: FairnessConfig = FairnessConfig()

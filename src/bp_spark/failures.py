@@ -21,6 +21,8 @@ _UNREADABLE = re.compile(r"FAILED_READ_FILE\S* Encountered error while reading f
 _LOG = re.compile(r"DELTA_(?:TRUNCATED_TRANSACTION_LOG|LOG_FILE_NOT_FOUND)\S* (\S+): ")
 _GAP = re.compile(r"DELTA_VERSIONS_NOT_CONTIGUOUS\S* ([^\n]*)")
 _GONE = re.compile(r"FILE_NOT_EXIST|FileNotFoundException|DELTA_VERSION_NOT_FOUND|Cannot time travel")
+_NO_CONNECTOR = re.compile(r'No FileSystem for scheme:? "?(\w+)|Class org\.apache\.hadoop\.fs\.(\w+)\.\w+ not found')
+_NOT_SIGNED_IN = re.compile(r"NoAuthWithAWSException|AccessDeniedException|InvalidAccessKeyId|SignatureDoesNotMatch")
 _WORKER = re.compile(r"Python worker (?:exited unexpectedly|failed to connect)")
 
 
@@ -34,7 +36,7 @@ def explained(table: str = "") -> Iterator[None]:
     Raises:
         ConflictError: another job wrote the table meanwhile.
         OccupiedError: the table can't be created, for its folder has files.
-        PlatformError: a disk is full, or a Python worker was killed.
+        PlatformError: a disk is full, a Python worker was killed, or an object store has no connector or refuses the sign-in.
         DataError: a file of a table, or of its log, is damaged or missing.
     """
     try:
@@ -72,6 +74,14 @@ def _explanation(text: str, table: str) -> BpSparkError | None:
         return DataError(found[1], "this entry of the table's log is missing; restore the file, then run again")
     if found := _GAP.search(text):
         return DataError(table or "a table", f"entries of its log are missing: {found[1]}")
+    if found := _NO_CONNECTOR.search(text):
+        return PlatformError(
+            f"Spark can't read {found[1] or found[2]} addresses: it lacks the connector; conf/object-stores.md says which jar"
+        )
+    if found := _NOT_SIGNED_IN.search(text):
+        return PlatformError(
+            f"the store, or file system, refuses access ({found[0]}); conf/object-stores.md says how jobs sign in to stores"
+        )
     if _WORKER.search(text):
         return PlatformError(
             "a Python worker was killed (out of memory?); no table holds a part of what it computed: run again"

@@ -93,10 +93,10 @@ def in_groups(night: DataFrame, segments: DataFrame, names: Sequence[str]) -> Da
     return night.join(by_user, "user_key", "left").select(*night.columns, F.inline(F.array(*theirs)))
 
 
-def report(users: DataFrame, figures: Figures, config: FairnessConfig) -> DataFrame:
+def report(users: DataFrame, figures: Figures, config: FairnessConfig, least_users: int) -> DataFrame:
     """Figures of each group, and beside those of all other users of the segment.
 
-    Groups of fewer than ``suppressed_below`` users are joined; where even that has fewer, its users are left out of the
+    Groups of fewer than ``least_users`` users are joined; where even that has fewer, its users are left out of the
     segment, of ALL too, so that nobody can subtract them.
 
     Args:
@@ -107,7 +107,7 @@ def report(users: DataFrame, figures: Figures, config: FairnessConfig) -> DataFr
         The columns of FAIRNESS from ``segment`` on; rows ALL have no ratio.
     """
     sums = _sums(users, figures)
-    few = F.col("users") < config.suppressed_below
+    few = F.col("users") < least_users
     joined = _added(sums.withColumn("group", F.when(few, SMALL_GROUPS).otherwise(F.col("group"))), "group")
     shown = joined.filter(~few)
     total = _added(shown.withColumn("group", F.lit(ALL)), "group").drop("group")

@@ -547,22 +547,28 @@ def user_features_table(config: FeaturesConfig) -> Table:
 # --- user_daily -> user_features ---------------------------------------------------------------------------------------
 
 
-def user_features(daily: DataFrame, as_of: Sequence[date], config: FeaturesConfig, built_from: str) -> DataFrame:
+def user_features(
+    daily: DataFrame, as_of: Sequence[date], config: FeaturesConfig, built_from: str, of: DataFrame | None = None
+) -> DataFrame:
     """Features of every user with a purchase before each as-of date, from what happened before it.
 
     Args:
         daily: USER_DAILY.
         built_from: identity of the inputs, stored with each row.
+        of: ``user_key`` of the users that are asked for; of the others only the usual prices are learned.
     """
     features = catalogue(config)
     clocks = _clocks(daily, as_of, config.silence_digits)
+    everyone = daily, clocks
+    if of is not None:
+        daily, clocks = (rows.join(of, "user_key", "left_semi") for rows in everyone)
     past = _before(_in_cents(daily), clocks).transform(_with_gaps)
     aggregated = past.groupBy(*KEY, "seen_on").agg(
         *(F.expr(sql).alias(name) for name, sql in features.aggregates.items())
     )
     return (
         aggregated.filter(F.col("a_tenure").isNotNull())
-        .join(_category_features(daily, clocks), KEY, "left")
+        .join(_category_features(*everyone), KEY, "left")
         .join(_history(daily, clocks, config.history_length), KEY, "left")
         .select(
             *KEY,

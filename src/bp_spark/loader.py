@@ -28,11 +28,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
+from fsspec.implementations.arrow import ArrowFSWrapper
 from petastorm import TransformSpec, make_batch_reader
 from petastorm.fs_utils import get_filesystem_and_path_or_paths
 from petastorm.transform import edit_field
+from pyarrow.filesystem import DaskFileSystem
 
 from bp_spark.errors import DataError
+from bp_spark.tables import file_system
 
 Columns = dict[str, np.ndarray]
 """Column name to values, one per row; an array column is an object array of one-dimensional arrays."""
@@ -251,8 +254,9 @@ class Feed:
         """One pass of Petastorm over the share, a row group at a time; in random order if there is a seed."""
         _silence_petastorm()
         names = (*self.scalars, *self.arrays)
+        urls, store = _opened(self.share.files)
         reader = make_batch_reader(
-            list(self.share.files),
+            urls,
             schema_fields=[f"^{re.escape(name)}$" for name in names],
             workers_count=WORKERS,
             shuffle_row_groups=seed is not None,
@@ -260,6 +264,7 @@ class Feed:
             num_epochs=1,
             cur_shard=self.share.index,
             shard_count=self.share.count,
+            filesystem=store,
             transform_spec=TransformSpec(
                 self._pack, edit_fields=[edit_field(name, np.bytes_, ()) for name in self.arrays]
             ),
@@ -349,8 +354,31 @@ def _url(uri: str) -> str:
     return f"file://{path}"
 
 
+class _Store(DaskFileSystem):
+    """A file system of fsspec in the old form that Petastorm needs, which only lacks these."""
+
+    def isdir(self, path: str) -> bool:
+        return bool(self.fs.isdir(path))
+
+    def isfile(self, path: str) -> bool:
+        return bool(self.fs.isfile(path))
+
+
+def _opened(files: Sequence[str]) -> tuple[list[str], _Store | None]:
+    """Files as Petastorm takes them, and what it reads them by; ``None``: its own way to local files.
+
+    Of an object store it would ask for a package of its own for each address. Told that a file is local it asks for none, and
+    reads the path by what it is given: pyarrow's own file systems.
+    """
+    if files[0].startswith("file://"):
+        return list(files), None
+    paths = [file_system(file)[1] for file in files]
+    return [f"file:{path}" for path in paths], _Store(ArrowFSWrapper(file_system(files[0])[0]))
+
+
 def _silence_petastorm() -> None:
     """pyarrow 14 warns at each use of the interfaces that Petastorm is built on."""
+    warnings.filterwarnings("ignore", message="The pyarrow.filesystem.DaskFileSystem", category=FutureWarning)
     for module in (r"petastorm\.", r"pyarrow\."):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
@@ -359,7 +387,8 @@ def _read_footers(files: tuple[str, ...]) -> tuple[pa.Schema, tuple[RowGroup, ..
     if not files:
         return pa.schema([]), ()
     _silence_petastorm()
-    filesystem, paths = get_filesystem_and_path_or_paths(list(files))
+    urls, store = _opened(files)
+    filesystem, paths = get_filesystem_and_path_or_paths(urls, filesystem=store)
 
     def footer(path: str) -> pq.FileMetaData:
         with filesystem.open(path) as file:

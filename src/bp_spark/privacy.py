@@ -13,9 +13,10 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,8 @@ from pyspark.sql import functions as F
 
 from bp_spark import secret
 from bp_spark.errors import ConfigError
+
+Group = TypeVar("Group", bound=Hashable)
 
 BROKEN_TEXT = r"[\x00-\x08\x0B\x0C\x0E-\x1F\x{FFFD}]"
 """What no whole text holds: control characters, and what stands for bytes that could not be read."""
@@ -85,6 +88,43 @@ def make_secret(path: Path, text: str = "") -> None:
         return
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         file.write(f"{text or secrets.token_hex(MIN_SECRET_BYTES)}\n")
+
+
+# --- groups of users ---------------------------------------------------------------------------------------------------
+
+
+def withheld(counts: Mapping[Group, int], totals: Collection[Collection[Group]], smallest: int) -> set[Group]:
+    """Groups whose users are not to be told: those that are too small, and more where a total would give these away.
+
+    Complementary suppression, as statistical offices do it (Hundepool et al. 2012, "Statistical Disclosure Control", 4.3): in
+    each total that is told, either no group is withheld or several with ``smallest`` users at least together, if the total
+    has as many. The next larger group is then withheld too.
+
+    Args:
+        counts: users of each group. One without any tells of nobody.
+        totals: groups whose sum is told, as rows, columns and the whole of a table.
+        smallest: users of which figures may be told.
+    """
+    hidden = {group for group, users in counts.items() if 0 < users < smallest}
+    parts = [{group for group in total if counts.get(group)} for total in totals]
+    while True:
+        more = {
+            _next_larger(counts, part, part & hidden) for part in parts if _given_away(counts, part, hidden, smallest)
+        }
+        if not more:
+            return hidden
+        hidden |= more
+
+
+def _given_away(counts: Mapping[Group, int], part: set[Group], hidden: set[Group], smallest: int) -> bool:
+    of_part = part & hidden
+    if not of_part or part == of_part:
+        return False
+    return len(of_part) == 1 or sum(counts[group] for group in of_part) < smallest
+
+
+def _next_larger(counts: Mapping[Group, int], part: set[Group], hidden: set[Group]) -> Group:
+    return min(part - hidden, key=lambda group: (counts[group], str(group)))
 
 
 # --- user ids ----------------------------------------------------------------------------------------------------------

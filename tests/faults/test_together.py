@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from delta.exceptions import ConcurrentModificationException
+from delta.exceptions import DeltaConcurrentModificationException
 from harness import Scored, World, Write, another, assert_same_tables, copied, hooked, tables
 from pyspark.sql import SparkSession
 
@@ -94,7 +94,7 @@ def test_featurize_score_forget_and_optimize_at_once_come_to_what_they_do_one_by
     def tried(job: Callable[[SparkSession, Path], object]) -> str:
         try:
             job(another(spark), fresh)
-        except (BpSparkError, ConcurrentModificationException) as error:
+        except (BpSparkError, DeltaConcurrentModificationException) as error:
             return type(error).__name__
         return "done"
 

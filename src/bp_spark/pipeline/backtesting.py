@@ -59,7 +59,7 @@ def backtest(
             before anything is trained; or no user has the bracket of ``evaluation.external_segment``.
     """
     # matplotlib takes a second to import: other stages don't pay for it
-    from bp_spark import report
+    from bp_spark.report import backtest as report
 
     horizon = timedelta(days=config.labels.horizon_days)
     lakehouse = Lakehouse(spark, config.tables)
@@ -72,11 +72,12 @@ def backtest(
                 "events", f"must reach to the end of the horizon of {day}; the newest test date is {newest}"
             )
     cutoffs = {day: labels.cutoffs(first, day, config.labels) for day in dates}
-    brackets = _brackets(lakehouse, config.evaluation.external_segment)
+    segment = config.evaluation.external_segment
+    of_users = None if segment is None else brackets(lakehouse.read("raw_users"), segment)
     backtest_id, stages, finished = uuid.uuid4().hex[:12], [], []
     for day in dates:
         with recorded(spark, config, "backtest") as run:
-            fitted = fit_as_of(run, cutoffs[day], day, brackets)
+            fitted = fit_as_of(run, cutoffs[day], day, of_users)
             with run.stage("backtest") as figures:
                 figures["test_date"], figures["backtest_id"] = day, backtest_id
                 predictions, members = _with_mean(fitted)
@@ -96,13 +97,13 @@ def backtest(
     return BacktestResult({fold.test_date: fold.table for fold in finished}, page, stages)
 
 
-def _brackets(lakehouse: Lakehouse, segment: str | None) -> DataFrame | None:
-    """``user_key, bracket``: the segment's newest value of each user that has one."""
-    if segment is None:
-        return None
-    users = lakehouse.read("raw_users").select(
-        "user_key", F.element_at("segment", segment).alias("bracket"), "ingest_id"
-    )
+def brackets(raw_users: DataFrame, segment: str) -> DataFrame:
+    """``user_key, bracket``: the segment's newest value of each user that has one.
+
+    Raises:
+        DataError: nobody has one.
+    """
+    users = raw_users.select("user_key", F.element_at("segment", segment).alias("bracket"), "ingest_id")
     newest = (
         users.filter("bracket IS NOT NULL").groupBy("user_key").agg(F.max_by("bracket", "ingest_id").alias("bracket"))
     )

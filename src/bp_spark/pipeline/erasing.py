@@ -26,6 +26,8 @@ from bp_spark.session import kept
 from bp_spark.tables import (
     DELIVERIES,
     EVENTS,
+    MARKET_SEGMENTS,
+    PROFILE_TABLES,
     QUARANTINE,
     RAW_LOGS,
     RAW_TABLES,
@@ -48,7 +50,7 @@ PERIODS: Mapping[str, Mapping[str, str]] = {
     "events": {"events": "event_date"},
     "features": {"user_features": "as_of_date"},
     "training": {"training_set": "as_of_date", "pretraining_set": "as_of_date"},
-    "scores": {"scores": "score_date", "scores_latest": "score_date"},
+    "scores": {name: "score_date" for name in ("scores", "scores_latest", *(table.name for table in PROFILE_TABLES))},
 }
 """Setting of ``privacy.retention_days`` -> table -> SQL of a row's day."""
 PROVEN_KEYS = 1_000
@@ -80,6 +82,7 @@ def forget(spark: SparkSession, config: Config, user_ids: Sequence[str]) -> list
         _outdate(lakehouse)
         with run.stage("forget") as figures:
             figures["users"], figures["known"] = len(ids), known.join(keys, "user_key", "left_semi").count()
+            _empty_segments_of(lakehouse, keys)
             for name in _tables_of_users(lakehouse):
                 # user-days follow events below, and who is known is known until all rows are gone
                 if name not in ("user_daily", "user_keys"):
@@ -94,6 +97,14 @@ def forget(spark: SparkSession, config: Config, user_ids: Sequence[str]) -> list
         _vacuum(run)
         _prove(run, [secret.key_of(one) for one in ids], ids)
         return run.records
+
+
+def _empty_segments_of(lakehouse: Lakehouse, keys: DataFrame) -> None:
+    """Segments that count a user who goes: by what is missing from the next ones the user could be told."""
+    if not (lakehouse.exists("market_segments") and lakehouse.exists("user_profile")):
+        return
+    if not lakehouse.read("user_profile").join(keys, "user_key", "left_semi").isEmpty():
+        lakehouse.delete("market_segments", "true")
 
 
 def retain(spark: SparkSession, config: Config) -> list[dict[str, Any]]:
@@ -119,8 +130,8 @@ def rotate_keys(spark: SparkSession, config: Config, to: str) -> list[dict[str, 
     """Give every user a new key, made with another secret, and erase the files that hold the old ones.
 
     Raw rows and scores are re-keyed; events, whose identity the key is part of, are derived from the raw rows anew, with
-    what follows from them. Features and training sets are emptied: ``featurize`` and ``train`` make them again. Holdout and
-    folds go by a hash of the key, so they are drawn anew: train again.
+    what follows from them. Features, training sets and profiles are emptied: ``featurize``, ``train`` and ``profile`` make them
+    again. Holdout and folds go by a hash of the key, so they are drawn anew: train again.
 
     Args:
         to: where the new secret is, as ``privacy.secret``, which must name it from then on.
@@ -167,7 +178,7 @@ def _rekey(lakehouse: Lakehouse, users: DataFrame, new: privacy.Secret, figures:
                 rekeyed = rows.join(keys, theirs, "left").withColumn("user_key", F.coalesce("_new", "user_key"))
                 lakehouse.replace(table, rekeyed)
         figures["users"] = keys.count()
-    for name in ("user_features", "training_set", "pretraining_set"):
+    for name in ("user_features", "training_set", "pretraining_set", *(table.name for table in PROFILE_TABLES)):
         if lakehouse.exists(name):
             lakehouse.delete(name, "true")
 
@@ -185,7 +196,7 @@ def _outdate(lakehouse: Lakehouse) -> None:
     """Refuse what other runs worked out of the tables so far, be it in memory still, from now on."""
     claims = {
         table.name: lakehouse.claim(table, lakehouse.note(table.name))
-        for table in (DELIVERIES, EVENTS, TEXTS, TEXT_EMBEDDINGS, USER_DAILY, SCORES_LATEST)
+        for table in (DELIVERIES, EVENTS, TEXTS, TEXT_EMBEDDINGS, USER_DAILY, SCORES_LATEST, MARKET_SEGMENTS)
         if lakehouse.exists(table.name)
     }
     for table in (*RAW_TABLES, USER_KEYS):
@@ -193,6 +204,9 @@ def _outdate(lakehouse: Lakehouse) -> None:
             lakehouse.outdate(table, claims["deliveries"])
     if lakehouse.exists("quarantine"):
         lakehouse.outdate(QUARANTINE, claims["events"])
+    for table in PROFILE_TABLES:
+        if table is not MARKET_SEGMENTS and "market_segments" in claims and lakehouse.exists(table.name):
+            lakehouse.outdate(table, claims["market_segments"])
 
 
 def _tables_of_users(lakehouse: Lakehouse) -> list[str]:
@@ -264,7 +278,8 @@ def _with_other_texts(run: Run, root: Path, known: DataFrame) -> list[Path]:
 def _vacuum(run: Run) -> None:
     lakehouse = run.lakehouse
     with run.stage("vacuum") as figures:
-        others = (name for name in ("quarantine", "texts", "text_embeddings") if lakehouse.exists(name))
+        named = ("quarantine", "texts", "text_embeddings", "market_segments")
+        others = (name for name in named if lakehouse.exists(name))
         for name in (*_tables_of_users(lakehouse), *others):
             lakehouse.vacuum(name)
             figures["tables"] = int(str(figures.get("tables", 0))) + 1

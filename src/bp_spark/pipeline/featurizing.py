@@ -66,7 +66,7 @@ def _ingest(run: Run) -> None:
         if not fresh:
             figures["status"] = "unchanged"
             return
-        number = last + 1
+        figures["ingest_id"] = number = last + 1
         secret = privacy.load_secret(run.config.privacy.secret)
         require_same_secret(lakehouse, secret)
         raw = {name: _sampled(rows, config.sample) for name, rows in source.read(run.spark, fresh).items()}

@@ -20,7 +20,7 @@ from bp_spark.model import signing
 from bp_spark.model.bundle import Bundle
 from bp_spark.pipeline.nights import features_of, night_run
 from bp_spark.pipeline.run import recorded
-from bp_spark.tables import RUNS, SCORES, Lakehouse, Table
+from bp_spark.tables import RUNS, SCORES, Lakehouse, whole
 
 
 @dataclass(frozen=True)
@@ -166,14 +166,8 @@ def _bundle(config: Config, of_digest: str) -> Bundle:
 
 
 def _scores(lakehouse: Lakehouse, score_date: date) -> DataFrame:
-    return _whole(lakehouse, SCORES).filter(F.col("score_date") == F.lit(score_date))
+    return whole(lakehouse, SCORES).filter(F.col("score_date") == F.lit(score_date))
 
 
 def _stages(lakehouse: Lakehouse, run_id: str | None) -> list[Row]:
-    return _whole(lakehouse, RUNS).filter(F.col("run_id") == F.lit(run_id)).orderBy("started_at").collect()
-
-
-def _whole(lakehouse: Lakehouse, table: Table) -> DataFrame:
-    """A table with all columns of today, NULL where it was written before there were any."""
-    none = lakehouse.spark.createDataFrame([], table.schema)
-    return none.unionByName(lakehouse.read(table.name), allowMissingColumns=True)
+    return whole(lakehouse, RUNS).filter(F.col("run_id") == F.lit(run_id)).orderBy("started_at").collect()

@@ -456,6 +456,8 @@ def fairness(spark: SparkSession, config: Config, score_date: date) -> FairnessR
 def _by_segment(
     run: Run, night: DataFrame, segments: DataFrame, names: list[str], figures: by_segment.Figures, day: date
 ) -> DataFrame:
-    found = by_segment.report(by_segment.in_groups(night, segments, names), figures, run.config.fairness)
+    found = by_segment.report(
+        by_segment.in_groups(night, segments, names), figures, run.config.fairness, run.config.privacy.smallest_group
+    )
     bundle_digest = _bundle_of(night, day)
     return found.withColumns({"measured_date": F.lit(day), "bundle_digest": F.lit(bundle_digest)})

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
@@ -22,6 +23,7 @@ from bp_spark.model import bundle as bundles
 from bp_spark.model import signing
 from bp_spark.model.bundle import Bundle
 from bp_spark.pipeline.run import Run, recorded
+from bp_spark.report import population
 from bp_spark.session import kept
 from bp_spark.tables import SCORES, SCORES_LATEST, Lakehouse
 
@@ -39,6 +41,7 @@ class ScoreResult:
         users: rows of the night.
         computed: users whose score was computed; the others' was carried forward from an earlier night.
         written: whether rows were written; False: they were there already.
+        levels: users and money by level and score; see :func:`bp_spark.report.population.distribution`.
         bundle: the model.
         stages: what ran.
     """
@@ -46,6 +49,7 @@ class ScoreResult:
     users: int
     computed: int
     written: bool
+    levels: pd.DataFrame
     bundle: Bundle
     stages: list[dict[str, Any]]
 
@@ -74,7 +78,7 @@ def score(
             bundle = tracking.fetch(config, str(chosen))
         else:
             bundle = bundles.load(chosen or bundles.current(config.bundles), signing.public_key(config.signing))
-        _require_same_features(bundle, config)
+        require_same_features(bundle, config)
         # the version that is recorded is the one that is read, whatever is written meanwhile
         version = lakehouse.version("user_features")
         users = features_of(lakehouse, score_date, version)
@@ -101,11 +105,14 @@ def score(
             count, computed = _checked(lakehouse, score_date, expected)
             figures["rows_in"], figures["rows_out"] = expected, count if written else 0
             figures["users"], figures["computed"] = count, computed if written else 0
+            night = lakehouse.read("scores").filter(F.col("score_date") == F.lit(score_date))
+            levels = population.distribution(night).toPandas()
+            figures["expected_spend"] = f"{levels['expected_spend'].sum():.2f}"
             figures["score_date"], figures["bundle"] = score_date, bundle.digest
-        return ScoreResult(count, computed if written else 0, written, bundle, run.records)
+        return ScoreResult(count, computed if written else 0, written, levels, bundle, run.records)
 
 
-def _require_same_features(bundle: Bundle, config: Config) -> None:
+def require_same_features(bundle: Bundle, config: Config) -> None:
     """Refuse a bundle of features that have the names of today's and mean something else.
 
     Raises:

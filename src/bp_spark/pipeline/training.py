@@ -51,12 +51,14 @@ RFM = (
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run came to: the bundle, its metrics (of the horizons that are over), the decision."""
+    """What a training run came to: the bundle, its metrics (of the horizons that are over), the decision, and what it was made
+    from."""
 
     bundle: Bundle
     metrics: pd.DataFrame
     promoted: bool
     reason: str
+    fitted: Fitted
     stages: list[dict[str, Any]]
 
 
@@ -92,7 +94,7 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
             _record_metrics(run, metrics, bundle, test_date)
         decision = _promote(run, bundle, fitted, complete)
         enter_registry(run, bundle, fitted.history)
-        return TrainResult(bundle, metrics, decision.promoted, decision.reason, run.records)
+        return TrainResult(bundle, metrics, decision.promoted, decision.reason, fitted, run.records)
 
 
 @dataclass(frozen=True)
