@@ -20,7 +20,7 @@ hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=N
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # Tiny tables: to compile plans and machine code as for large ones would be most of the time.
-os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
+os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 os.environ["BP_SPARK_SECRET"] = SECRET.value.decode()
 TEST_SETTINGS = {
     "spark.sql.shuffle.partitions": "2",

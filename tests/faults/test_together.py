@@ -70,7 +70,7 @@ def test_score_and_score_at_once_leave_one_whole_night(spark: SparkSession, unsc
     assert_same_tables(unscored.lakehouse, unscored.undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_featurize_score_forget_and_optimize_at_once_come_to_what_they_do_one_by_one(
     spark: SparkSession, world: World, night: Scored, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
