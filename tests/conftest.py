@@ -33,6 +33,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with heavy tests first: begun last, one of them would keep one process busy while the other waits."""
     heavy = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in heavy)
+    for item in items:
+        # a file's tests stay in one process, and so do all tests of faults: their platform takes a minute to build
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "faults" else item.path.name))
 
 
 @pytest.fixture(scope="session")
