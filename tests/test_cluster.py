@@ -143,7 +143,7 @@ def _executors(cluster: Cluster) -> list[psutil.Process]:
 
 def _has_python_worker(executor: psutil.Process) -> bool:
     with suppress(psutil.Error):
-        return any("pyspark.daemon" in " ".join(child.cmdline()) for child in executor.children(recursive=True))
+        return any("bp_spark.daemon" in " ".join(child.cmdline()) for child in executor.children(recursive=True))
     return False
 
 

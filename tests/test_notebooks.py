@@ -98,7 +98,7 @@ def _small_package(folder: Path) -> None:
     bought = tables["transactions"].filter(_sampled(tables["transactions"]))["product_id"].unique()
     for name, table in tables.items():
         kept = pc.is_in(table["product_id"], bought) if name == "products" else _sampled(table)
-        pq.write_table(table.filter(kept), folder / "data" / f"{name}.parquet")
+        pq.write_table(table.filter(kept), folder / "data" / f"{name}.parquet", coerce_timestamps="us")
 
 
 def _sampled(table: pa.Table) -> pa.ChunkedArray:
