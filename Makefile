@@ -4,6 +4,8 @@ VENV ?= .venv
 AUDIT_VENV ?= .venv-audit
 AIRFLOW_VENV ?= .venv-airflow
 BIN := $(VENV)/bin
+# Spark, DDP and the tests start many processes: without bytecode on disk each would compile torch and the rest anew, for 20 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast test-thorough bench-data bench-score bench-training bench-pretraining bench-sizes notebooks browser lint format lock audit sbom clean check-airflow docs reference

@@ -161,7 +161,7 @@ LOGS: dict[str, dict[str, st.SearchStrategy[str]]] = {
     "reviews": {"user_id": ID | TEXT, "ts": TIME, "item_id": ID | TEXT, "rating": NUMBER | st.just("4"), "text": TEXT},
 }
 NAMES = tuple(LOGS)
-STORED = {table.name: [c for c in table.schema.names if c != "ingested_at"] for table in RAW_LOGS}
+STORED = {table.name: [c.name for c in table.columns if c.name != "ingested_at"] for table in RAW_LOGS}
 GOOD = {
     "ts": "2023-05-06 07:08:09",
     "quantity": "2",

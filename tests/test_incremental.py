@@ -174,7 +174,7 @@ def test_a_new_day_touches_its_own_rows_only(
     }
     write_night(tmp_path / "platform", 1, transactions=[late])
     stages = {stage["stage"]: stage for stage in pipeline.featurize(spark, settings, [AS_OF])}
-    assert stages["ingest"]["figures"] == {"deliveries": "1", "raw_transactions": "1"}
+    assert stages["ingest"]["figures"] == {"ingest_id": "2", "deliveries": "1", "raw_transactions": "1"}
     assert stages["aggregate"]["figures"] == {"user_days": "1", "days": "1"}
     added = lakehouse.changes("events", versions["events"]).collect()
     assert [(row["order_id"], row["_change_type"]) for row in added] == [("late", "insert")]

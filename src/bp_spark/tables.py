@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from delta.tables import DeltaTable, DeltaTableBuilder
 from py4j.protocol import Py4JError
 from pyarrow import fs
+from pyspark.errors import AnalysisException
 from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -37,6 +38,7 @@ _TRANSACTIONS = "bp-spark"
 """Delta's ``txnAppId`` of this package's writes; a commit whose ``txnVersion`` is not above the table's is none."""
 _CREATION_S = 10
 """How long a table's folder may be there before its first commit."""
+_NO_TABLE = re.compile("DELTA_TABLE_NOT_FOUND|DELTA_MISSING_DELTA_TABLE")
 _CLOCKS_APART_S = 1
 """How far the clocks of the driver and of the store may be apart."""
 _LISTED_VALUES = 200
@@ -1070,14 +1072,27 @@ class Lakehouse:
                     raise
             except OccupiedError as error:
                 self._await_creation(table.name, error)
+            except AnalysisException as error:
+                # Delta takes any folder with files for a table, leaves it alone, and then finds none in it
+                if not _NO_TABLE.search(str(error)):
+                    raise
+                self._await_creation(table.name, OccupiedError(self._named(table.name)))
 
     def _await_creation(self, name: str, error: OccupiedError) -> None:
         """Wait for the first commit of another run that has made the table's folder; raise the error if none comes."""
         end = time.monotonic() + _CREATION_S
-        while not self.exists(name):
+        while not self._begun(name):
             if time.monotonic() > end:
                 raise error
             time.sleep(0.1)
+
+    def _begun(self, name: str) -> bool:
+        """Whether a table has a first commit, by its log as it is now: of a folder without one Delta remembers just that."""
+        try:
+            self.spark.read.format("delta").load(self.location(name))
+        except AnalysisException:
+            return False
+        return self.exists(name)
 
     def _builder(self, builder: DeltaTableBuilder, table: Table) -> DeltaTableBuilder:
         builder = builder.comment(table.comment).addColumns(table.schema)
