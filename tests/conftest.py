@@ -29,6 +29,7 @@ TEST_SETTINGS = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with heavy tests first: begun last, one of them would keep one process busy while the other waits."""
     heavy = {item.path for item in items if item.get_closest_marker("slow")}

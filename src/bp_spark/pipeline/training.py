@@ -128,7 +128,7 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
     users = test_rows(run, test_date)
     if brackets is not None:
         users = users.join(brackets, "user_key", "left")
-    reference = _predict(users, members, config)
+    reference = predicted(users, members, config)
     fusion = Fusion.fit(out_of_fold, config.fusion, reference)
     horizons = _fit_horizons(run, out_of_fold, fusion)
     said = {str(name): reference[name].to_numpy() for name in reference}
@@ -299,13 +299,14 @@ def cross_fit(
     *,
     version: int | None = None,
     refit: bool = True,
+    spec: InputSpec | None = None,
 ) -> tuple[list[Member], pd.DataFrame, Sequence[Mapping[str, float]]]:
     """Members fitted on all folds; what members that were fitted without a user's fold say of that user; the epochs of the
     transformer without the first fold.
 
     The frame has the rows whose whole horizon was seen, at most ``evaluation.max_users`` of them, with the spend of each other
     horizon, NaN where not known, and the columns of :func:`bp_spark.model.members.predict_all`. Without ``refit`` no member is
-    fitted on all folds.
+    fitted on all folds. The transformer reads what ``spec`` names, by default all there is.
     """
     folds = range(run.config.labels.folds)
     rows.persist()
@@ -315,7 +316,7 @@ def cross_fit(
     members: list[Member] = []
     out_of_fold: dict[str, np.ndarray] = {}
     history: Sequence[Mapping[str, float]] = ()
-    for name, fit in _fits(run, rows, version, test_date, vocabulary, folder).items():
+    for name, fit in _fits(run, rows, version, test_date, vocabulary, folder, spec).items():
         with run.stage(f"fit {name}") as figures:
             for fold in folds:
                 fitted = fit(fold)
@@ -333,7 +334,13 @@ def cross_fit(
 
 
 def _fits(
-    run: Run, rows: DataFrame, version: int | None, test_date: date, vocabulary: Path, folder: Path
+    run: Run,
+    rows: DataFrame,
+    version: int | None,
+    test_date: date,
+    vocabulary: Path,
+    folder: Path,
+    spec: InputSpec | None,
 ) -> dict[str, Fit]:
     """How each member is fitted; the baselines linear and btyd always are."""
     config, catalogue = run.config, features.catalogue(run.config.features)
@@ -371,17 +378,19 @@ def _fits(
     fits: dict[str, Fit] = {"linear": linear, "btyd": btyd}
     fits |= {kind.name: boosted(kind) for kind in (TreesMember, SqrtTreesMember) if kind.name in config.fusion.members}
     if "transformer" in config.fusion.members:
-        fits["transformer"] = _transformer_fit(run, version, test_date, vocabulary, folder)
+        spec = spec or InputSpec.of(config.features)
+        fits["transformer"] = _transformer_fit(run, version, test_date, vocabulary, folder, spec)
     return fits
 
 
-def _transformer_fit(run: Run, version: int | None, test_date: date, vocabulary: Path, folder: Path) -> Fit:
+def _transformer_fit(
+    run: Run, version: int | None, test_date: date, vocabulary: Path, folder: Path, spec: InputSpec
+) -> Fit:
     """Pre-trains and fine-tunes. Who is predicted out of fold isn't pre-trained on either: later events tell of labels."""
     # torch takes seconds to import: a platform without a sequence model doesn't pay for it
     from bp_spark.model.network import TransformerMember
 
     config, lakehouse = run.config, run.lakehouse
-    spec = InputSpec.of(config.features)
     labelled = lakehouse.location("training_set"), version
     best: dict[str, list[int]] = {"pre-training": [], "fine-tuning": []}
 
@@ -453,7 +462,7 @@ def test_rows(run: Run, test_date: date) -> DataFrame:
     return rows.withColumn("seen", labels.fold(config) != labels.HOLDOUT)
 
 
-def _predict(rows: DataFrame, members: Sequence[Member], config: Config) -> pd.DataFrame:
+def predicted(rows: DataFrame, members: Sequence[Member], config: Config) -> pd.DataFrame:
     """Each member's predictions of a sample of the rows, as a frame on the driver."""
     frame = _sample(rows, config).toPandas()
     columns = {name: frame[name].to_numpy() for name in frame.columns}
@@ -581,7 +590,7 @@ def _incumbent_says(run: Run, incumbent: Bundle, test_date: date) -> pd.DataFram
     """
     users = test_rows(run, test_date)
     incumbent.check_inputs(users.columns)
-    says = _predict(users, list(incumbent.members.values()), run.config)
+    says = predicted(users, list(incumbent.members.values()), run.config)
     answers = incumbent.fusion.apply({name: says[name].to_numpy() for name in incumbent.members})
     return pd.DataFrame({"user_key": says["user_key"], "incumbent": answers["expected_spend"]})
 
