@@ -9,6 +9,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 from pyspark.sql import SparkSession
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from bp_spark import config
 from bp_spark.config import Config
@@ -29,15 +31,24 @@ TEST_SETTINGS = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+class OneProcessAFile(LoadFileScheduling):
+    """A file's tests stay in one process, and so do all tests of faults: their platform takes a minute to build.
+
+    pytest-xdist 3.8 has groups for that, which pytest 9.2 doesn't see any more.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/faults" if nodeid.startswith("tests/faults/") else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneProcessAFile:
+    return OneProcessAFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with heavy tests first: begun last, one of them would keep one process busy while the other waits."""
     heavy = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in heavy)
-    for item in items:
-        # a file's tests stay in one process, and so do all tests of faults: their platform takes a minute to build
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "faults" else item.path.name))
 
 
 @pytest.fixture(scope="session")
