@@ -31,7 +31,7 @@ VECTOR_MODULE = "jdk.incubator.vector"
 # Parquet pages are written with checksums, which its reader only looks at when told to: without, most flipped bits are read as
 # other values where the file system itself doesn't notice.
 VERIFY_PAGES = ("parquet.page.verify-checksum.enabled", "true")
-# Told to shorten tracebacks, workers of SQL have another environment than those of RDDs, as small frames made on the driver are,
+# Told to shorten tracebacks, workers of SQL have another environment than those of RDDs (frames made of Python rows are some),
 # and Spark keeps a daemon for each environment: all libraries would be imported twice.
 ONE_DAEMON = ("spark.sql.execution.pyspark.udf.simplifiedTraceback.enabled", "false")
 # On one machine the tables are small and the cores few: Delta's 50, Spark's 200 and VACUUM's 10,000 tasks would be all
