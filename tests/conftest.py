@@ -21,8 +21,9 @@ from histories import SECRET
 hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# Tiny tables: to compile plans and machine code as for large ones would be most of the time.
-os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
+# Tiny tables: to compile plans and machine code as for large ones would be most of the time. So little a compiler gets a code cache
+# of 48 MB, which Spark fills within minutes, and then compiles the same again and again.
+os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m -XX:+UseSerialGC")
 os.environ["BP_SPARK_SECRET"] = SECRET.value.decode()
 TEST_SETTINGS = {
     "spark.sql.shuffle.partitions": "2",
