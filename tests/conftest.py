@@ -21,8 +21,8 @@ from histories import SECRET
 hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# Tiny tables: to compile plans and machine code as for large ones would be most of the time. So little a compiler gets a code cache
-# of 48 MB, which Spark fills within minutes, and then compiles the same again and again.
+# Tiny tables: to compile plans and machine code as for large ones would be most of the time. The code cache that this compiler
+# has by default, 48 MB, is full within minutes of Spark, which then compiles the same again and again.
 os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m -XX:+UseSerialGC")
 os.environ["BP_SPARK_SECRET"] = SECRET.value.decode()
 TEST_SETTINGS = {

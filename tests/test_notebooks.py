@@ -82,7 +82,7 @@ def environment(folder: Path) -> dict[str, str]:
         "BP_SPARK_SETTINGS": " ".join(settings),
         "PYTHONPATH": os.pathsep.join([str(folder / "packages"), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYSPARK_SUBMIT_ARGS": f"{submitted} pyspark-shell",
-        "JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1",
+        "JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m",
     }
 
 
