@@ -69,7 +69,7 @@ def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence
             builder = builder.enableHiveSupport()
         if worker_imports:
             os.environ[daemon.IMPORTS] = ",".join(worker_imports)
-            builder = builder.config("spark.python.daemon.module", daemon.__name__)
+            builder = builder.config("spark.python.daemon.module", daemon.__name__).config(*ONE_DAEMON)
             builder = builder.config(f"spark.executorEnv.{daemon.IMPORTS}", os.environ[daemon.IMPORTS])
         if "PYSPARK_GATEWAY_PORT" not in os.environ:
             os.environ["JAVA_HOME"] = java_home()
@@ -87,7 +87,6 @@ def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence
         for key, value in LOCAL_SQL_SETTINGS.items():
             spark.conf.set(key, value)
     spark.conf.set("spark.sql.session.timeZone", "UTC")
-    spark.conf.set(*ONE_DAEMON)
     spark.conf.set(*VERIFY_PAGES)
     return spark
 
