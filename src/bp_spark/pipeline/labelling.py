@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pandas as pd
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import StructType
+from pyspark.sql.types import BooleanType, StructField, StructType
 
 from bp_spark import __version__, features, labelling, labels, privacy
 from bp_spark.config import Config, digest
@@ -20,7 +21,10 @@ from bp_spark.model import signing
 from bp_spark.pipeline.featurizing import require_same_secret, span
 from bp_spark.pipeline.nights import features_of, require_same_features
 from bp_spark.pipeline.run import Run, recorded
-from bp_spark.tables import GIVEN_LABELS, LABEL_REQUESTS, Lakehouse
+from bp_spark.tables import GIVEN_LABELS, LABEL_REQUESTS, Lakehouse, Table
+
+DATED = StructField("dated", BooleanType())
+"""Whether a file says itself when a label was given."""
 
 
 @dataclass(frozen=True)
@@ -73,31 +77,28 @@ def select_labels(
             *(config.labels, _given_digest(lakehouse)),
         )
         with run.stage("select labels", inputs) as figures:
-            done = lakehouse.note(LABEL_REQUESTS.name)
-            written = lakehouse.inputs(LABEL_REQUESTS.name, as_of_date=str(as_of_date)) != inputs
-            if written:
+            before = lakehouse.note(LABEL_REQUESTS.name)
+            asked_by = _run_that_asked(lakehouse, as_of_date, inputs)
+            written = asked_by is None
+            if asked_by is None:
                 open_to = _not_asked(lakehouse, labels.without_holdout(users, config.labels), as_of_date)
                 catalogue = features.catalogue(config.features)
-                asked = labelling.selected(open_to, bundle, catalogue, budget, config.labelling)
-                rows = asked.assign(
-                    as_of_date=as_of_date,
-                    bundle_digest=bundle.digest,
-                    run_id=run.run_id,
-                    requested_at=datetime.now(UTC),
-                )
+                found = labelling.selected(open_to, bundle, catalogue, budget, config.labelling)
+                more = {
+                    "as_of_date": as_of_date,
+                    "bundle_digest": bundle.digest,
+                    "run_id": run.run_id,
+                    "requested_at": datetime.now(UTC),
+                }
+                rows = [{**row, **more} for row in found.to_dict("records")]
                 note = {"as_of_date": str(as_of_date), "run_id": run.run_id}
                 lakehouse.append(
-                    LABEL_REQUESTS,
-                    _frame(run, rows, LABEL_REQUESTS.schema),
-                    inputs=inputs,
-                    note=note,
-                    after=done["version"],
+                    LABEL_REQUESTS, _frame(run, rows, LABEL_REQUESTS), inputs=inputs, note=note, after=before["version"]
                 )
-                run_id = run.run_id
+                asked_by = run.run_id
             else:
                 figures["status"] = "unchanged"
-                run_id = lakehouse.note(LABEL_REQUESTS.name, as_of_date=str(as_of_date))["run_id"]
-            stored = lakehouse.read(LABEL_REQUESTS.name).filter(F.col("run_id") == run_id)
+            stored = lakehouse.read(LABEL_REQUESTS.name).filter(F.col("run_id") == asked_by)
             shown = ("user_key", "as_of_date", "rank", "disagreement", "expected_spend")
             asked = stored.select(*shown).toPandas().sort_values("rank").reset_index(drop=True)
             figures["rows_out"] = len(asked) if written else 0
@@ -140,24 +141,24 @@ def add_labels(spark: SparkSession, config: Config, path: Path) -> list[dict[str
                 row[0] for row in users.join(F.broadcast(keys), "user_key", "left_semi").select("user_key").collect()
             }
             labelling.require_known(path, file, given, known)
-            told = pd.DataFrame(
+            told = [
                 {
-                    "user_key": given,
-                    "as_of_date": [label.as_of_date for label in file.labels],
-                    "spend": [label.spend for label in file.labels],
-                    "source": [label.source for label in file.labels],
-                    "given_at": [label.given_at or now for label in file.labels],
-                    "dated": [label.given_at is not None for label in file.labels],
+                    "user_key": key,
+                    "as_of_date": label.as_of_date,
+                    "spend": label.spend,
+                    "source": label.source,
+                    "given_at": label.given_at or now,
+                    "dated": label.given_at is not None,
                     "run_id": run.run_id,
                 }
-            )
-            schema = StructType([*GIVEN_LABELS.schema.fields]).add("dated", "boolean")
+                for key, label in zip(given, file.labels, strict=True)
+            ]
             done = lakehouse.note(GIVEN_LABELS.name)
-            news = _news(lakehouse, _frame(run, told, schema)).localCheckpoint()
+            news = _news(lakehouse, _frame(run, told, GIVEN_LABELS, DATED)).localCheckpoint()
             figures["rows_in"], figures["unanswered"] = len(told), file.unanswered
             figures["rows_out"] = count = news.count()
             if count:
-                dates = sorted(set(told["as_of_date"]))
+                dates = sorted({label.as_of_date for label in file.labels})
                 lakehouse.merge(GIVEN_LABELS, news, within={"as_of_date": dates}, after=done["version"])
             else:
                 figures["status"] = "unchanged"
@@ -167,8 +168,17 @@ def add_labels(spark: SparkSession, config: Config, path: Path) -> list[dict[str
         return run.records
 
 
+def _run_that_asked(lakehouse: Lakehouse, as_of_date: date, inputs: str) -> str | None:
+    """The run that asked last of the date, if it did so by the same inputs and its questions are there still."""
+    done = lakehouse.note(LABEL_REQUESTS.name, as_of_date=str(as_of_date))
+    if done.get("inputs") != inputs:
+        return None
+    theirs = lakehouse.read(LABEL_REQUESTS.name).filter(F.col("run_id") == done["run_id"])
+    return None if theirs.isEmpty() else str(done["run_id"])
+
+
 def _news(lakehouse: Lakehouse, told: DataFrame) -> DataFrame:
-    """What is not stored, and isn't older than what is; ``dated``: the file says when it was given."""
+    """What is not stored, and isn't older than what is."""
     if not lakehouse.exists(GIVEN_LABELS.name):
         return told
     stored = lakehouse.read(GIVEN_LABELS.name).alias("s")
@@ -201,7 +211,7 @@ def _given_digest(lakehouse: Lakehouse) -> str:
     return str(lakehouse.read(GIVEN_LABELS.name).agg(F.count(F.lit(1)), of_whom).collect()[0])
 
 
-def _frame(run: Run, rows: pd.DataFrame, schema: StructType) -> DataFrame:
-    """Rows of the driver as a DataFrame of that schema."""
-    named = [dict(zip(rows.columns, row, strict=True)) for row in rows.itertuples(index=False, name=None)]
-    return run.spark.createDataFrame(named, schema)
+def _frame(run: Run, rows: Sequence[Mapping[str, Any]], table: Table, *more: StructField) -> DataFrame:
+    """Rows of the driver with the columns of a table, and more."""
+    schema = StructType([*table.schema.fields, *more])
+    return run.spark.createDataFrame([tuple(row[name] for name in schema.names) for row in rows], schema)
