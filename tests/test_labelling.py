@@ -12,29 +12,24 @@ import pandas as pd
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from bench.score import NIGHT, make_bundles, users
+from bench.score import NIGHT, users
 from bp_spark import config, daily, labelling, labels, pipeline
-from bp_spark.config import Config, LabellingConfig
+from bp_spark.config import Config, FusionConfig, LabellingConfig
 from bp_spark.errors import BundleError, ConfigError, DataError
 from bp_spark.features import catalogue, user_features_table
 from bp_spark.model import bundle as bundles
+from bp_spark.model.btyd import BtydMember
 from bp_spark.model.bundle import Bundle
+from bp_spark.model.fusion import Fusion
+from bp_spark.model.horizons import Horizons
+from bp_spark.model.members import LinearMember, Member
 from bp_spark.pipeline import training
 from bp_spark.pipeline.featurizing import write_features
 from bp_spark.pipeline.run import Run
 from bp_spark.tables import EVENTS, GIVEN_LABELS, USER_DAILY, USER_KEYS, Lakehouse
 from histories import AS_OF, SECRET, embeddings_frame, events_frame, random_events, rows_of, texts_frame
 
-SMALL = [
-    "features.windows=[30, 90]",
-    "features.history_length=6",
-    "trees.rounds=8",
-    "network.hidden_size=16",
-    "network.layers=1",
-    "network.heads=2",
-    "network.intermediate_size=16",
-    "network.adapter_size=16",
-]
+SMALL = ["features.windows=[30, 90]", "features.history_length=6"]
 TODAY = date(2024, 6, 1)
 FIRST = date(2024, 1, 1)
 HEAD = "user_key,as_of_date,spend"
@@ -109,7 +104,7 @@ def test_features_are_compared_by_logarithm_where_skewed_and_missing_ones_stand_
 
 @dataclass
 class Platform:
-    """Features of 80 users on NIGHT, and a promoted bundle of four members."""
+    """Features of 80 users on NIGHT, and a promoted bundle of two members, ``whole``."""
 
     spark: SparkSession
     settings: Config
@@ -130,12 +125,33 @@ class Platform:
         return {row["user_key"]: row for row in self.lakehouse.read("given_labels").collect()}
 
 
+BUNDLES = {"whole": ("linear", "btyd"), "alone": ("btyd",)}
+
+
+def bundle(folder: Path, settings: Config, *names: str) -> Bundle:
+    """Of members that need no training."""
+    rfm = tuple(name for name in training.RFM if name in catalogue(settings.features).names)
+    slopes = tuple(0.1 * place for place in range(len(rfm)))
+    members: dict[str, Member] = {
+        "linear": LinearMember(rfm, slopes, slopes, intercept=1.0, smearing=1.1, ceiling=9.0),
+        "btyd": BtydMember(90, 0.8, 20.0, 0.5, 3.0, 4.0, 3.0, 30.0),
+    }
+    rng = np.random.default_rng(1)
+    spend = rng.gamma(2, 20, 2000)
+    said = pd.DataFrame({name: spend * rng.gamma(9, 1 / 9, 2000) for name in names}).assign(label_spend=spend)
+    fusion = Fusion.fit(said, FusionConfig(members=names))
+    assert min(fusion.weights) > 0.2
+    inputs = {"tabular": catalogue(settings.features).names}
+    chosen = [members[name] for name in names]
+    return bundles.write(folder, chosen, fusion, Horizons(90, ()), inputs=inputs, lineage={}, metrics={})
+
+
 @pytest.fixture(scope="module")
 def made(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Platform:
     folder = tmp_path_factory.mktemp("labelling")
     settings = config.load(overrides=[*SMALL, f"tables.path={folder}/lakehouse", f"bundles={folder}/bundles"])
     lakehouse = Lakehouse(spark, settings.tables)
-    bundles_made = make_bundles(folder / "bundles", settings, texts=20)
+    bundles_made = {name: bundle(folder / "bundles" / name, settings, *of) for name, of in BUNDLES.items()}
     bundles.promote(settings.bundles, bundles_made["whole"])
     rows = users(spark, settings, 80, mean=3).localCheckpoint()
     lakehouse.replace(user_features_table(settings.features), rows, where={"as_of_date": [NIGHT]})
@@ -215,8 +231,8 @@ def test_the_same_selection_comes_out_of_the_same_users_and_bundle(platform: Pla
 
 
 def test_a_bundle_of_one_member_has_nobody_to_disagree(platform: Platform) -> None:
-    with pytest.raises(BundleError, match="only transformer has weight in the fusion"):
-        labelling.candidates(platform.users, platform.bundles["network"], 3)
+    with pytest.raises(BundleError, match="only btyd has weight in the fusion"):
+        labelling.candidates(platform.users, platform.bundles["alone"], 3)
 
 
 def test_without_features_or_with_a_budget_out_of_bounds_nobody_is_asked(platform: Platform) -> None:
@@ -360,7 +376,7 @@ def test_users_named_by_id_are_stored_by_key(
 TEST_DATE = AS_OF
 COMPLETE, RECENT, BETWEEN = (TEST_DATE - timedelta(days=days) for days in (30, 15, 9))
 DATES = [COMPLETE, RECENT]
-EARLY = datetime(2024, 3, 1, tzinfo=UTC)
+EARLY, MIDNIGHT = datetime(2024, 3, 1, tzinfo=UTC), datetime(AS_OF.year, AS_OF.month, AS_OF.day, tzinfo=UTC)
 
 
 @pytest.fixture(scope="module")
@@ -392,79 +408,84 @@ def give(run: Run, *given: tuple[str, date, float, datetime]) -> None:
     run.lakehouse.replace(GIVEN_LABELS, rows_of(run.spark, GIVEN_LABELS, rows))
 
 
-def training_rows(run: Run) -> pd.DataFrame:
-    version = training.write_training_set(run, DATES, TEST_DATE)
-    return run.lakehouse.read("training_set", version).toPandas().set_index(["user_key", "as_of_date"]).sort_index()
+@dataclass
+class Labelled:
+    """Training sets without and with given labels, the users these are of, and what is said out of fold by each."""
+
+    before: pd.DataFrame
+    after: pd.DataFrame
+    users: list[str]
+    versions: list[int]
+    said: list[pd.DataFrame]
 
 
-def test_given_labels_join_the_training_set_with_their_weight_and_are_never_complete(line: Run) -> None:
-    give(line)
-    before = training_rows(line)
+@pytest.fixture(scope="module")
+def labelled(line: Run, tmp_path_factory: pytest.TempPathFactory) -> Labelled:
+    folder, rows, versions, said = tmp_path_factory.mktemp("work"), [], [], []
+    users: list[str] = []
+    for given in (False, True):
+        if given:
+            users = rows[0].xs(RECENT, level=1).index[:7].tolist()
+            features = line.lakehouse.read("user_features").select("user_key").distinct()
+            fitted_on = labels.without_holdout(features, line.config.labels)
+            holdout = features.join(fitted_on, "user_key", "left_anti").first()
+            assert holdout is not None
+            give(
+                line,
+                (users[0], RECENT, 111.0, EARLY),
+                (users[1], BETWEEN, 222.0, MIDNIGHT - timedelta(seconds=1)),
+                # what was spent has been seen whole by the test date
+                (users[2], COMPLETE, 333.0, EARLY),
+                # told too late, or of what is to come
+                (users[3], RECENT, 444.0, MIDNIGHT),
+                (users[4], RECENT, 555.0, MIDNIGHT + timedelta(days=5)),
+                (users[5], TEST_DATE, 666.0, EARLY),
+                (holdout["user_key"], BETWEEN, 777.0, EARLY),
+                ("nobody", BETWEEN, 888.0, EARLY),
+            )
+        versions.append(training.write_training_set(line, DATES, TEST_DATE))
+        read = line.lakehouse.read("training_set", versions[-1])
+        rows.append(read.toPandas().set_index(["user_key", "as_of_date"]).sort_index())
+        said.append(training.cross_fit(line, read, TEST_DATE, folder, folder, refit=False)[1])
+    return Labelled(*rows, users, versions, said)
+
+
+def test_given_labels_join_the_training_set_with_their_weight_and_are_never_complete(labelled: Labelled) -> None:
+    before, rows, (one, two, *_) = labelled.before, labelled.after, labelled.users
     assert not before["given"].any()
-    one, two, three = before.xs(RECENT, level=1).index[:3]
-    fitted_on = labels.without_holdout(line.lakehouse.read("user_features"), line.config.labels)
-    everyone = {row[0] for row in line.lakehouse.read("user_features").select("user_key").distinct().collect()}
-    holdout = min(everyone - {row[0] for row in fitted_on.select("user_key").distinct().collect()})
-    give(
-        line,
-        (one, RECENT, 111.0, EARLY),
-        (two, BETWEEN, 222.0, EARLY),
-        # what was spent has been seen whole by the test date
-        (three, COMPLETE, 333.0, EARLY),
-        (holdout, BETWEEN, 444.0, EARLY),
-        ("nobody", BETWEEN, 555.0, EARLY),
-    )
-    rows = training_rows(line)
     given = rows[rows["given"]]
     assert given["label_spend"].to_dict() == {(one, RECENT): 111.0, (two, BETWEEN): 222.0}
     assert not given["complete"].any()
     assert (given["weight"] == 2.5).all()
     assert given["exposure_days"].to_dict() == {(one, RECENT): 15, (two, BETWEEN): 9}
-    # of the seven days from the date on, which are over, what was spent is known
+    # the seven days from the date on are over: what was spent in them is known
     assert given["label_spend_7d"].notna().all()
     assert given["frequency"].notna().all()
     assert given.loc[(one, RECENT), "input_digest"] == before.loc[(one, RECENT), "input_digest"]
+
+
+def test_of_users_without_a_usable_label_nothing_changes(labelled: Labelled) -> None:
+    """Those given on or after the test date, of it, of the holdout, of strangers, or of what was seen whole."""
+    rows, before, one = labelled.after, labelled.before, labelled.users[0]
     pd.testing.assert_frame_equal(rows[~rows["given"]], before.drop(index=[(one, RECENT)]))
 
 
-def test_labels_given_on_the_test_date_or_of_it_are_not_learned_from(line: Run) -> None:
-    give(line)
-    users = training_rows(line).xs(RECENT, level=1).index[:4]
-    midnight = datetime(TEST_DATE.year, TEST_DATE.month, TEST_DATE.day, tzinfo=UTC)
-    give(
-        line,
-        (users[0], RECENT, 1.0, midnight),
-        (users[1], RECENT, 1.0, midnight + timedelta(days=5)),
-        (users[2], TEST_DATE, 1.0, EARLY),
-        (users[3], RECENT, 1.0, midnight - timedelta(seconds=1)),
-    )
-    rows = training_rows(line)
-    assert rows.index[rows["given"]].tolist() == [(users[3], RECENT)]
+def test_nothing_is_calibrated_by_given_labels_and_the_baselines_do_not_change(labelled: Labelled) -> None:
+    before, after = (frame.sort_values(["user_key", "as_of_date"]).reset_index(drop=True) for frame in labelled.said)
+    assert set(after["as_of_date"]) == {COMPLETE}
+    pd.testing.assert_frame_equal(before, after, rtol=1e-9)
 
 
-def test_the_training_set_is_written_anew_when_a_label_it_sees_changes_and_only_then(line: Run) -> None:
-    give(line)
-    user = training_rows(line).xs(RECENT, level=1).index[0]
-    late = datetime(2024, 5, 1, tzinfo=UTC)
-    versions = []
+def test_the_training_set_is_written_anew_when_a_label_it_sees_changes_and_only_then(
+    labelled: Labelled, line: Run
+) -> None:
+    assert len(set(labelled.versions)) == 2
+    assert training.write_training_set(line, DATES, TEST_DATE) == labelled.versions[1]
+    user, late = labelled.users[0], MIDNIGHT + timedelta(days=1)
+    seen = []
     for given in ([], [(user, RECENT, 1.0, late)], [(user, RECENT, 1.0, EARLY)], [(user, RECENT, 2.0, EARLY)]):
         give(line, *given)
-        versions.append(training.write_training_set(line, DATES, TEST_DATE))
-    assert versions[0] == versions[1]
-    assert len(set(versions)) == 3
-
-
-def test_who_is_calibrated_by_and_what_the_baselines_say_does_not_change_with_given_labels(
-    line: Run, tmp_path: Path
-) -> None:
-    give(line)
-    users = training_rows(line).xs(RECENT, level=1).index[:3]
-    said = []
-    for given in ([], [(user, BETWEEN, 1e6, EARLY) for user in users]):
-        give(line, *given)
-        version = training.write_training_set(line, DATES, TEST_DATE)
-        rows = line.lakehouse.read("training_set", version)
-        found = training.cross_fit(line, rows, TEST_DATE, tmp_path, tmp_path, refit=False)[1]
-        said.append(found.sort_values(["user_key", "as_of_date"]).reset_index(drop=True))
-    assert set(said[1]["as_of_date"]) == {COMPLETE}
-    pd.testing.assert_frame_equal(said[0], said[1], rtol=1e-9)
+        found = training._given(line, TEST_DATE)
+        seen.append(found and found.digest)
+    assert seen[:2] == [None, None]
+    assert len({*seen}) == 3

@@ -75,6 +75,9 @@ def standardised(frame: pd.DataFrame, catalogue: Catalogue) -> np.ndarray:
     variance 1; what is missing stands at the mean."""
     columns = []
     for feature in catalogue.features:
+        if feature.name not in frame:
+            # of a catalogue that is newer than the rows
+            continue
         values = frame[feature.name].to_numpy(np.float64, na_value=np.nan)
         values = np.where(np.isfinite(values), values, np.nan)
         if feature.scale == "log":
@@ -116,15 +119,16 @@ def diverse(points: np.ndarray, weights: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.concatenate([chosen, others[: count - len(chosen)]]))
 
 
-def candidates(users: DataFrame, bundle: Bundle, count: int) -> pd.DataFrame:
-    """The users that the bundle's members disagree on most, with all their columns.
+def candidates(users: DataFrame, bundle: Bundle, count: int, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """The users that the bundle's members disagree on most.
 
     Args:
         users: rows of ``user_features`` of one date.
         count: users wanted.
+        columns: of ``users``, to be brought along.
 
     Returns:
-        Their rows with ``disagreement`` and ``expected_spend``, most disagreement first.
+        ``user_key, disagreement, expected_spend`` and these columns, most disagreement first.
 
     Raises:
         BundleError: one member alone has weight; ``users`` lacks a column.
@@ -156,9 +160,9 @@ def candidates(users: DataFrame, bundle: Bundle, count: int) -> pd.DataFrame:
 
     inputs = users.select("user_key", *dict.fromkeys(bundle.required_columns))
     found = inputs.mapInArrow(computed, "user_key string, disagreement double, expected_spend double")
-    # the bundle must not read the users twice: keys first, then their rows
+    # keys first, then their rows: else every row would be dragged along whole
     most = found.orderBy(F.desc("disagreement"), "user_key").limit(count).localCheckpoint()
-    rows = users.join(F.broadcast(most), "user_key").toPandas()
+    rows = users.select("user_key", *columns).join(F.broadcast(most), "user_key").toPandas()
     return rows.sort_values(["disagreement", "user_key"], ascending=[False, True]).reset_index(drop=True)
 
 
@@ -176,10 +180,11 @@ def selected(
         ``user_key, rank, disagreement, expected_spend``, by rank from 1: most disagreement first. Fewer than ``budget`` where
         there are no more users.
     """
-    found = candidates(users, bundle, budget * config.candidates_per_label)
+    compared = [name for name in catalogue.names if name in users.columns]
+    found = candidates(users, bundle, budget * config.candidates_per_label, compared)
     if found.empty:
         return found.assign(rank=pd.Series(dtype="int64"))[["user_key", "rank", "disagreement", "expected_spend"]]
-    chosen = diverse(standardised(found, catalogue), found["disagreement"].to_numpy(), budget)
+    chosen = diverse(standardised(found[compared], catalogue), found["disagreement"].to_numpy(), budget)
     # candidates stand in order of disagreement, and so do positions that rise
     asked = found.iloc[chosen].assign(rank=np.arange(1, len(chosen) + 1))
     return asked[["user_key", "rank", "disagreement", "expected_spend"]].reset_index(drop=True)
