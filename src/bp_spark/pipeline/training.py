@@ -368,6 +368,11 @@ def _fits(
     """How each member is fitted; the baselines linear and btyd always are."""
     config, catalogue = run.config, features.catalogue(run.config.features)
 
+    newest = rows.filter("NOT given").agg(F.max("as_of_date")).first()
+    assert newest is not None
+    # btyd reads everyone's visits of the newest date; dates of given labels have few users, chosen ones
+    of_everyone = F.col("as_of_date") <= F.lit(newest[0])
+
     def split(fold: int | None) -> DataFrame:
         if fold is None:
             return rows.withColumn("split", F.lit("train"))
@@ -378,8 +383,7 @@ def _fits(
         return _MemberFit(fit_linear(split(fold).filter("complete"), RFM, config.linear))
 
     def btyd(fold: int | None) -> _MemberFit:
-        # of the newest date it reads everyone's visits; dates of given labels have few users, chosen ones
-        return _MemberFit(fit_btyd(split(fold).filter("NOT given"), config.labels.horizon_days))
+        return _MemberFit(fit_btyd(split(fold).filter(of_everyone), config.labels.horizon_days))
 
     def boosted(kind: type[TreesMember]) -> Fit:
         best: list[int] = []
