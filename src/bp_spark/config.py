@@ -214,7 +214,7 @@ class LabelsConfig(Section):
 class LabellingConfig(Section):
     """Whose label is asked for (``bp-spark select-labels``), and what an answer may be; see :mod:`bp_spark.labelling`."""
 
-    candidates_per_label: Positive = 10
+    candidates_per_label: Positive = 2
     """Users of most disagreement for each label asked for, among whom those that differ most are picked; 1: disagreement
     alone."""
     max_spend: float = Field(1_000_000.0, gt=0, le=1e12)

@@ -37,7 +37,7 @@ from bp_spark.scoring import distribute, load_once
 SEED = 7
 """Of the first centres: the same users and bundle, the same selection."""
 MAX_BUDGET = 5_000
-"""Labels that are asked for at once, at most: the clusters of ten times as many users take minutes then."""
+"""Labels that are asked for at once, at most: clustering several times as many users takes minutes then."""
 ASKED = ("user_key", "as_of_date", "rank", "spend")
 """Columns of the file for whoever asks; ``spend`` is to be filled in."""
 GIVEN = ("user_key", "user_id", "as_of_date", "spend", "source", "given_at", "rank")
