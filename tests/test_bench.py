@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 
-from bench import data, sizes
+from bench import data, labelling, sizes
 from bench.duckdb_peer import MACROS, dialect
 from bp_spark import config
 from bp_spark.features import SEQUENCE_COLUMNS, catalogue
@@ -64,6 +66,24 @@ def test_the_figures_of_the_nights_are_there(figures: dict[str, Any]) -> None:
     (embedding,) = figures["embedding"].values()
     assert set(embedding) == {"texts", "first_seconds", "second_seconds"}
     assert set(figures["goals"]) == {"full", "new_day"}
+
+
+def test_each_way_of_asking_is_drawn_from_the_same_first_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labelling, "ROUNDS", 5)
+    monkeypatch.setattr(labelling, "STEP", 20)
+    found, rng = catalogue(config.load().features), np.random.default_rng(1)
+    pool, test = (pd.DataFrame(rng.exponential(10, (90, len(found.names))), columns=found.names) for _ in range(2))
+    pool["label_spend"], test["label_spend"] = pool["spend_90d"] * 2, test["spend_90d"] * 2
+    said = labelling.simulate(pool, test, found, per_label=2, seeds=2, most=60)
+    curve = pd.DataFrame(said["curve"]).pivot(index="labels", columns="strategy", values="mae")
+    assert curve.index.tolist() == [20, 40, 60]
+    assert curve.loc[20].nunique() == 1
+    assert (curve.loc[60] < curve.loc[20]).all()
+    apart = pd.DataFrame(said["less_random"])
+    assert set(apart["labels"]) == {40, 60, "all"}
+    assert (apart["low"] <= apart["mean"]).all()
+    mine = apart.query("labels == 60 and metric == 'mae' and strategy == 'disagreement'")["mean"].item()
+    assert mine == pytest.approx(curve.loc[60, "disagreement"] - curve.loc[60, "random"])
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,7 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
             "exposure_days": F.lit(90),
             "weight": F.lit(1.0).cast("float"),
             "complete": F.lit(True),
+            "given": F.lit(False),
             "fold": F.lit(0),
         }
     )

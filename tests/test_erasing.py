@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from bp_spark import config, pipeline, privacy, traces
 from bp_spark.config import Config
 from bp_spark.errors import ConfigError, DataError
-from bp_spark.tables import MARKET_SEGMENTS, SCORES, USER_PROFILE, Lakehouse
+from bp_spark.tables import GIVEN_LABELS, LABEL_REQUESTS, MARKET_SEGMENTS, SCORES, USER_PROFILE, Lakehouse
 from histories import SECRET, sorted_rows, write_night
 from test_incremental import DERIVED, MAPPING
 from test_profiles import frame
@@ -82,6 +82,9 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     lakehouse.replace(USER_PROFILE, frame(spark, USER_PROFILE, *profiled))
     segment = {"score_date": AS_OF, "level": "E", "category": "none", "region": "all", "users": 2}
     lakehouse.replace(MARKET_SEGMENTS, frame(spark, MARKET_SEGMENTS, segment))
+    labelled = [{"user_key": row["user_key"], "as_of_date": row["score_date"]} for row in scored]
+    for table in (LABEL_REQUESTS, GIVEN_LABELS):
+        lakehouse.replace(table, frame(spark, table, *labelled))
     return folder
 
 
@@ -182,7 +185,7 @@ def test_a_forgotten_user_is_in_no_file_and_the_nights_go_on(
     assert found(spark, tables, SECRET.key_of(GONE), GONE, "mine", ids=(GONE,)) == set()
     assert [folder.name for folder in (tables / "work").iterdir()] == ["fresh"]
     assert {row["text"] for row in lakehouse.read("texts").collect()} == {*ids} - {"only mine"}
-    for name in ("scores", "user_profile"):
+    for name in ("scores", "user_profile", "label_requests", "given_labels"):
         assert {row[0] for row in lakehouse.read(name).select("user_key").collect()} == {SECRET.key_of(STAYS)}
     # what counted the user is not to be held against what does not
     assert lakehouse.read("market_segments").isEmpty()
@@ -227,8 +230,11 @@ def test_rotated_keys_are_in_no_file_and_known_events_stay_known(
         "events",
         "user_daily",
         "scores",
+        "given_labels",
         "quarantine",
     }
+    assert lakehouse.read("label_requests").isEmpty()
+    assert lakehouse.read("given_labels").count() == 4
     assert len(before) == 4
     assert scored() == before
     write_night(tmp_path / "files", 1, transactions=[line(STAYS, 5), line(STAYS, 2)])
@@ -244,7 +250,8 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
     spark: SparkSession, tmp_path: Path, at: Callable[..., Config]
 ) -> None:
     settings = at(
-        "privacy.retention_days.events=100", "privacy.retention_days.scores=100", "privacy.retention_days.raw=1"
+        *(f"privacy.retention_days.{name}=100" for name in ("events", "scores", "training")),
+        "privacy.retention_days.raw=1",
     )
     lakehouse = Lakehouse(spark, settings.tables)
     old = lakehouse.read("user_profile").withColumn("score_date", F.lit(TODAY - timedelta(days=500)))
@@ -252,11 +259,21 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
     stages = {stage["stage"]: stage for stage in pipeline.retain(spark, settings)}
     assert {
         name: stages["retain"]["figures"][name]
-        for name in ("events", "scores", "user_profile", "raw_transactions", "quarantine")
+        for name in (
+            "events",
+            "scores",
+            "user_profile",
+            "given_labels",
+            "label_requests",
+            "raw_transactions",
+            "quarantine",
+        )
     } == {
         "events": "4",
         "scores": "2",
         "user_profile": "2",
+        "given_labels": "2",
+        "label_requests": "2",
         "raw_transactions": "0",
         "quarantine": "0",
     }

@@ -164,7 +164,16 @@ def test_no_column_of_features_or_of_training_is_a_segment() -> None:
     settings = config.load()
     read = [*catalogue(settings.features).names, *(column.name for column in SEQUENCE_COLUMNS)]
     about = ["user_key", "as_of_date", "seen_on", "input_digest", "built_from"]
-    about += ["label_spend", "label_spend_30d", "label_spend_180d", "exposure_days", "weight", "complete", "fold"]
+    about += [
+        "label_spend",
+        "label_spend_30d",
+        "label_spend_180d",
+        "exposure_days",
+        "weight",
+        "complete",
+        "given",
+        "fold",
+    ]
     table = labels.training_set_table(settings.features, settings.labels.other_horizons)
     assert sorted(table.schema.names) == sorted([*read, *about])
     assert not [name for name in table.schema.names if "segment" in name]

@@ -177,7 +177,7 @@ def test_the_training_set_is_the_features_with_label_and_fold() -> None:
     table = labels.training_set_table(FeaturesConfig(), [30, 180])
     names = table.schema.names
     others = ["label_spend_30d", "label_spend_180d"]
-    assert names[-7:] == ["label_spend", *others, "exposure_days", "weight", "complete", "fold"]
+    assert names[-8:] == ["label_spend", *others, "exposure_days", "weight", "complete", "given", "fold"]
     assert set(table.key) == {"user_key", "as_of_date"}
     assert not table.schema["label_spend"].nullable
     assert all(table.schema[name].nullable and table.schema[name].metadata["comment"] for name in others)

@@ -35,7 +35,7 @@ DEMO_DATE = "2017-10-03"
 DEMO_SECRET = "the Complete Journey is public: nothing to hide"  # noqa: S105
 EXAMPLE_ROWS = 10
 FAIRNESS_ROWS = 200
-MODEL_COMMANDS = ("train", "backtest", "search", "score", "reproduce", "demo")
+MODEL_COMMANDS = ("train", "backtest", "search", "score", "reproduce", "select-labels", "demo")
 
 _STATUS_STYLES = {"done": "green", "unchanged": "dim", "failed": "red"}
 
@@ -227,6 +227,64 @@ def score(
         else "were scored already, with the same bundle on the same features: nothing changed"
     )
     _print(f"{result.users:,} users {done} (bundle {result.bundle.digest[:12]})")
+
+
+@app.command()
+def select_labels(
+    date: Annotated[str, typer.Option(help="Date YYYY-MM-DD of the questions; featurize must have been run for it.")],
+    budget: Annotated[int, typer.Option(min=1, help="How many users can be asked.")],
+    output: Annotated[
+        Path | None, typer.Option(help="CSV file for whoever asks, with an empty column spend to fill in.")
+    ] = None,
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Pick the users whose label (survey, manual review) would help the promoted bundle most, into the table label_requests.
+
+    That is whom the members of the bundle disagree on, and of these the ones that stand for the others. Asked is what the user
+    will spend over the horizon from the date on; add-labels takes the answers. Nobody is picked who is held out of fitting,
+    has a label of the date, or was asked and has not answered. The same call again picks the same users; when answers came in,
+    further ones.
+
+    Example: bp-spark select-labels --date 2017-10-03 --budget 200 --output questions.csv
+    """
+    settings = _settings(config_file, overrides)
+    day = config.parse_date(date)
+    from bp_spark import pipeline
+
+    result = pipeline.select_labels(_session(settings, "select-labels"), settings, day, budget, output)
+    _print(_stage_table("select-labels", result.stages))
+    shown = ["rank", "user_key", "disagreement", "expected_spend"]
+    rows = result.asked[shown].head(EXAMPLE_ROWS).to_numpy(object).tolist()
+    of = f"{min(EXAMPLE_ROWS, len(result.asked))} of {len(result.asked):,} users to ask"
+    _print(_rows_table(shown, rows, title=of))
+    if output is not None:
+        _print(f"Questions: {output.absolute()}; fill in spend, then bp-spark add-labels {output}")
+
+
+@app.command()
+def add_labels(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="CSV with the columns user_key or user_id, as_of_date, spend, and if wanted source and given_at (YYYY-MM-DD)."
+        ),
+    ],
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Store labels that were given: what a user said, or a reviewer judged, will be spent over the horizon from a date on.
+
+    The file is taken whole or, if any line breaks a rule, not at all; lines without a spend are passed over. A newer label of a
+    user and date replaces the older one. Trainings whose test date is later learn from them as long as the horizon isn't over:
+    then what was spent is known.
+
+    Example: bp-spark add-labels questions.csv
+    """
+    settings = _settings(config_file, overrides)
+    from bp_spark import pipeline
+
+    _print(_stage_table("add-labels", pipeline.add_labels(_session(settings, "add-labels"), settings, file)))
 
 
 @app.command()

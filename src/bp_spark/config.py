@@ -199,6 +199,8 @@ class LabelsConfig(Section):
     """Days between two of them."""
     recency_half_life_days: Positive | None = None
     """Days in which the weight of a past label halves; null for no such weight."""
+    given_weight: float = Field(1.0, gt=0)
+    """Weight in fitting of a label that was given (``bp-spark add-labels``), beside 1 of one whose horizon was seen whole."""
 
     @model_validator(mode="after")
     def _each_horizon_once(self) -> LabelsConfig:
@@ -207,6 +209,16 @@ class LabelsConfig(Section):
         if len(set(self.other_horizons)) < len(self.other_horizons):
             raise ValueError(f"other_horizons {self.other_horizons} must hold each horizon once")
         return self
+
+
+class LabellingConfig(Section):
+    """Whose label is asked for (``bp-spark select-labels``), and what an answer may be; see :mod:`bp_spark.labelling`."""
+
+    candidates_per_label: Positive = 2
+    """Users of most disagreement for each label asked for, among whom those that differ most are picked; 1: disagreement
+    alone."""
+    max_spend: float = Field(1_000_000.0, gt=0, le=1e12)
+    """Largest spend over the horizon that a label may tell, in the platform's currency."""
 
 
 class HistoryTextConfig(Section):
@@ -603,7 +615,7 @@ class RetentionConfig(Section):
     features: Positive | None = None
     """Rows of ``user_features``, from their as-of date on."""
     training: Positive | None = None
-    """Rows of ``training_set`` and ``pretraining_set``, from their as-of date on."""
+    """Rows of ``training_set`` and ``pretraining_set``, labels that were asked for or given, from their as-of date on."""
     scores: Positive | None = None
     """Scores, and profiles made from them, from their date on."""
 
@@ -676,6 +688,7 @@ class Config(Section):
     language: LanguageConfig = LanguageConfig()
     features: FeaturesConfig = FeaturesConfig()
     labels: LabelsConfig = LabelsConfig()
+    labelling: LabellingConfig = LabellingConfig()
     network: NetworkConfig = NetworkConfig()
     pretraining: PretrainingConfig = PretrainingConfig()
     training: TrainingConfig = TrainingConfig()

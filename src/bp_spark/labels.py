@@ -1,8 +1,9 @@
 """Past as-of dates and the spend that followed them: what models learn from, and who is kept apart.
 
 Nothing from the test date on is seen. Cutoffs whose horizon was over by then are labelled whole; newer ones, of which a part
-was seen, at what was seen, scaled up to the horizon (:func:`labelled`). Of further horizons the spend is known or not: what was
-not over yet is NULL, neither a part nor scaled up (:func:`with_other_horizons`).
+was seen, at what was seen, scaled up to the horizon (:func:`labelled`), or at what a survey or a reviewer gave
+(:func:`with_given`). Of further horizons the spend is known or not: what was not over yet is NULL, neither a part nor scaled up
+(:func:`with_other_horizons`).
 
 Users are split by a hash of their key, so that a user is on one side for ever: ``holdout`` users are never fitted on, the
 others are in one of ``labels.folds`` folds, for cross-fitting: what a model says of a fold before it has seen its users.
@@ -122,7 +123,8 @@ def with_other_horizons(
 
 
 def weighed(rows: DataFrame, test_date: date, config: LabelsConfig) -> DataFrame:
-    """Add what fitting needs to know of a label: ``exposure_days``, ``complete`` and ``weight``; scale it up to the horizon.
+    """Add what fitting needs to know of a label: ``exposure_days``, ``complete``, ``weight`` and ``given``; scale it up to the
+    horizon.
 
     The spend of a shorter exposure, times horizon over exposure, has the same expectation under a steady rate and a variance
     that is larger by that factor, so it weighs exposure over horizon. ``labels.recency_half_life_days`` halves the weight of a
@@ -140,6 +142,41 @@ def weighed(rows: DataFrame, test_date: date, config: LabelsConfig) -> DataFrame
         .withColumn("complete", F.col("exposure_days") == config.horizon_days)
         .withColumn("weight", weight.cast("float"))
         .withColumn("label_spend", F.col("label_spend") * horizon / F.col("exposure_days"))
+        .withColumn("given", F.lit(False))
+    )
+
+
+def given_before(given: DataFrame, test_date: date, config: LabelsConfig) -> DataFrame:
+    """The given labels that a training sees: given before the test date, of an as-of date before it, and of no horizon that
+    was over by then, for what was spent is known of such a one.
+
+    Args:
+        given: rows of GIVEN_LABELS.
+
+    Returns:
+        ``user_key, as_of_date, spend``.
+    """
+    told = F.to_date("given_at") < F.lit(test_date)
+    begun = F.col("as_of_date") < F.lit(test_date)
+    over = F.date_add("as_of_date", config.horizon_days) <= F.lit(test_date)
+    return given.filter(told & begun & ~over).select(*KEY, "spend")
+
+
+def with_given(rows: DataFrame, given: DataFrame, test_date: date, config: LabelsConfig) -> DataFrame:
+    """Features with what was given as label, and the columns of :func:`weighed`; never ``complete``, so that nothing is
+    calibrated or evaluated by what somebody said.
+
+    Args:
+        rows: features; those without a given label are left out.
+        given: ``user_key, as_of_date, spend``; see :func:`given_before`.
+    """
+    until = F.datediff(F.lit(test_date), "as_of_date")
+    return (
+        rows.join(given.withColumnRenamed("spend", "label_spend"), KEY)
+        .withColumn("exposure_days", F.least(until, F.lit(config.horizon_days)))
+        .withColumn("complete", F.lit(False))
+        .withColumn("weight", F.lit(config.given_weight).cast("float"))
+        .withColumn("given", F.lit(True))
     )
 
 
@@ -168,7 +205,7 @@ def training_set_table(config: FeaturesConfig, other_horizons: Sequence[int]) ->
                 "label_spend",
                 "double",
                 "Spend less refunds in the horizon after as_of_date; where that was not over yet, in exposure_days, times "
-                "horizon over exposure",
+                "horizon over exposure, or as given",
                 required=True,
             ),
             *(
@@ -182,6 +219,9 @@ def training_set_table(config: FeaturesConfig, other_horizons: Sequence[int]) ->
             TableColumn("exposure_days", "int", "Days of the horizon that were seen", required=True),
             TableColumn("weight", "float", "Weight of the row in fitting", required=True),
             TableColumn("complete", "boolean", "Whether the whole horizon was seen", required=True),
+            TableColumn(
+                "given", "boolean", "Whether the label is one of given_labels, not what was seen", required=True
+            ),
             TableColumn(
                 "fold", "int", "Part, by the user's hash, that is predicted by models of the other parts", required=True
             ),

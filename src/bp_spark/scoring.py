@@ -99,10 +99,10 @@ def score(
         PlatformError: the session can't send the bundle to its executors (Spark Connect).
     """
     bundle.check_inputs(users.columns)
-    name, digest = _distribute(users.sparkSession, bundle), bundle.digest
+    name, digest = distribute(users.sparkSession, bundle), bundle.digest
 
     def computed(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
-        loaded = _load_once(name, digest)
+        loaded = load_once(name, digest)
         for batch in batches:
             yield _answer_batch(loaded, batch)
 
@@ -254,12 +254,12 @@ def prediction_udf(spark: SparkSession, bundle: Bundle) -> Any:
     Raises:
         PlatformError: the session can't send the bundle to its executors (Spark Connect).
     """
-    name, digest = _distribute(spark, bundle), bundle.digest
+    name, digest = distribute(spark, bundle), bundle.digest
     schema = _schema(*ANSWERS)
 
     @F.pandas_udf(schema)  # type: ignore[call-overload]
     def answer(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        loaded = _load_once(name, digest)
+        loaded = load_once(name, digest)
         for batch in batches:
             said = answers(loaded, {column: batch[column].to_numpy() for column in batch.columns})
             yield as_frame(said)
@@ -368,13 +368,13 @@ def _reasons(bundle: Bundle, columns: Columns, predicted: Mapping[str, np.ndarra
 # --- the bundle on the executors ---------------------------------------------------------------------------------------
 
 
-def _distribute(spark: SparkSession, bundle: Bundle) -> str:
+def distribute(spark: SparkSession, bundle: Bundle) -> str:
     """Send the bundle to executors, present and future, once a session; returns the name of its folder there."""
     try:
         context = spark.sparkContext
     except PySparkAttributeError:
         raise PlatformError(
-            "scoring sends the bundle to the executors, which needs a SparkContext, and Spark Connect has none: run it in a "
+            "the bundle is sent to the executors, which needs a SparkContext, and Spark Connect has none: run it in a "
             "classic session"
         ) from None
     name = f"bp-spark-bundle-{bundle.digest[:32]}"
@@ -391,7 +391,7 @@ def _distribute(spark: SparkSession, bundle: Bundle) -> str:
     return name
 
 
-def _load_once(name: str, digest: str) -> Bundle:
+def load_once(name: str, digest: str) -> Bundle:
     """The bundle, verified as any bundle is and loaded by the first task of this worker process."""
     if digest not in _loaded:
         _loaded.clear()

@@ -738,6 +738,38 @@ FAIRNESS = Table(
     key=("score_date", "measured_date", "segment", "group", "metric"),
     partition_by=("score_date",),
 )
+LABEL_REQUESTS = Table(
+    "label_requests",
+    "Users whose label would help most: what a survey or a reviewer is asked",
+    _columns(
+        ("user_key", "string!", "User"),
+        ("as_of_date", "date!", "Asked is what the user spends over the horizon from this day on"),
+        ("rank", "int!", "Place among those asked for together, by disagreement, from 1"),
+        (
+            "disagreement",
+            "double!",
+            "Weighted standard deviation of the members' predictions, each as the square root of money",
+        ),
+        ("expected_spend", "double!", "What the bundle expects, in the platform's currency"),
+        ("bundle_digest", "string!", "Model bundle whose members disagree"),
+        ("run_id", "string!", "Run that asked, in runs"),
+        ("requested_at", "timestamp!", "When that was, UTC"),
+    ),
+    key=("user_key", "as_of_date"),
+)
+GIVEN_LABELS = Table(
+    "given_labels",
+    "Labels that a survey or a reviewer gave: what trainings learn from beside what was spent",
+    _columns(
+        ("user_key", "string!", "User"),
+        ("as_of_date", "date!", "The spend is that of the horizon from this day on"),
+        ("spend", "double!", "Spend over the horizon, as given, in the platform's currency"),
+        ("source", "string", "Who says so: survey, review, ..., as given"),
+        ("given_at", "timestamp!", "When it was given, UTC: trainings whose test date is later may see it"),
+        ("run_id", "string!", "Run that stored it, in runs"),
+    ),
+    key=("user_key", "as_of_date"),
+)
 SHARED_TABLES = (
     *RAW_TABLES,
     USER_KEYS,
@@ -757,6 +789,8 @@ SHARED_TABLES = (
     DRIFT_REFERENCE,
     DRIFT,
     FAIRNESS,
+    LABEL_REQUESTS,
+    GIVEN_LABELS,
 )
 
 

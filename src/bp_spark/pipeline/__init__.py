@@ -8,6 +8,7 @@ from bp_spark.pipeline.backtesting import BacktestResult, backtest
 from bp_spark.pipeline.erasing import forget, retain, rotate_keys
 from bp_spark.pipeline.featurizing import featurize, quarantine_by_rule, replay_quarantine
 from bp_spark.pipeline.imagining import what_if
+from bp_spark.pipeline.labelling import SelectResult, add_labels, select_labels
 from bp_spark.pipeline.language import adapt_language
 from bp_spark.pipeline.lineage import Origin, Reproduction, explain_run, explain_score, reproduce
 from bp_spark.pipeline.monitoring import DriftResult, FairnessResult, check_drift, fairness
@@ -26,8 +27,10 @@ __all__ = [
     "Reproduction",
     "ScoreResult",
     "SearchResult",
+    "SelectResult",
     "TrainResult",
     "adapt_language",
+    "add_labels",
     "backtest",
     "check_drift",
     "explain_run",
@@ -44,6 +47,7 @@ __all__ = [
     "rotate_keys",
     "score",
     "search",
+    "select_labels",
     "train",
     "what_if",
 ]

@@ -26,6 +26,8 @@ from bp_spark.session import kept
 from bp_spark.tables import (
     DELIVERIES,
     EVENTS,
+    GIVEN_LABELS,
+    LABEL_REQUESTS,
     MARKET_SEGMENTS,
     PROFILE_TABLES,
     QUARANTINE,
@@ -49,7 +51,7 @@ PERIODS: Mapping[str, Mapping[str, str]] = {
     },
     "events": {"events": "event_date"},
     "features": {"user_features": "as_of_date"},
-    "training": {"training_set": "as_of_date", "pretraining_set": "as_of_date"},
+    "training": dict.fromkeys(("training_set", "pretraining_set", "label_requests", "given_labels"), "as_of_date"),
     "scores": {name: "score_date" for name in ("scores", "scores_latest", *(table.name for table in PROFILE_TABLES))},
 }
 """Setting of ``privacy.retention_days`` -> table -> SQL of a row's day."""
@@ -129,9 +131,10 @@ def retain(spark: SparkSession, config: Config) -> list[dict[str, Any]]:
 def rotate_keys(spark: SparkSession, config: Config, to: str) -> list[dict[str, Any]]:
     """Give every user a new key, made with another secret, and erase the files that hold the old ones.
 
-    Raw rows and scores are re-keyed; events, whose identity the key is part of, are derived from the raw rows anew, with
-    what follows from them. Features, training sets and profiles are emptied: ``featurize``, ``train`` and ``profile`` make them
-    again. Holdout and folds go by a hash of the key, so they are drawn anew: train again.
+    Raw rows, scores and given labels are re-keyed; events, whose identity the key is part of, are derived from the raw rows
+    anew, with what follows from them. Features, training sets, profiles and questions for labels are emptied: ``featurize``,
+    ``train``, ``profile`` and ``select-labels`` make them again. Holdout and folds go by a hash of the key, so they are drawn
+    anew: train again.
 
     Args:
         to: where the new secret is, as ``privacy.secret``, which must name it from then on.
@@ -169,7 +172,7 @@ def rotate_keys(spark: SparkSession, config: Config, to: str) -> list[dict[str, 
 def _rekey(lakehouse: Lakehouse, users: DataFrame, new: privacy.Secret, figures: dict[str, object]) -> None:
     both = users.select(F.col("user_key").alias("_old"), privacy.user_key(F.col("user_id"), new).alias("_new"))
     with kept(both) as keys:
-        for table in (*RAW_TABLES, SCORES, SCORES_LATEST):
+        for table in (*RAW_TABLES, SCORES, SCORES_LATEST, GIVEN_LABELS):
             if not lakehouse.exists(table.name) or "user_key" not in table.schema.names:
                 continue
             rows = lakehouse.read(table.name)
@@ -178,7 +181,8 @@ def _rekey(lakehouse: Lakehouse, users: DataFrame, new: privacy.Secret, figures:
                 rekeyed = rows.join(keys, theirs, "left").withColumn("user_key", F.coalesce("_new", "user_key"))
                 lakehouse.replace(table, rekeyed)
         figures["users"] = keys.count()
-    for name in ("user_features", "training_set", "pretraining_set", *(table.name for table in PROFILE_TABLES)):
+    emptied = ("user_features", "training_set", "pretraining_set", "label_requests")
+    for name in (*emptied, *(table.name for table in PROFILE_TABLES)):
         if lakehouse.exists(name):
             lakehouse.delete(name, "true")
 
@@ -194,9 +198,10 @@ def _require_all_raw_rows(config: Config, what: str) -> None:
 
 def _outdate(lakehouse: Lakehouse) -> None:
     """Refuse what other runs worked out of the tables so far, be it in memory still, from now on."""
+    made = (DELIVERIES, EVENTS, TEXTS, TEXT_EMBEDDINGS, USER_DAILY, SCORES_LATEST, MARKET_SEGMENTS)
     claims = {
         table.name: lakehouse.claim(table, lakehouse.note(table.name))
-        for table in (DELIVERIES, EVENTS, TEXTS, TEXT_EMBEDDINGS, USER_DAILY, SCORES_LATEST, MARKET_SEGMENTS)
+        for table in (*made, LABEL_REQUESTS, GIVEN_LABELS)
         if lakehouse.exists(table.name)
     }
     for table in (*RAW_TABLES, USER_KEYS):

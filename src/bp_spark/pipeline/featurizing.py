@@ -373,7 +373,7 @@ def write_features(run: Run, as_of: Sequence[date]) -> None:
                 "events", f"no event lies before the as-of date {day}; the first is of {first}", column="ts"
             )
     table = features.user_features_table(config)
-    built_from = digest(__version__, lakehouse.version("user_daily"), config, features.catalogue(config))
+    built_from = features_digest(run)
     with run.stage("featurize", built_from) as figures:
         built = _built(lakehouse, built_from)
         missing = [day for day in as_of if day not in built]
@@ -387,6 +387,12 @@ def write_features(run: Run, as_of: Sequence[date]) -> None:
         lakehouse.replace(table, rows, where={"as_of_date": missing}, inputs=built_from)
         written = lakehouse.read("user_features").filter(F.col("as_of_date").isin(*missing))
         figures["users"] = figures["rows_out"] = written.count()
+
+
+def features_digest(run: Run) -> str:
+    """Identity of what features would be built from now: ``built_from`` of ``user_features``."""
+    config = run.config.features
+    return digest(__version__, run.lakehouse.version("user_daily"), config, features.catalogue(config))
 
 
 def _built(lakehouse: Lakehouse, built_from: str) -> set[date]:

@@ -29,11 +29,11 @@ from bp_spark.model.fusion import Fusion
 from bp_spark.model.horizons import MIN_ROWS, NETWORK, Horizons
 from bp_spark.model.inputs import InputSpec
 from bp_spark.model.members import Member, SqrtTreesMember, TreesMember, fit_linear, fit_trees, predict_all
-from bp_spark.pipeline.featurizing import span, write_features
+from bp_spark.pipeline.featurizing import features_digest, span, write_features
 from bp_spark.pipeline.monitoring import store_reference
 from bp_spark.pipeline.run import Run, recorded
 from bp_spark.promotion import Decision
-from bp_spark.tables import METRICS
+from bp_spark.tables import GIVEN_LABELS, METRICS
 from bp_spark.training.finetune import finetune
 
 RFM = (
@@ -187,6 +187,7 @@ def write_training_set(run: Run, dates: Sequence[date], test_date: date) -> int:
     """The version that holds it: who reads that one is not disturbed by another training, backtest or search."""
     lakehouse, config = run.lakehouse, run.config
     source = lakehouse.read("user_features").filter(F.col("as_of_date").isin(*dates))
+    given = _given(run, test_date)
     inputs = digest(
         __version__,
         config.labels,
@@ -195,30 +196,59 @@ def write_training_set(run: Run, dates: Sequence[date], test_date: date) -> int:
         lakehouse.version("user_daily"),
         dates,
         test_date,
+        given and given.digest,
     )
     with run.stage("label", inputs) as figures:
         done = lakehouse.note("training_set")
         if done.get("inputs") == inputs:
             figures["status"] = "unchanged"
             return int(done["version"])
-        spend = labels.future_spend(lakehouse.read("user_daily"), dates, config.labels.horizon_days, test_date)
-        others = config.labels.other_horizons
-        rows = labels.with_other_horizons(
-            labels.labelled(source, spend), lakehouse.read("user_daily"), dates, others, test_date
-        )
+        days, others = lakehouse.read("user_daily"), config.labels.other_horizons
+        spend = labels.future_spend(days, dates, config.labels.horizon_days, test_date)
+        rows = labels.with_other_horizons(labels.labelled(source, spend), days, dates, others, test_date)
         rows = labels.weighed(rows, test_date, config.labels)
+        if given:
+            # of these users alone: a whole date of features for a few labels would be a waste
+            theirs = features.user_features(
+                days, given.dates, config.features, features_digest(run), of=given.rows.select("user_key")
+            )
+            told = labels.with_given(theirs, given.rows, test_date, config.labels)
+            told = labels.with_other_horizons(told, days, given.dates, others, test_date)
+            # what was given is of the whole horizon, and what was seen of a part of it
+            rows = rows.join(given.rows, labels.KEY, "left_anti").unionByName(told)
         rows = _spread(labels.without_holdout(rows, config.labels), run, "complete", "fold")
         version = lakehouse.replace(labels.training_set_table(config.features, others), rows, inputs=inputs)
         figures["rows_in"] = source.count()
         figures["rows"] = figures["rows_out"] = lakehouse.read("training_set", version).count()
         figures["dates"] = len(dates)
+        if given:
+            figures["given"] = lakehouse.read("training_set", version).filter("given").count()
         return version
 
 
+class _Given(NamedTuple):
+    """Given labels that a training sees, their as-of dates, and what tells them from any others."""
+
+    rows: DataFrame
+    dates: list[date]
+    digest: str
+
+
+def _given(run: Run, test_date: date) -> _Given | None:
+    """``None`` where no label was given that a training as of the test date may see."""
+    if not run.lakehouse.exists(GIVEN_LABELS.name):
+        return None
+    rows = labels.given_before(run.lakehouse.read(GIVEN_LABELS.name), test_date, run.config.labels)
+    # not the table's version: later labels, and maintenance, are no reason to train anew
+    told = rows.groupBy("as_of_date").agg(F.count(F.lit(1)), F.bit_xor(F.xxhash64(*rows.columns))).orderBy("as_of_date")
+    by_date = [tuple(row) for row in told.collect()]
+    return _Given(rows, [day for day, *_ in by_date], digest(by_date)) if by_date else None
+
+
 def _work_folder(run: Run) -> Path:
-    # another place of the record, or of the secret, or other alarms, are no reason to train anew
+    # another place of the record, or of the secret, other alarms or questions, are no reason to train anew
     folder = Path(run.config.training.work_dir).absolute() / digest(
-        run.config.model_dump(exclude={"tracking", "privacy", "drift", "fairness"}),
+        run.config.model_dump(exclude={"tracking", "privacy", "drift", "fairness", "labelling"}),
         run.lakehouse.location("training_set"),
         run.lakehouse.inputs("training_set"),
     )
@@ -345,6 +375,11 @@ def _fits(
     """How each member is fitted; the baselines linear and btyd always are."""
     config, catalogue = run.config, features.catalogue(run.config.features)
 
+    newest = rows.filter("NOT given").agg(F.max("as_of_date")).first()
+    assert newest is not None
+    # btyd reads everyone's visits of the newest date; dates of given labels have few users, chosen ones
+    of_everyone = F.col("as_of_date") <= F.lit(newest[0])
+
     def split(fold: int | None) -> DataFrame:
         if fold is None:
             return rows.withColumn("split", F.lit("train"))
@@ -355,7 +390,7 @@ def _fits(
         return _MemberFit(fit_linear(split(fold).filter("complete"), RFM, config.linear))
 
     def btyd(fold: int | None) -> _MemberFit:
-        return _MemberFit(fit_btyd(split(fold), config.labels.horizon_days))
+        return _MemberFit(fit_btyd(split(fold).filter(of_everyone), config.labels.horizon_days))
 
     def boosted(kind: type[TreesMember]) -> Fit:
         best: list[int] = []
