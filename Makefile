@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-thorough bench-data bench-score bench-training bench-pretraining bench-labels bench-sizes notebooks browser lint format lock audit sbom clean check-airflow docs reference
+.PHONY: help install demo test test-fast test-thorough bench-data bench-score bench-training bench-pretraining bench-labels bench-ablation bench-sizes notebooks browser lint format lock audit sbom clean check-airflow docs reference
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -63,6 +63,9 @@ bench-pretraining: demo ## the transformer with and without pre-training, by sha
 
 bench-labels: demo ## asking the users of most use for labels against random ones, by number of labels: JSON to standard output
 	$(BIN)/python -m bench.labelling --config conf/demo.yaml
+
+bench-ablation: demo ## what each part of the prediction adds, with paired intervals: JSON to standard output
+	$(BIN)/python -m bench.ablation --config conf/demo.yaml --test-date 2017-10-03
 
 bench-sizes: install ## weights and milliseconds of the network in each size, on one thread: JSON to standard output
 	$(BIN)/python -m bench.sizes

@@ -105,7 +105,7 @@ def run(settings: Config, test_date: date | None, folder: Path) -> dict[str, Any
         "machine": {"cores": os.cpu_count(), "load": os.getloadavg()},
         "test_date": test_date.isoformat(),
         "resamples": settings.evaluation.resamples,
-        "variants": _judged(variants(full, others, settings.fusion), full.test, settings),
+        "variants": judged(variants(full, others, settings.fusion), full.test, settings),
     }
 
 
@@ -129,7 +129,7 @@ def variants(full: Said, others: Mapping[str, Said], conf: FusionConfig) -> dict
     return made
 
 
-def _judged(made: Mapping[str, np.ndarray], test: pd.DataFrame, settings: Config) -> list[dict[str, Any]]:
+def judged(made: Mapping[str, np.ndarray], test: pd.DataFrame, settings: Config) -> list[dict[str, Any]]:
     frame = test[["user_key", "label_spend", "seen"]].assign(**made)
     table = bootstrap.compare(
         frame, list(made), subject=FULL, resamples=settings.evaluation.resamples, seed=settings.training.seed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from bench import data, labelling, sizes
+from bench import ablation, data, labelling, sizes
 from bench.duckdb_peer import MACROS, dialect
 from bp_spark import config
 from bp_spark.features import SEQUENCE_COLUMNS, catalogue
@@ -157,3 +158,30 @@ def test_a_size_has_a_cost() -> None:
     assert name == "tiny"
     assert min(figures["training_ms_per_row"], figures["forward_ms_per_user"]) > 0
     assert figures["trained"] == figures["parameters"] == network.parameter_count
+
+
+def test_each_part_is_left_out_of_the_same_predictions() -> None:
+    rng = np.random.default_rng(3)
+
+    def said(users: int, noise: float) -> pd.DataFrame:
+        spend = rng.gamma(2, 50, users) * (rng.random(users) < 0.8)
+        names = ("linear", "btyd", "trees", "sqrt_trees", "transformer")
+        rows = {name: spend * rng.lognormal(0, noise * (1 + n), users) + 1 for n, name in enumerate(names)}
+        keys = {"user_key": [f"u{n}" for n in range(users)], "as_of_date": date(2024, 1, 1), "seen": True}
+        return pd.DataFrame({**keys, "label_spend": spend, **rows})
+
+    full = ablation.Said(said(600, 0.1), said(300, 0.1))
+    exact = full.test.assign(transformer=full.test["label_spend"])
+    told = full.out_of_fold.assign(transformer=full.out_of_fold["label_spend"])
+    # in another order, as another fit may bring them
+    better = full.with_transformer(ablation.Said(told.iloc[::-1], exact.iloc[::-1]))
+    settings = config.load(overrides=["evaluation.resamples=20"])
+    made = ablation.variants(full, {"transformer that knows": better}, settings.fusion)
+    judged = {each["variant"]: each for each in ablation.judged(made, full.test, settings)}
+    assert set(judged) == set(made)
+    assert "default_less_variant" not in judged[ablation.FULL]
+    knows = judged["fused, transformer that knows"]
+    assert knows["figures"]["mae"]["value"] < judged[ablation.FULL]["figures"]["mae"]["value"]
+    assert knows["default_less_variant"]["mae"]["low"] > 0
+    alone = judged["btyd alone, as it says"]["figures"]["mae"]["value"]
+    assert alone == pytest.approx((full.test["btyd"] - full.test["label_spend"]).abs().mean())
