@@ -11,8 +11,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyspark
+from py4j.protocol import Py4JError
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 
@@ -88,7 +90,19 @@ def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence
             spark.conf.set(key, value)
     spark.conf.set("spark.sql.session.timeZone", "UTC")
     spark.conf.set(*VERIFY_PAGES)
+    _look_up_once(spark)
     return spark
+
+
+def _look_up_once(spark: SparkSession) -> None:
+    """Keep the classes that pyspark asks Java for at each column and function, by names that Java looks for in all its jars."""
+    try:
+        jvm: Any = spark._jvm
+        for name in ("functions", "PythonSQLUtils", "PythonUtils"):
+            setattr(jvm, name, getattr(jvm, name))
+    except (AttributeError, Py4JError):
+        # Spark Connect has no JVM at hand
+        return
 
 
 def driver_memory() -> str:

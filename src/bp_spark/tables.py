@@ -1195,10 +1195,15 @@ class Lakehouse:
 def _logged_note(spark: SparkSession, location: str, version: int) -> str | None:
     """The ``userMetadata`` of a commit, from its file: milliseconds, where Delta's history is a Spark job."""
     jvm: Any = spark._jvm
-    path = jvm.org.apache.hadoop.fs.Path(f"{location}/_delta_log/{version:020d}.json")
+    # by full names: of ``jvm.org.apache`` Java would look for a class ``org`` in all jars, then ``org.apache``, ...
+    path_of, reader_of, lines_of = (
+        getattr(jvm, name)
+        for name in ("org.apache.hadoop.fs.Path", "java.io.InputStreamReader", "java.io.BufferedReader")
+    )
+    path = path_of(f"{location}/_delta_log/{version:020d}.json")
     stream = path.getFileSystem(spark._jsc.hadoopConfiguration()).open(path)
     try:
-        lines = jvm.java.io.BufferedReader(jvm.java.io.InputStreamReader(stream, "UTF-8"))
+        lines = lines_of(reader_of(stream, "UTF-8"))
         while (line := lines.readLine()) is not None:
             info = json.loads(line).get("commitInfo")
             if info is not None:
@@ -1212,7 +1217,7 @@ def _logged_note(spark: SparkSession, location: str, version: int) -> str | None
 def _newest_version(table: DeltaTable) -> int:
     try:
         # the log answers in milliseconds; its history is a Spark job, and a night asks a dozen times
-        nothing = table._spark._jvm.scala.Option.empty()  # type: ignore[union-attr]
+        nothing = getattr(table._spark._jvm, "scala.Option").empty()
         return int(table._jdt.deltaLog().update(False, nothing, nothing).version())
     except (AttributeError, Py4JError):
         # Spark Connect has no such log at hand, and Databricks' Delta is not bound to have it
