@@ -21,11 +21,10 @@ from histories import SECRET
 hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# Tiny tables: to compile plans and machine code as for large ones would be most of the time. The code cache that this compiler
-# has by default, 48 MB, is full within minutes of Spark, which then compiles the same again and again.
-os.environ.setdefault(
-    "JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m -XX:+UseSerialGC -XX:NewRatio=1"
-)
+# The code cache of this compiler alone, 48 MB, is full within minutes of Spark, which then compiles the same again and again.
+_JAVA = "-XX:ReservedCodeCacheSize=512m -XX:+UseSerialGC -XX:NewRatio=1"
+# A job of a test ends before code that is compiled well would have paid for the compilation; the session of all tests does not.
+os.environ.setdefault("JDK_JAVA_OPTIONS", f"{_JAVA} -XX:TieredStopAtLevel=1")
 os.environ["BP_SPARK_SECRET"] = SECRET.value.decode()
 TEST_SETTINGS = {
     "spark.sql.shuffle.partitions": "2",
@@ -60,7 +59,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def spark() -> Iterator[SparkSession]:
-    session = get_session(config.load(), "bp-spark tests", MODEL_MODULES)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("JDK_JAVA_OPTIONS", _JAVA)
+        session = get_session(config.load(), "bp-spark tests", MODEL_MODULES)
     session.sparkContext.setLogLevel("OFF")
     for key, value in TEST_SETTINGS.items():
         session.conf.set(key, value)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from pyspark.sql import SparkSession
 
-from bench import ablation, data, labelling, sizes
+from bench import ablation, data, gpu, labelling, sizes
 from bench.duckdb_peer import MACROS, dialect
 from bp_spark import config
 from bp_spark.features import SEQUENCE_COLUMNS, catalogue
@@ -24,19 +23,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def figures(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bench")
-    command = [
-        sys.executable,
-        "-m",
-        "bench.data",
-        "--quick",
-        "--folder",
-        str(folder),
-        "--out",
-        str(folder / "data.json"),
-    ]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=850)
+    data.main(["--quick", "--folder", str(folder), "--out", str(folder / "data.json")])
     assert [path.name for path in folder.iterdir()] == ["data.json"]
     return json.loads((folder / "data.json").read_text(encoding="utf-8"))
 
@@ -185,3 +174,9 @@ def test_each_part_is_left_out_of_the_same_predictions() -> None:
     assert knows["default_less_variant"]["mae"]["low"] > 0
     alone = judged["btyd alone, as it says"]["figures"]["mae"]["value"]
     assert alone == pytest.approx((full.test["btyd"] - full.test["label_spend"]).abs().mean())
+
+
+def test_the_processor_learns_and_scores_what_a_gpu_is_compared_to(tmp_path: Path) -> None:
+    figures = gpu.run(300, 2, ["tiny"], ["cpu"], tmp_path)["sizes"]["tiny"]
+    assert figures["training"]["cpu"]["rows_per_second"] > 0
+    assert figures["scoring"]["cpu"]["users_per_second"] > 0

@@ -242,10 +242,13 @@ def as_written(text: Column) -> Column:
 
 def _replaced(text: Column, pattern: str, holds: Callable[[Column], Column], by: str) -> Column:
     """The text with what matches the pattern, and passes a check of its digits, replaced."""
-    candidates = F.regexp_extract_all(text, F.lit(pattern), F.lit(0))
-    return F.aggregate(
-        F.filter(candidates, holds), text, lambda found, candidate: F.replace(found, candidate, F.lit(by))
-    )
+
+    def without(whole: Column) -> Column:
+        candidates = F.filter(F.regexp_extract_all(whole, F.lit(pattern), F.lit(0)), holds)
+        return F.aggregate(candidates, whole, lambda found, candidate: F.replace(found, candidate, F.lit(by)))
+
+    # as a variable: what the text is made by would stand, and be computed, twice in each of several steps
+    return F.transform(F.array(text), without)[0]
 
 
 def _is_card(candidate: Column) -> Column:

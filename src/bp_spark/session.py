@@ -36,6 +36,8 @@ VERIFY_PAGES = ("parquet.page.verify-checksum.enabled", "true")
 # Told to shorten tracebacks, workers of SQL have another environment than those of RDDs (frames made of Python rows are some),
 # and Spark keeps a daemon for each environment: all libraries would be imported twice.
 ONE_DAEMON = ("spark.sql.execution.pyspark.udf.simplifiedTraceback.enabled", "false")
+# Else pyspark tells Java at each operation on a column which line of Python it stands in, by four calls.
+NO_CALL_SITES = ("spark.python.sql.dataFrameDebugging.enabled", "false")
 # On one machine the tables are small and the cores few: Delta's 50, Spark's 200 and VACUUM's 10,000 tasks would be all
 # overhead.
 LOCAL_SQL_SETTINGS = {
@@ -66,7 +68,7 @@ def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence
     if spark is None:
         # Python workers start with the first python3 on PATH unless told otherwise.
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-        builder = SparkSession.builder.appName(name)
+        builder = SparkSession.builder.appName(name).config(*NO_CALL_SITES)
         if config.tables.path is None:
             builder = builder.enableHiveSupport()
         if worker_imports:

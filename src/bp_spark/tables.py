@@ -1177,7 +1177,7 @@ class Lakehouse:
         newest = self.version(name)
         for version in range(newest, max(-1, newest - most), -1):
             try:
-                noted = _logged_note(self.spark, f"{self._root}/{name}", version)
+                noted = _commit_info(self.spark, f"{self._root}/{name}", version).get("userMetadata")
             except (AttributeError, Py4JError, ValueError):
                 # a table of the metastore, a log that was cleaned, or no JVM at hand (Spark Connect): Delta's own job tells
                 history = self._delta(name).history(most).filter(f"version <= {version} AND userMetadata IS NOT NULL")
@@ -1186,14 +1186,23 @@ class Lakehouse:
             if noted is not None:
                 yield version, noted
 
+    def rows_written(self, name: str, version: int) -> int:
+        """Rows that the commit of a :meth:`replace` or :meth:`append` ``after`` a version wrote, as Delta counted them."""
+        try:
+            metrics = _commit_info(self.spark, f"{self._root}/{name}", version)["operationMetrics"]
+        except (AttributeError, Py4JError, ValueError, KeyError):
+            history = self._delta(name).history().filter(F.col("version") == version)
+            metrics = history.select("operationMetrics").collect()[0][0]
+        return int(metrics["numOutputRows"])
+
     def _delta(self, name: str) -> DeltaTable:
         if self._root is not None:
             return DeltaTable.forPath(self.spark, self.location(name))
         return DeltaTable.forName(self.spark, self._identifier(name))
 
 
-def _logged_note(spark: SparkSession, location: str, version: int) -> str | None:
-    """The ``userMetadata`` of a commit, from its file: milliseconds, where Delta's history is a Spark job."""
+def _commit_info(spark: SparkSession, location: str, version: int) -> dict[str, Any]:
+    """The ``commitInfo`` of a commit, from its file: milliseconds, where Delta's history is a Spark job."""
     jvm: Any = spark._jvm
     # by full names: of ``jvm.org.apache`` Java would look for a class ``org`` in all jars, then ``org.apache``, ...
     path_of, reader_of, lines_of = (
@@ -1205,13 +1214,12 @@ def _logged_note(spark: SparkSession, location: str, version: int) -> str | None
     try:
         lines = lines_of(reader_of(stream, "UTF-8"))
         while (line := lines.readLine()) is not None:
-            info = json.loads(line).get("commitInfo")
+            info: dict[str, Any] | None = json.loads(line).get("commitInfo")
             if info is not None:
-                noted: str | None = info.get("userMetadata")
-                return noted
+                return info
     finally:
         stream.close()
-    return None
+    return {}
 
 
 def _newest_version(table: DeltaTable) -> int:

@@ -87,8 +87,8 @@ def _ingest(run: Run) -> None:
                 rows = lakehouse.read(table.name).limit(0)
             else:
                 continue
-            lakehouse.replace(table, rows, where={"ingest_id": [number]}, after=claim)
-            brought[table.name] = lakehouse.read(table.name).filter(of_ingest).count()
+            version = lakehouse.replace(table, rows, where={"ingest_id": [number]}, after=claim)
+            brought[table.name] = lakehouse.rows_written(table.name, version)
         figures.update(brought)
         figures["rows_in"] = figures["rows_out"] = sum(brought.values())
         read = [(identity, d.table, d.name, d.fingerprint, number) for d in fresh]
