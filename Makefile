@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-thorough bench-data bench-score bench-training bench-pretraining bench-labels bench-ablation bench-sizes notebooks browser lint format lock audit sbom clean check-airflow docs reference
+.PHONY: help install demo test test-fast test-thorough bench-data bench-score bench-training bench-pretraining bench-labels bench-ablation bench-sizes bench-gpu notebooks browser lint format lock audit sbom clean check-airflow docs reference
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -69,6 +69,9 @@ bench-ablation: demo ## what each part of the prediction adds, with paired inter
 
 bench-sizes: install ## weights and milliseconds of the network in each size, on one thread: JSON to standard output
 	$(BIN)/python -m bench.sizes
+
+bench-gpu: install ## training and scoring by a GPU beside its machine's processor: JSON to standard output
+	$(BIN)/python -m bench.gpu
 
 docs: install ## the documentation as a site, build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
