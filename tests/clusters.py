@@ -27,6 +27,10 @@ SHORT = {
     "spark.executor.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m",
 }
 
+# To compile plans as for large tables would be most of the time of a job; one job does, as it does at a user's.
+UNCOMPILED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
+COMPILED_JOB = "score"
+
 
 @dataclass
 class Cluster:
@@ -59,10 +63,11 @@ class Cluster:
 
     def job(self, job: str, *arguments: str) -> list[str]:
         """The command that runs a job on the cluster."""
+        settings = SHORT if job == COMPILED_JOB else SHORT | UNCOMPILED
         return [
             str(BIN / "spark-submit"),
             *("--master", self.address, "--driver-memory", "2g", "--executor-memory", "1g"),
-            *(part for setting in SHORT.items() for part in ("--conf", "=".join(setting))),
+            *(part for setting in settings.items() for part in ("--conf", "=".join(setting))),
             *(str(ROOT / f"jobs/{job}.py"), *arguments),
         ]
 

@@ -23,7 +23,7 @@ import pyspark
 import pytest
 from pyspark.sql import SparkSession
 
-from clusters import BIN, ROOT, SHORT, Cluster, bare_environment, free_ports
+from clusters import BIN, ROOT, SHORT, UNCOMPILED, Cluster, bare_environment, free_ports
 
 SITE = Path(pyspark.__file__).parents[1]
 OWN = ("bp_spark", "__editable__")
@@ -156,7 +156,7 @@ def image(prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Im
     (folder / "events").mkdir()
     memory = {"spark.driver.memory": "1g", "spark.executor.memory": "1g"}
     logged = {name: f"file:{folder}/events" for name in ("spark.eventLog.dir", "spark.history.fs.logDirectory")}
-    settings = SHORT | memory | logged | {"spark.eventLog.enabled": "true", "spark.history.ui.port": "0"}
+    settings = SHORT | UNCOMPILED | memory | logged | {"spark.eventLog.enabled": "true", "spark.history.ui.port": "0"}
     (folder / "spark.conf").write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
     (folder / "night.yaml").write_text(f"tables: {{path: {folder}/lakehouse}}\nbundles: {folder}/bundles\n")
     image = Image(folder, workers=1, prefix=prefix)
