@@ -16,20 +16,20 @@ from bp_spark import config
 from bp_spark.config import Config
 from bp_spark.session import MODEL_MODULES, get_session
 from bp_spark.tables import Lakehouse
+from clusters import UNCOMPILED
 from histories import SECRET
 
 hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# The code cache of this compiler alone, 48 MB, is full within minutes of Spark, which then compiles the same again and again.
+# The code cache of C1 alone, 48 MB, is full within minutes of Spark, which then compiles the same again and again.
 _JAVA = "-XX:ReservedCodeCacheSize=512m -XX:+UseSerialGC -XX:NewRatio=1"
 # A job of a test ends before code that is compiled well would have paid for the compilation; the session of all tests does not.
 os.environ.setdefault("JDK_JAVA_OPTIONS", f"{_JAVA} -XX:TieredStopAtLevel=1")
 os.environ["BP_SPARK_SECRET"] = SECRET.value.decode()
 TEST_SETTINGS = {
     "spark.sql.shuffle.partitions": "2",
-    "spark.sql.codegen.wholeStage": "false",
-    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+    **UNCOMPILED,
     "spark.databricks.delta.snapshotPartitions": "1",
     # plans as text are for the web interface, which nobody looks at
     "spark.sql.ui.explainMode": "simple",

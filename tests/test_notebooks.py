@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from bp_spark.sources.completejourney import FILES, PACKAGE
+from clusters import UNCOMPILED
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -38,9 +39,7 @@ bundle.promote(settings.bundles, trained.bundle)
 MOST_SHOWN = 600_000
 """Bytes of a notebook with all it came to."""
 CONF = {
-    # tiny tables: to compile plans as for large ones would be most of the time
-    "spark.sql.codegen.wholeStage": "false",
-    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+    **UNCOMPILED,
     "spark.ui.enabled": "false",
 }
 
