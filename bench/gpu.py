@@ -44,14 +44,15 @@ OUT = Path("build/bench/gpu.json")
 TEXTS, TEXT_SIZE = 10_000, 384
 MEAN_EVENTS = 20
 FILES = 8
+SEED = 0
 DEVICES = ("cpu", "cuda:0")
 _BYTES_OF_ROW = 4_000
 _TYPES = {"seq_kind": pa.int32(), "seq_text_id": pa.int64(), "seq_weekday": pa.int32(), "seq_hour": pa.int32()}
 
 
-def users(count: int, spec: InputSpec, seed: int = 0) -> Columns:
+def users(count: int, spec: InputSpec) -> Columns:
     """Random users as the network reads them, with ``label_spend``; histories are exponentially distributed up to the cap."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     lengths = np.minimum(spec.history_length, 1 + rng.exponential(MEAN_EVENTS, count)).astype(int)
     ends, total = np.cumsum(lengths), int(lengths.sum())
     events = {
@@ -129,7 +130,7 @@ def training(settings: Config, rows: Snapshot, spec: InputSpec, folder: Path, de
 
 def scoring(settings: Config, columns: Columns, spec: InputSpec, devices: Sequence[str]) -> dict[str, Any]:
     """Users a second of each device, the middle one of three passes, and how far their answers lie apart."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     history = HistoryEncoder(settings.network, spec.history_length, torch.randn(TEXTS, TEXT_SIZE))
     member = TransformerMember(SpendNetwork(spec, settings.network, torch.arange(1, TEXTS + 1), history))
     found: dict[str, Any] = {}

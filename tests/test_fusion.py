@@ -134,6 +134,44 @@ def test_members_that_say_too_much_altogether_are_stacked_and_calibrated_all_the
     np.testing.assert_allclose(one["expected_spend"][spenders], other["expected_spend"][spenders], rtol=0.05)
 
 
+def drifting(seed: int, dates: int = 8) -> pd.DataFrame:
+    """Users who spend a tenth less at each date for what members say: two weeks apart, the last is the newest."""
+    frames = []
+    for number in range(dates):
+        of_date = world(1500, seed * dates + number)
+        frames.append(
+            of_date.assign(
+                label_spend=of_date["label_spend"] * 0.9**number,
+                as_of_date=pd.Timestamp("2024-01-01") + pd.Timedelta(days=14 * number),
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def test_what_is_newer_tells_more_of_the_level_and_the_interval() -> None:
+    past, later = drifting(seed=1), drifting(seed=2, dates=9)
+    now = later[later["as_of_date"] == later["as_of_date"].max()]
+
+    def off(half_life_days: float | None) -> tuple[float, float]:
+        fitted = Fusion.fit(past, FusionConfig(members=("trees", "transformer"), half_life_days=half_life_days))
+        answers = fitted.apply(members(now.drop(columns="as_of_date")))
+        inside = (now["label_spend"] >= answers["low"]) & (now["label_spend"] <= answers["high"])
+        return answers["expected_spend"].sum() / now["label_spend"].sum() - 1, abs(inside.mean() - 0.9)
+
+    alike, newer = off(None), off(14)
+    assert alike[0] > 0.4
+    assert newer[0] < 0.6 * alike[0]
+    assert newer[1] <= alike[1]
+    # a very long half-life and none are the same
+    assert off(1e9) == pytest.approx(alike, rel=1e-6)
+
+
+def test_dates_are_not_needed_and_one_date_is_none() -> None:
+    data = world(2000, seed=3)
+    one_date = data.assign(as_of_date=pd.Timestamp("2024-01-01").date())
+    assert Fusion.fit(data, BOTH) == Fusion.fit(one_date, BOTH)
+
+
 def test_scores_are_percentiles_and_levels_fifths_of_the_reference(fusion):
     answers = fusion.apply(members(world(4000, seed=1)))
     ranks = pd.Series(answers["expected_spend"]).rank(pct=True) * 100

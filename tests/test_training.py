@@ -25,7 +25,7 @@ from bp_spark.training import finetune as module
 from bp_spark.training import loop
 from bp_spark.training.distributed import process_group, run_ranks
 from bp_spark.training.finetune import Job, finetune, inputs_digest, train_rank
-from bp_spark.training.progress import CHECKPOINT_FILE, TENSORBOARD_FOLDER
+from bp_spark.training.progress import CHECKPOINT_FILE, TENSORBOARD_FOLDER, WeightAverage
 from training_rows import SPEC, make_rows, write_language_model, write_table, write_texts
 
 TINY = (
@@ -218,6 +218,34 @@ def test_training_stops_early_and_keeps_the_best_epoch(tmp_path: Path, single_ra
     losses = [row["valid_loss"] for row in progress.history]
     assert progress.best_loss == min(losses) == losses[progress.best_epoch - 1]
     assert progress.epoch == progress.best_epoch + 2 < 30
+
+
+def test_the_average_of_weights_follows_faster_at_first_and_halves_in_its_half_life() -> None:
+    network = torch.nn.Linear(1, 1, bias=False)
+    network.weight.data.fill_(0.0)
+    average = WeightAverage(network, half_life=4)
+    network.weight.data.fill_(1.0)
+    for step in range(1, 101):
+        average.update()
+        if step == 1:
+            with average.in_place():
+                first = network.weight.item()
+    assert first == pytest.approx(10 / 11)
+    network.weight.data.fill_(3.0)
+    for _ in range(4):
+        average.update()
+    with average.in_place():
+        assert network.weight.item() == pytest.approx(2.0, abs=1e-2)
+    assert network.weight.item() == 3.0
+
+
+def test_the_average_of_weights_is_kept_and_without_one_the_weights_are(folder: Path, single_rank: None) -> None:
+    for run, epochs, kept in (("averaged", 1, False), ("plain", 0, True)):
+        os.environ["MASTER_PORT"] = str(free_port())
+        train_rank(job(folder, run, "training.max_epochs=1", f"training.average_epochs={epochs}"))
+        last = torch.load(folder / run / CHECKPOINT_FILE, weights_only=True)["network"]
+        saved = weights(folder / run)
+        assert all(torch.equal(saved[name], last[name]) for name in saved.keys() & last.keys()) == kept
 
 
 def test_a_run_without_validation_rows_is_that_of_so_many_epochs(folder: Path, single_rank: None) -> None:

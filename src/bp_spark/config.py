@@ -313,7 +313,7 @@ class TrainingConfig(Section):
     batch_size: Positive = 256
     """Rows of one step over all ranks."""
     max_epochs: Positive = 40
-    patience: Positive = 10
+    patience: Positive = 5
     """Epochs without a better validation loss before stopping."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(5e-4, gt=0)
@@ -321,6 +321,8 @@ class TrainingConfig(Section):
     """L2 penalty (decoupled for AdamW)."""
     warmup_fraction: Fraction = 0.1
     gradient_clip: float = Field(1.0, gt=0)
+    average_epochs: float = Field(1.0, ge=0)
+    """Epochs in which a step's share in the running average of weights halves; the average is judged and kept."""
     seed: int = 7
     work_dir: Folder = "work"
     """Checkpoints and TensorBoard logs; on a cluster a folder that all machines see."""
@@ -359,6 +361,9 @@ class FusionConfig(Section):
     """Members that are stacked: linear, btyd, trees, sqrt_trees, transformer."""
     shrinkage: float = Field(0.003, ge=0)
     """How much the weights of members are drawn towards equal ones, relative to what their predictions say."""
+    half_life_days: float | None = Field(28.0, gt=0)
+    """Days in which the weight of a past prediction halves in all that follows from how right members were; ``None``: all
+    weigh the same."""
     coverage: float = Field(0.9, gt=0, lt=1)
     """Share of users whose spend should fall inside ``low``..``high``."""
 

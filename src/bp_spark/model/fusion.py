@@ -80,6 +80,10 @@ class Fusion:
     def fit(cls, frame: pd.DataFrame, conf: FusionConfig, reference: pd.DataFrame | None = None) -> Self:
         """Learn the fusion from out-of-fold predictions: each of users that the predicting member was not fitted on.
 
+        Rows weigh the less the older they are (``conf.half_life_days``): members and users change, and what is asked is how
+        right members are now. In the interval such weights hold the coverage up under slow change (Barber et al. 2023,
+        "Conformal prediction beyond exchangeability").
+
         1. *Stack* (Breiman 1996, "Stacked regressions"): the square of the weighted mean of the square roots of
            ``conf.members``. Non-negative least squares of root spend on root predictions, drawn towards equal weights by
            ``conf.shrinkage`` times the mean square of a prediction, then made 1 together: which level is right is left to
@@ -100,8 +104,8 @@ class Fusion:
 
         Args:
             frame: ``label_spend`` (below 0 counts as 0) and a column of predictions for each of
-                ``conf.members``.
-            conf: the members and the coverage.
+                ``conf.members``; ``as_of_date``, without which all rows weigh the same.
+            conf: the members, the coverage, and how fast rows lose weight.
             reference: predictions of the population that scores compare with; by default ``frame``.
 
         Raises:
@@ -119,15 +123,19 @@ class Fusion:
             )
         spend = np.maximum(_column(frame, "label_spend", signed=True), 0.0)
         roots = np.sqrt(np.stack([_column(frame, name) for name in conf.members], axis=1))
-        weights = _stacking_weights(roots, np.sqrt(spend), conf.shrinkage)
+        recency = _recency(frame, conf.half_life_days)
+        weights = _stacking_weights(roots, np.sqrt(spend), recency, conf.shrinkage)
         mean = _stacked_log(roots, weights)
-        calibration = _fit_calibration(mean, spend)
+        calibration = _fit_calibration(mean, spend, recency)
         expected = _calibrate(calibration, mean)
-        activity = _fit_activity(expected, spend)
-        edges = _edges(expected, _INTERVAL_GROUPS, rows_needed)
+        activity = _fit_activity(expected, spend, recency)
+        edges = _edges(expected, _INTERVAL_GROUPS, _rows_worth(rows_needed, recency))
         residuals = np.log1p(spend) - expected
         group = np.searchsorted(edges, expected, side="right")
-        tails = [_tails(residuals[group == number], (1 - conf.coverage) / 2) for number in range(len(edges) + 1)]
+        tail = (1 - conf.coverage) / 2
+        tails = [
+            _tails(residuals[of], recency[of], tail) for of in (group == number for number in range(len(edges) + 1))
+        ]
         fusion = cls(
             members=tuple(conf.members),
             weights=_floats(weights),
@@ -247,9 +255,24 @@ def as_json(fitted: DataclassInstance) -> dict[str, Any]:
     return document
 
 
-def _stacking_weights(roots: np.ndarray, target: np.ndarray, shrinkage: float) -> np.ndarray:
+def _recency(frame: pd.DataFrame, half_life_days: float | None) -> np.ndarray:
+    """Weight of each row, float64 [rows]: 1 at the newest ``as_of_date``, half of that each ``half_life_days`` before it."""
+    if half_life_days is None or "as_of_date" not in frame:
+        return np.ones(len(frame))
+    days = pd.to_datetime(frame["as_of_date"])
+    return np.asarray(0.5 ** ((days.max() - days).dt.days / half_life_days), np.float64)
+
+
+def _rows_worth(rows: int, recency: np.ndarray) -> int:
+    """How many rows of the mean weight weigh as much as so many of the newest."""
+    return math.ceil(rows * len(recency) / recency.sum() - 1e-9)
+
+
+def _stacking_weights(roots: np.ndarray, target: np.ndarray, recency: np.ndarray, shrinkage: float) -> np.ndarray:
     """Weights, float64 [members], of the columns of ``roots`` [rows, members]; see :meth:`Fusion.fit`."""
     members = roots.shape[1]
+    scale = np.sqrt(recency)
+    roots, target = roots * scale[:, None], target * scale
     equal = np.full(members, 1.0 / members)
     plain = roots.mean(axis=1)
     # members that say too much altogether are no reason to heed the largest least
@@ -269,12 +292,12 @@ def _stacked_log(roots: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.log1p(total**2)
 
 
-def _fit_calibration(mean: np.ndarray, spend: np.ndarray) -> Curve:
+def _fit_calibration(mean: np.ndarray, spend: np.ndarray, recency: np.ndarray) -> Curve:
     said = np.expm1(mean)
-    group = groups(mean, _CALIBRATION_BINS, _CALIBRATION_ROWS)
-    rows = np.bincount(group)
-    x = np.bincount(group, said) / rows
-    y = isotonic_regression((np.bincount(group, spend) + x) / (rows + 1), sample_weight=rows + 1)
+    group = groups(mean, _CALIBRATION_BINS, _rows_worth(_CALIBRATION_ROWS, recency))
+    rows = np.bincount(group, recency)
+    x = np.bincount(group, said * recency) / rows
+    y = isotonic_regression((np.bincount(group, spend * recency) + x) / (rows + 1), sample_weight=rows + 1)
     block = np.unique(y, return_inverse=True)[1]
     # A knot stands at the mean of what was said in money, as the spend beside it is a mean in money.
     block_x = np.bincount(block, x * rows) / np.bincount(block, rows)
@@ -288,20 +311,26 @@ def _calibrate(curve: Curve, mean: np.ndarray) -> np.ndarray:
     return curve(mean) + np.maximum(mean - curve.x[-1], 0.0)
 
 
-def _fit_activity(expected: np.ndarray, spend: np.ndarray) -> Curve:
-    group = groups(expected, _ACTIVITY_BINS, _ACTIVITY_ROWS)
-    rows = np.bincount(group)
-    share = (np.bincount(group, spend > 0) + 0.5) / (rows + 1)
+def _fit_activity(expected: np.ndarray, spend: np.ndarray, recency: np.ndarray) -> Curve:
+    group = groups(expected, _ACTIVITY_BINS, _rows_worth(_ACTIVITY_ROWS, recency))
+    rows = np.bincount(group, recency)
+    share = (np.bincount(group, (spend > 0) * recency) + 0.5) / (rows + 1)
     knots = isotonic_regression(share, y_min=0.0, y_max=1.0, sample_weight=rows + 1)
-    return Curve(_floats(np.bincount(group, expected) / rows), _floats(knots))
+    return Curve(_floats(np.bincount(group, expected * recency) / rows), _floats(knots))
 
 
-def _tails(residuals: np.ndarray, alpha: float) -> tuple[float, float]:
-    """Residuals that a fresh one falls below, above with probability ``alpha`` at most, if exchangeable."""
-    n = len(residuals)
-    rank = min(n, math.ceil((n + 1) * (1 - alpha) - 1e-9))
-    ordered = np.sort(residuals)
-    return float(ordered[n - rank]), float(ordered[rank - 1])
+def _tails(residuals: np.ndarray, recency: np.ndarray, alpha: float) -> tuple[float, float]:
+    """Residuals that a fresh one, of weight 1, falls below, above with probability ``alpha`` at most, if weights are right."""
+    order = np.argsort(residuals, kind="stable")
+    ordered, last = residuals[order], len(residuals) - 1
+
+    def place(weights: np.ndarray) -> int:
+        """Of the first, from the inner end, beyond which lies no more than ``alpha``."""
+        needed = (weights.sum() + 1) * (1 - alpha) - 1e-9
+        return min(last, int(np.searchsorted(np.cumsum(weights), needed)))
+
+    weights = recency[order]
+    return float(ordered[last - place(weights[::-1])]), float(ordered[place(weights)])
 
 
 def _edges(x: np.ndarray, groups: int, smallest: int) -> np.ndarray:

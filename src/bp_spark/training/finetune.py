@@ -35,7 +35,7 @@ from bp_spark.model.text_history import TextHistoryEncoder, TokenTable, adapted
 from bp_spark.texts import model_digest, model_folder
 from bp_spark.training.distributed import Group, process_group, run_ranks
 from bp_spark.training.loop import Loop, run_epochs
-from bp_spark.training.progress import Progress, TrainingOutcome, decayed, resume, warmup_cosine
+from bp_spark.training.progress import Progress, TrainingOutcome, WeightAverage, decayed, resume, warmup_cosine
 
 LABEL = "label_spend"
 MODEL_FOLDER = "model"
@@ -209,7 +209,8 @@ def _train(job: Job, group: Group) -> Progress:
     optimizer = _optimizer(network, settings)
     schedule = warmup_cosine(optimizer, settings.warmup_fraction, train.steps * settings.max_epochs)
 
-    progress, best = resume(job.run_dir, job.digest, group, network, optimizer, schedule)
+    average = WeightAverage(network, half_life=settings.average_epochs * train.steps)
+    progress, best = resume(job.run_dir, job.digest, group, network, optimizer, schedule, average)
     loop = Loop(
         name="fine-tuning",
         section="training",
@@ -230,6 +231,7 @@ def _train(job: Job, group: Group) -> Progress:
         seed=settings.seed,
         run_dir=job.run_dir,
         digest=job.digest,
+        average=average,
         group=group,
     )
     run_epochs(loop, progress, best)

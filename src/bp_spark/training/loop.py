@@ -37,6 +37,7 @@ from bp_spark.training.distributed import Group
 from bp_spark.training.progress import (
     TENSORBOARD_FOLDER,
     Progress,
+    WeightAverage,
     autocast,
     save_checkpoint,
     seed_of,
@@ -73,6 +74,7 @@ class Loop:
         seed: of the run.
         run_dir: of checkpoints and TensorBoard logs.
         digest: identity of the run's inputs.
+        average: of the weights; it is what is judged and kept.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Loop:
     seed: int
     run_dir: Path
     digest: str
+    average: WeightAverage
     group: Group
 
 
@@ -117,13 +120,16 @@ def run_epochs(loop: Loop, progress: Progress, best: dict[str, Tensor]) -> None:
             started, epoch = time.monotonic(), progress.epoch + 1
             parts = train_epoch(loop, model, epoch, step_done)
             train_loss, seconds = sum(parts), time.monotonic() - started
-            if loop.held_out is not None:
-                parts = mean_losses(network, loop.judged_by, loop.held_out, group)
-            valid_loss = sum(parts)
-            if not math.isfinite(train_loss + valid_loss):
-                raise ConfigError(f"{loop.section}.learning_rate: the loss is not finite after epoch {epoch}, try less")
-            if loop.held_out is None or valid_loss < progress.best_loss:
-                progress.best_loss, progress.best_epoch, best = valid_loss, epoch, weights(network)
+            with loop.average.in_place():
+                if loop.held_out is not None:
+                    parts = mean_losses(network, loop.judged_by, loop.held_out, group)
+                valid_loss = sum(parts)
+                if not math.isfinite(train_loss + valid_loss):
+                    raise ConfigError(
+                        f"{loop.section}.learning_rate: the loss is not finite after epoch {epoch}, try less"
+                    )
+                if loop.held_out is None or valid_loss < progress.best_loss:
+                    progress.best_loss, progress.best_epoch, best = valid_loss, epoch, weights(network)
             progress.epoch = epoch
             named = zip(loop.parts, parts, strict=True) if len(parts) > 1 else ()
             progress.history.append(
@@ -138,7 +144,9 @@ def run_epochs(loop: Loop, progress: Progress, best: dict[str, Tensor]) -> None:
             )
             epoch_done()
             if group.rank == 0:
-                save_checkpoint(loop.run_dir, loop.digest, network, loop.optimizer, loop.schedule, progress, best)
+                save_checkpoint(
+                    loop.run_dir, loop.digest, network, loop.optimizer, loop.schedule, progress, best, loop.average
+                )
     network.load_state_dict(best)
 
 
@@ -158,6 +166,7 @@ def train_epoch(loop: Loop, model: DistributedDataParallel, epoch: int, step_don
             nn.utils.clip_grad_norm_(model.parameters(), loop.gradient_clip)
             loop.optimizer.step()
             loop.schedule.step()
+            loop.average.update()
             total += torch.stack([sums.detach().double(), counts.double()])
             step_done()
     return _means(total, group)

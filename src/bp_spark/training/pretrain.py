@@ -29,7 +29,7 @@ from bp_spark.model.pretraining import PARTS, Exercise, PretrainingNetwork, exer
 from bp_spark.training.distributed import Group, process_group, run_ranks
 from bp_spark.training.finetune import read_texts
 from bp_spark.training.loop import Loop, run_epochs
-from bp_spark.training.progress import Progress, TrainingOutcome, decayed, resume, warmup_cosine
+from bp_spark.training.progress import Progress, TrainingOutcome, WeightAverage, decayed, resume, warmup_cosine
 
 ENCODER_FOLDER = "encoder"
 
@@ -158,7 +158,8 @@ def _pretrain(job: Job, group: Group) -> Progress:
     optimizer = torch.optim.AdamW(decayed(network, training.weight_decay), lr=settings.learning_rate)
     schedule = warmup_cosine(optimizer, training.warmup_fraction, train.steps * settings.max_epochs)
 
-    progress, best = resume(job.run_dir, job.digest, group, network, optimizer, schedule)
+    average = WeightAverage(network, half_life=0)
+    progress, best = resume(job.run_dir, job.digest, group, network, optimizer, schedule, average)
     loop = Loop(
         name="pre-training",
         section="pretraining",
@@ -178,6 +179,7 @@ def _pretrain(job: Job, group: Group) -> Progress:
         seed=training.seed,
         run_dir=job.run_dir,
         digest=job.digest,
+        average=average,
         group=group,
     )
     run_epochs(loop, progress, best)

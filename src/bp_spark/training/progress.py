@@ -8,14 +8,18 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from bp_spark.training.distributed import Group
 
@@ -75,6 +79,7 @@ def save_checkpoint(
     schedule: LRScheduler,
     progress: Progress,
     best: dict[str, Tensor],
+    average: WeightAverage,
 ) -> None:
     """Write the state of a run over its older one.
 
@@ -82,6 +87,7 @@ def save_checkpoint(
         folder: of the run.
         digest: identity of the run's inputs.
         best: weights of the best epoch.
+        average: running average of the weights.
     """
     path = folder / CHECKPOINT_FILE
     temporary = path.with_suffix(".tmp")
@@ -92,6 +98,7 @@ def save_checkpoint(
                 "progress": asdict(progress),
                 "network": network.state_dict(),
                 "best": best,
+                "average": average.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(),
             },
@@ -103,7 +110,13 @@ def save_checkpoint(
 
 
 def resume(
-    folder: Path, digest: str, group: Group, network: nn.Module, optimizer: Optimizer, schedule: LRScheduler
+    folder: Path,
+    digest: str,
+    group: Group,
+    network: nn.Module,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    average: WeightAverage,
 ) -> tuple[Progress, dict[str, Tensor]]:
     """Go on from the checkpoint if there is one of the same inputs; rank 0 decides for all.
 
@@ -121,7 +134,56 @@ def resume(
     network.load_state_dict(saved["network"])
     optimizer.load_state_dict(saved["optimizer"])
     schedule.load_state_dict(saved["schedule"])
+    average.load_state_dict(saved["average"])
     return Progress(**saved["progress"]), saved["best"]
+
+
+class WeightAverage:
+    """Exponential moving average of a network's trained weights over the steps (Polyak and Juditsky 1992).
+
+    A network that stops early stops at a high learning rate, where each step still moves it about; the average stands where
+    it moves about. In the first steps it follows faster, as if there had been a tenth as many steps as there were.
+    """
+
+    def __init__(self, network: nn.Module, half_life: float) -> None:
+        """Args: half_life: steps in which a step's share halves; 0: the average is the weights themselves."""
+        self._weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self._decay = 0.5 ** (1 / half_life) if half_life else 0.0
+        self._average = [weight.detach().clone() for weight in self._weights] if half_life else []
+        self._steps = 0
+
+    def update(self) -> None:
+        """After each step of the optimizer."""
+        if self._decay:
+            self._steps += 1
+            decay = min(self._decay, self._steps / (self._steps + 10))
+            get_ema_multi_avg_fn(decay)(self._average, self._weights, self._steps)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """For the block the network has the average for its weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for number, average in enumerate(self._average):
+            kept = self._weights[number].detach().clone()
+            self._weights[number].copy_(average)
+            average.copy_(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"steps": self._steps, "average": self._average}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self._steps = state["steps"]
+        for average, saved in zip(self._average, state["average"], strict=True):
+            average.copy_(saved)
 
 
 def weights(network: nn.Module) -> dict[str, Tensor]:
