@@ -153,7 +153,7 @@ def test_what_is_newer_tells_more_of_the_level_and_the_interval() -> None:
     now = later[later["as_of_date"] == later["as_of_date"].max()]
 
     def off(half_life_days: float | None) -> tuple[float, float]:
-        fitted = Fusion.fit(past, FusionConfig(members=("trees", "transformer"), half_life_days=half_life_days))
+        fitted = Fusion.fit(past, BOTH.model_copy(update={"half_life_days": half_life_days}))
         answers = fitted.apply(members(now.drop(columns="as_of_date")))
         inside = (now["label_spend"] >= answers["low"]) & (now["label_spend"] <= answers["high"])
         return answers["expected_spend"].sum() / now["label_spend"].sum() - 1, abs(inside.mean() - 0.9)

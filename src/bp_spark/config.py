@@ -322,7 +322,8 @@ class TrainingConfig(Section):
     warmup_fraction: Fraction = 0.1
     gradient_clip: float = Field(1.0, gt=0)
     average_epochs: float = Field(1.0, ge=0)
-    """Epochs in which a step's share in the running average of weights halves; the average is judged and kept."""
+    """Epochs in which a step's share in the running average of weights halves; the average is judged and kept; 0: no
+    average."""
     seed: int = 7
     work_dir: Folder = "work"
     """Checkpoints and TensorBoard logs; on a cluster a folder that all machines see."""

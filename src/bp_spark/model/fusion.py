@@ -132,10 +132,8 @@ class Fusion:
         edges = _edges(expected, _INTERVAL_GROUPS, _rows_worth(rows_needed, recency))
         residuals = np.log1p(spend) - expected
         group = np.searchsorted(edges, expected, side="right")
-        tail = (1 - conf.coverage) / 2
-        tails = [
-            _tails(residuals[of], recency[of], tail) for of in (group == number for number in range(len(edges) + 1))
-        ]
+        masks = [group == number for number in range(len(edges) + 1)]
+        tails = [_tails(residuals[inside], recency[inside], (1 - conf.coverage) / 2) for inside in masks]
         fusion = cls(
             members=tuple(conf.members),
             weights=_floats(weights),

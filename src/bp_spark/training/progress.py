@@ -142,7 +142,7 @@ class WeightAverage:
     """Exponential moving average of a network's trained weights over the steps (Polyak and Juditsky 1992).
 
     A network that stops early stops at a high learning rate, where each step still moves it about; the average stands where
-    it moves about. In the first steps it follows faster, as if there had been a tenth as many steps as there were.
+    it moves about. Early on it follows faster, so that the first, random weights are soon forgotten.
     """
 
     def __init__(self, network: nn.Module, half_life: float) -> None:
