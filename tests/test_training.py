@@ -177,10 +177,10 @@ def test_a_language_model_is_tuned_by_ranks_of_which_one_has_no_rows(two_ranks: 
     run = two_ranks / "text"
     saved = torch.load(run / CHECKPOINT_FILE, weights_only=True)
     assert saved["progress"]["epoch"] == 2
-    changes = [name for name in saved["network"] if ".language." in name]
+    changes = [name for name in saved["state"]["network"] if ".language." in name]
     assert changes
     assert all(".lora_" in name for name in changes)
-    assert any(saved["network"][name].any() for name in changes if ".lora_B." in name)
+    assert any(saved["state"]["network"][name].any() for name in changes if ".lora_B." in name)
     predicted = TransformerMember.load(run / module.MODEL_FOLDER).predict(make_rows(20))
     assert predicted.std() > 0
 
@@ -207,6 +207,17 @@ def test_a_checkpoint_of_other_inputs_is_ignored(folder: Path, single_rank: None
     train_rank(job(folder, "fresh", "training.max_epochs=1", "training.seed=8"))
     assert_equal_weights(folder / "reused", folder / "fresh", 0)
     assert not list((folder / "reused").glob("*.tmp"))
+
+
+def test_a_checkpoint_of_an_older_version_is_ignored(folder: Path, single_rank: None) -> None:
+    upgraded = job(folder, "upgraded", "training.max_epochs=1")
+    train_rank(upgraded)
+    path = folder / "upgraded" / CHECKPOINT_FILE
+    saved = torch.load(path, weights_only=True)
+    torch.save({name: saved[name] for name in ("digest", "progress", "best")}, path)
+    os.environ["MASTER_PORT"] = str(free_port())
+    train_rank(upgraded)
+    assert torch.load(path, weights_only=True).keys() == saved.keys()
 
 
 def test_training_stops_early_and_keeps_the_best_epoch(tmp_path: Path, single_rank: None) -> None:
@@ -243,7 +254,7 @@ def test_the_average_of_weights_is_kept_and_without_one_the_weights_are(folder: 
     for run, epochs, kept in (("averaged", 1, False), ("plain", 0, True)):
         os.environ["MASTER_PORT"] = str(free_port())
         train_rank(job(folder, run, "training.max_epochs=1", f"training.average_epochs={epochs}"))
-        last = torch.load(folder / run / CHECKPOINT_FILE, weights_only=True)["network"]
+        last = torch.load(folder / run / CHECKPOINT_FILE, weights_only=True)["state"]["network"]
         saved = weights(folder / run)
         assert all(torch.equal(saved[name], last[name]) for name in saved.keys() & last.keys()) == kept
 

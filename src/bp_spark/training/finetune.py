@@ -35,7 +35,7 @@ from bp_spark.model.text_history import TextHistoryEncoder, TokenTable, adapted
 from bp_spark.texts import model_digest, model_folder
 from bp_spark.training.distributed import Group, process_group, run_ranks
 from bp_spark.training.loop import Loop, run_epochs
-from bp_spark.training.progress import Progress, TrainingOutcome, WeightAverage, decayed, resume, warmup_cosine
+from bp_spark.training.progress import Progress, TrainingOutcome, TrainingState, decayed, resume, warmup_cosine
 
 LABEL = "label_spend"
 MODEL_FOLDER = "model"
@@ -208,13 +208,12 @@ def _train(job: Job, group: Group) -> Progress:
     network.to(group.device)
     optimizer = _optimizer(network, settings)
     schedule = warmup_cosine(optimizer, settings.warmup_fraction, train.steps * settings.max_epochs)
-
-    average = WeightAverage(network, half_life=settings.average_epochs * train.steps)
-    progress, best = resume(job.run_dir, job.digest, group, network, optimizer, schedule, average)
+    state = TrainingState(network, optimizer, schedule, settings.average_epochs * train.steps)
+    progress, best = resume(job.run_dir, job.digest, group, state)
     loop = Loop(
         name="fine-tuning",
         section="training",
-        network=network,
+        state=state,
         parts=("spend", *(of_days("spend", days) for days in network.other_horizons)),
         losses=partial(training_losses, network),
         # The other horizons are there to help; when to stop is for the main one to say.
@@ -223,15 +222,12 @@ def _train(job: Job, group: Group) -> Progress:
         held_out=None if valid is None else valid.epoch,
         steps=train.steps,
         rows=job.train.rows,
-        optimizer=optimizer,
-        schedule=schedule,
         max_epochs=job.epochs,
         patience=settings.patience,
         gradient_clip=settings.gradient_clip,
         seed=settings.seed,
         run_dir=job.run_dir,
         digest=job.digest,
-        average=average,
         group=group,
     )
     run_epochs(loop, progress, best)

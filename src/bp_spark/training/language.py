@@ -47,7 +47,7 @@ from bp_spark.loader import Feed, Snapshot, split_sizes
 from bp_spark.texts import model_digest, model_folder
 from bp_spark.training.distributed import Group, process_group, run_ranks
 from bp_spark.training.loop import Loop, mean_losses, run_epochs
-from bp_spark.training.progress import Progress, WeightAverage, decayed, resume, seed_of
+from bp_spark.training.progress import Progress, TrainingState, decayed, resume, seed_of
 
 HELD_OUT = 0.05
 """Share of the texts, by hash, that the model never learns from: they tell what it has learned."""
@@ -312,14 +312,13 @@ def _adapt(job: Job, group: Group) -> Outcome:
     optimizer = torch.optim.AdamW(decayed(network, settings.weight_decay), lr=settings.learning_rate)
     steps = learned.steps * settings.epochs
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(steps * settings.warmup_fraction), steps)
-
-    average = WeightAverage(network, half_life=0)
-    progress, best = resume(job.run_dir, job.digest, group, network, optimizer, schedule, average)
+    state = TrainingState(network, optimizer, schedule)
+    progress, best = resume(job.run_dir, job.digest, group, state)
     held_out_pass = partial(masked, held_out, masking, group)
     loop = Loop(
         name="adapting the language model",
         section="language",
-        network=network,
+        state=state,
         parts=("tokens",),
         losses=losses,
         judged_by=losses,
@@ -327,15 +326,12 @@ def _adapt(job: Job, group: Group) -> Outcome:
         held_out=held_out_pass,
         steps=learned.steps,
         rows=learned.total,
-        optimizer=optimizer,
-        schedule=schedule,
         max_epochs=settings.epochs,
         patience=settings.patience,
         gradient_clip=training.gradient_clip,
         seed=training.seed,
         run_dir=job.run_dir,
         digest=job.digest,
-        average=average,
         group=group,
     )
     if not progress.epoch:

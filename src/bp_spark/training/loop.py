@@ -27,8 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -37,7 +35,7 @@ from bp_spark.training.distributed import Group
 from bp_spark.training.progress import (
     TENSORBOARD_FOLDER,
     Progress,
-    WeightAverage,
+    TrainingState,
     autocast,
     save_checkpoint,
     seed_of,
@@ -61,7 +59,7 @@ class Loop:
     Attributes:
         name: what progress is shown as.
         section: of the configuration that has the learning rate.
-        network: to be trained, the same on all ranks.
+        state: network, optimizer, schedule of the learning rate, average of the weights.
         parts: names of the K parts of the loss; the loss is the sum of their means.
         losses: how a batch becomes losses to learn from.
         judged_by: how a held-out batch becomes the losses that tell when to stop.
@@ -74,12 +72,11 @@ class Loop:
         seed: of the run.
         run_dir: of checkpoints and TensorBoard logs.
         digest: identity of the run's inputs.
-        average: of the weights; it is what is judged and kept.
     """
 
     name: str
     section: str
-    network: nn.Module
+    state: TrainingState
     parts: tuple[str, ...]
     losses: Losses
     judged_by: Losses
@@ -87,15 +84,12 @@ class Loop:
     held_out: Pass | None
     steps: int
     rows: int
-    optimizer: Optimizer
-    schedule: LRScheduler
     max_epochs: int
     patience: int
     gradient_clip: float
     seed: int
     run_dir: Path
     digest: str
-    average: WeightAverage
     group: Group
 
 
@@ -112,7 +106,7 @@ def run_epochs(loop: Loop, progress: Progress, best: dict[str, Tensor]) -> None:
     Raises:
         ConfigError: a loss is not finite.
     """
-    network, group = loop.network, loop.group
+    state, network, group = loop.state, loop.state.network, loop.group
     # Buffers are constant and equal on all ranks; to send the texts at each step would cost more than it.
     model = DistributedDataParallel(network, broadcast_buffers=False)
     with _report(loop, progress) as (step_done, epoch_done):
@@ -120,7 +114,7 @@ def run_epochs(loop: Loop, progress: Progress, best: dict[str, Tensor]) -> None:
             started, epoch = time.monotonic(), progress.epoch + 1
             parts = train_epoch(loop, model, epoch, step_done)
             train_loss, seconds = sum(parts), time.monotonic() - started
-            with loop.average.in_place():
+            with state.average.in_place():
                 if loop.held_out is not None:
                     parts = mean_losses(network, loop.judged_by, loop.held_out, group)
                 valid_loss = sum(parts)
@@ -137,16 +131,14 @@ def run_epochs(loop: Loop, progress: Progress, best: dict[str, Tensor]) -> None:
                     "epoch": epoch,
                     "train_loss": train_loss,
                     "valid_loss": valid_loss,
-                    "learning_rate": float(loop.schedule.get_last_lr()[0]),
+                    "learning_rate": float(state.schedule.get_last_lr()[0]),
                     "rows_per_second": loop.rows / seconds,
                     **{f"valid_loss_{name}": value for name, value in named},
                 }
             )
             epoch_done()
             if group.rank == 0:
-                save_checkpoint(
-                    loop.run_dir, loop.digest, network, loop.optimizer, loop.schedule, progress, best, loop.average
-                )
+                save_checkpoint(loop.run_dir, loop.digest, state, progress, best)
     network.load_state_dict(best)
 
 
@@ -161,12 +153,10 @@ def train_epoch(loop: Loop, model: DistributedDataParallel, epoch: int, step_don
             with autocast(group.device):
                 sums, counts = loop.losses(model, batch)
             counts_of_all = group.sum(counts.float()).clamp(min=1)
-            loop.optimizer.zero_grad()
+            loop.state.optimizer.zero_grad()
             (sums * group.size / counts_of_all).sum().backward()
             nn.utils.clip_grad_norm_(model.parameters(), loop.gradient_clip)
-            loop.optimizer.step()
-            loop.schedule.step()
-            loop.average.update()
+            loop.state.step()
             total += torch.stack([sums.detach().double(), counts.double()])
             step_done()
     return _means(total, group)

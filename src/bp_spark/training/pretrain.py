@@ -29,7 +29,7 @@ from bp_spark.model.pretraining import PARTS, Exercise, PretrainingNetwork, exer
 from bp_spark.training.distributed import Group, process_group, run_ranks
 from bp_spark.training.finetune import read_texts
 from bp_spark.training.loop import Loop, run_epochs
-from bp_spark.training.progress import Progress, TrainingOutcome, WeightAverage, decayed, resume, warmup_cosine
+from bp_spark.training.progress import Progress, TrainingOutcome, TrainingState, decayed, resume, warmup_cosine
 
 ENCODER_FOLDER = "encoder"
 
@@ -157,13 +157,12 @@ def _pretrain(job: Job, group: Group) -> Progress:
     network.to(group.device)
     optimizer = torch.optim.AdamW(decayed(network, training.weight_decay), lr=settings.learning_rate)
     schedule = warmup_cosine(optimizer, training.warmup_fraction, train.steps * settings.max_epochs)
-
-    average = WeightAverage(network, half_life=0)
-    progress, best = resume(job.run_dir, job.digest, group, network, optimizer, schedule, average)
+    state = TrainingState(network, optimizer, schedule)
+    progress, best = resume(job.run_dir, job.digest, group, state)
     loop = Loop(
         name="pre-training",
         section="pretraining",
-        network=network,
+        state=state,
         parts=PARTS,
         losses=losses,
         judged_by=losses,
@@ -171,15 +170,12 @@ def _pretrain(job: Job, group: Group) -> Progress:
         held_out=None if valid is None else valid.epoch,
         steps=train.steps,
         rows=job.train.rows,
-        optimizer=optimizer,
-        schedule=schedule,
         max_epochs=job.epochs,
         patience=settings.patience,
         gradient_clip=training.gradient_clip,
         seed=training.seed,
         run_dir=job.run_dir,
         digest=job.digest,
-        average=average,
         group=group,
     )
     run_epochs(loop, progress, best)

@@ -24,6 +24,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from bp_spark.training.distributed import Group
 
 CHECKPOINT_FILE = "checkpoint.pt"
+CHECKPOINT_FORMAT = 2
+"""Raised when a checkpoint holds something else than before: a run then doesn't go on from an older one."""
 TENSORBOARD_FOLDER = "tensorboard"
 
 
@@ -72,35 +74,25 @@ class TrainingOutcome:
 
 
 def save_checkpoint(
-    folder: Path,
-    digest: str,
-    network: nn.Module,
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    progress: Progress,
-    best: dict[str, Tensor],
-    average: WeightAverage,
+    folder: Path, digest: str, state: TrainingState, progress: Progress, best: dict[str, Tensor]
 ) -> None:
-    """Write the state of a run over its older one.
+    """Write where a run stands over where it stood.
 
     Args:
         folder: of the run.
         digest: identity of the run's inputs.
         best: weights of the best epoch.
-        average: running average of the weights.
     """
     path = folder / CHECKPOINT_FILE
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         torch.save(
             {
+                "format": CHECKPOINT_FORMAT,
                 "digest": digest,
                 "progress": asdict(progress),
-                "network": network.state_dict(),
+                "state": state.state_dict(),
                 "best": best,
-                "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
             },
             file,
         )
@@ -109,32 +101,22 @@ def save_checkpoint(
     temporary.replace(path)
 
 
-def resume(
-    folder: Path,
-    digest: str,
-    group: Group,
-    network: nn.Module,
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    average: WeightAverage,
-) -> tuple[Progress, dict[str, Tensor]]:
+def resume(folder: Path, digest: str, group: Group, state: TrainingState) -> tuple[Progress, dict[str, Tensor]]:
     """Go on from the checkpoint if there is one of the same inputs; rank 0 decides for all.
 
     Returns:
-        Where the run stands, and the best weights; those of ``network`` before the first epoch.
+        Where the run stands, and the best weights; those of the network before the first epoch.
     """
     path = folder / CHECKPOINT_FILE
     epoch = 0
     if group.rank == 0 and path.exists():
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        epoch = saved["progress"]["epoch"] if saved["digest"] == digest else 0
+        if saved.get("format") == CHECKPOINT_FORMAT and saved["digest"] == digest:
+            epoch = saved["progress"]["epoch"]
     if not group.from_first(epoch):
-        return Progress(0, 0, math.inf, []), weights(network)
+        return Progress(0, 0, math.inf, []), weights(state.network)
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    network.load_state_dict(saved["network"])
-    optimizer.load_state_dict(saved["optimizer"])
-    schedule.load_state_dict(saved["schedule"])
-    average.load_state_dict(saved["average"])
+    state.load_state_dict(saved["state"])
     return Progress(**saved["progress"]), saved["best"]
 
 
@@ -184,6 +166,39 @@ class WeightAverage:
         self._steps = state["steps"]
         for average, saved in zip(self._average, state["average"], strict=True):
             average.copy_(saved)
+
+
+class TrainingState:
+    """What each step moves on, and a checkpoint keeps.
+
+    Attributes:
+        network: being trained, the same on all ranks.
+        optimizer: of its weights.
+        schedule: of the learning rate, step by step.
+        average: of the weights; it is what is judged and kept.
+    """
+
+    def __init__(
+        self, network: nn.Module, optimizer: Optimizer, schedule: LRScheduler, average_half_life: float = 0.0
+    ) -> None:
+        """Args: average_half_life: in steps; see :class:`WeightAverage`."""
+        self.network, self.optimizer, self.schedule = network, optimizer, schedule
+        self.average = WeightAverage(network, average_half_life)
+
+    def step(self) -> None:
+        """Move on by the gradients that the network holds."""
+        self.optimizer.step()
+        self.schedule.step()
+        self.average.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {name: part.state_dict() for name, part in vars(self).items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        for name, part in vars(self).items():
+            part.load_state_dict(state[name])
 
 
 def weights(network: nn.Module) -> dict[str, Tensor]:
