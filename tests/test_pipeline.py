@@ -28,6 +28,7 @@ from bp_spark.errors import BundleError, DataError
 from bp_spark.loader import snapshot
 from bp_spark.model import bundle as bundles
 from bp_spark.pipeline import backtesting, training
+from bp_spark.pipeline.featurizing import span
 from bp_spark.pipeline.run import Run
 from bp_spark.tables import Lakehouse
 from bp_spark.what_if import one_more_order
@@ -657,6 +658,39 @@ def test_a_worse_bundle_does_not_replace_the_promoted_one(
     assert f"worse than {before.name}" in trained.reason
     assert bundles.current(line.config.bundles) == before
     assert _champion(registry)["bundle"] == before.name
+
+
+def test_without_a_test_date_what_passed_is_fitted_anew_with_all_that_is_known(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bp_spark.promotion.BASELINES", ())
+    tracking = line.config.tracking.model_copy(update={"uri": None})
+    settings = _stump(line, tmp_path / "bundles").model_copy(update={"tracking": tracking})
+    _, last = span(line.lakehouse)
+    tomorrow, horizon = last + timedelta(days=1), timedelta(days=settings.labels.horizon_days)
+    trained = pipeline.train(line.spark, settings)
+    assert trained.promoted
+    assert bundles.current(settings.bundles) == trained.bundle.folder
+    lineage = trained.bundle.manifest["lineage"]
+    learned = line.lakehouse.read("training_set", lineage["training_set"]["version"]).filter("complete")
+    assert learned.agg(F.max("as_of_date")).collect()[0][0] == tomorrow - horizon
+
+    assert lineage["test_date"] == str(tomorrow)
+    assert trained.bundle.judged_on == str(trained.fitted.test_date) == str(last - horizon)
+    judged = bundles.load(tmp_path / "bundles" / lineage["judged"]["bundle"])
+    assert judged.manifest["lineage"]["test_date"] == trained.bundle.judged_on
+    decision = bundles.decision(judged.folder)
+    assert decision is not None
+    assert not decision["promoted"]
+    assert f"to be fitted anew as of {tomorrow}" in decision["reason"]
+    metrics = line.lakehouse.read("metrics").drop("run_id").toPandas().set_index("bundle_digest")
+    pd.testing.assert_frame_equal(*(metrics.loc[[b.digest]].reset_index(drop=True) for b in (judged, trained.bundle)))
+    assert pipeline.score(line.spark, settings, tomorrow).users > 200
+
+    # the promoted one has seen what the next is judged by; the one that it was fitted anew from has not
+    again = pipeline.train(line.spark, settings, last - horizon)
+    assert f"from {judged.folder.name}, which {trained.bundle.folder.name} was fitted anew from, on" in again.reason
+    assert "was trained on labels" not in again.reason
 
 
 SHARED = (

@@ -108,8 +108,8 @@ def train(
     test_date: Annotated[
         str | None,
         typer.Option(
-            help="Evaluation date YYYY-MM-DD; training horizons end on or before it. By default the newest date whose "
-            "whole horizon has been seen."
+            help="Evaluation date YYYY-MM-DD; nothing from it on is learned from. By default the newest date whose whole "
+            "horizon has been seen; a bundle that is good enough there is then fitted anew with all that is known."
         ),
     ] = None,
     overrides: Overrides = None,
@@ -454,7 +454,7 @@ def explain_score(
     ]
     _print(_facts_table(f"score of {user} on {day}", facts))
     if not origin.metrics.empty:
-        _print(evaluation.render(origin.metrics, f"The bundle on {lineage['test_date']}"))
+        _print(evaluation.render(origin.metrics, f"The bundle on {origin.bundle.judged_on}"))
 
 
 @app.command()
@@ -785,10 +785,11 @@ def _print_training(result: Any) -> None:
     if result.metrics.empty:
         _print("No metrics: no horizon after the test date is over yet.")
     else:
-        lineage = result.bundle.manifest["lineage"]
         days = result.bundle.horizon_days
         others = ", ".join(f"_{other}d of {other}" for other in result.bundle.horizons.others)
-        title = f"Spend of {days} days from {lineage['test_date']}{f' (members with {others} days)' if others else ''}"
+        title = (
+            f"Spend of {days} days from {result.bundle.judged_on}{f' (members with {others} days)' if others else ''}"
+        )
         _print(evaluation.render(result.metrics, title))
     _print(f"Bundle {result.bundle.digest[:12]} {'promoted' if result.promoted else 'NOT promoted'}: {result.reason}")
 

@@ -324,6 +324,9 @@ class TrainingConfig(Section):
     average_epochs: float = Field(1.0, ge=0)
     """Epochs in which a step's share in the running average of weights halves; the average is judged and kept; 0: no
     average."""
+    refit: bool = True
+    """Whether ``train`` without a test date fits a bundle that was good enough once more, as of the day after the last event:
+    what scores has then learned from the newest horizon, too. Takes as long again."""
     seed: int = 7
     work_dir: Folder = "work"
     """Checkpoints and TensorBoard logs; on a cluster a folder that all machines see."""

@@ -600,8 +600,8 @@ METRICS = Table(
     "How good each trained bundle and its members are",
     _columns(
         ("run_id", "string!", "Training run"),
-        ("bundle_digest", "string!", "Bundle"),
-        ("test_date", "date!", "Evaluation date; the horizon after it was not trained on"),
+        ("bundle_digest", "string!", "Bundle; one that was fitted anew has the figures of the one that was judged"),
+        ("test_date", "date!", "Evaluation date; what was judged was not trained on the horizon after it"),
         ("population", "string!", "all, seen or unseen users"),
         (
             "member",

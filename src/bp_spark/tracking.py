@@ -311,7 +311,7 @@ def _recorded(
         "bundle": bundle.folder.name,
         "code_version": manifest["code_version"],
         "run_id": lineage["run_id"],
-        "test_date": lineage["test_date"],
+        "test_date": bundle.judged_on,
         "training_set_version": str(lineage["training_set"]["version"]),
     }
     decision = bundles.decision(bundle.folder)

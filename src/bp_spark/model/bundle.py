@@ -99,6 +99,12 @@ class Bundle:
         return int(self.manifest["horizon_days"])
 
     @property
+    def judged_on(self) -> str:
+        """The test date, YYYY-MM-DD, that its figures are of; of a bundle that was fitted anew a horizon before that fit."""
+        lineage = self.manifest["lineage"]
+        return str(lineage.get("judged", lineage).get("test_date", "–"))
+
+    @property
     def required_columns(self) -> tuple[str, ...]:
         """The input columns of all members, group after group as in ``inputs``."""
         return tuple(name for names in self.manifest["inputs"].values() for name in names)

@@ -184,7 +184,7 @@ def _model(run: Run, of_digest: str) -> tuple[dict[str, object], pd.DataFrame]:
     told |= {
         "bundle": bundle.folder.name,
         "horizon_days": bundle.horizon_days,
-        "test_date": lineage.get("test_date", "–"),
+        "test_date": bundle.judged_on,
         "made": f"{bundle.manifest['created_at']} by bp-spark {bundle.manifest['code_version']}",
         "training_set": f"version {lineage['training_set']['version']}" if "training_set" in lineage else "–",
         "members": ", ".join(f"{name} {weight:.0%}" for name, weight in weights),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,12 +66,17 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
     """Label past cutoffs, fit the members, fuse and calibrate them, evaluate at ``test_date``, promote.
 
     Promoted is what ranks users no worse than the baselines and isn't surely worse than the promoted bundle, both
-    judged on the users of the test date (see :mod:`bp_spark.promotion`). Last of all the bundle becomes a version of the
-    registered model (see :mod:`bp_spark.tracking`).
+    judged on the users of the test date (see :mod:`bp_spark.promotion`). Without a test date all is then fitted once more, as
+    of the day after the last event (``training.refit``): what scores has then learned from the newest horizon, too, and what
+    was judged is the same made a horizon earlier. Last of all the bundle becomes a version of the registered model (see
+    :mod:`bp_spark.tracking`).
 
     Args:
-        test_date: the evaluation date; training horizons end on or before it. By default the newest date whose whole
-            horizon has been seen.
+        test_date: the evaluation date; training horizons end on or before it, and nothing later is seen. By default the
+            newest date whose whole horizon has been seen.
+
+    Returns:
+        The bundle that scores, if one was promoted; its figures and what they are of are those of the test date.
 
     Raises:
         ConfigError: the key in ``signing.private_key`` can't be used.
@@ -83,18 +88,36 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
     signing.private_key(config.signing)
     with recorded(spark, config, "train") as run:
         first, last = span(run.lakehouse)
-        test_date = test_date or last - timedelta(days=config.labels.horizon_days)
-        fitted = fit_as_of(run, labels.cutoffs(first, test_date, config.labels), test_date)
-        complete = last >= test_date + timedelta(days=config.labels.horizon_days)
+        day = test_date or last - timedelta(days=config.labels.horizon_days)
+        as_of = last + timedelta(days=1) if test_date is None and config.training.refit else None
+        fitted = fit_as_of(run, labels.cutoffs(first, day, config.labels), day)
+        complete = last >= day + timedelta(days=config.labels.horizon_days)
         metrics = _metrics(fitted, complete)
-        bundle = _write_bundle(run, fitted, fit_explanation(run, fitted), metrics)
+        bundle = _write_bundle(run, fitted, metrics)
+        # before the bundle can score: a promoted one has its figures
+        _record_metrics(run, metrics, bundle, day)
+        decision = _promote(run, bundle, lambda: _decide(run, fitted, complete), refit=as_of)
+        result = TrainResult(bundle, metrics, decision.promoted, decision.reason, fitted, run.records)
+        if not (as_of and decision.promoted):
+            store_reference(run, bundle)
+            enter_registry(run, bundle, fitted.history)
+            return result
+    return _refit(spark, config, result, as_of)
+
+
+def _refit(spark: SparkSession, config: Config, judged: TrainResult, as_of: date) -> TrainResult:
+    """Fit anew as of a later date what passed the gate, and promote that."""
+    with recorded(spark, config, "train") as run:
+        first, _ = span(run.lakehouse)
+        fitted = fit_as_of(run, labels.cutoffs(first, as_of, config.labels), as_of)
+        bundle = _write_bundle(run, fitted, judged.metrics, judged.bundle)
         store_reference(run, bundle)
-        if not metrics.empty:
-            # before the bundle can score: a promoted one has its figures
-            _record_metrics(run, metrics, bundle, test_date)
-        decision = _promote(run, bundle, fitted, complete)
+        test_date = judged.fitted.test_date
+        _record_metrics(run, judged.metrics, bundle, test_date)
+        reason = f"fitted anew as of {as_of}; as of {test_date}: {judged.reason}"
+        _promote(run, bundle, lambda: Decision(True, reason))
         enter_registry(run, bundle, fitted.history)
-        return TrainResult(bundle, metrics, decision.promoted, decision.reason, fitted, run.records)
+        return replace(judged, bundle=bundle, reason=reason, stages=[*judged.stages, *run.records])
 
 
 @dataclass(frozen=True)
@@ -536,13 +559,15 @@ def fit_explanation(run: Run, fitted: Fitted) -> Explanation:
     return explanation
 
 
-def _write_bundle(run: Run, fitted: Fitted, explanation: Explanation, metrics: pd.DataFrame) -> Bundle:
+def _write_bundle(run: Run, fitted: Fitted, metrics: pd.DataFrame, judged: Bundle | None = None) -> Bundle:
+    """The bundle with its explanation; ``judged`` is the one whose ``metrics`` they are, by default itself."""
     lakehouse, config, test_date = run.lakehouse, run.config, fitted.test_date
+    explanation = fit_explanation(run, fitted)
     catalogue = features.catalogue(config.features)
     inputs: dict[str, Sequence[str]] = {"tabular": catalogue.names}
     if "transformer" in fitted.names:
         inputs["history"] = [column.name for column in features.SEQUENCE_COLUMNS]
-    lineage = {
+    lineage: dict[str, Any] = {
         "run_id": run.run_id,
         "test_date": test_date.isoformat(),
         "training_set": {
@@ -552,6 +577,8 @@ def _write_bundle(run: Run, fitted: Fitted, explanation: Explanation, metrics: p
         "text_model": texts.model_digest(config.texts),
         "config": config.model_dump(mode="json"),
     }
+    if judged:
+        lineage["judged"] = {"bundle": judged.folder.name, "test_date": judged.judged_on}
     name = f"{test_date:%Y%m%d}-{run.run_id}"
     with run.stage("bundle") as figures:
         bundle = bundles.write(
@@ -570,14 +597,21 @@ def _write_bundle(run: Run, fitted: Fitted, explanation: Explanation, metrics: p
     return bundle
 
 
-def _promote(run: Run, bundle: Bundle, fitted: Fitted, complete: bool) -> Decision:
-    """Promote the bundle if it passes the gate; the decision is recorded beside it and in ``runs``."""
+def _promote(run: Run, bundle: Bundle, decide: Callable[[], Decision], refit: date | None = None) -> Decision:
+    """Promote the bundle if it passes the gate; the decision is recorded beside it and in ``runs``.
+
+    Args:
+        refit: as of when a bundle that passes is fitted anew, which is then promoted in its place.
+    """
     with run.stage("promote") as figures:
-        decision = _decide(run, fitted, complete)
-        if decision.promoted:
+        decision = decide()
+        promoted, reason = decision.promoted, decision.reason
+        if promoted and refit:
+            promoted, reason = False, f"{reason}; to be fitted anew as of {refit} and then promoted"
+        if promoted:
             bundles.promote(run.config.bundles, bundle)
-        bundles.record(run.config.bundles, bundle, promoted=decision.promoted, reason=decision.reason)
-        figures["promoted"], figures["reason"] = decision.promoted, decision.reason
+        bundles.record(run.config.bundles, bundle, promoted=promoted, reason=reason)
+        figures["promoted"], figures["reason"] = promoted, reason
     return decision
 
 
@@ -595,13 +629,17 @@ def _decide(run: Run, fitted: Fitted, complete: bool) -> Decision:
     if incumbent is None or not baselines.promoted:
         return Decision(baselines.promoted, f"{baselines.reason}; {trouble}" if trouble else baselines.reason)
     try:
-        theirs = _incumbent_says(run, incumbent, fitted.test_date)
+        rival = _judged(run, incumbent)
+        theirs = _incumbent_says(run, rival, fitted.test_date)
     except BundleError as error:
         return Decision(True, f"{baselines.reason}; {incumbent.folder.name} can't be compared with ({error})")
     both = fitted.predictions.merge(theirs, on="user_key", how="inner", validate="one_to_one")
     resamples, seed = run.config.evaluation.resamples, run.config.training.seed
-    judged = promotion.against_incumbent(both, incumbent.folder.name, resamples=resamples, seed=seed)
-    return Decision(judged.promoted, f"{baselines.reason}; {judged.reason}{_head_start(incumbent, fitted.test_date)}")
+    name = rival.folder.name
+    if rival is not incumbent:
+        name = f"{name}, which {incumbent.folder.name} was fitted anew from,"
+    judged = promotion.against_incumbent(both, name, resamples=resamples, seed=seed)
+    return Decision(judged.promoted, f"{baselines.reason}; {judged.reason}{_head_start(rival, fitted.test_date)}")
 
 
 def _incumbent(run: Run) -> tuple[Bundle | None, str]:
@@ -615,6 +653,17 @@ def _incumbent(run: Run) -> tuple[Bundle | None, str]:
     if incumbent.horizon_days != run.config.labels.horizon_days:
         return None, f"{incumbent.folder.name}, promoted before, predicts {incumbent.horizon_days} days"
     return incumbent, ""
+
+
+def _judged(run: Run, incumbent: Bundle) -> Bundle:
+    """The bundle that the promoted one was fitted anew from, while it is there: it hasn't seen the horizon it is judged by."""
+    judged = incumbent.manifest["lineage"].get("judged")
+    if judged is None:
+        return incumbent
+    try:
+        return bundles.load(Path(run.config.bundles) / judged["bundle"], signing.public_key(run.config.signing))
+    except BundleError:
+        return incumbent
 
 
 def _incumbent_says(run: Run, incumbent: Bundle, test_date: date) -> pd.DataFrame:
@@ -639,6 +688,8 @@ def _head_start(incumbent: Bundle, test_date: date) -> str:
 
 
 def _record_metrics(run: Run, metrics: pd.DataFrame, bundle: Bundle, test_date: date) -> None:
+    if metrics.empty:
+        return
     rows = [
         {**row, "run_id": run.run_id, "bundle_digest": bundle.digest, "test_date": test_date}
         for row in metrics.to_dict("records")
