@@ -658,6 +658,10 @@ def test_a_worse_bundle_does_not_replace_the_promoted_one(
     assert f"worse than {before.name}" in trained.reason
     assert bundles.current(line.config.bundles) == before
     assert _champion(registry)["bundle"] == before.name
+    # nor would it, had it been fitted anew
+    decision = training.decide_refit(Run(line.spark, line.config), trained.bundle, line.trained)
+    assert not decision.promoted
+    assert f"worse than {line.trained.bundle.folder.name}" in decision.reason
 
 
 def test_without_a_test_date_what_passed_is_fitted_anew_with_all_that_is_known(

@@ -112,12 +112,11 @@ def _refit(spark: SparkSession, config: Config, judged: TrainResult, as_of: date
         fitted = fit_as_of(run, labels.cutoffs(first, as_of, config.labels), as_of)
         bundle = _write_bundle(run, fitted, judged.metrics, judged.bundle)
         store_reference(run, bundle)
-        test_date = judged.fitted.test_date
-        _record_metrics(run, judged.metrics, bundle, test_date)
-        reason = f"fitted anew as of {as_of}; as of {test_date}: {judged.reason}"
-        _promote(run, bundle, lambda: Decision(True, reason))
+        _record_metrics(run, judged.metrics, bundle, judged.fitted.test_date)
+        decision = _promote(run, bundle, lambda: decide_refit(run, bundle, judged))
         enter_registry(run, bundle, fitted.history)
-        return replace(judged, bundle=bundle, reason=reason, stages=[*judged.stages, *run.records])
+    stages = [*judged.stages, *run.records]
+    return replace(judged, bundle=bundle, promoted=decision.promoted, reason=decision.reason, stages=stages)
 
 
 @dataclass(frozen=True)
@@ -630,16 +629,32 @@ def _decide(run: Run, fitted: Fitted, complete: bool) -> Decision:
         return Decision(baselines.promoted, f"{baselines.reason}; {trouble}" if trouble else baselines.reason)
     try:
         rival = _judged(run, incumbent)
-        theirs = _incumbent_says(run, rival, fitted.test_date)
+        theirs = _fused(run, rival, fitted.test_date)
     except BundleError as error:
         return Decision(True, f"{baselines.reason}; {incumbent.folder.name} can't be compared with ({error})")
-    both = fitted.predictions.merge(theirs, on="user_key", how="inner", validate="one_to_one")
-    resamples, seed = run.config.evaluation.resamples, run.config.training.seed
     name = rival.folder.name
     if rival is not incumbent:
         name = f"{name}, which {incumbent.folder.name} was fitted anew from,"
-    judged = promotion.against_incumbent(both, name, resamples=resamples, seed=seed)
+    judged = _against(run, fitted.predictions, theirs, name)
     return Decision(judged.promoted, f"{baselines.reason}; {judged.reason}{_head_start(rival, fitted.test_date)}")
+
+
+def decide_refit(run: Run, bundle: Bundle, judged: TrainResult) -> Decision:
+    """A later fit has seen the spend that the first was judged by: it is surely worse there only if something went wrong."""
+    as_of, test_date = bundle.manifest["lineage"]["test_date"], judged.fitted.test_date
+    said = judged.fitted.predictions.drop(columns="fused").merge(_fused(run, bundle, test_date), on="user_key")
+    sound = _against(run, said, judged.fitted.predictions, judged.bundle.folder.name)
+    if not sound.promoted:
+        return Decision(False, f"fitted anew as of {as_of}, but {sound.reason}, whose test date it has seen")
+    return Decision(True, f"fitted anew as of {as_of}; as of {test_date}: {judged.reason}")
+
+
+def _against(run: Run, new: pd.DataFrame, old: pd.DataFrame, name: str) -> Decision:
+    """Hold what is expected of users (``fused``) against what another bundle, of that name, expected of them."""
+    others = old[["user_key", "fused"]].rename(columns={"fused": "incumbent"})
+    both = new.merge(others, on="user_key", how="inner", validate="one_to_one")
+    resamples, seed = run.config.evaluation.resamples, run.config.training.seed
+    return promotion.against_incumbent(both, name, resamples=resamples, seed=seed)
 
 
 def _incumbent(run: Run) -> tuple[Bundle | None, str]:
@@ -666,17 +681,17 @@ def _judged(run: Run, incumbent: Bundle) -> Bundle:
         return incumbent
 
 
-def _incumbent_says(run: Run, incumbent: Bundle, test_date: date) -> pd.DataFrame:
-    """``user_key, incumbent``: expected spend of the test date's users.
+def _fused(run: Run, bundle: Bundle, test_date: date) -> pd.DataFrame:
+    """``user_key, fused``: what a bundle expects of the test date's users.
 
     Raises:
         BundleError: it wants a column that today's features lack.
     """
     users = test_rows(run, test_date)
-    incumbent.check_inputs(users.columns)
-    says = predicted(users, list(incumbent.members.values()), run.config)
-    answers = incumbent.fusion.apply({name: says[name].to_numpy() for name in incumbent.members})
-    return pd.DataFrame({"user_key": says["user_key"], "incumbent": answers["expected_spend"]})
+    bundle.check_inputs(users.columns)
+    says = predicted(users, list(bundle.members.values()), run.config)
+    answers = bundle.fusion.apply({name: says[name].to_numpy() for name in bundle.members})
+    return pd.DataFrame({"user_key": says["user_key"], "fused": answers["expected_spend"]})
 
 
 def _head_start(incumbent: Bundle, test_date: date) -> str:
