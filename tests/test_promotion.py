@@ -17,8 +17,8 @@ def frame(users: int = 800, **noise: float) -> pd.DataFrame:
     return pd.DataFrame({"label_spend": spend, **columns})
 
 
-def judged(data: pd.DataFrame) -> promotion.Decision:
-    return promotion.against_incumbent(data, "20240101-abc", resamples=200, seed=1)
+def judged(data: pd.DataFrame, margin: float = 0.002) -> promotion.Decision:
+    return promotion.against_incumbent(data, "20240101-abc", margin=margin, resamples=200, seed=1)
 
 
 def test_above_both_baselines_is_promoted():
@@ -66,6 +66,15 @@ def test_the_same_bundle_again_is_promoted():
 def test_the_right_order_at_the_wrong_level_is_refused():
     data = frame(incumbent=0.3)
     assert not judged(data.assign(fused=data["incumbent"] * 5)).promoted
+
+
+def test_a_difference_that_is_certain_but_within_the_margin_does_not_block_the_new_one():
+    data = frame(incumbent=0.0)
+    data = data.assign(incumbent=1.2 * data["incumbent"], fused=1.2001 * data["incumbent"])
+    decision = judged(data)
+    assert decision.promoted
+    assert decision.reason.startswith("not surely worse by 0.2% than 20240101-abc")
+    assert not judged(data, margin=0).promoted
 
 
 def test_data_that_tell_nothing_block_nothing():

@@ -483,6 +483,9 @@ class EvaluationConfig(Section):
     """Users brought to the driver for exact metrics and calibration; a larger platform is sampled by hash."""
     resamples: Positive = 500
     """Resamples of users behind each interval and comparison."""
+    margin: Fraction = 0.002
+    """Share of the promoted bundle's normalised Gini and MAE by which a new one may surely be worse and still be promoted: with
+    many users every difference is certain, however small."""
     external_segment: str | None = None
     """Segment of ``raw_users`` that holds an ordered bracket, as income, to hold scores against; ``null`` for none."""
     reports: Folder = "reports"

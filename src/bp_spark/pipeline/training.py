@@ -65,7 +65,8 @@ class TrainResult:
 def train(spark: SparkSession, config: Config, test_date: date | None = None) -> TrainResult:
     """Label past cutoffs, fit the members, fuse and calibrate them, evaluate at ``test_date``, promote.
 
-    Promoted is what ranks users no worse than the baselines and isn't surely worse than the promoted bundle, both
+    Promoted is what ranks users no worse than the baselines and isn't surely worse than the promoted bundle (by more than
+    ``evaluation.margin``), both
     judged on the users of the test date (see :mod:`bp_spark.promotion`). Without a test date all is then fitted once more, as
     of the day after the last event (``training.refit``): what scores has then learned from the newest horizon, too, and what
     was judged is the same made a horizon earlier. Last of all the bundle becomes a version of the registered model (see
@@ -653,8 +654,8 @@ def _against(run: Run, new: pd.DataFrame, old: pd.DataFrame, name: str) -> Decis
     """Hold what is expected of users (``fused``) against what another bundle, of that name, expected of them."""
     others = old[["user_key", "fused"]].rename(columns={"fused": "incumbent"})
     both = new.merge(others, on="user_key", how="inner", validate="one_to_one")
-    resamples, seed = run.config.evaluation.resamples, run.config.training.seed
-    return promotion.against_incumbent(both, name, resamples=resamples, seed=seed)
+    judging, seed = run.config.evaluation, run.config.training.seed
+    return promotion.against_incumbent(both, name, margin=judging.margin, resamples=judging.resamples, seed=seed)
 
 
 def _incumbent(run: Run) -> tuple[Bundle | None, str]:
