@@ -66,11 +66,10 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
     """Label past cutoffs, fit the members, fuse and calibrate them, evaluate at ``test_date``, promote.
 
     Promoted is what ranks users no worse than the baselines and isn't surely worse than the promoted bundle (by more than
-    ``evaluation.margin``), both
-    judged on the users of the test date (see :mod:`bp_spark.promotion`). Without a test date all is then fitted once more, as
-    of the day after the last event (``training.refit``): what scores has then learned from the newest horizon, too, and what
-    was judged is the same made a horizon earlier. Last of all the bundle becomes a version of the registered model (see
-    :mod:`bp_spark.tracking`).
+    ``evaluation.margin``), both judged on the users of the test date (see :mod:`bp_spark.promotion`). Without a test date all
+    is then fitted once more, as of the day after the last event (``training.refit``): what scores has then learned from the
+    newest horizon, too, and what was judged is the same made a horizon earlier. Last of all the bundle becomes a version of
+    the registered model (see :mod:`bp_spark.tracking`).
 
     Args:
         test_date: the evaluation date; training horizons end on or before it, and nothing later is seen. By default the
@@ -95,12 +94,9 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
         complete = last >= day + timedelta(days=config.labels.horizon_days)
         metrics = _metrics(fitted, complete)
         bundle = _write_bundle(run, fitted, metrics)
-        # before the bundle can score: a promoted one has its figures
-        _record_metrics(run, metrics, bundle, day)
         decision = _promote(run, bundle, lambda: _decide(run, fitted, complete), refit=as_of)
         result = TrainResult(bundle, metrics, decision.promoted, decision.reason, fitted, run.records)
         if not (as_of and decision.promoted):
-            store_reference(run, bundle)
             enter_registry(run, bundle, fitted.history)
             return result
     return _refit(spark, config, result, as_of)
@@ -112,8 +108,6 @@ def _refit(spark: SparkSession, config: Config, judged: TrainResult, as_of: date
         first, _ = span(run.lakehouse)
         fitted = fit_as_of(run, labels.cutoffs(first, as_of, config.labels), as_of)
         bundle = _write_bundle(run, fitted, judged.metrics, judged.bundle)
-        store_reference(run, bundle)
-        _record_metrics(run, judged.metrics, bundle, judged.fitted.test_date)
         decision = _promote(run, bundle, lambda: decide_refit(run, bundle, judged))
         enter_registry(run, bundle, fitted.history)
     stages = [*judged.stages, *run.records]
@@ -560,7 +554,11 @@ def fit_explanation(run: Run, fitted: Fitted) -> Explanation:
 
 
 def _write_bundle(run: Run, fitted: Fitted, metrics: pd.DataFrame, judged: Bundle | None = None) -> Bundle:
-    """The bundle with its explanation; ``judged`` is the one whose ``metrics`` they are, by default itself."""
+    """The bundle with its explanation, its figures and what drift is told by: all there before it can score.
+
+    Args:
+        judged: the bundle whose ``metrics`` they are, by default itself.
+    """
     lakehouse, config, test_date = run.lakehouse, run.config, fitted.test_date
     explanation = fit_explanation(run, fitted)
     catalogue = features.catalogue(config.features)
@@ -594,6 +592,9 @@ def _write_bundle(run: Run, fitted: Fitted, metrics: pd.DataFrame, judged: Bundl
         )
         figures["digest"] = bundle.digest
         figures["folder"] = bundle.folder
+    store_reference(run, bundle)
+    if not metrics.empty:
+        _record_metrics(run, metrics, bundle)
     return bundle
 
 
@@ -643,8 +644,7 @@ def _decide(run: Run, fitted: Fitted, complete: bool) -> Decision:
 def decide_refit(run: Run, bundle: Bundle, judged: TrainResult) -> Decision:
     """A later fit has seen the spend that the first was judged by: it is surely worse there only if something went wrong."""
     as_of, test_date = bundle.manifest["lineage"]["test_date"], judged.fitted.test_date
-    said = judged.fitted.predictions.drop(columns="fused").merge(_fused(run, bundle, test_date), on="user_key")
-    sound = _against(run, said, judged.fitted.predictions, judged.bundle.folder.name)
+    sound = _against(run, _fused(run, bundle, test_date), judged.fitted.predictions, judged.bundle.folder.name)
     if not sound.promoted:
         return Decision(False, f"fitted anew as of {as_of}, but {sound.reason}, whose test date it has seen")
     return Decision(True, f"fitted anew as of {as_of}; as of {test_date}: {judged.reason}")
@@ -683,7 +683,7 @@ def _judged(run: Run, incumbent: Bundle) -> Bundle:
 
 
 def _fused(run: Run, bundle: Bundle, test_date: date) -> pd.DataFrame:
-    """``user_key, fused``: what a bundle expects of the test date's users.
+    """``user_key, label_spend, fused``: what the test date's users spent, and what a bundle expected of them.
 
     Raises:
         BundleError: it wants a column that today's features lack.
@@ -692,7 +692,7 @@ def _fused(run: Run, bundle: Bundle, test_date: date) -> pd.DataFrame:
     bundle.check_inputs(users.columns)
     says = predicted(users, list(bundle.members.values()), run.config)
     answers = bundle.fusion.apply({name: says[name].to_numpy() for name in bundle.members})
-    return pd.DataFrame({"user_key": says["user_key"], "fused": answers["expected_spend"]})
+    return says[["user_key", "label_spend"]].assign(fused=answers["expected_spend"])
 
 
 def _head_start(incumbent: Bundle, test_date: date) -> str:
@@ -703,9 +703,8 @@ def _head_start(incumbent: Bundle, test_date: date) -> str:
     return f"; {incumbent.folder.name} was trained on labels up to {theirs}, some of which it is judged by here"
 
 
-def _record_metrics(run: Run, metrics: pd.DataFrame, bundle: Bundle, test_date: date) -> None:
-    if metrics.empty:
-        return
+def _record_metrics(run: Run, metrics: pd.DataFrame, bundle: Bundle) -> None:
+    test_date = date.fromisoformat(bundle.judged_on)
     rows = [
         {**row, "run_id": run.run_id, "bundle_digest": bundle.digest, "test_date": test_date}
         for row in metrics.to_dict("records")
