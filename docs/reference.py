@@ -50,8 +50,8 @@ def tables() -> str:
         if table.name == SCORES_LATEST.name:
             parts.append(f"Its columns are those of [`{SCORES.name}`](#{SCORES.name}).")
             continue
-        shown = [column for column in table.columns if column.name not in features]
-        if len(shown) < len(table.columns):
+        shown = [column for column in table.stored_columns if column.name not in features]
+        if len(shown) < len(table.stored_columns):
             parts.append("Beside these columns, a `float` for each of the [features](features.md).")
         parts.append(_table(["column", "type", "always", "what it is"], [_column(column) for column in shown]))
     return _page(parts)

@@ -108,6 +108,43 @@ def test_a_column_that_a_newer_version_knows_is_added_and_older_rows_hold_null(
     assert stored(lakehouse) == [("a", None), ("b", 2)]
 
 
+MONTHLY = dataclasses.replace(TABLE, partition_by=("month",), month_of="day", key=("day", "name"), skipped_by=("day",))
+TWO_MONTHS = [("2024-01-30", "a", 1), ("2024-01-31", "b", 2), ("2024-02-01", "c", 3), ("2024-02-29", "d", 4)]
+
+
+def files(lakehouse: Lakehouse) -> set[str]:
+    return set(lakehouse.read("things").inputFiles())
+
+
+def test_a_file_holds_days_of_one_month_and_others_are_left_alone(spark: SparkSession, lakehouse: Lakehouse) -> None:
+    lakehouse.replace(MONTHLY, things(spark, TWO_MONTHS).repartition(3))
+    held = (
+        lakehouse.read("things")
+        .groupBy(F.input_file_name())
+        .agg(F.collect_set(F.trunc("day", "MONTH")).alias("months"))
+    )
+    assert sorted(str(row["months"][0]) for row in held.collect()) == ["2024-01-01", "2024-02-01"]
+    before = files(lakehouse)
+    late = things(spark, [("2024-02-01", "c", 30), ("2024-02-02", "new", 5)])
+    lakehouse.merge(MONTHLY, late, within={"day": ["2024-02-01", "2024-02-02"]})
+    assert stored(lakehouse) == [("a", 1), ("b", 2), ("c", 30), ("d", 4), ("new", 5)]
+    assert [name for name in before & files(lakehouse) if "month=2024-01-01" in name]
+    assert not [name for name in before & files(lakehouse) if "month=2024-02-01" in name]
+
+
+def test_a_table_of_a_version_without_months_is_read_written_and_laid_out_anew(
+    spark: SparkSession, lakehouse: Lakehouse
+) -> None:
+    older = dataclasses.replace(MONTHLY, partition_by=(), month_of="")
+    lakehouse.replace(older, things(spark, TWO_MONTHS[:2]))
+    lakehouse.merge(MONTHLY, things(spark, [("2024-01-31", "b", 20)]), within={"day": ["2024-01-31"]})
+    lakehouse.append(MONTHLY, things(spark, TWO_MONTHS[2:]))
+    assert stored(lakehouse) == [("a", 1), ("b", 20), ("c", 3), ("d", 4)]
+    lakehouse.replace(MONTHLY, lakehouse.read("things").localCheckpoint())
+    assert stored(lakehouse) == [("a", 1), ("b", 20), ("c", 3), ("d", 4)]
+    assert all("/month=2024-0" in name for name in files(lakehouse))
+
+
 def test_a_table_that_is_not_there_is_an_error_that_names_it(lakehouse: Lakehouse) -> None:
     for ask in (lakehouse.read, lakehouse.version):
         with pytest.raises(DataError, match=r"bp\.scores: table does not exist"):

@@ -14,8 +14,8 @@ from pyspark.sql import functions as F
 
 from bp_spark.tables import CATEGORY_DAY, KINDS, TOKEN, USER_DAILY, Column
 
-FORMAT = 1
-"""Raised when a column of ``user_daily`` means something else than before: it is then built anew."""
+FORMAT = 2
+"""Raised when a column of ``user_daily`` means something else than before, or is stored otherwise: it is then built anew."""
 
 MONEY = "decimal(18,2)"
 CODES = {kind: code for code, kind in enumerate(KINDS, start=1)}

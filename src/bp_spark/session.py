@@ -17,6 +17,7 @@ import pyspark
 from py4j.protocol import Py4JError
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from bp_spark import daemon
 from bp_spark.config import Config, digest
@@ -45,6 +46,9 @@ LOCAL_SQL_SETTINGS = {
     "spark.databricks.delta.snapshotPartitions": "2",
     "spark.sql.sources.parallelPartitionDiscovery.parallelism": "8",
 }
+
+BROADCAST_KEYS = 1_000_000
+"""Keys of so many rows, at most, go to every executor: about 100 MB."""
 
 MODEL_MODULES = ("bp_spark.scoring", "bp_spark.model.network")
 """What the Python workers of a job that trains or scores need."""
@@ -225,6 +229,11 @@ def with_settings(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[
                 spark.conf.unset(key)
             else:
                 spark.conf.set(key, old)
+
+
+def broadcast_few(keys: DataFrame, count: int) -> DataFrame:
+    """Keys to join wide rows with, of so many rows: where they are few, no wide row leaves its task."""
+    return F.broadcast(keys) if count <= BROADCAST_KEYS else keys
 
 
 @contextmanager

@@ -42,7 +42,7 @@ _NO_TABLE = re.compile("DELTA_TABLE_NOT_FOUND|DELTA_MISSING_DELTA_TABLE")
 _CLOCKS_APART_S = 1
 """How far the clocks of the driver and of the store may be apart."""
 _LISTED_VALUES = 200
-_FILES_A_MONTH = 32
+_OPTIMIZED_WRITE = "spark.databricks.delta.optimizeWrite.enabled"
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """One table: what a row is, its columns, the columns that identify a row, the columns it is
-    partitioned by; whether Delta keeps a feed of its changes, for stages that follow only these; and the SQL expressions by
-    which a table that is written whole is laid out in files, so that those of other months can be skipped."""
+    """One table: what a row is, its columns, the columns that identify a row, the columns it is partitioned by; whether Delta
+    keeps a feed of its changes, for stages that follow only these; and the date column by whose month its files are kept
+    apart, so that those of other months are neither read nor written: ``month`` is added to what is written."""
 
     name: str
     comment: str
@@ -67,19 +67,35 @@ class Table:
     key: tuple[str, ...] = ()
     partition_by: tuple[str, ...] = ()
     change_feed: bool = False
-    laid_out_by: tuple[str, ...] = ()
+    month_of: str = ""
     skipped_by: tuple[str, ...] = ()
     rows_in_file: int | None = None
 
     @cached_property
     def schema(self) -> StructType:
         """The Spark schema, comments included."""
-        return StructType(
-            [
-                StructField(c.name, DataType.fromDDL(c.type), not c.required, {"comment": c.comment})
-                for c in self.columns
-            ]
-        )
+        return _schema(self.columns)
+
+    @cached_property
+    def stored_columns(self) -> tuple[Column, ...]:
+        """Columns as the table has them: the month, too, by which it is partitioned."""
+        return (*self.columns, _MONTH) if self.month_of else self.columns
+
+    @cached_property
+    def stored_schema(self) -> StructType:
+        """The Spark schema of them."""
+        return _schema(self.stored_columns)
+
+
+def _schema(columns: Sequence[Column]) -> StructType:
+    return StructType(
+        [StructField(c.name, DataType.fromDDL(c.type), not c.required, {"comment": c.comment}) for c in columns]
+    )
+
+
+_MONTH = Column(
+    "month", "date", "First day of the month: files hold one each, so that those of others need not be read"
+)
 
 
 def _columns(*rows: tuple[str, str, str]) -> tuple[Column, ...]:
@@ -254,7 +270,8 @@ EVENTS = Table(
     ),
     key=("event_id",),
     change_feed=True,
-    laid_out_by=("trunc(event_date, 'MONTH')", f"pmod(xxhash64(user_key), {_FILES_A_MONTH})"),
+    partition_by=("month",),
+    month_of="event_date",
     skipped_by=("event_date",),
 )
 QUARANTINE = Table(
@@ -344,7 +361,8 @@ USER_DAILY = Table(
         ("tokens", f"array<{TOKEN}>!", "The day's last orders and other events, oldest first; money in cents"),
     ),
     key=("user_key", "day"),
-    laid_out_by=("trunc(day, 'MONTH')", f"pmod(xxhash64(user_key), {_FILES_A_MONTH})"),
+    partition_by=("month",),
+    month_of="day",
     skipped_by=("day",),
 )
 SCORES = Table(
@@ -894,15 +912,12 @@ class Lakehouse:
             ConflictError: another run wrote the table meanwhile.
         """
         self._create(table)
-        rows = conform(df, table)
-        if table.laid_out_by and not where:
-            rows = rows.repartition(*(F.expr(sql) for sql in table.laid_out_by))
-        writer = rows.write.format("delta").mode("overwrite")
+        writer = self._writer(df, table).mode("overwrite")
         if where:
             writer = writer.option("replaceWhere", " AND ".join(_one_of(*item) for item in where.items()))
             # a feature added to the catalogue becomes a new column; older dates hold NULL in it
             writer = writer.option("mergeSchema", "true")
-        elif _types(self.read(table.name).schema) != _types(table.schema):
+        elif self._stored_otherwise(table):
             writer = writer.option("overwriteSchema", "true")
         if table.partition_by:
             writer = writer.partitionBy(*table.partition_by)
@@ -922,7 +937,7 @@ class Lakehouse:
         """Add rows to a table in one commit, with a note of what they were made from; see :meth:`replace`."""
         self._create(table)
         # a column that a newer version of this package knows is added; older rows hold NULL in it
-        writer = conform(df, table).write.format("delta").mode("append").option("mergeSchema", "true")
+        writer = self._writer(df, table).mode("append").option("mergeSchema", "true")
         return self._save(writer, table.name, _noted(inputs, note), after)
 
     def claim(self, table: Table, note: Mapping[str, Any]) -> int:
@@ -978,13 +993,18 @@ class Lakehouse:
             gone: keys, not in ``df``, whose rows are deleted.
         """
         self._create(table)
-        source = conform(df, table).withColumn("_gone", F.lit(False))
+        source = _with_month(conform(df, table), table).withColumn("_gone", F.lit(False))
         if gone is not None:
-            keys = [F.col(field.name) if field.name in table.key else _typed_null(field) for field in table.schema]
+            keys = [
+                F.col(field.name) if field.name in table.key else _typed_null(field) for field in table.stored_schema
+            ]
             source = source.unionByName(gone.select(*keys).withColumn("_gone", F.lit(True)))
         same = [f"t.`{column}` = s.`{column}`" for column in table.key]
         narrowed = [_narrowed(f"t.`{column}`", values) for column, values in within.items()]
-        values: dict[str, str | SparkColumn] = {f"`{name}`": f"s.`{name}`" for name in table.schema.names}
+        # made by an older version of this package, it has no month
+        known = {*table.schema.names, *self.read(table.name).columns}
+        names = [name for name in table.stored_schema.names if name in known]
+        values: dict[str, str | SparkColumn] = {f"`{name}`": f"s.`{name}`" for name in names}
         merge = (
             self._delta(table.name)
             .alias("t")
@@ -994,7 +1014,10 @@ class Lakehouse:
             .whenNotMatchedInsert("NOT s._gone", values)
         )
         noted = _noted(inputs, note)
-        settings = {"spark.databricks.delta.commitInfo.userMetadata": noted}
+        settings = {
+            "spark.databricks.delta.commitInfo.userMetadata": noted,
+            _OPTIMIZED_WRITE: str(bool(table.month_of)),
+        }
         if after is not None:
             settings["spark.databricks.delta.write.txnAppId"] = _TRANSACTIONS
             settings["spark.databricks.delta.write.txnVersion"] = str(after + 1)
@@ -1129,7 +1152,7 @@ class Lakehouse:
         return self.exists(name)
 
     def _builder(self, builder: DeltaTableBuilder, table: Table) -> DeltaTableBuilder:
-        builder = builder.comment(table.comment).addColumns(table.schema)
+        builder = builder.comment(table.comment).addColumns(table.stored_schema)
         if self._root is not None:
             builder = builder.location(self.location(table.name))
         else:
@@ -1145,6 +1168,20 @@ class Lakehouse:
             builder = builder.property("delta.enableChangeDataFeed", "true")
         # Petastorm reads Parquet files and knows nothing of deletion vectors.
         return builder.property("delta.enableDeletionVectors", "false")
+
+    def _writer(self, df: DataFrame, table: Table) -> Any:
+        """Of the rows in files of about equal size, whatever tasks made them, where these would leave a file in each month."""
+        writer = _with_month(conform(df, table), table).write.format("delta")
+        return writer.option("optimizeWrite", "true") if table.month_of else writer
+
+    def _stored_otherwise(self, table: Table) -> bool:
+        """Whether an older version of this package made the table, with other columns or another layout."""
+        if _types(self.read(table.name).schema) != _types(table.stored_schema):
+            return True
+        if not table.month_of:
+            return False
+        partitioned = self._delta(table.name).detail().select("partitionColumns").collect()[0][0]
+        return tuple(partitioned) != table.partition_by
 
     def _save(self, writer: Any, name: str, noted: str, after: int | None) -> int:
         """Commit; the version. With ``after`` Delta itself refuses what isn't newer than the newest such commit."""
@@ -1256,6 +1293,13 @@ def conform(df: DataFrame, table: Table) -> DataFrame:
             raise DataError(table.name, f"must be {wanted}, is {found}", column=field.name)
         selected.append(F.col(field.name).alias(field.name, metadata=field.metadata))
     return df.select(*selected)
+
+
+def _with_month(df: DataFrame, table: Table) -> DataFrame:
+    if not table.month_of:
+        return df
+    month = F.trunc(table.month_of, "MONTH").alias(_MONTH.name, metadata={"comment": _MONTH.comment})
+    return df.select("*", month)
 
 
 def file_system(address: str) -> tuple[Any, str]:

@@ -15,7 +15,7 @@ from bp_spark import __version__, cleaning, daily, features, labels, privacy, te
 from bp_spark.config import Config, digest
 from bp_spark.errors import ConfigError, DataError
 from bp_spark.pipeline.run import Run, recorded
-from bp_spark.session import kept
+from bp_spark.session import broadcast_few, kept
 from bp_spark.sources import open_source
 from bp_spark.sources.contract import Delivery
 from bp_spark.tables import (
@@ -224,7 +224,7 @@ def _add_events(
         return
     with (
         kept(found) as rows,
-        kept(cleaning.against_known(rows.filter("copy = 1"), _same_days(run, rows))) as sorted_out,
+        kept(cleaning.against_known(rows.filter("copy = 1"), _known(run, rows))) as sorted_out,
     ):
         states = {row["state"]: row["count"] for row in sorted_out.groupBy("state").count().collect()}
         new, changed, known = (states.get(state, 0) for state in (cleaning.NEW, cleaning.CHANGED, cleaning.KNOWN))
@@ -238,8 +238,11 @@ def _add_events(
         figures["duplicates"] = rows.filter("copy > 1").count() + known + changed
 
 
-def _same_days(run: Run, rows: DataFrame) -> DataFrame:
-    return run.lakehouse.read("events").filter(F.col("event_date").isin(_days(rows, "event_date")))
+def _known(run: Run, rows: DataFrame) -> DataFrame:
+    """The events in ``events`` that are among these."""
+    same_days = run.lakehouse.read("events").filter(F.col("event_date").isin(_days(rows, "event_date")))
+    ids = rows.select("event_id", "event_date")
+    return same_days.join(broadcast_few(ids, rows.count()), ["event_id", "event_date"], "left_semi")
 
 
 def _days(df: DataFrame, column: str) -> list[date]:
@@ -348,18 +351,18 @@ def aggregate(run: Run, rebuild: bool) -> None:
         changes = lakehouse.changes("events", int(done["events"])).groupBy("user_key", F.col("event_date").alias("day"))
         counted = changes.count().localCheckpoint()
         touched = counted.drop("count")
-        figures["user_days"] = figures["rows_out"] = touched.count()
+        figures["user_days"] = figures["rows_out"] = count = touched.count()
         figures["rows_in"] = counted.agg(F.coalesce(F.sum("count"), F.lit(0))).collect()[0][0]
-        if not figures["user_days"]:
+        if not count:
             # maintenance moved the version of events and no event
             figures["status"] = "unchanged"
             return
         days = _days(touched, "day")
         figures["days"] = len(days)
-        theirs = events.filter(F.col("event_date").isin(days)).join(
-            touched.withColumnRenamed("day", "event_date"), ["user_key", "event_date"], "left_semi"
-        )
-        rows = daily.user_daily(theirs, words, vectors, length).localCheckpoint()
+        keys = broadcast_few(touched.withColumnRenamed("day", "event_date"), count)
+        found = events.filter(F.col("event_date").isin(days)).join(keys, ["user_key", "event_date"], "left_semi")
+        with kept(found) as theirs:
+            rows = daily.user_daily(theirs, words, vectors, length).localCheckpoint()
         gone = touched.join(rows, daily.KEY, "left_anti")
         lakehouse.merge(USER_DAILY, rows, within={"day": days}, gone=gone, note=note, after=after)
 

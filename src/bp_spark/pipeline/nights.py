@@ -24,13 +24,10 @@ from bp_spark.model import signing
 from bp_spark.model.bundle import Bundle
 from bp_spark.pipeline.run import Run, recorded
 from bp_spark.report import population
-from bp_spark.session import kept
+from bp_spark.session import broadcast_few, kept
 from bp_spark.tables import SCORES, SCORES_LATEST, Lakehouse
 
 logger = logging.getLogger(__name__)
-
-_BROADCAST_USERS = 1_000_000
-"""Keys of so many users, at most, go to every executor: about 100 MB."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +139,7 @@ def _night(
         yield compute(users)
         return
     with kept(scoring.moved(users, earlier)) as keys:
-        # rows are wide and keys are not: where few users moved, no row leaves its task
-        few = F.broadcast(keys) if keys.count() <= _BROADCAST_USERS else keys
+        few = broadcast_few(keys, keys.count())
         fresh = compute(users.join(few, "user_key", "left_semi"))
         yield fresh.unionByName(scoring.carried(earlier, few, score_date))
 
