@@ -225,11 +225,7 @@ def _decayed(b: _Builder) -> None:
 
 
 def _gaps(b: _Builder) -> None:
-    mean = b.aggregate("gap_mean", "avg(gap)")
-    std = b.aggregate("gap_std", "sqrt(greatest(avg(gap * gap) - avg(gap) * avg(gap), 0))")
-    longest = b.aggregate("gap_max", "max(gap)")
-    median = b.aggregate("gap_median", "percentile(gap, 0.5)")
-    last = b.aggregate("gap_last", "min_by(gap, if(orders > 0, age, null))")
+    mean, std, longest, median, last = (f"p_{name}" for name in ("mean", "std", "max", "median", "last"))
     b.add("gap_mean_days", mean, "Mean days between purchase days", "days", "all", "log")
     b.add("gap_median_days", median, "Median days between purchase days", "days", "all", "log")
     b.add("gap_std_days", std, "Standard deviation of the days between purchase days", "days", "all", "log")
@@ -562,12 +558,13 @@ def user_features(
     everyone = daily, clocks
     if of is not None:
         daily, clocks = (rows.join(of, "user_key", "left_semi") for rows in everyone)
-    past = _before(_in_cents(daily), clocks).transform(_with_gaps)
+    past = _before(_in_cents(daily), clocks)
     aggregated = past.groupBy(*KEY, "seen_on").agg(
         *(F.expr(sql).alias(name) for name, sql in features.aggregates.items())
     )
     return (
         aggregated.filter(F.col("a_tenure").isNotNull())
+        .join(_pauses(daily, clocks), KEY, "left")
         .join(_category_features(*everyone), KEY, "left")
         .join(_history(daily, clocks, config.history_length), KEY, "left")
         .select(
@@ -617,16 +614,33 @@ def ticked(days: str, digits: int | None) -> str:
 def _before(df: DataFrame, clocks: DataFrame) -> DataFrame:
     """Each row once for every as-of date after its day, with ``as_of_date``, ``seen_on`` and its ``age`` in days (>= 1)."""
     return (
-        df.join(clocks, "user_key")
+        # clocks are narrow and days are wide: hashed, neither is sorted
+        df.join(clocks.hint("shuffle_hash"), "user_key")
         .filter(F.col("day") < F.col("as_of_date"))
         .withColumn("age", F.datediff("seen_on", "day"))
     )
 
 
-def _with_gaps(past: DataFrame) -> DataFrame:
-    """Add ``gap``: days since the user's previous purchase day, on purchase days after the first."""
-    order = Window.partitionBy(*KEY, F.col("orders") > 0).orderBy("day")
-    return past.withColumn("gap", F.when(F.col("orders") > 0, F.datediff("day", F.lag("day").over(order))))
+def _pauses(daily: DataFrame, clocks: DataFrame) -> DataFrame:
+    """Mean, spread, median, largest and last of the days between a user's purchase days before each date.
+
+    Apart from the other aggregates: these need neither an order of a user's days nor an object for a median, so that Spark
+    needn't sort their wide rows.
+    """
+    order = Window.partitionBy(*KEY).orderBy("day")
+    days = _before(daily.filter(F.col("orders") > 0).select("user_key", "day"), clocks)
+    gap = F.col("gap")
+    return (
+        days.withColumn("gap", F.datediff("day", F.lag("day").over(order)))
+        .groupBy(*KEY)
+        .agg(
+            F.avg(gap).alias("p_mean"),
+            F.sqrt(F.greatest(F.avg(gap * gap) - F.avg(gap) * F.avg(gap), F.lit(0))).alias("p_std"),
+            F.max(gap).alias("p_max"),
+            F.percentile(gap, F.lit(0.5)).alias("p_median"),
+            F.min_by(gap, "age").alias("p_last"),
+        )
+    )
 
 
 def _category_features(daily: DataFrame, clocks: DataFrame) -> DataFrame:
