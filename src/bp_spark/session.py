@@ -39,11 +39,12 @@ VERIFY_PAGES = ("parquet.page.verify-checksum.enabled", "true")
 ONE_DAEMON = ("spark.sql.execution.pyspark.udf.simplifiedTraceback.enabled", "false")
 # Else pyspark tells Java at each operation on a column which line of Python it stands in, by four calls.
 NO_CALL_SITES = ("spark.python.sql.dataFrameDebugging.enabled", "false")
-# On one machine the tables are small and the cores few: Delta's 50, Spark's 200 and VACUUM's 10,000 tasks would be all
-# overhead.
+# On one machine the tables are small and the cores few: Delta's 50 tasks for a log and 2,000 parts of a write, Spark's 200
+# and VACUUM's 10,000 tasks would be all overhead.
 LOCAL_SQL_SETTINGS = {
     "spark.sql.shuffle.partitions": "8",
     "spark.databricks.delta.snapshotPartitions": "2",
+    "spark.databricks.delta.optimizeWrite.maxShufflePartitions": "50",
     "spark.sql.sources.parallelPartitionDiscovery.parallelism": "8",
 }
 
