@@ -558,9 +558,10 @@ def user_features(
     everyone = daily, clocks
     if of is not None:
         daily, clocks = (rows.join(of, "user_key", "left_semi") for rows in everyone)
-    past = _before(_in_cents(daily), clocks)
-    aggregated = past.groupBy(*KEY, "seen_on").agg(
-        *(F.expr(sql).alias(name) for name, sql in features.aggregates.items())
+    aggregated = (
+        _before(_in_cents(daily), clocks)
+        .groupBy(*KEY, "seen_on")
+        .agg(*(F.expr(sql).alias(name) for name, sql in features.aggregates.items()))
     )
     return (
         aggregated.filter(F.col("a_tenure").isNotNull())
@@ -624,8 +625,7 @@ def _before(df: DataFrame, clocks: DataFrame) -> DataFrame:
 def _pauses(daily: DataFrame, clocks: DataFrame) -> DataFrame:
     """Mean, spread, median, largest and last of the days between a user's purchase days before each date.
 
-    Apart from the other aggregates: these need neither an order of a user's days nor an object for a median, so that Spark
-    needn't sort their wide rows.
+    Apart from the other aggregates, which need no order of a user's days and no median: so Spark needn't sort their wide rows.
     """
     order = Window.partitionBy(*KEY).orderBy("day")
     days = _before(daily.filter(F.col("orders") > 0).select("user_key", "day"), clocks)

@@ -48,7 +48,7 @@ LOCAL_SQL_SETTINGS = {
     "spark.sql.sources.parallelPartitionDiscovery.parallelism": "8",
 }
 
-BROADCAST_KEYS = 1_000_000
+_BROADCAST_KEYS = 1_000_000
 """Keys of so many rows, at most, go to every executor: about 100 MB."""
 
 MODEL_MODULES = ("bp_spark.scoring", "bp_spark.model.network")
@@ -234,7 +234,7 @@ def with_settings(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[
 
 def broadcast_few(keys: DataFrame, count: int) -> DataFrame:
     """Keys to join wide rows with, of so many rows: where they are few, no wide row leaves its task."""
-    return F.broadcast(keys) if count <= BROADCAST_KEYS else keys
+    return F.broadcast(keys) if count <= _BROADCAST_KEYS else keys
 
 
 @contextmanager

@@ -42,7 +42,6 @@ _NO_TABLE = re.compile("DELTA_TABLE_NOT_FOUND|DELTA_MISSING_DELTA_TABLE")
 _CLOCKS_APART_S = 1
 """How far the clocks of the driver and of the store may be apart."""
 _LISTED_VALUES = 200
-_OPTIMIZED_WRITE = "spark.databricks.delta.optimizeWrite.enabled"
 
 
 @dataclass(frozen=True)
@@ -993,7 +992,7 @@ class Lakehouse:
             gone: keys, not in ``df``, whose rows are deleted.
         """
         self._create(table)
-        source = _with_month(conform(df, table), table).withColumn("_gone", F.lit(False))
+        source = _as_stored(df, table).withColumn("_gone", F.lit(False))
         if gone is not None:
             keys = [
                 F.col(field.name) if field.name in table.key else _typed_null(field) for field in table.stored_schema
@@ -1002,8 +1001,8 @@ class Lakehouse:
         same = [f"t.`{column}` = s.`{column}`" for column in table.key]
         narrowed = [_narrowed(f"t.`{column}`", values) for column, values in within.items()]
         # made by an older version of this package, it has no month
-        known = {*table.schema.names, *self.read(table.name).columns}
-        names = [name for name in table.stored_schema.names if name in known]
+        has_month = _MONTH.name in self.read(table.name).columns
+        names = (table.stored_schema if has_month else table.schema).names
         values: dict[str, str | SparkColumn] = {f"`{name}`": f"s.`{name}`" for name in names}
         merge = (
             self._delta(table.name)
@@ -1014,10 +1013,9 @@ class Lakehouse:
             .whenNotMatchedInsert("NOT s._gone", values)
         )
         noted = _noted(inputs, note)
-        settings = {
-            "spark.databricks.delta.commitInfo.userMetadata": noted,
-            _OPTIMIZED_WRITE: str(bool(table.month_of)),
-        }
+        settings = {"spark.databricks.delta.commitInfo.userMetadata": noted}
+        if table.month_of:
+            settings["spark.databricks.delta.optimizeWrite.enabled"] = "true"
         if after is not None:
             settings["spark.databricks.delta.write.txnAppId"] = _TRANSACTIONS
             settings["spark.databricks.delta.write.txnVersion"] = str(after + 1)
@@ -1171,7 +1169,7 @@ class Lakehouse:
 
     def _writer(self, df: DataFrame, table: Table) -> Any:
         """Of the rows in files of about equal size, whatever tasks made them, where these would leave a file in each month."""
-        writer = _with_month(conform(df, table), table).write.format("delta")
+        writer = _as_stored(df, table).write.format("delta")
         return writer.option("optimizeWrite", "true") if table.month_of else writer
 
     def _stored_otherwise(self, table: Table) -> bool:
@@ -1295,11 +1293,13 @@ def conform(df: DataFrame, table: Table) -> DataFrame:
     return df.select(*selected)
 
 
-def _with_month(df: DataFrame, table: Table) -> DataFrame:
+def _as_stored(df: DataFrame, table: Table) -> DataFrame:
+    """``df`` by :func:`conform`, with the month where the table has one."""
+    rows = conform(df, table)
     if not table.month_of:
-        return df
+        return rows
     month = F.trunc(table.month_of, "MONTH").alias(_MONTH.name, metadata={"comment": _MONTH.comment})
-    return df.select("*", month)
+    return rows.select("*", month)
 
 
 def file_system(address: str) -> tuple[Any, str]:
