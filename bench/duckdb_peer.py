@@ -42,7 +42,6 @@ ACTION_COUNTS = {
 
 MACROS = r"""
 CREATE MACRO try_divide(a, b) AS CASE WHEN b <> 0 THEN a / b END;
-CREATE MACRO percentile(x, p) AS quantile_cont(x, p);
 CREATE MACRO shiftleft(x, n) AS x << n;
 CREATE MACRO get(l, i) AS l[i + 1];
 CREATE MACRO monday_is_0(day) AS isodow(day) - 1;
@@ -425,7 +424,12 @@ class Peer:
                        CASE WHEN orders > 0 THEN day - lag(day) OVER (PARTITION BY user_key, orders > 0 ORDER BY day) END AS gap
                 FROM daily JOIN clocks USING (user_key) WHERE day < DATE '{as_of}'
             ),
-            aggregated AS (SELECT user_key, {aggregates} FROM past GROUP BY user_key),
+            aggregated AS (
+                SELECT user_key, {aggregates}, avg(gap) AS p_mean,
+                       sqrt(greatest(avg(gap * gap) - avg(gap) * avg(gap), 0)) AS p_std, max(gap) AS p_max,
+                       quantile_cont(gap, 0.5) AS p_median, arg_min(gap, age) AS p_last
+                FROM past GROUP BY user_key
+            ),
             categorised AS ({self._categories(as_of)}),
             history AS ({self._history(as_of)})
             SELECT user_key, {columns}, {sequences}

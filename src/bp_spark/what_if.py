@@ -61,7 +61,8 @@ def one_more_order(at: datetime, times: float = 1.0) -> Change:
                 **{name: value.cast(EVENTS.schema[name].dataType) for name, value in scaled.items()},
             }
         )
-        return events.unionByName(more.select(*events.columns))
+        names = EVENTS.schema.names
+        return events.select(*names).unionByName(more.select(*names))
 
     return change
 
@@ -95,7 +96,7 @@ def other_past(
     """
     theirs = change(events.filter(F.col("user_key") == user_key))
     changed = daily.user_daily(theirs, texts, embeddings, config.history_length)
-    everyone = days.filter(F.col("user_key") != user_key).unionByName(changed)
+    everyone = days.filter(F.col("user_key") != user_key).select(*changed.columns).unionByName(changed)
     of = days.sparkSession.createDataFrame([(user_key,)], "user_key string")
     return features.user_features(everyone, [as_of], config, built_from="imagined", of=of)
 
