@@ -46,7 +46,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from bench import publish, score_peers
-from bp_spark import config, pipeline, scoring
+from bp_spark import config, parquet, pipeline, scoring
 from bp_spark.config import Config, FusionConfig
 from bp_spark.features import SEQUENCE_COLUMNS, catalogue, input_digest, user_features_table
 from bp_spark.model import bundle as bundles
@@ -206,9 +206,15 @@ def contest(
     files = DeltaTable(str(table)).file_uris()
     count, cores = rows.count(), os.cpu_count() or 1
     folder, cap = str(made["network"].folder), settings.features.history_length
+
+    def by_files(bundle: str) -> DataFrame:
+        """As a night does it."""
+        return scoring.score(rows, made[bundle], NIGHT, 0, places=parquet.places(rows, *scoring.KEPT))
+
     frames: dict[str, Callable[[], DataFrame]] = {
-        "bp-spark": lambda: scoring.score(rows, made["network"], NIGHT, 0),
-        "bp-spark, whole bundle": lambda: scoring.score(rows, made["whole"], NIGHT, 0),
+        "bp-spark": lambda: by_files("network"),
+        "bp-spark, whole bundle": lambda: by_files("whole"),
+        "bp-spark, features by Spark": lambda: scoring.score(rows, made["network"], NIGHT, 0),
         "bp-spark, pandas UDF": lambda: rows.select(
             "user_key", scoring.prediction_udf(spark, made["network"])(F.struct(*made["network"].required_columns))
         ),
@@ -244,7 +250,7 @@ def contest(
         "users_per_second": {name: [round(rate) for rate in values] for name, values in rates.items()},
         "median": {name: round(rate) for name, rate in medians.items()},
         "share_of_torch": {name: medians[name] / medians["torch"] for name in frames},
-        "times_peer": {name: medians["bp-spark"] / medians[name] for name in list(frames)[3:]},
+        "times_peer": {name: medians["bp-spark"] / medians[name] for name in list(frames)[4:]},
     }
 
 

@@ -220,6 +220,67 @@ def test_another_bundle_computes_everyone(nights: Nights, tmp_path: Path) -> Non
         assert pipeline.score(nights.spark, settings, day, nights.bundles[name].folder).computed == 5
 
 
+def by_reader(night: pipeline.ScoreResult) -> list[str]:
+    return [stage["figures"]["reader"] for stage in night.stages]
+
+
+@pytest.fixture
+def elsewhere(nights: Nights, tmp_path: Path) -> tuple[Config, str]:
+    """Settings of a platform without tables yet, and where its ``user_features`` will be."""
+    settings = config.changed(nights.settings, {"tables.path": str(tmp_path)})
+    return settings, Lakehouse(nights.spark, settings.tables).location("user_features")
+
+
+def test_whatever_reads_the_features_the_scores_are_the_same(nights: Nights, tmp_path: Path) -> None:
+    assert [by_reader(result) for result in nights.results.values()] == [["files"], ["files"]]
+    found, third = {}, NEXT + timedelta(days=1)
+    for reader in ("files", "spark"):
+        shutil.copytree(nights.settings.tables.path or "", tmp_path / reader)
+        changed = {"tables.path": f"{tmp_path}/{reader}", "scoring.reader": reader}
+        settings = config.changed(nights.settings, changed)
+        lakehouse = Lakehouse(nights.spark, settings.tables)
+        rows = nights.features[NIGHT].withColumn("as_of_date", F.lit(third))
+        lakehouse.replace(user_features_table(settings.features), rows, where={"as_of_date": [third]})
+        night = pipeline.score(nights.spark, settings, third, nights.bundles["whole"].folder)
+        # ten came back, and every fifth of the others is as before
+        assert (by_reader(night), night.users, night.computed) == ([reader], 60, 20)
+        scores = lakehouse.read("scores").filter(F.col("score_date") == F.lit(third)).toPandas()
+        found[reader] = scores.set_index("user_key").sort_index()
+    files, spark = found.values()
+    np.testing.assert_allclose(files[NUMBERS], spark[NUMBERS], rtol=1e-5)
+    assert same_reasons(files, spark)
+    for name in ("level", "risk_level", "input_digest", "computed_on"):
+        assert (files[name] == spark[name]).all()
+
+
+def test_rows_that_a_deletion_vector_hides_are_not_scored(nights: Nights, elsewhere: tuple[Config, str]) -> None:
+    settings, location = elsewhere
+    Lakehouse(nights.spark, settings.tables).replace(user_features_table(settings.features), nights.features[NIGHT])
+    table = f"delta.`{location}`"
+    nights.spark.sql(f"ALTER TABLE {table} SET TBLPROPERTIES (delta.enableDeletionVectors = true)")
+    nights.spark.sql(f"DELETE FROM {table} WHERE user_key = 'user7'")
+    night = pipeline.score(nights.spark, settings, NIGHT, nights.bundles["network"].folder)
+    assert (by_reader(night), night.users) == (["spark"], 59)
+
+
+def test_features_that_workers_can_not_read_themselves_are_brought_by_spark(
+    nights: Nights, elsewhere: tuple[Config, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, location = elsewhere
+    # of a time before there was such a feature: Spark takes it for missing
+    rows = nights.features[NIGHT]
+    rows.drop("spend_30d").write.format("delta").partitionBy("as_of_date").save(location)
+    nights.spark.sql(f"ALTER TABLE delta.`{location}` ADD COLUMN spend_30d FLOAT")
+    night = pipeline.score(nights.spark, settings, NIGHT, nights.bundles["whole"].folder)
+    assert (by_reader(night), night.computed) == (["spark"], 60)
+    assert "holds no column spend_30d of the type float" in caplog.text
+    bundle = nights.bundles["whole"]
+    without = rows.withColumn("spend_30d", F.lit(None).cast("float"))
+    wanted = scoring.score(without, bundle, NIGHT, 0).toPandas().set_index("user_key").sort_index()
+    found = Lakehouse(nights.spark, settings.tables).read("scores").toPandas().set_index("user_key").sort_index()
+    np.testing.assert_allclose(found[NUMBERS], wanted[NUMBERS], rtol=1e-5)
+
+
 def test_the_pandas_udf_answers_as_the_night_does(nights: Nights) -> None:
     bundle = nights.bundles["whole"]
     udf = scoring.prediction_udf(nights.spark, bundle)

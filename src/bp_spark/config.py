@@ -52,6 +52,7 @@ FairnessFigure = Literal[
     "coverage",
     "top_found",
 ]
+FeatureReader = Literal["files", "spark"]
 Delivered = Literal["transactions", "behaviours", "searches", "reviews", "items"]
 
 
@@ -380,6 +381,10 @@ class ScoringConfig(Section):
     partition_mb: Positive = 32
     """Megabytes of features (compressed) that one task reads, or one file where files are larger: small enough that no task
     holds the night."""
+    reader: FeatureReader = "files"
+    """What brings features to the model: its workers read the table's Parquet files themselves, several times cheaper than
+    having Spark hand them over; where they can't, Spark does it after all. `spark`: always Spark, for executors that have no
+    access of their own to the store."""
 
 
 class PhrasesConfig(Section):

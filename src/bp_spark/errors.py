@@ -64,6 +64,20 @@ class OccupiedError(DataError):
         )
 
 
+class FileReadError(BpSparkError):
+    """A Parquet file that a Python worker can't read by itself.
+
+    Args:
+        address: the file.
+        reason: why, in words.
+    """
+
+    exit_code = 3
+
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(f"{address}: {reason}")
+
+
 class BundleError(BpSparkError):
     """A model bundle that can't be trusted or used: digest mismatch, foreign features, newer format."""
 

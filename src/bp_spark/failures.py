@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 
-from bp_spark.errors import BpSparkError, ConflictError, DataError, OccupiedError, PlatformError
+from bp_spark.errors import BpSparkError, ConflictError, DataError, FileReadError, OccupiedError, PlatformError
 
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
 _CONFLICT = re.compile(
@@ -18,6 +18,7 @@ _CONFLICT = re.compile(
 )
 _OCCUPIED = "DELTA_CREATE_TABLE_WITH_NON_EMPTY_LOCATION"
 _UNREADABLE = re.compile(r"FAILED_READ_FILE\S* Encountered error while reading file (\S+?)\.?\s")
+_UNREAD = re.compile(r"FileReadError: (\S+): ([^\n]*)")
 _LOG = re.compile(r"DELTA_(?:TRUNCATED_TRANSACTION_LOG|LOG_FILE_NOT_FOUND)\S* (\S+): ")
 _GAP = re.compile(r"DELTA_VERSIONS_NOT_CONTIGUOUS\S* ([^\n]*)")
 _GONE = re.compile(r"FILE_NOT_EXIST|FileNotFoundException|DELTA_VERSION_NOT_FOUND|Cannot time travel")
@@ -38,6 +39,7 @@ def explained(table: str = "") -> Iterator[None]:
         OccupiedError: the table can't be created, for its folder has files.
         PlatformError: a disk is full, a Python worker was killed, or an object store has no connector or refuses the sign-in.
         DataError: a file of a table, or of its log, is damaged or missing.
+        FileReadError: a Python worker could not read a file by itself.
     """
     try:
         yield
@@ -59,6 +61,8 @@ def _text(error: PySparkException | Py4JJavaError) -> str:
 
 
 def _explanation(text: str, table: str) -> BpSparkError | None:
+    if found := _UNREAD.search(text):
+        return FileReadError(found[1], found[2])
     if _FULL.search(text):
         where = f"{table}: can't be written: " if table else ""
         return PlatformError(

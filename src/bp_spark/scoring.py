@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from pyspark import SparkFiles, TaskContext
 from pyspark.errors import PySparkAttributeError
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import StructField, StructType
 
-from bp_spark import __version__
+from bp_spark import __version__, parquet
 from bp_spark.config import ScoringConfig
 from bp_spark.errors import BundleError, PlatformError
 from bp_spark.model import bundle as bundles
@@ -56,6 +57,8 @@ ANSWERS = (
     "other_reasons",
 )
 """Columns of SCORES that a bundle computes."""
+KEPT = ("user_key", "input_digest")
+"""Columns of ``user_features`` that SCORES has too."""
 ORIGIN = ("bundle_digest", "run_id", "features_version", "code_version", "computed_on", "scored_at")
 """Columns of SCORES that say where a score comes from: one that is carried forward keeps them."""
 NUMBERS = ("expected_spend", "low", "high", "p_active", "score")
@@ -81,15 +84,24 @@ _loaded: dict[str, Bundle] = {}
 
 
 def score(
-    users: DataFrame, bundle: Bundle, score_date: date, features_version: int, run_id: str | None = None
+    users: DataFrame,
+    bundle: Bundle,
+    score_date: date,
+    features_version: int,
+    run_id: str | None = None,
+    places: DataFrame | None = None,
+    batch_mb: int = ScoringConfig().batch_mb,
 ) -> DataFrame:
-    """Compute the score of every row of ``users``.
+    """Compute the score of every row of ``users``, or of those at ``places``.
 
     Args:
         users: rows of ``user_features`` of one date.
         bundle: the model.
         features_version: Delta version of ``user_features``, recorded with each score.
         run_id: run that computes them, recorded too.
+        places: KEPT and where in its file each row lies, of ``users`` or some of them, as :func:`bp_spark.parquet.places`
+            gives them: the workers then read the features themselves, and raise FileReadError where they can't.
+        batch_mb: megabytes of features that a worker reads at once, where it reads them itself.
 
     Returns:
         Rows of SCORES.
@@ -100,16 +112,19 @@ def score(
     """
     bundle.check_inputs(users.columns)
     name, digest = distribute(users.sparkSession, bundle), bundle.digest
+    features = users.select(*dict.fromkeys(bundle.required_columns))
+    if places is None:
+        inputs, read = users.select(*KEPT, *features.columns), None
+    else:
+        schema = to_arrow_schema(features.schema)
+        inputs, read = places, partial(parquet.read, schema=schema, batch_bytes=batch_mb << 20, most_rows=ROWS_AT_ONCE)
 
     def computed(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
         loaded = load_once(name, digest)
-        for batch in batches:
+        for batch in batches if read is None else read(batches):
             yield _answer_batch(loaded, batch)
 
-    kept = ("user_key", "input_digest")
-    schema = _schema(*kept, *ANSWERS)
-    inputs = users.select(*kept, *dict.fromkeys(bundle.required_columns))
-    return inputs.mapInArrow(computed, schema).withColumns(
+    return inputs.mapInArrow(computed, _schema(*KEPT, *ANSWERS)).withColumns(
         {
             "score_date": F.lit(score_date),
             "bundle_digest": F.lit(digest),
@@ -126,17 +141,17 @@ def moved(users: DataFrame, earlier: DataFrame) -> DataFrame:
     """Of whom an earlier night's score doesn't hold: users who are new or gone, or whose features are others now.
 
     Args:
-        users: rows of ``user_features``, a user once; no column but ``user_key`` and ``input_digest`` is read.
+        users: KEPT of ``user_features``, a user once, and what else is to be told of users.
         earlier: rows of SCORES that the same bundle made, a user at most once.
 
     Returns:
-        ``user_key``.
+        The columns of ``users``; of one who is gone only ``user_key`` is known.
     """
     before = earlier.select("user_key", F.col("input_digest").alias("earlier_digest"))
-    both = users.select("user_key", "input_digest").join(before, "user_key", "full_outer")
+    both = users.join(before, "user_key", "full_outer")
     # a user without a digest, or whom one side lacks, is like nobody
     same = F.coalesce(F.col("input_digest") == F.col("earlier_digest"), F.lit(False))
-    return both.filter(~same).select("user_key")
+    return both.filter(~same).drop("earlier_digest")
 
 
 def carried(earlier: DataFrame, keys: DataFrame, score_date: date) -> DataFrame:
@@ -288,7 +303,7 @@ def as_frame(said: Mapping[str, pa.Array]) -> pd.DataFrame:
 
 def _answer_batch(bundle: Bundle, batch: pa.RecordBatch) -> pa.RecordBatch:
     """``user_key``, ``input_digest`` and ANSWERS; users with the same features are computed once."""
-    inputs = batch.select([name for name in batch.schema.names if name not in ("user_key", "input_digest")])
+    inputs = batch.select([name for name in batch.schema.names if name not in KEPT])
     first, place = _distinct(batch.column("input_digest"))
     if len(first) < batch.num_rows:
         said = answers(bundle, from_arrow(inputs.take(pa.array(first))))

@@ -851,6 +851,11 @@ class Lakehouse:
             reader = reader.option("versionAsOf", version)
         return reader.load(self.location(name)) if self._root is not None else reader.table(self._identifier(name))
 
+    def is_plain(self, name: str) -> bool:
+        """Whether a table's Parquet files hold its rows under its columns' names, all of them: no deletion vectors, no column
+        mapping. Delta's protocol asks more than the first version of who reads any of these."""
+        return bool(self._delta(name).detail().select("minReaderVersion").collect()[0][0] == 1)
+
     def version(self, name: str) -> int:
         """Newest Delta version of a table.
 

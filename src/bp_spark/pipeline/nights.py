@@ -16,9 +16,9 @@ import pandas as pd
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
-from bp_spark import __version__, scoring, tracking
-from bp_spark.config import Config, digest
-from bp_spark.errors import BundleError, DataError
+from bp_spark import __version__, parquet, scoring, tracking
+from bp_spark.config import Config, FeatureReader, digest
+from bp_spark.errors import BundleError, DataError, FileReadError
 from bp_spark.model import bundle as bundles
 from bp_spark.model import signing
 from bp_spark.model.bundle import Bundle
@@ -90,12 +90,27 @@ def score(
             if written:
                 logger.info("scoring %s users of %s%s", f"{expected:,}", score_date, _estimate(run, expected))
                 compute = partial(
-                    scoring.score, bundle=bundle, score_date=score_date, features_version=version, run_id=run.run_id
+                    scoring.score,
+                    bundle=bundle,
+                    score_date=score_date,
+                    features_version=version,
+                    run_id=run.run_id,
+                    batch_mb=config.scoring.batch_mb,
                 )
                 earlier = None if full else _earlier_night(run, bundle, score_date)
-                with scoring.sized(spark, config.scoring), _night(users, earlier, compute, score_date) as rows:
-                    where, note = {"score_date": [score_date]}, {"score_date": str(score_date)}
-                    lakehouse.replace(SCORES, rows, where=where, inputs=inputs, note=note)
+
+                def write(reader: FeatureReader) -> None:
+                    figures["reader"] = reader
+                    night = _night(users, earlier, compute, score_date, reader)
+                    with scoring.sized(spark, config.scoring), night as rows:
+                        where, note = {"score_date": [score_date]}, {"score_date": str(score_date)}
+                        lakehouse.replace(SCORES, rows, where=where, inputs=inputs, note=note)
+
+                try:
+                    write(config.scoring.reader if lakehouse.is_plain("user_features") else "spark")
+                except FileReadError as error:
+                    logger.warning("Spark brings the features, for a worker could not read them itself: %s", error)
+                    write("spark")
             else:
                 figures["status"] = "unchanged"
             _refresh_latest(run, inputs)
@@ -132,15 +147,24 @@ def features_of(lakehouse: Lakehouse, score_date: date, version: int) -> DataFra
 
 @contextmanager
 def _night(
-    users: DataFrame, earlier: DataFrame | None, compute: Callable[[DataFrame], DataFrame], score_date: date
+    users: DataFrame,
+    earlier: DataFrame | None,
+    compute: Callable[..., DataFrame],
+    score_date: date,
+    reader: FeatureReader,
 ) -> Iterator[DataFrame]:
     """Rows of SCORES of all users, for the block; computed are those whose earlier score doesn't hold."""
+    places = parquet.places(users, *scoring.KEPT) if reader == "files" else None
     if earlier is None:
-        yield compute(users)
+        yield compute(users, places=places)
         return
-    with kept(scoring.moved(users, earlier)) as keys:
-        few = broadcast_few(keys, keys.count())
-        fresh = compute(users.join(few, "user_key", "left_semi"))
+    with kept(scoring.moved(users.select(*scoring.KEPT) if places is None else places, earlier)) as moved:
+        few = broadcast_few(moved.select("user_key"), moved.count())
+        if places is None:
+            fresh = compute(users.join(few, "user_key", "left_semi"))
+        else:
+            there = moved.filter(F.col(parquet.PLACE[0]).isNotNull())
+            fresh = compute(users, places=parquet.in_file_order(there, len(users.inputFiles())))
         yield fresh.unionByName(scoring.carried(earlier, few, score_date))
 
 
