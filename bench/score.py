@@ -60,7 +60,7 @@ from bp_spark.model.horizons import EXPECTED, Horizons, Ratio
 from bp_spark.model.inputs import HISTORY_COLUMNS, InputSpec
 from bp_spark.model.members import Member, SqrtTreesMember, TreesMember
 from bp_spark.model.network import SpendNetwork, TransformerMember
-from bp_spark.session import get_session
+from bp_spark.session import MODEL_MODULES, get_session
 from bp_spark.tables import Lakehouse
 
 OUT = Path("build/bench/score.json")
@@ -399,7 +399,7 @@ def _write(spark: SparkSession, settings: Config, rows: DataFrame, day: date) ->
 def run(sizes: Sizes, folder: Path) -> dict[str, Any]:
     """All figures."""
     settings = config.load(overrides=["trees.rounds=5" if sizes == QUICK else "trees.rounds=250"])
-    spark = get_session(settings, "bp-spark bench")
+    spark = get_session(settings, "bp-spark bench", MODEL_MODULES)
     spark.sparkContext.setLogLevel("ERROR")
     made = make_bundles(folder / "bundles", settings, sizes.texts)
     figures: dict[str, Any] = {

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
+from zipimport import zipimporter
 
+import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
 
-from bp_spark import session
+from bp_spark import daemon, session
 from bp_spark.config import Config
 from bp_spark.errors import PlatformError
 
@@ -172,6 +176,37 @@ def active(monkeypatch: pytest.MonkeyPatch, **values: str) -> Settings:
     found = Settings(**values)
     monkeypatch.setattr(SparkSession, "getActiveSession", lambda: found)
     return found
+
+
+def test_workers_read_the_list_of_an_archive_once_and_not_before_each_task(spark: SparkSession) -> None:
+    def archives(_: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        # as they are when a task has begun, which is when Spark has let all finders look anew
+        finders = [finder for finder in sys.path_importer_cache.values() if isinstance(finder, zipimporter)]
+        again = [finder for finder in finders if type(finder).invalidate_caches is zipimporter.invalidate_caches]
+        yield pa.RecordBatch.from_pydict({"archives": [len(finders)], "read_again": [len(again)]})
+
+    found = spark.range(1, numPartitions=1).mapInArrow(archives, "archives bigint, read_again bigint").first()
+    assert found is not None
+    assert found["archives"] > 0
+    assert found["read_again"] == 0
+
+
+def test_a_module_is_imported_from_an_archive_that_was_there_or_that_comes_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("path_hooks", "path"):
+        monkeypatch.setattr(sys, name, [*getattr(sys, name)])
+    for name in ("there_before", "came_later"):
+        with ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.writestr(f"{name}/__init__.py", "")
+            archive.writestr(f"{name}/part.py", f"said = '{name}'")
+    sys.path.append(str(tmp_path / "there_before.zip"))
+    importlib.import_module("there_before")
+    daemon.keep_archives()
+    sys.path.append(str(tmp_path / "came_later.zip"))
+    for name in ("there_before", "came_later"):
+        importlib.invalidate_caches()
+        assert importlib.import_module(f"{name}.part").said == name
 
 
 def test_a_session_without_delta_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
 """Rows of a table, read by pyarrow from its Parquet files in the Python workers that need them.
 
 Spark hands wide rows to Python by making rows of the columns that it reads, and columns of the rows. Here Spark says which rows
-there are, as ever (version, filters, joins, deleted rows), and where each lies: :func:`places`. A worker then reads the columns
-as they are in the file: :func:`read`. Each page is held against its checksum before it is decoded, as Spark does here.
+there are and where in its file each lies (:func:`places`), and may choose some of them. A worker then reads the columns as they
+are in the file (:func:`read`). Each page is held against its checksum before it is decoded, as Spark does in sessions of this
+package.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence
 
     Args:
         worker_imports: modules that Python workers need and that take long to import: each executor does it once for all its
-            workers (see :mod:`bp_spark.daemon`). Without effect on a session that is already there.
+            workers, which :mod:`bp_spark.daemon` forks. Without effect on a session that is already there.
 
     Raises:
         PlatformError: no usable Java, or a session without Delta.
@@ -76,10 +76,9 @@ def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence
         builder = SparkSession.builder.appName(name).config(*NO_CALL_SITES)
         if config.tables.path is None:
             builder = builder.enableHiveSupport()
-        if worker_imports:
-            os.environ[daemon.IMPORTS] = ",".join(worker_imports)
-            builder = builder.config("spark.python.daemon.module", daemon.__name__).config(*ONE_DAEMON)
-            builder = builder.config(f"spark.executorEnv.{daemon.IMPORTS}", os.environ[daemon.IMPORTS])
+        os.environ[daemon.IMPORTS] = ",".join(worker_imports)
+        builder = builder.config("spark.python.daemon.module", daemon.__name__).config(*ONE_DAEMON)
+        builder = builder.config(f"spark.executorEnv.{daemon.IMPORTS}", os.environ[daemon.IMPORTS])
         if "PYSPARK_GATEWAY_PORT" not in os.environ:
             os.environ["JAVA_HOME"] = java_home()
             builder = builder.config("spark.ui.showConsoleProgress", str(sys.stderr.isatty()).lower())
