@@ -250,7 +250,7 @@ def contest(
         "users_per_second": {name: [round(rate) for rate in values] for name, values in rates.items()},
         "median": {name: round(rate) for name, rate in medians.items()},
         "share_of_torch": {name: medians[name] / medians["torch"] for name in frames},
-        "times_peer": {name: medians["bp-spark"] / medians[name] for name in list(frames)[4:]},
+        "times_peer": {name: medians["bp-spark"] / medians[name] for name in frames if not name.startswith("bp-spark")},
     }
 
 

@@ -18,7 +18,7 @@ _CONFLICT = re.compile(
 )
 _OCCUPIED = "DELTA_CREATE_TABLE_WITH_NON_EMPTY_LOCATION"
 _UNREADABLE = re.compile(r"FAILED_READ_FILE\S* Encountered error while reading file (\S+?)\.?\s")
-_UNREAD = re.compile(r"FileReadError: (\S+): ([^\n]*)")
+_BY_WORKER = re.compile(r"FileReadError: (\S+): ([^\n]*)")
 _LOG = re.compile(r"DELTA_(?:TRUNCATED_TRANSACTION_LOG|LOG_FILE_NOT_FOUND)\S* (\S+): ")
 _GAP = re.compile(r"DELTA_VERSIONS_NOT_CONTIGUOUS\S* ([^\n]*)")
 _GONE = re.compile(r"FILE_NOT_EXIST|FileNotFoundException|DELTA_VERSION_NOT_FOUND|Cannot time travel")
@@ -61,7 +61,7 @@ def _text(error: PySparkException | Py4JJavaError) -> str:
 
 
 def _explanation(text: str, table: str) -> BpSparkError | None:
-    if found := _UNREAD.search(text):
+    if found := _BY_WORKER.search(text):
         return FileReadError(found[1], found[2])
     if _FULL.search(text):
         where = f"{table}: can't be written: " if table else ""

@@ -122,7 +122,7 @@ class _File:
         self._borders = np.cumsum([0, *(self._metadata.row_group(group).num_rows for group in groups)])
         self._decoded: Iterator[pa.RecordBatch] = iter(())
         self._batch: pa.RecordBatch | None = None
-        self._start = self._end = self._group_end = self._next = 0
+        self._end = self._group_end = self._next = 0
 
     def take(self, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
         """Rows by their ascending numbers, as batches one after the other."""
@@ -133,7 +133,7 @@ class _File:
             while rows[0] >= self._end:
                 self._advance(int(rows[0]))
             assert self._batch is not None
-            here = rows[: np.searchsorted(rows, self._end)] - self._start
+            here = rows[: np.searchsorted(rows, self._end)] - (self._end - self._batch.num_rows)
             if here[-1] - here[0] + 1 == len(here):
                 yield self._batch.slice(int(here[0]), len(here))
             else:
@@ -148,7 +148,7 @@ class _File:
             self._batch = next(self._decoded)
         except (*_UNREADABLE, StopIteration) as error:
             raise FileReadError(self.address, str(error) or "is shorter than it says") from error
-        self._start, self._end = self._end, self._end + self._batch.num_rows
+        self._end += self._batch.num_rows
 
     def _open(self, group: int) -> None:
         metadata = self._metadata.row_group(group)

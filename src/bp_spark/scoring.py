@@ -13,7 +13,7 @@ import math
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
 from functools import partial, reduce
@@ -113,15 +113,15 @@ def score(
     bundle.check_inputs(users.columns)
     name, digest = distribute(users.sparkSession, bundle), bundle.digest
     features = users.select(*dict.fromkeys(bundle.required_columns))
-    if places is None:
-        inputs, read = users.select(*KEPT, *features.columns), None
-    else:
+    inputs = users.select(*KEPT, *features.columns) if places is None else places
+    read: Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]] = iter
+    if places is not None:
         schema = to_arrow_schema(features.schema)
-        inputs, read = places, partial(parquet.read, schema=schema, batch_bytes=batch_mb << 20, most_rows=ROWS_AT_ONCE)
+        read = partial(parquet.read, schema=schema, batch_bytes=batch_mb << 20, most_rows=ROWS_AT_ONCE)
 
     def computed(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
         loaded = load_once(name, digest)
-        for batch in batches if read is None else read(batches):
+        for batch in read(batches):
             yield _answer_batch(loaded, batch)
 
     return inputs.mapInArrow(computed, _schema(*KEPT, *ANSWERS)).withColumns(

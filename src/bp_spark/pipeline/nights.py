@@ -107,7 +107,8 @@ def score(
                         lakehouse.replace(SCORES, rows, where=where, inputs=inputs, note=note)
 
                 try:
-                    write(config.scoring.reader if lakehouse.is_plain("user_features") else "spark")
+                    by_files = config.scoring.reader == "files" and lakehouse.is_plain("user_features")
+                    write("files" if by_files else "spark")
                 except FileReadError as error:
                     logger.warning("Spark brings the features, for a worker could not read them itself: %s", error)
                     write("spark")
