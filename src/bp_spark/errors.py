@@ -64,18 +64,8 @@ class OccupiedError(DataError):
         )
 
 
-class FileReadError(BpSparkError):
-    """A Parquet file that a Python worker can't read by itself.
-
-    Args:
-        address: the file.
-        reason: why, in words.
-    """
-
-    exit_code = 3
-
-    def __init__(self, address: str, reason: str) -> None:
-        super().__init__(f"{address}: {reason}")
+class FileReadError(DataError):
+    """A Parquet file that a Python worker can't read by itself: of the file and, as the rule, why, in words."""
 
 
 class BundleError(BpSparkError):
