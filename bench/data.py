@@ -44,8 +44,9 @@ from scipy import stats
 from bench import publish
 from bench.duckdb_peer import Peer
 from bp_spark import config, pipeline
+from bp_spark.aggregates import SEQUENCE_COLUMNS
 from bp_spark.config import Config
-from bp_spark.features import CATEGORY_BUCKETS, SEQUENCE_COLUMNS, catalogue
+from bp_spark.features import CATEGORY_BUCKETS, catalogue
 from bp_spark.privacy import make_secret
 from bp_spark.session import get_session
 from bp_spark.sources.synthetic import LOGS, MAX_DELAY, SPOILS, SyntheticConfig, generate

@@ -3,7 +3,8 @@
 In: the raw tables' active Parquet files, and what the language model made of each text. Out: the tables ``events``,
 ``quarantine``, ``texts``, ``daily`` and ``category_days`` in a database file, and the features as Parquet. The rules, the
 identity of an event, the aggregates and the expressions are those of :mod:`bp_spark`; the catalogue's SQL is evaluated as it
-stands, through :func:`dialect`. Logs without ``line_id`` in their orders are not handled: the synthetic platform has them.
+stands, through :func:`dialect`, and its aggregates through :func:`aggregate_sql`. Logs without ``line_id`` in their orders are
+not handled: the synthetic platform has them.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from pathlib import Path
 
 import duckdb
 
+from bp_spark.aggregates import ACTIVITY, SEQUENCE_COLUMNS, WEEKDAYS, Aggregate, Decayed, Largest, Newest, Oldest, Total
 from bp_spark.cleaning import ACTIONS
 from bp_spark.config import Config
 from bp_spark.daily import CODES
-from bp_spark.features import CATEGORY_BUCKETS, SEQUENCE_COLUMNS, catalogue, ticked
+from bp_spark.features import CATEGORY_BUCKETS, catalogue, ticked
 from bp_spark.tables import RAW_LOGS
 
 SUMS = {
@@ -40,11 +42,21 @@ ACTION_COUNTS = {
     "coupon": "coupons",
 }
 
+MEASURES = {
+    "purchase_days": "(orders > 0)::BIGINT",
+    "activity": " + ".join(ACTIVITY),
+    "paid": "greatest(spend, 0)",
+    **{
+        f"paid_{name}": f"CASE WHEN isodow(day) = {number} THEN greatest(spend, 0) ELSE 0 END"
+        for number, name in enumerate(WEEKDAYS, start=1)
+    },
+}
+"""Measures of a day beside the columns of ``user_daily``."""
+
 MACROS = r"""
 CREATE MACRO try_divide(a, b) AS CASE WHEN b <> 0 THEN a / b END;
 CREATE MACRO shiftleft(x, n) AS x << n;
 CREATE MACRO get(l, i) AS l[i + 1];
-CREATE MACRO monday_is_0(day) AS isodow(day) - 1;
 CREATE MACRO cents(x) AS round(x::DOUBLE * 100)::BIGINT;
 CREATE MACRO normalised(x) AS nullif(trim(regexp_replace(lower(substring(x, 1, 2000)),
     '^[^\p{L}\p{N}]+|[^\p{L}\p{M}\p{N}][^\p{L}\p{N}]*', ' ', 'g')), '');
@@ -74,7 +86,6 @@ def dialect(sql: str) -> str:
         (r"\barray_sort\(", "list_sort("),
         (r"\bfilter\(", "list_filter("),
         (r"\bsize\(", "len("),
-        (r"\bweekday\(", "monday_is_0("),
         (r"\((\w+), (\w+)\) ->", r"lambda \1, \2:"),
         (r"\b(\w+) ->", r"lambda \1:"),
         (r"\b(\d+)L\b", r"\1::BIGINT"),
@@ -97,6 +108,33 @@ def _initial_value_last(sql: str) -> str:
         array, initial, step = sql[first : commas[0]], sql[commas[0] + 2 : commas[1]], sql[commas[1] + 2 : end - 1]
         sql = f"{sql[:start]}list_reduce({array}, {step}, {initial}){sql[end:]}"
     return sql
+
+
+def aggregate_sql(aggregate: Aggregate) -> str:
+    """An aggregate of the catalogue over a user's days, in DuckDB's words.
+
+    >>> aggregate_sql(Total("spend", oldest=30))
+    'coalesce(sum(spend) FILTER (age BETWEEN 1 AND 30), 0)'
+    """
+    match aggregate:
+        case Total(measure, None, _):
+            return f"sum({_measure(measure)})"
+        case Total(measure, oldest, newest):
+            return f"coalesce(sum({_measure(measure)}) FILTER (age BETWEEN {newest} AND {oldest}), 0)"
+        case Decayed(measure, half_life):
+            return f"sum(round({_measure(measure)} * 1000 * pow(0.5, age / {half_life}))::BIGINT)"
+        case Largest(measure, oldest):
+            return f"max({_measure(measure)}) FILTER (age <= {oldest})"
+        case Newest(measure):
+            return f"min(age) FILTER (({_measure(measure)}) > 0)"
+        case Oldest(measure):
+            return f"max(age) FILTER (({_measure(measure)}) > 0)"
+        case _:
+            raise TypeError(f"no SQL for {aggregate}")
+
+
+def _measure(name: str) -> str:
+    return MEASURES.get(name, name)
 
 
 class Peer:
@@ -410,7 +448,7 @@ class Peer:
 
     def _features(self, as_of: date) -> str:
         features = catalogue(self.config.features)
-        aggregates = ", ".join(f"{dialect(sql)} AS {name}" for name, sql in features.aggregates.items())
+        aggregates = ", ".join(f"{aggregate_sql(what)} AS {name}" for name, what in features.aggregates.items())
         columns = ", ".join(f"({dialect(f.expression)})::FLOAT AS {f.name}" for f in features.features)
         sequences = ", ".join(f"coalesce({column.name}, []) AS {column.name}" for column in SEQUENCE_COLUMNS)
         return f"""

@@ -47,8 +47,9 @@ from pyspark.sql import functions as F
 
 from bench import publish, score_peers
 from bp_spark import config, parquet, pipeline, scoring
+from bp_spark.aggregates import SEQUENCE_COLUMNS
 from bp_spark.config import Config, FusionConfig
-from bp_spark.features import SEQUENCE_COLUMNS, catalogue, input_digest, user_features_table
+from bp_spark.features import catalogue, input_digest, user_features_table
 from bp_spark.model import bundle as bundles
 from bp_spark.model.btyd import BtydMember
 from bp_spark.model.bundle import Bundle

@@ -13,8 +13,9 @@ import pytest
 from pyspark.sql import SparkSession
 
 from bp_spark import cleaning, config, fairness, labels, pipeline
+from bp_spark.aggregates import SEQUENCE_COLUMNS
 from bp_spark.config import CleaningConfig, FairnessConfig
-from bp_spark.features import SEQUENCE_COLUMNS, catalogue
+from bp_spark.features import catalogue
 from bp_spark.tables import EVENTS, SCORES, USER_DAILY, Lakehouse
 from histories import RAW, raw_frame, rows_of, sorted_rows
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from pyspark.sql import DataFrame, Row, SparkSession
 
 from bp_spark import daily, features
+from bp_spark.aggregates import SEQUENCE_COLUMNS
 from bp_spark.config import FeaturesConfig
-from bp_spark.features import SEQUENCE_COLUMNS, catalogue, user_features_table
+from bp_spark.features import catalogue, user_features_table
 from bp_spark.tables import Lakehouse, conform
 from histories import AS_OF, embeddings_frame, events_frame, random_events, sorted_rows, texts_frame
 

@@ -10,19 +10,29 @@ not compute it again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise
 from typing import Literal
 
 from pyspark.sql import Column as SparkColumn
-from pyspark.sql import DataFrame, Window
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from bp_spark.aggregates import (
+    SEQUENCE_COLUMNS,
+    WEEKDAYS,
+    Aggregate,
+    Decayed,
+    Largest,
+    Newest,
+    Oldest,
+    Total,
+    aggregate_days,
+)
 from bp_spark.config import FeaturesConfig
-from bp_spark.daily import MONEY, cents
-from bp_spark.tables import KINDS, USER_DAILY, Column, Table
+from bp_spark.tables import Column, Table
 
 KEY = ["user_key", "as_of_date"]
 CATEGORY_BUCKETS = 16
@@ -59,10 +69,10 @@ class Feature:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All features, with the SQL aggregates over a user's days that their expressions read."""
+    """All features, with the aggregates over a user's days that their expressions read."""
 
     features: tuple[Feature, ...]
-    aggregates: Mapping[str, str]
+    aggregates: Mapping[str, Aggregate]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,15 +88,15 @@ class Catalogue:
 class _Builder:
     def __init__(self) -> None:
         self.features: list[Feature] = []
-        self.aggregates: dict[str, str] = {}
+        self.aggregates: dict[str, Aggregate] = {}
         self.group = ""
 
     def total(self, measure: str, days: int) -> str:
         """Name of the sum of a daily measure over the last ``days`` days."""
-        return self.aggregate(f"{measure}_in_{days}", f"sum(if(age <= {days}, {measure}, 0))")
+        return self.aggregate(f"{measure}_in_{days}", Total(measure, days))
 
-    def aggregate(self, name: str, sql: str) -> str:
-        self.aggregates[f"a_{name}"] = sql
+    def aggregate(self, name: str, aggregate: Aggregate) -> str:
+        self.aggregates[f"a_{name}"] = aggregate
         return f"a_{name}"
 
     def add(
@@ -139,10 +149,10 @@ def _ratio(numerator: str, denominator: str) -> str:
 
 
 def _recency_frequency_monetary(b: _Builder) -> None:
-    recency = b.aggregate("recency", "min(if(orders > 0, age, null))")
-    tenure = b.aggregate("tenure", "max(if(orders > 0, age, null))")
-    days = b.aggregate("purchase_days", "count_if(orders > 0)")
-    spend = b.aggregate("spend", "sum(spend)")
+    recency = b.aggregate("recency", Newest("orders"))
+    tenure = b.aggregate("tenure", Oldest("orders"))
+    days = b.aggregate("purchase_days", Total("purchase_days"))
+    spend = b.aggregate("spend", Total("spend"))
     b.add("recency_days", recency, "Days since the last purchase", "days", "all", "log")
     b.add(
         "tenure_days",
@@ -169,7 +179,7 @@ def _recency_frequency_monetary(b: _Builder) -> None:
 def _windows(b: _Builder, windows: Sequence[int]) -> None:
     for days in windows:
         spend, orders, items = (b.total(measure, days) for measure in ("spend", "orders", "items"))
-        purchase_days = b.aggregate(f"purchase_days_in_{days}", f"count_if(age <= {days} and orders > 0)")
+        purchase_days = b.total("purchase_days", days)
         exposure = f"least({days}, a_tenure)"
         b.add(f"spend_{days}d", f"{spend} / 100", "Spend less refunds", "currency", days, "log")
         b.add(f"orders_{days}d", orders, "Orders", "orders", days, "log")
@@ -208,10 +218,7 @@ def _windows(b: _Builder, windows: Sequence[int]) -> None:
 def _decayed(b: _Builder) -> None:
     for measure, scale, unit in (("spend", 100, "currency/day"), ("orders", 1, "orders/day")):
         for half_life in (7, 30, 90):
-            total = b.aggregate(
-                f"{measure}_halflife_{half_life}",
-                f"sum(cast(round({measure} * 1000 * pow(0.5, age / {half_life})) as bigint))",
-            )
+            total = b.aggregate(f"{measure}_halflife_{half_life}", Decayed(measure, half_life))
             x = f"pow(0.5, 1 / {half_life})"
             weights = f"({x} * (1 - pow({x}, a_tenure)) / (1 - {x}))"
             b.add(
@@ -246,8 +253,7 @@ def _gaps(b: _Builder) -> None:
 def _weekly(b: _Builder) -> None:
     span = 7 * WEEKS
     weeks = [
-        b.aggregate(f"week_{week}", f"sum(if(age between {7 * week + 1} and {7 * week + 7}, spend, 0))")
-        for week in range(WEEKS)
+        b.aggregate(f"week_{week}", Total("spend", oldest=7 * week + 7, newest=7 * week + 1)) for week in range(WEEKS)
     ]
     array = f"array({', '.join(weeks)})"
     total = f"aggregate({array}, 0L, (s, x) -> s + x)"
@@ -288,8 +294,8 @@ def _weekly(b: _Builder) -> None:
 
 
 def _order_values(b: _Builder) -> None:
-    orders = b.aggregate("orders", "sum(orders)")
-    squares = b.aggregate("order_value_sq", "sum(order_value_sq)")
+    orders = b.aggregate("orders", Total("orders"))
+    squares = b.aggregate("order_value_sq", Total("order_value_sq"))
     mean = _ratio("a_spend / 100", orders)
     b.add(
         "order_value_std",
@@ -300,7 +306,7 @@ def _order_values(b: _Builder) -> None:
         "log",
     )
     for days in (90, 365):
-        largest = b.aggregate(f"order_value_max_{days}", f"max(if(age <= {days}, order_value_max, null))")
+        largest = b.aggregate(f"order_value_max_{days}", Largest("order_value_max", days))
         b.add(f"order_value_max_{days}d", f"{largest} / 100", "Largest order", "currency", days, "log")
 
 
@@ -338,11 +344,9 @@ def _discounts_and_prices(b: _Builder) -> None:
 
 def _habits(b: _Builder) -> None:
     span = 180
-    spend = b.aggregate("weekday_spend", f"sum(if(age <= {span}, greatest(spend, 0), 0))")
-    for number, name in enumerate(("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")):
-        part = b.aggregate(
-            f"weekday_{number}", f"sum(if(age <= {span} and weekday(day) = {number}, greatest(spend, 0), 0))"
-        )
+    spend = b.total("paid", span)
+    for name in WEEKDAYS:
+        part = b.total(f"paid_{name}", span)
         b.add(
             f"share_{name}",
             _ratio(part, spend),
@@ -363,8 +367,8 @@ def _habits(b: _Builder) -> None:
 
 
 def _season(b: _Builder) -> None:
-    season = b.aggregate("same_period_last_year", "sum(if(age between 276 and 365, spend, 0))")
-    orders = b.aggregate("orders_same_period_last_year", "sum(if(age between 276 and 365, orders, 0))")
+    season = b.aggregate("same_period_last_year", Total("spend", oldest=365, newest=276))
+    orders = b.aggregate("orders_same_period_last_year", Total("orders", oldest=365, newest=276))
     year = b.total("spend", 365)
     window = "276 to 365 days"
     known = "a_tenure >= 365"
@@ -446,7 +450,7 @@ def _behaviour(b: _Builder) -> None:
             f"dwell_mean_{days}d", _ratio(f"{dwell} / 1000", dwelled), "Mean length of a browse", "seconds", days, "log"
         )
         b.add(f"dwell_total_{days}d", f"{dwell} / 1000", "Time spent browsing", "seconds", days, "log")
-    active = b.aggregate("activity_recency", "min(if(browses + clicks + carts + favourites + searches > 0, age, null))")
+    active = b.aggregate("activity_recency", Newest("activity"))
     b.add(
         "activity_recency_days",
         active,
@@ -471,7 +475,7 @@ def _searches(b: _Builder) -> None:
         for word, meaning in words.items():
             share = _ratio(b.total(f"searches_{word}", days), searches)
             b.add(f"{word}_searches_{days}d", share, f"Share of searches with {meaning}", "share", days)
-    recency = b.aggregate("search_recency", "min(if(searches > 0, age, null))")
+    recency = b.aggregate("search_recency", Newest("searches"))
     b.add("search_recency_days", recency, "Days since the last search", "days", "all", "log")
 
 
@@ -493,22 +497,6 @@ def _reviews(b: _Builder) -> None:
         )
     per_order = _ratio(b.total("reviews", 365), b.total("orders", 365))
     b.add("reviews_per_order_365d", per_order, "Reviews per order", "ratio", 365, "log")
-
-
-SEQUENCE_COLUMNS = (
-    Column(
-        "seq_kind",
-        "array<int>",
-        f"Kind of each history token, oldest first: {', '.join(KINDS)} as 1..{len(KINDS)}",
-    ),
-    Column("seq_age_days", "array<float>", "Days from the token to seen_on"),
-    Column("seq_amount", "array<float>", "Spend of the order"),
-    Column("seq_items", "array<float>", "Lines of the order"),
-    Column("seq_discount", "array<float>", "Reductions of the order"),
-    Column("seq_text_id", "array<bigint>", "Text of the order's largest line, or of the event; 0 for none"),
-    Column("seq_weekday", "array<int>", "1 Monday to 7 Sunday, UTC"),
-    Column("seq_hour", "array<int>", "Hour of day, UTC"),
-)
 
 
 def user_features_table(config: FeaturesConfig) -> Table:
@@ -554,34 +542,26 @@ def user_features(
         of: ``user_key`` of the users that are asked for; of the others only the usual prices are learned.
     """
     features = catalogue(config)
+    theirs = daily if of is None else daily.join(of, "user_key", "left_semi")
     clocks = _clocks(daily, as_of, config.silence_digits)
-    everyone = daily, clocks
-    if of is not None:
-        daily, clocks = (rows.join(of, "user_key", "left_semi") for rows in everyone)
-    aggregated = (
-        _before(_in_cents(daily), clocks)
-        .groupBy(*KEY, "seen_on")
-        .agg(*(F.expr(sql).alias(name) for name, sql in features.aggregates.items()))
-    )
     return (
-        aggregated.filter(F.col("a_tenure").isNotNull())
-        .join(_pauses(daily, clocks), KEY, "left")
-        .join(_category_features(*everyone), KEY, "left")
-        .join(_history(daily, clocks, config.history_length), KEY, "left")
+        aggregate_days(
+            theirs,
+            as_of,
+            features.aggregates,
+            silence_digits=config.silence_digits,
+            history_length=config.history_length,
+        )
+        .join(_category_features(daily, clocks), KEY, "left")
         .select(
             *KEY,
             "seen_on",
             *(F.expr(f.expression).cast("float").alias(f.name) for f in features.features),
-            *(F.coalesce(F.col(c.name), F.array().cast(c.type)).alias(c.name) for c in SEQUENCE_COLUMNS),
+            *(column.name for column in SEQUENCE_COLUMNS),
             F.lit(built_from).alias("built_from"),
         )
         .withColumn("input_digest", input_digest(features))
     )
-
-
-def _in_cents(daily: DataFrame) -> DataFrame:
-    money = [column.name for column in USER_DAILY.columns if column.type == MONEY]
-    return daily.drop("categories", "tokens").withColumns({name: cents(name) for name in money})
 
 
 def input_digest(features: Catalogue) -> SparkColumn:
@@ -619,27 +599,6 @@ def _before(df: DataFrame, clocks: DataFrame) -> DataFrame:
         df.join(clocks.hint("shuffle_hash"), "user_key")
         .filter(F.col("day") < F.col("as_of_date"))
         .withColumn("age", F.datediff("seen_on", "day"))
-    )
-
-
-def _pauses(daily: DataFrame, clocks: DataFrame) -> DataFrame:
-    """Mean, spread, median, largest and last of the days between a user's purchase days before each date.
-
-    Apart from the other aggregates, which need no order of a user's days and no median: so Spark needn't sort their wide rows.
-    """
-    order = Window.partitionBy(*KEY).orderBy("day")
-    days = _before(daily.filter(F.col("orders") > 0).select("user_key", "day"), clocks)
-    gap = F.col("gap")
-    return (
-        days.withColumn("gap", F.datediff("day", F.lag("day").over(order)))
-        .groupBy(*KEY)
-        .agg(
-            F.avg(gap).alias("p_mean"),
-            F.sqrt(F.greatest(F.avg(gap * gap) - F.avg(gap) * F.avg(gap), F.lit(0))).alias("p_std"),
-            F.max(gap).alias("p_max"),
-            F.percentile(gap, F.lit(0.5)).alias("p_median"),
-            F.min_by(gap, "age").alias("p_last"),
-        )
     )
 
 
@@ -718,34 +677,3 @@ def _entropy(days: int) -> str:
     # spends are sorted, so that the floating-point sum has one order
     share = _ratio("x", f"c_total_{days}")
     return f"aggregate(filter(c_spends_{days}, x -> x > 0), 0D, (s, x) -> s - {share} * ln({share}))"
-
-
-def _history(daily: DataFrame, clocks: DataFrame, length: int) -> DataFrame:
-    """The last ``length`` tokens of each user before each date, oldest first, as parallel arrays.
-
-    Days older than the newest ``length`` tokens are dropped before anything is collected: a user's row stays small however
-    many events there are.
-    """
-    newer = Window.partitionBy(*KEY).orderBy(F.desc("day")).rowsBetween(Window.unboundedPreceding, -1)
-    days = _before(daily.select("user_key", "day", "tokens"), clocks)
-    needed = days.withColumn("newer", F.coalesce(F.sum(F.size("tokens")).over(newer), F.lit(0))).filter(
-        F.col("newer") < length
-    )
-    start = F.unix_micros(F.to_timestamp("seen_on"))
-    fields: dict[str, Callable[[SparkColumn], SparkColumn]] = {
-        "seq_kind": lambda t: t["kind"],
-        "seq_age_days": lambda t: ((start - F.unix_micros(t["ts"])) / 86_400_000_000).cast("float"),
-        "seq_amount": lambda t: (t["amount"] / 100).cast("float"),
-        "seq_items": lambda t: t["items"].cast("float"),
-        "seq_discount": lambda t: (t["discount"] / 100).cast("float"),
-        "seq_text_id": lambda t: t["text_id"],
-        "seq_weekday": lambda t: (F.weekday(t["ts"]) + 1).cast("int"),
-        "seq_hour": lambda t: F.hour(t["ts"]).cast("int"),
-    }
-    return (
-        needed.groupBy(*KEY, "seen_on")
-        .agg(F.array_sort(F.collect_list(F.struct("day", "tokens"))).alias("days"))
-        .withColumn("all", F.flatten("days.tokens"))
-        .withColumn("kept", F.slice("all", F.greatest(F.size("all") - length + 1, F.lit(1)), length))
-        .select(*KEY, *(F.transform("kept", field).alias(name) for name, field in fields.items()))
-    )

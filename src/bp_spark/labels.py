@@ -18,9 +18,10 @@ from datetime import date, timedelta
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
+from bp_spark.aggregates import SEQUENCE_COLUMNS
 from bp_spark.config import FeaturesConfig, LabelsConfig
 from bp_spark.errors import DataError
-from bp_spark.features import KEY, SEQUENCE_COLUMNS, user_features_table
+from bp_spark.features import KEY, user_features_table
 from bp_spark.tables import Column as TableColumn
 from bp_spark.tables import Table
 
