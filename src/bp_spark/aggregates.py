@@ -66,10 +66,6 @@ class Days:
     age: Numbers
     starts: Numbers
 
-    def total(self, values: Numbers) -> Numbers:
-        """Sum of each user."""
-        return np.add.reduceat(values, self.starts)
-
 
 class Aggregate(Protocol):
     """One whole number of each user."""
@@ -92,7 +88,7 @@ class Total:
         values = days.measures[self.measure]
         if self.oldest is not None:
             values = np.where((days.age <= self.oldest) & (days.age >= self.newest), values, 0)
-        return pa.array(days.total(values))
+        return pa.array(np.add.reduceat(values, days.starts))
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,8 @@ class Decayed:
     def of(self, days: Days) -> pa.Array:
         """See :class:`Aggregate`."""
         weighted = days.measures[self.measure] * 1000 * np.power(0.5, days.age / self.half_life)
-        return pa.array(days.total(np.trunc(weighted + np.copysign(0.5, weighted)).astype(np.int64)))
+        whole = np.trunc(weighted + np.copysign(0.5, weighted)).astype(np.int64)
+        return pa.array(np.add.reduceat(whole, days.starts))
 
 
 @dataclass(frozen=True)
@@ -173,18 +170,20 @@ def aggregate_days(
             *(f"{column.name} {column.type}" for column in SEQUENCE_COLUMNS),
         ]
     )
+    schema = StructType.fromDDL(columns)
+    assert isinstance(schema, StructType)
     known = partial(
         known_users,
         as_of=sorted(as_of),
         aggregates=aggregates,
-        schema=_arrow(columns),
+        schema=to_arrow_schema(schema),
         silence_digits=silence_digits,
         history_length=history_length,
     )
     read = [column.name for column in USER_DAILY.columns if column.name != "categories"]
     # a repartition by a column keeps a user's rows together: unlike those of a join, Spark neither splits nor moves its parts
     in_order = daily.filter(daily["day"] < max(as_of)).select(*read).repartition("user_key")
-    return in_order.sortWithinPartitions("user_key", "day").mapInArrow(known, columns)
+    return in_order.sortWithinPartitions("user_key", "day").mapInArrow(known, schema)
 
 
 def known_users(
@@ -197,17 +196,11 @@ def known_users(
     rows_at_once: int = ROWS_AT_ONCE,
 ) -> Iterator[pa.RecordBatch]:
     """Rows of :func:`aggregate_days`, of user-days in the order of users and days, wherever a batch ends."""
-    for users in _whole_users(batches, rows_at_once):
-        measures = _measured(users)
+    for rows in _whole_users(batches, rows_at_once):
+        users = _user_days(rows)
         for day in as_of:
-            known = _known_before(users, measures, day, aggregates, silence_digits, history_length)
+            known = _known_before(users, day, aggregates, silence_digits, history_length)
             yield from pa.table(known, schema=schema).to_batches()
-
-
-def _arrow(columns: str) -> pa.Schema:
-    schema = StructType.fromDDL(columns)
-    assert isinstance(schema, StructType)
-    return to_arrow_schema(schema)
 
 
 def _ticked(days: Numbers, digits: int | None) -> Numbers:
@@ -226,7 +219,7 @@ def _whole_users(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Ta
         if sum(part.num_rows for part in waiting) < rows:
             continue
         table = pa.Table.from_batches(waiting).combine_chunks()
-        last = int(_starts(table["user_key"])[-1])
+        last = int(_starts(table["user_key"].combine_chunks())[-1])
         waiting = table.slice(last).to_batches()
         if last:
             yield table.slice(0, last).combine_chunks()
@@ -234,13 +227,47 @@ def _whole_users(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Ta
         yield pa.Table.from_batches(waiting).combine_chunks()
 
 
-def _starts(keys: pa.ChunkedArray) -> Numbers:
+def _starts(keys: pa.Array) -> Numbers:
     """Positions at which another key begins."""
-    column = keys.combine_chunks()
-    return np.flatnonzero(np.append(True, np.asarray(pc.not_equal(column.slice(1), column.slice(0, len(column) - 1)))))
+    return np.flatnonzero(np.append(True, np.asarray(pc.not_equal(keys.slice(1), keys.slice(0, len(keys) - 1)))))
 
 
-def _measured(users: pa.Table) -> dict[str, Numbers]:
+def _sizes(starts: Numbers, rows: int) -> Numbers:
+    """Rows of each user."""
+    return np.diff(np.append(starts, rows))
+
+
+def _owners(starts: Numbers, rows: int) -> Numbers:
+    """Position of the user of each row."""
+    return np.repeat(np.arange(len(starts)), _sizes(starts, rows))
+
+
+@dataclass(frozen=True)
+class _UserDays:
+    """All days of some users, as no date changes them.
+
+    Args:
+        key: user of each day.
+        day: days since the epoch.
+        measures: see :class:`Days`.
+        starts: position of each user's first day.
+        tokens: of each day.
+    """
+
+    key: pa.Array
+    day: Numbers
+    measures: Mapping[str, Numbers]
+    starts: Numbers
+    tokens: pa.ListArray
+
+
+def _user_days(rows: pa.Table) -> _UserDays:
+    key = rows["user_key"].combine_chunks()
+    day = np.asarray(rows["day"].cast(pa.int32())).astype(np.int64)
+    return _UserDays(key, day, _measured(rows, day), _starts(key), rows["tokens"].combine_chunks())
+
+
+def _measured(users: pa.Table, day: Numbers) -> dict[str, Numbers]:
     """Each number of ``user_daily``, and some that aggregates want beside them."""
     numbers: dict[str, Numbers] = {}
     for field in users.schema:
@@ -249,7 +276,7 @@ def _measured(users: pa.Table) -> dict[str, Numbers]:
         elif pa.types.is_integer(field.type):
             numbers[field.name] = np.asarray(users[field.name])
     paid = np.maximum(numbers["spend"], 0)
-    weekday = (_day_numbers(users) + _EPOCH_WEEKDAY) % 7
+    weekday = (day + _EPOCH_WEEKDAY) % 7
     return numbers | {
         "purchase_days": (numbers["orders"] > 0).astype(np.int64),
         "activity": sum((numbers[name] for name in ACTIVITY), np.zeros_like(paid)),
@@ -258,49 +285,41 @@ def _measured(users: pa.Table) -> dict[str, Numbers]:
     }
 
 
-def _day_numbers(users: pa.Table) -> Numbers:
-    """Days since the epoch."""
-    return np.asarray(users["day"].cast(pa.int32())).astype(np.int64)
-
-
 def _known_before(
-    users: pa.Table,
-    measures: Mapping[str, Numbers],
+    users: _UserDays,
     as_of: date,
     aggregates: Mapping[str, Aggregate],
     silence_digits: int | None,
     history_length: int,
 ) -> dict[str, pa.Array]:
     """Columns of :func:`aggregate_days` for one date."""
-    day = _day_numbers(users)
+    day = users.day
     today = (as_of - date(1970, 1, 1)).days
-    first = _starts(users["user_key"])
-    user = np.repeat(np.arange(len(first)), np.diff(np.append(first, len(day))))
+    user = _owners(users.starts, len(day))
     before = day < today
-    buyers = np.logical_or.reduceat(before & (measures["orders"] > 0), first)
+    buyers = np.logical_or.reduceat(before & (users.measures["orders"] > 0), users.starts)
     rows = np.flatnonzero(before & buyers[user])
     starts = np.flatnonzero(np.diff(user[rows], prepend=-1))
-    size = np.diff(np.append(starts, len(rows)))
+    size = _sizes(starts, len(rows))
     ends = starts + size - 1
     last = day[rows[ends]]
     seen_on = last + _ticked(today - last, silence_digits)
     age = np.repeat(seen_on, size) - day[rows]
-    days = Days({name: values[rows] for name, values in measures.items()}, age, starts)
+    days = Days({name: values[rows] for name, values in users.measures.items()}, age, starts)
     return {
-        "user_key": users["user_key"].combine_chunks().take(pa.array(rows[starts])),
+        "user_key": users.key.take(pa.array(rows[starts])),
         "as_of_date": pa.array(np.full(len(starts), today, np.int32)).cast(pa.date32()),
         "seen_on": pa.array(seen_on.astype(np.int32)).cast(pa.date32()),
         **{name: aggregate.of(days) for name, aggregate in aggregates.items()},
         **_pauses(days),
-        **_history(users["tokens"].combine_chunks(), rows[starts], rows[ends], seen_on, history_length),
+        **_history(users.tokens, rows[starts], rows[ends], seen_on, history_length),
     }
 
 
 def _pauses(days: Days) -> dict[str, pa.Array]:
     """PAUSES of users who all have a purchase day."""
-    of_user = np.repeat(np.arange(len(days.starts)), np.diff(np.append(days.starts, len(days.age))))
     bought = days.measures["orders"] > 0
-    owner, age = of_user[bought], days.age[bought]
+    owner, age = _owners(days.starts, len(days.age))[bought], days.age[bought]
     within = owner[1:] == owner[:-1]
     owner, gap = owner[1:][within], (age[:-1] - age[1:])[within]
     count = np.bincount(owner, minlength=len(days.starts))
@@ -308,7 +327,7 @@ def _pauses(days: Days) -> dict[str, pa.Array]:
     some = count > 0
     first, final, n = (ends - count)[some], (ends - 1)[some], count[some]
     ranked = gap[np.lexsort((gap, owner))].astype(np.float64)
-    mean, squares = (np.add.reduceat(values, first) / n if len(gap) else np.zeros(0) for values in (gap, gap * gap))
+    mean, squares = (np.add.reduceat(values, first) / n for values in (gap, gap * gap))
     found = {
         "p_mean": mean,
         "p_std": np.sqrt(np.maximum(squares - mean * mean, 0)),
