@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,9 +85,9 @@ class Cluster:
             return json.load(answer)
 
     def submit(
-        self, job: str, *arguments: str, meanwhile: Callable[[], None] = lambda: None
+        self, job: str, *arguments: str, meanwhile: Callable[[subprocess.Popen[str]], None] = lambda _: None
     ) -> subprocess.CompletedProcess[str]:
-        """Run a job to its end, and something else while it runs."""
+        """Run a job to its end, and something else beside it, which is given the job's process."""
         command = self.job(job, *arguments)
         process = subprocess.Popen(
             command,
@@ -97,11 +98,14 @@ class Cluster:
             env=self.environment(),
             start_new_session=True,
         )
-        try:
-            meanwhile()
-            output, errors = process.communicate(timeout=400)
-        finally:
-            _end(process)
+        # in a thread, for what the job says is to be read all the while: it would wait for a reader once the pipe is full
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            try:
+                watching = beside.submit(meanwhile, process)
+                output, errors = process.communicate(timeout=400)
+            finally:
+                _end(process)
+            watching.result()
         return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
     def stop(self) -> None:

