@@ -118,9 +118,11 @@ def test_a_night_outlives_one_of_its_workers(cluster: Cluster, night: Path) -> N
     killed: list[int] = []
 
     def kill_an_executor(job: Popen[str]) -> None:
+        # those of the job before may still be there
+        earlier = _executors(cluster)
         while job.poll() is None:
             # only the pass itself starts Python workers
-            busy = [process for process in _executors(cluster) if _has_python_worker(process)]
+            busy = [each for each in _executors(cluster) if each not in earlier and _has_python_worker(each)]
             if busy:
                 killed.append(busy[0].pid)
                 busy[0].kill()
