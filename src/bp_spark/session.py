@@ -51,6 +51,10 @@ LOCAL_SQL_SETTINGS = {
 _BROADCAST_KEYS = 1_000_000
 """Keys of so many rows, at most, go to every executor: about 100 MB."""
 
+ON_DISK = StorageLevel.DISK_ONLY
+"""Where rows of any number are kept between two uses. With memory as well, Spark reads a block that it had to put on disk back
+whole, into an array of its size: a night that brings ten million rows ended there with a heap of 4 GB."""
+
 MODEL_MODULES = ("bp_spark.scoring", "bp_spark.model.network")
 """What the Python workers of a job that trains or scores need."""
 
@@ -238,8 +242,8 @@ def broadcast_few(keys: DataFrame, count: int) -> DataFrame:
 
 @contextmanager
 def kept(df: DataFrame) -> Iterator[DataFrame]:
-    """The frame, computed once for the block."""
-    cached = df.persist(StorageLevel.MEMORY_AND_DISK)
+    """The frame, computed once for the block and kept in files, whatever its size."""
+    cached = df.persist(ON_DISK)
     try:
         yield cached
     finally:

@@ -15,7 +15,7 @@ from bp_spark import __version__, cleaning, daily, features, labels, privacy, te
 from bp_spark.config import Config, digest
 from bp_spark.errors import ConfigError, DataError
 from bp_spark.pipeline.run import Run, recorded
-from bp_spark.session import broadcast_few, kept
+from bp_spark.session import ON_DISK, broadcast_few, kept
 from bp_spark.sources import open_source
 from bp_spark.sources.contract import Delivery
 from bp_spark.tables import (
@@ -274,12 +274,15 @@ def replay_quarantine(spark: SparkSession, config: Config) -> list[dict[str, Any
         known = {name: lakehouse.read(name) for name in ("raw_items", "raw_rates") if lakehouse.exists(name)}
         with run.stage("replay", digest(config.cleaning, lakehouse.version("quarantine"))) as figures:
             claim = lakehouse.claim(EVENTS, done)
-            rows = lakehouse.read("quarantine").localCheckpoint()
+            rows = lakehouse.read("quarantine").localCheckpoint(storageLevel=ON_DISK)
             figures["rows"] = figures["rows_in"] = rows.count()
             # what is known today counts for rows that were refused for not knowing it
             today = {name: df.withColumn("ingest_id", F.lit(0).cast("bigint")) for name, df in known.items()}
             raw = {name: cleaning.from_quarantine(rows, name) for name in cleaning.LOGS}
-            judged = {name: df.localCheckpoint() for name, df in cleaning.judge(raw, today, config.cleaning).items()}
+            judged = {
+                name: df.localCheckpoint(storageLevel=ON_DISK)
+                for name, df in cleaning.judge(raw, today, config.cleaning).items()
+            }
             _add_texts(run, {name: df.filter("rule IS NULL") for name, df in judged.items()}, known, rebuild=False)
             note = {key: done[key] for key in ("format", "through", "rules")}
             _add_events(run, cleaning.events(judged), note, figures, after=claim, rebuild=False)
@@ -362,7 +365,7 @@ def aggregate(run: Run, rebuild: bool) -> None:
         keys = broadcast_few(touched.withColumnRenamed("day", "event_date"), count)
         found = events.filter(F.col("event_date").isin(days)).join(keys, ["user_key", "event_date"], "left_semi")
         with kept(found) as theirs:
-            rows = daily.user_daily(theirs, words, vectors, length).localCheckpoint()
+            rows = daily.user_daily(theirs, words, vectors, length).localCheckpoint(storageLevel=ON_DISK)
         gone = touched.join(rows, daily.KEY, "left_anti")
         lakehouse.merge(USER_DAILY, rows, within={"day": days}, gone=gone, note=note, after=after)
 
