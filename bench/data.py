@@ -41,7 +41,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from scipy import stats
 
-from bench import publish
+from bench import Usage, publish
 from bench.duckdb_peer import Peer
 from bp_spark import config, pipeline
 from bp_spark.aggregates import SEQUENCE_COLUMNS
@@ -183,11 +183,10 @@ def measure_nights(at: Platform, first: Mapping[str, Any]) -> dict[str, Any]:
     """``embedding`` and ``new_day``, after the full build ``first``."""
     idle = at.featurize(at.last_night + timedelta(1))
     delivered = deliver(at, at.last_night)
-    clock = _jvm_seconds(at.spark)
-    night = at.featurize(at.last_night + timedelta(1))
-    night_cpu, clock = _jvm_seconds(at.spark) - clock, _jvm_seconds(at.spark)
-    rebuild = at.featurize(at.last_night + timedelta(1), rebuild=True)
-    rebuild_cpu = _jvm_seconds(at.spark) - clock
+    with Usage() as by_night:
+        night = at.featurize(at.last_night + timedelta(1))
+    with Usage() as by_rebuild:
+        rebuild = at.featurize(at.last_night + timedelta(1), rebuild=True)
     return {
         "embedding": {
             "texts": int(first["embed"]["figures"]["texts"]),
@@ -202,18 +201,11 @@ def measure_nights(at: Platform, first: Mapping[str, Any]) -> dict[str, Any]:
             "seconds": seconds(night),
             "rebuild_seconds": seconds(rebuild),
             "ratio": seconds(night) / seconds(rebuild),
-            "cpu_seconds": night_cpu,
-            "rebuild_cpu_seconds": rebuild_cpu,
-            "cpu_ratio": night_cpu / rebuild_cpu,
+            "cpu_seconds": by_night.cpu_seconds,
+            "rebuild_cpu_seconds": by_rebuild.cpu_seconds,
+            "cpu_ratio": by_night.cpu_seconds / by_rebuild.cpu_seconds,
         },
     }
-
-
-def _jvm_seconds(spark: SparkSession) -> float:
-    """CPU seconds that the Spark process has used; in local mode that is all of Spark but its Python workers."""
-    jvm: Any = spark._jvm
-    handle = jvm.java.lang.ProcessHandle.current().info()
-    return float(handle.totalCpuDuration().get().toMillis()) / 1000
 
 
 def _rounded(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -231,17 +223,15 @@ def measure_full(at: Platform, events: int, threads: int, memory: str) -> tuple[
     """
     day = at.last_night
     hold_back(at, day)
-    clock = _jvm_seconds(at.spark)
-    first = at.featurize(day)
-    spark_cpu = _jvm_seconds(at.spark) - clock
+    with Usage() as by_spark:
+        first = at.featurize(day)
     known_texts, buckets = _given(at)
     peer_file = at.root / "peer.parquet"
-    clock = time.process_time()
-    peer = Peer(at.root / "peer.duckdb", at.config, threads, memory)
     raw = {table.name: at.active_files(table.name) for table in RAW_TABLES if at.lakehouse.exists(table.name)}
-    peer.run(raw, known_texts, buckets, day, peer_file)
-    peer.close()
-    peer_cpu = time.process_time() - clock
+    with Usage() as by_duckdb:
+        peer = Peer(at.root / "peer.duckdb", at.config, threads, memory)
+        peer.run(raw, known_texts, buckets, day, peer_file)
+        peer.close()
     ours = pq.read_table(at.active_files("user_features", day), partitioning=None)
     compared = compare(ours, pq.read_table(peer_file), at.config)
     spark_seconds, duckdb_seconds = seconds(first, *COMPARED_STAGES), sum(peer.seconds.values())
@@ -251,10 +241,10 @@ def measure_full(at: Platform, events: int, threads: int, memory: str) -> tuple[
         "events": int(first["clean"]["figures"]["events"]),
         "spark_stages": _rounded(first),
         "spark_seconds": spark_seconds,
-        "spark_cpu_seconds_with_ingest": spark_cpu,
+        "spark_cpu_seconds_with_ingest": by_spark.cpu_seconds,
         "duckdb_stages": {name: round(value, 2) for name, value in peer.seconds.items()},
         "duckdb_seconds": duckdb_seconds,
-        "duckdb_cpu_seconds": peer_cpu,
+        "duckdb_cpu_seconds": by_duckdb.cpu_seconds,
         "ratio": spark_seconds / duckdb_seconds,
         "compared": compared,
     }, first

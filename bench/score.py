@@ -25,10 +25,8 @@ import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -36,7 +34,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil
 import pyarrow.parquet as pq
 import pyspark
 import torch
@@ -45,7 +42,7 @@ from deltalake import DeltaTable
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from bench import publish, score_peers
+from bench import Usage, publish, score_peers
 from bp_spark import config, parquet, pipeline, scoring
 from bp_spark.aggregates import SEQUENCE_COLUMNS
 from bp_spark.config import Config, FusionConfig
@@ -266,54 +263,18 @@ def _seconds(spark: SparkSession, settings: Config, frame: Callable[[], DataFram
 # --- nights ------------------------------------------------------------------------------------------------------------
 
 
-class Peak:
-    """Peak resident memory, bytes, of the driver's Java process and of the largest of its Python workers, in the block."""
-
-    def __enter__(self) -> Peak:
-        self.driver = self.worker = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.1):
-            for process in psutil.Process().children(recursive=True):
-                with suppress(psutil.Error):
-                    name, size = process.name(), process.memory_info().rss
-                    if "java" in name:
-                        self.driver = max(self.driver, size)
-                    elif "python" in name:
-                        self.worker = max(self.worker, size)
-
-
-def _cpu_seconds() -> float:
-    """CPU seconds of this process, Spark's and its Python workers', ended ones included: other load on the machine hardly
-    moves them."""
-    this, total = psutil.Process(), 0.0
-    for process in (this, *this.children(recursive=True)):
-        with suppress(psutil.Error):
-            times = process.cpu_times()
-            total += times.user + times.system + times.children_user + times.children_system
-    return total
-
-
 def night(spark: SparkSession, settings: Config, bundle: Bundle, day: date, full: bool = False) -> dict[str, float]:
     """Seconds of a night, and what it took."""
-    clock, cpu = time.monotonic(), _cpu_seconds()
-    with Peak() as peak:
+    clock = time.monotonic()
+    with Usage() as used:
         result = pipeline.score(spark, settings, day, bundle.folder, full)
     return {
         "seconds": time.monotonic() - clock,
-        "cpu_seconds": _cpu_seconds() - cpu,
+        "cpu_seconds": used.cpu_seconds,
         "users": result.users,
         "computed": result.computed,
-        "driver_mb": peak.driver / 1e6,
-        "worker_mb": peak.worker / 1e6,
+        "driver_mb": used.driver_peak / 1e6,
+        "worker_mb": used.worker_peak / 1e6,
     }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
 
-from bench import ablation, data, gpu, labelling, sizes
+from bench import Usage, ablation, data, gpu, labelling, sizes
 from bench.duckdb_peer import MACROS, dialect
 from bp_spark import config
 from bp_spark.aggregates import SEQUENCE_COLUMNS
@@ -125,6 +127,21 @@ def test_equal_features_pass_in_any_order_of_users() -> None:
 def test_features_that_differ_fail_loudly(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(data.BenchError, match=message):
         data.compare(_features(), _features(**changes), config.load())
+
+
+def test_what_a_process_used_is_counted_though_it_ended_and_nobody_asked_for_its_end() -> None:
+    # as Spark's daemon of workers does; 0.6 s of processor time each
+    burn = "import time\nwhile time.process_time() < 0.6: pass"
+    daemon = f"""
+import signal, subprocess, sys
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for _ in range(2):
+    subprocess.Popen([sys.executable, "-c", {burn!r}]).wait()
+"""
+    with Usage() as used:
+        subprocess.run([sys.executable, "-c", daemon], check=True)
+    assert 0.8 < used.cpu_seconds < 10
+    assert 1e6 < used.worker_peak < 1e9
 
 
 def test_the_documented_sizes_are_those_of_the_networks() -> None:
