@@ -51,7 +51,7 @@ LOCAL_SQL_SETTINGS = {
 _BROADCAST_KEYS = 1_000_000
 """Keys of so many rows, at most, go to every executor: about 100 MB."""
 
-ON_DISK = StorageLevel.DISK_ONLY
+_ON_DISK = StorageLevel.DISK_ONLY
 """Where rows of any number are kept between two uses. With memory as well, Spark reads a block that it had to put on disk back
 whole, into an array of its size: a night that brings ten million rows ended there with a heap of 4 GB."""
 
@@ -243,8 +243,13 @@ def broadcast_few(keys: DataFrame, count: int) -> DataFrame:
 @contextmanager
 def kept(df: DataFrame) -> Iterator[DataFrame]:
     """The frame, computed once for the block and kept in files, whatever its size."""
-    cached = df.persist(ON_DISK)
+    cached = df.persist(_ON_DISK)
     try:
         yield cached
     finally:
         cached.unpersist()
+
+
+def checkpointed(df: DataFrame) -> DataFrame:
+    """The frame, computed now and kept in files as long as it is used: what it was made from may change."""
+    return df.localCheckpoint(storageLevel=_ON_DISK)

@@ -22,7 +22,7 @@ from bp_spark.config import Config
 from bp_spark.errors import ConfigError, DataError
 from bp_spark.pipeline.featurizing import aggregate, clean, embed, require_same_secret
 from bp_spark.pipeline.run import Run, recorded
-from bp_spark.session import kept
+from bp_spark.session import checkpointed, kept
 from bp_spark.tables import (
     DELIVERIES,
     EVENTS,
@@ -252,7 +252,7 @@ def _erase_texts(run: Run) -> dict[str, object]:
     for name in ("texts", "text_embeddings"):
         if lakehouse.exists(name):
             gone = lakehouse.read(name).select("text_id").distinct().join(kept, "text_id", "left_anti")
-            figures[name] = lakehouse.erase(name, gone.localCheckpoint(), same)
+            figures[name] = lakehouse.erase(name, checkpointed(gone), same)
     known = lakehouse.read("texts").select("text_id")
     work = Path(run.config.training.work_dir)
     stale = _with_other_texts(run, work, known)

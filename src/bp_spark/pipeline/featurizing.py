@@ -15,7 +15,7 @@ from bp_spark import __version__, cleaning, daily, features, labels, privacy, te
 from bp_spark.config import Config, digest
 from bp_spark.errors import ConfigError, DataError
 from bp_spark.pipeline.run import Run, recorded
-from bp_spark.session import ON_DISK, broadcast_few, kept
+from bp_spark.session import broadcast_few, checkpointed, kept
 from bp_spark.sources import open_source
 from bp_spark.sources.contract import Delivery
 from bp_spark.tables import (
@@ -147,7 +147,7 @@ def _add_user_keys(
     if not lakehouse.exists("user_keys"):
         lakehouse.append(USER_KEYS, keyed, after=after)
         return
-    rows = keyed.join(lakehouse.read("user_keys").select("user_key"), "user_key", "left_anti").localCheckpoint()
+    rows = checkpointed(keyed.join(lakehouse.read("user_keys").select("user_key"), "user_key", "left_anti"))
     if not rows.isEmpty():
         lakehouse.append(USER_KEYS, rows, after=after)
 
@@ -204,7 +204,7 @@ def _add_texts(run: Run, batch: Mapping[str, DataFrame], raw: Mapping[str, DataF
         return
     found = cleaning.texts(batch).withColumn("text_id", texts.text_id(F.col("text")))
     fresh = found.join(lakehouse.read("texts").select("text_id"), "text_id", "left_anti").drop("text_id")
-    rows = texts.distinct_texts(fresh, brands, run.config.texts).localCheckpoint()
+    rows = checkpointed(texts.distinct_texts(fresh, brands, run.config.texts))
     if not rows.isEmpty():
         lakehouse.append(TEXTS, rows, after=after)
 
@@ -274,15 +274,12 @@ def replay_quarantine(spark: SparkSession, config: Config) -> list[dict[str, Any
         known = {name: lakehouse.read(name) for name in ("raw_items", "raw_rates") if lakehouse.exists(name)}
         with run.stage("replay", digest(config.cleaning, lakehouse.version("quarantine"))) as figures:
             claim = lakehouse.claim(EVENTS, done)
-            rows = lakehouse.read("quarantine").localCheckpoint(storageLevel=ON_DISK)
+            rows = checkpointed(lakehouse.read("quarantine"))
             figures["rows"] = figures["rows_in"] = rows.count()
             # what is known today counts for rows that were refused for not knowing it
             today = {name: df.withColumn("ingest_id", F.lit(0).cast("bigint")) for name, df in known.items()}
             raw = {name: cleaning.from_quarantine(rows, name) for name in cleaning.LOGS}
-            judged = {
-                name: df.localCheckpoint(storageLevel=ON_DISK)
-                for name, df in cleaning.judge(raw, today, config.cleaning).items()
-            }
+            judged = {name: checkpointed(df) for name, df in cleaning.judge(raw, today, config.cleaning).items()}
             _add_texts(run, {name: df.filter("rule IS NULL") for name, df in judged.items()}, known, rebuild=False)
             note = {key: done[key] for key in ("format", "through", "rules")}
             _add_events(run, cleaning.events(judged), note, figures, after=claim, rebuild=False)
@@ -352,7 +349,7 @@ def aggregate(run: Run, rebuild: bool) -> None:
             figures["status"] = "unchanged"
             return
         changes = lakehouse.changes("events", int(done["events"])).groupBy("user_key", F.col("event_date").alias("day"))
-        counted = changes.count().localCheckpoint()
+        counted = checkpointed(changes.count())
         touched = counted.drop("count")
         figures["user_days"] = figures["rows_out"] = count = touched.count()
         figures["rows_in"] = counted.agg(F.coalesce(F.sum("count"), F.lit(0))).collect()[0][0]
@@ -365,7 +362,7 @@ def aggregate(run: Run, rebuild: bool) -> None:
         keys = broadcast_few(touched.withColumnRenamed("day", "event_date"), count)
         found = events.filter(F.col("event_date").isin(days)).join(keys, ["user_key", "event_date"], "left_semi")
         with kept(found) as theirs:
-            rows = daily.user_daily(theirs, words, vectors, length).localCheckpoint(storageLevel=ON_DISK)
+            rows = checkpointed(daily.user_daily(theirs, words, vectors, length))
         gone = touched.join(rows, daily.KEY, "left_anti")
         lakehouse.merge(USER_DAILY, rows, within={"day": days}, gone=gone, note=note, after=after)
 

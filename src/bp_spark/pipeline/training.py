@@ -33,6 +33,7 @@ from bp_spark.pipeline.featurizing import features_digest, span, write_features
 from bp_spark.pipeline.monitoring import store_reference
 from bp_spark.pipeline.run import Run, recorded
 from bp_spark.promotion import Decision
+from bp_spark.session import kept
 from bp_spark.tables import GIVEN_LABELS, METRICS
 from bp_spark.training.finetune import finetune
 
@@ -356,26 +357,25 @@ def cross_fit(
     fitted on all folds. The transformer reads what ``spec`` names, by default all there is.
     """
     folds = range(run.config.labels.folds)
-    rows.persist()
-    frame = _sample(rows.filter("complete"), run.config).toPandas()
-    columns = {name: frame[name].to_numpy() for name in frame.columns}
-    rows_of = [np.flatnonzero(columns["fold"] == fold) for fold in folds]
-    members: list[Member] = []
-    out_of_fold: dict[str, np.ndarray] = {}
-    history: Sequence[Mapping[str, float]] = ()
-    for name, fit in _fits(run, rows, version, test_date, vocabulary, folder, spec).items():
-        with run.stage(f"fit {name}") as figures:
-            for fold in folds:
-                fitted = fit(fold)
-                here = {column: values[rows_of[fold]] for column, values in columns.items()}
-                for column, said in predict_all([fitted.member], here).items():
-                    out_of_fold.setdefault(column, np.empty(len(frame)))[rows_of[fold]] = said
-                history = history or fitted.history
-            if refit:
-                fitted = fit(None)
-                members.append(fitted.member)
-            figures.update(fitted.figures)
-    rows.unpersist()
+    with kept(rows):
+        frame = _sample(rows.filter("complete"), run.config).toPandas()
+        columns = {name: frame[name].to_numpy() for name in frame.columns}
+        rows_of = [np.flatnonzero(columns["fold"] == fold) for fold in folds]
+        members: list[Member] = []
+        out_of_fold: dict[str, np.ndarray] = {}
+        history: Sequence[Mapping[str, float]] = ()
+        for name, fit in _fits(run, rows, version, test_date, vocabulary, folder, spec).items():
+            with run.stage(f"fit {name}") as figures:
+                for fold in folds:
+                    fitted = fit(fold)
+                    here = {column: values[rows_of[fold]] for column, values in columns.items()}
+                    for column, said in predict_all([fitted.member], here).items():
+                        out_of_fold.setdefault(column, np.empty(len(frame)))[rows_of[fold]] = said
+                    history = history or fitted.history
+                if refit:
+                    fitted = fit(None)
+                    members.append(fitted.member)
+                figures.update(fitted.figures)
     spend = [labels.of_days("label_spend", days) for days in run.config.labels.other_horizons]
     return members, frame[["user_key", "as_of_date", "label_spend", *spend]].assign(**out_of_fold), history
 
