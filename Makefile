@@ -4,16 +4,21 @@ VENV ?= .venv
 AUDIT_VENV ?= .venv-audit
 AIRFLOW_VENV ?= .venv-airflow
 BIN := $(VENV)/bin
+SPARK = $$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("pyspark").submodule_search_locations[0])')
 # Spark, DDP and the tests start many processes: without bytecode on disk each would compile torch and the rest anew, for 20 s.
 unexport PYTHONDONTWRITEBYTECODE
+# Another Python's packages and another Spark would take the place of the locked ones.
+unexport PYTHONPATH PYTHONHOME SPARK_HOME SPARK_CONF_DIR PYSPARK_PYTHON PYSPARK_DRIVER_PYTHON PYSPARK_SUBMIT_ARGS HADOOP_CONF_DIR
+
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-thorough bench-data bench-score bench-training bench-pretraining bench-labels bench-ablation bench-sizes bench-gpu notebooks browser lint format lock audit sbom clean check-airflow docs reference
+.PHONY: help install demo test test-fast test-thorough check-integrations bench-suite bench-data bench-score bench-training bench-pretraining bench-labels bench-ablation bench-sizes bench-gpu notebooks browser lint format lock audit sbom clean check-airflow docs reference
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-install: $(VENV)/.installed ## .venv from the lock file, with this package in it
+install: $(VENV)/.configured ## .venv from the lock file, with this package and Delta's jars in it
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
@@ -21,18 +26,27 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	# a bare spark-submit of this environment reads conf/
-	ln -sfn $(CURDIR)/conf $$($(BIN)/python -c 'import pathlib, pyspark; print(pathlib.Path(pyspark.__file__).parent / "conf")')
+	@touch $@
+
+# The jars of docker/jars.lock lie in the environment's Spark, so that no session asks Maven; a bare spark-submit reads conf/.
+$(VENV)/.configured: $(VENV)/.installed docker/jars.lock conf/spark-defaults.conf
+	VENV="$(VENV)" JARS=delta docker/build.sh jars "$(VENV)"
+	rm -rf "$(SPARK)/conf" && mkdir "$(SPARK)/conf"
+	ln -s "$(CURDIR)"/conf/log4j2.properties "$(CURDIR)"/conf/spark-env.sh "$(SPARK)/conf"
+	grep -v '^spark\.jars\.packages' conf/spark-defaults.conf >"$(SPARK)/conf/spark-defaults.conf"
 	@touch $@
 
 demo: install ## the whole line on real data: features, training, metrics, scores
 	$(BIN)/bp-spark demo
 
-test: lint check-airflow browser ## lint, types, import contract, all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: lint ## lint, types, import contract, and a test of every promise
+	$(PYTEST)
 
-test-fast: install ## all but the heavy tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not thorough'
+test-fast: install ## the tests of pure code and of transforms: no night, no cluster, no training
+	$(PYTEST) -m 'not slow and not faults and not integration and not thorough'
+
+check-integrations: install check-airflow browser ## what needs more installed: Airflow, Chromium, the steps of the image
+	$(BIN)/python -m pytest -m integration
 
 test-thorough: install ## what CI tests by a few cases, by all: each write of a night killed, 10,000 rows and settings of any kind
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m thorough tests
@@ -48,6 +62,9 @@ browser: # Debian's Chromium, for the test that opens a report; only where CI=tr
 		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium; } >/dev/null \
 			|| echo "make browser: Chromium can't be installed; the tests that need it are skipped" >&2; \
 	fi
+
+bench-suite: install check-airflow browser ## the suite's own time, size and coverage: JSON to standard output
+	$(BIN)/python -m bench.suite
 
 bench-data: install ## the data half against DuckDB, growth, a new day, dirt: JSON to standard output
 	$(BIN)/python -m bench.data

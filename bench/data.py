@@ -84,19 +84,27 @@ class BenchError(Exception):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Events of each platform, and the days they are spread over; 0 events leave a platform out."""
+    """Events of each platform, the days they are spread over, and settings; 0 events leave a platform out."""
 
     full: tuple[int, ...] = (1_000_000, 10_000_000)
     dirt: int = 5_000_000
     warm_up: int = 5_000
     days: int = 365
+    settings: tuple[str, ...] = ()
 
     def users(self, events: int) -> int:
         """Users that leave about so many events."""
         return max(50, round(events / EVENTS_PER_USER_YEAR * 365 / self.days))
 
 
-QUICK = Sizes(full=(3_000,), dirt=6_000, warm_up=0, days=45)
+QUICK = Sizes(
+    full=(800,),
+    dirt=2_400,
+    warm_up=0,
+    days=12,
+    # few columns: to plan the rest would be most of the time of toy sizes
+    settings=("features.windows=[30, 90]", "features.history_length=8", "texts.max_tokens=8"),
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ class Platform:
     spark: SparkSession
     root: Path
     days: int
+    settings: tuple[str, ...] = ()
 
     @property
     def files(self) -> Path:
@@ -122,6 +131,7 @@ class Platform:
                 f"source.mapping={self.files}/source.yaml",
                 "cleaning.unknown_items=quarantine",
                 f"privacy.secret=file:{self.root}/secret",
+                *self.settings,
             ]
         )
 
@@ -150,7 +160,7 @@ def make_platform(spark: SparkSession, root: Path, events: int, sizes: Sizes, **
     settings = SyntheticConfig(users=sizes.users(events), days=sizes.days, first_day=FIRST_DAY, **dirt)
     generate(spark, settings, str(root / "platform"))
     make_secret(root / "secret")
-    return Platform(spark, root, sizes.days)
+    return Platform(spark, root, sizes.days, sizes.settings)
 
 
 def seconds(stages: Mapping[str, Mapping[str, Any]], *names: str) -> float:

@@ -4,13 +4,14 @@
 #   build.sh package PREFIX        this project into PREFIX/venv, and its entrypoint
 #   build.sh jars PREFIX           the jars of docker/jars.lock into its Spark, checksums required
 #   build.sh configuration PREFIX  conf/ and jobs/ to PREFIX, where its Spark reads them
-# Variables: PYTHON (python3.11), LOCK (requirements.lock), JARS (groups of jars.lock), MAVEN (a repository or mirror).
+# Variables: PYTHON (python3.11), LOCK (requirements.lock), JARS (groups of jars.lock), MAVEN (a repository or mirror),
+# VENV (PREFIX/venv; make install gives its own).
 set -euo pipefail
 
 root="$(cd "$(dirname "$0")/.." && pwd)"
 step="${1:?environment, package, jars or configuration}"
 prefix="${2:?PREFIX: the folder to build in}"
-python="${prefix}/venv/bin/python"
+python="${VENV:-${prefix}/venv}/bin/python"
 
 spark_home() {
   "${python}" -c 'import importlib.util as u; print(u.find_spec("pyspark").submodule_search_locations[0])'

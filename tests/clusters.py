@@ -16,14 +16,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 # Short jobs on small tables: Delta's 50 and Spark's 200 tasks and the second compiler would be all overhead.
 SHORT = {
     "spark.sql.shuffle.partitions": "2",
     "spark.databricks.delta.snapshotPartitions": "2",
+    "spark.databricks.delta.optimizeWrite.maxShufflePartitions": "2",
+    "spark.sql.sources.parallelPartitionDiscovery.parallelism": "2",
+    "spark.ui.enabled": "false",
     "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m",
     "spark.executor.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m",
 }
@@ -31,6 +32,17 @@ SHORT = {
 # To compile plans as for large tables would be most of the time of a job; one job does, as it does at a user's.
 UNCOMPILED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
 COMPILED_JOB = "score"
+TEST_SETTINGS = {
+    "spark.sql.shuffle.partitions": "2",
+    **UNCOMPILED,
+    "spark.databricks.delta.snapshotPartitions": "1",
+    "spark.databricks.delta.optimizeWrite.maxShufflePartitions": "2",
+    "spark.sql.sources.parallelPartitionDiscovery.parallelism": "2",
+    # plans as text are for the web interface, which nobody looks at
+    "spark.sql.ui.explainMode": "simple",
+    "spark.sql.maxPlanStringLength": "0",
+}
+"""Of the session that the tests of a process share."""
 
 
 @dataclass
@@ -39,6 +51,7 @@ class Cluster:
 
     folder: Path
     workers: int = 2
+    python_path: Path | None = None
     address: str = ""
     page: str = ""
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -74,14 +87,15 @@ class Cluster:
 
     def environment(self) -> dict[str, str]:
         """A shell with the environment activated and nothing more: conf/spark-env.sh finds interpreter and Java."""
-        return {**bare_environment(), "PATH": f"{BIN}:{os.environ['PATH']}", "SPARK_CONF_DIR": str(ROOT / "conf")}
+        activated = {**bare_environment(), "PATH": f"{BIN}:{os.environ['PATH']}"}
+        return activated | ({"PYTHONPATH": str(self.python_path)} if self.python_path else {})
 
     def work_dir(self, number: int) -> Path:
         return self.folder / f"work-{number}"
 
     def state(self) -> dict:
         """What the master's page says."""
-        with urllib.request.urlopen(self.page, timeout=10) as answer:
+        with urllib.request.urlopen(self.page) as answer:
             return json.load(answer)
 
     def submit(
@@ -102,7 +116,7 @@ class Cluster:
         with ThreadPoolExecutor(max_workers=1) as beside:
             try:
                 watching = beside.submit(meanwhile, process)
-                output, errors = process.communicate(timeout=400)
+                output, errors = process.communicate()
             finally:
                 _end(process)
             watching.result()
@@ -127,15 +141,14 @@ class Cluster:
             )
 
     def wait_for(self, what: str, done: Callable[[], bool]) -> None:
-        """Wait until something is so; fail with the logs when a process has ended, or after two minutes."""
-        for _ in range(120):
+        """Wait until something is so, as long as all processes live; fail with the logs when one has ended."""
+        while True:
             with suppress(OSError):
                 if done():
                     return
             for process in self.processes:
-                assert process.poll() is None, f"{process.args} ended:\n{self._logs()}"
-            time.sleep(1)
-        pytest.fail(f"{what}:\n{self._logs()}")
+                assert process.poll() is None, f"{what}, for {process.args} ended:\n{self._logs()}"
+            time.sleep(0.2)
 
     def _wait_for_workers(self) -> None:
         self.wait_for("the workers did not register", lambda: self.state()["aliveworkers"] == self.workers)
@@ -165,4 +178,5 @@ def _end(process: subprocess.Popen) -> None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired):
+            # Spark ends within seconds if it ends at all; whoever is killed has nothing left to say
             process.wait(timeout=20)

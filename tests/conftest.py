@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
+
+# What the person who runs the tests has set up for Spark, MLflow or a cloud is none of the tests' business.
+FOREIGN_NAMES = ("JAVA_TOOL_OPTIONS", "MASTER", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONWARNINGS")
+FOREIGN = ("AWS_", "AZURE_", "BP_SPARK_", "DATABRICKS_", "GOOGLE_", "HADOOP_", "MLFLOW_", "PYSPARK_", "SPARK_")
+for name in os.environ:
+    if name.startswith(FOREIGN) or name in FOREIGN_NAMES:
+        del os.environ[name]
+# Java reads the names of files by the locale: a checkout in a folder with an accent has to be found.
+os.environ["LC_ALL"] = "C.UTF-8"
+if "COVERAGE_PROCESS_START" in os.environ:
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent / "covered")
 
 import hypothesis
 import pytest
@@ -16,7 +28,7 @@ from bp_spark import config
 from bp_spark.config import Config
 from bp_spark.session import MODEL_MODULES, get_session
 from bp_spark.tables import Lakehouse
-from clusters import UNCOMPILED
+from clusters import TEST_SETTINGS
 from histories import SECRET
 
 hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=None)
@@ -27,14 +39,20 @@ _JAVA = "-XX:ReservedCodeCacheSize=512m -XX:+UseSerialGC -XX:NewRatio=1"
 # A job of a test ends before code that is compiled well would have paid for the compilation; the session of all tests does not.
 os.environ.setdefault("JDK_JAVA_OPTIONS", f"{_JAVA} -XX:TieredStopAtLevel=1")
 os.environ["BP_SPARK_SECRET"] = SECRET.value.decode()
-TEST_SETTINGS = {
-    "spark.sql.shuffle.partitions": "2",
-    **UNCOMPILED,
-    "spark.databricks.delta.snapshotPartitions": "1",
-    # plans as text are for the web interface, which nobody looks at
-    "spark.sql.ui.explainMode": "simple",
-    "spark.sql.maxPlanStringLength": "0",
+MOST_SECONDS = 60
+SLOW = {
+    "tests/faults/": "two nights of a platform, which all tests of faults share, and nights that are stopped and gone on with",
+    "tests/test_pipeline.py": "all stages on real data, and six more trainings",
+    "tests/test_cluster.py": "three jobs on a cluster of processes, each of which starts a driver and two executors",
+    "tests/test_erasing.py": "users forgotten and keys rotated in all tables, with every file read to prove it",
+    "tests/test_bench.py": "five nights of two platforms, and the same features in DuckDB",
+    "tests/test_incremental.py": "four nights, a rebuild, and all of them at once",
+    "tests/test_training.py": "two ranks, seven times",
+    "tests/test_notebooks.py": "all notebooks, one after the other",
+    "tests/test_fuzz.py": "ten thousand cases in make test-thorough",
+    "tests/test_image.py": "the steps of the image, and a cluster started from it",
 }
+"""What may take more than :data:`MOST_SECONDS` on an idle machine, and why; the longest first, for so they are run."""
 
 
 class OneProcessAFile(LoadFileScheduling):
@@ -52,9 +70,29 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneProc
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with heavy tests first: begun last, one of them would keep one process busy while the other waits."""
-    heavy = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in heavy)
+    """The longest files first: begun last, one of them would keep one process busy while the other waits."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+
+    def turn(item: pytest.Item) -> tuple[int, bool]:
+        place = next((place for place, name in enumerate(SLOW) if item.nodeid.startswith(name)), len(SLOW))
+        return place, item.path not in slow
+
+    items.sort(key=turn)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Fail a test that takes too long, or has too much set up, unless :data:`SLOW` says why it does."""
+    report = yield
+    # on a machine that has more to do, all take longer
+    limit = MOST_SECONDS * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    if report.passed and report.duration > limit and not item.nodeid.startswith(tuple(SLOW)):
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{item.nodeid}: {report.when} took {report.duration:.0f} s, more than {limit:.0f}: make it faster, or name it in "
+            "SLOW of tests/conftest.py"
+        )
+    return report
 
 
 @pytest.fixture(scope="session")

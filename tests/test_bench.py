@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
 
-from bench import Usage, ablation, data, gpu, labelling, sizes
+from bench import Usage, ablation, data, gpu, labelling, sizes, suite
 from bench.duckdb_peer import MACROS, dialect
 from bp_spark import config
 from bp_spark.aggregates import SEQUENCE_COLUMNS
@@ -59,6 +59,24 @@ def test_the_figures_of_the_nights_are_there(figures: dict[str, Any]) -> None:
     (embedding,) = figures["embedding"].values()
     assert set(embedding) == {"texts", "first_seconds", "second_seconds"}
     assert set(figures["goals"]) == {"full", "new_day"}
+
+
+def test_the_suite_is_measured_by_part_and_a_part_that_fails_is_no_figure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    took = {"test": 600.0, "check-integrations": 100.0, "test-fast": 90.0}
+    monkeypatch.setattr(suite, "run", lambda _, target: (took[target], "=== 9 passed, 1 skipped in 590.00s ==="))
+    suite.main(["test", "integrations", "fast"])
+    figures = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {one["figure"]: one["value"] for one in figures} == {
+        "suite.seconds": 600.0,
+        "suite.tests": 9,
+        "suite.ci_seconds": 700.0,
+        "suite.fast_seconds": 90.0,
+    }
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="no such luck"):
+        suite.run(sys.executable, "-c", "raise SystemExit('no such luck')")
 
 
 def test_each_way_of_asking_is_drawn_from_the_same_first_labels(monkeypatch: pytest.MonkeyPatch) -> None:

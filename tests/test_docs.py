@@ -97,7 +97,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         check=False,
     )

@@ -30,6 +30,8 @@ from bp_spark.model.horizons import Horizons
 from bp_spark.tables import EVENTS, SCORES, USER_DAILY, Lakehouse
 from histories import rows_of
 
+pytestmark = pytest.mark.slow
+
 NIGHT = date(2024, 10, 1)
 NEXT = NIGHT + timedelta(days=1)
 LAST = NIGHT + timedelta(days=2)

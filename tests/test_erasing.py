@@ -24,6 +24,8 @@ from histories import SECRET, sorted_rows, write_night
 from test_incremental import DERIVED, MAPPING
 from test_profiles import frame
 
+pytestmark = pytest.mark.slow
+
 TODAY = datetime.now(UTC).date()
 AS_OF = TODAY - timedelta(days=1)
 GONE, STAYS = "planted-user-1", "planted-user-2"

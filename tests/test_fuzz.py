@@ -36,6 +36,8 @@ from bp_spark.sources.files import FilesSource
 from bp_spark.tables import RAW_LOGS, TEXT_EMBEDDINGS, TEXTS
 from histories import SECRET, sorted_rows
 
+pytestmark = pytest.mark.slow
+
 CASES = settings().max_examples
 THOROUGH = CASES > 1_000
 ROWS = CASES // 4 if THOROUGH else 150

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from pyspark.sql import functions as F
 from bp_spark import config, pipeline
 from bp_spark.config import Config
 from bp_spark.errors import DataError
-from bp_spark.tables import EVENTS, USER_DAILY, Lakehouse
+from bp_spark.tables import Lakehouse
 from histories import WRITTEN_TEXTS, sorted_rows, write_night
 
+pytestmark = pytest.mark.slow
+
 FIRST = date(2024, 2, 1)
-NIGHTS = 3
+NIGHTS = 4
 AS_OF = FIRST + timedelta(days=40 + NIGHTS)
 MAPPING = (
     """
@@ -87,29 +91,33 @@ def random_night(rng: np.random.Generator, night: int, before: list[dict[str, An
     }
 
 
+def settings_in(folder: Path, lakehouse: str = "lakehouse", *overrides: str) -> Config:
+    """Settings of the platform whose files lie in ``folder/platform``, with its tables beside them."""
+    return config.load(
+        overrides=[
+            "source.kind=files",
+            f"source.mapping={folder}/platform/source.yaml",
+            f"tables.path={folder}/{lakehouse}",
+            f"bundles={folder}/bundles",
+            f"training.work_dir={folder}/work",
+            # few columns: to plan the rest would be most of the time
+            "features.windows=[30, 90]",
+            "texts.max_tokens=8",
+            *overrides,
+        ]
+    )
+
+
+def new_platform(folder: Path) -> Path:
+    (folder / "platform").mkdir()
+    (folder / "platform/source.yaml").write_text(MAPPING, encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
 def platform(tmp_path: Path) -> Callable[..., Config]:
     """Settings of a platform whose files lie in a folder, with its tables in another."""
-    folder = tmp_path / "platform"
-    folder.mkdir()
-    (folder / "source.yaml").write_text(MAPPING, encoding="utf-8")
-
-    def settings(lakehouse: str = "lakehouse", *overrides: str) -> Config:
-        return config.load(
-            overrides=[
-                "source.kind=files",
-                f"source.mapping={folder}/source.yaml",
-                f"tables.path={tmp_path}/{lakehouse}",
-                f"bundles={tmp_path}/bundles",
-                f"training.work_dir={tmp_path}/work",
-                # few columns: to plan the rest would be most of the time
-                "features.windows=[30, 90]",
-                "texts.max_tokens=8",
-                *overrides,
-            ]
-        )
-
-    return settings
+    return partial(settings_in, new_platform(tmp_path))
 
 
 def items() -> list[dict[str, Any]]:
@@ -124,96 +132,75 @@ def contents(lakehouse: Lakehouse, *without: str) -> dict[str, list[tuple[Any, .
     return found
 
 
-def test_nights_come_to_what_a_rebuild_gives(
-    spark: SparkSession, tmp_path: Path, platform: Callable[..., Config]
-) -> None:
+LATE = {
+    "user": "u1",
+    "order": "late",
+    "line": None,
+    "item": "i1",
+    "time": "2024-02-20 10:00:00",
+    "n": 1,
+    "paid": "5",
+}
+"""The only row of the last night."""
+
+
+@dataclass(frozen=True)
+class Nights:
+    """Some nights of a platform, and what the last one changed."""
+
+    folder: Path
+    lakehouse: Lakehouse
+    stages: list[dict[str, dict[str, Any]]]
+    changed_events: list[tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def nights(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Nights:
+    folder = new_platform(tmp_path_factory.mktemp("nights"))
     rng, before = np.random.default_rng(1), list[dict[str, Any]]()
-    settings = platform()
-    lakehouse = Lakehouse(spark, settings.tables)
-    write_night(tmp_path / "platform", 0, items=items())
+    settings = settings_in(folder)
+    lakehouse, stages, seen = Lakehouse(spark, settings.tables), list[dict[str, dict[str, Any]]](), 0
+    write_night(folder / "platform", 0, items=items())
     for night in range(NIGHTS):
-        write_night(tmp_path / "platform", night, **random_night(rng, night, before))
-        stages = {stage["stage"]: stage for stage in pipeline.featurize(spark, settings, [AS_OF])}
+        last = night == NIGHTS - 1
+        rows = {"transactions": [LATE]} if last else random_night(rng, night, before)
+        write_night(folder / "platform", night, **rows)
+        if last:
+            seen = lakehouse.version("events")
+        stages.append({stage["stage"]: stage for stage in pipeline.featurize(spark, settings, [AS_OF])})
+    changed = [(row["order_id"], row["_change_type"]) for row in lakehouse.changes("events", seen).collect()]
+    return Nights(folder, lakehouse, stages, changed)
+
+
+def test_a_new_day_touches_its_own_rows_only(spark: SparkSession, nights: Nights) -> None:
+    last = nights.stages[-1]
+    assert last["ingest"]["figures"] == {"ingest_id": f"{NIGHTS}", "deliveries": "1", "raw_transactions": "1"}
+    assert last["aggregate"]["figures"] == {"user_days": "1", "days": "1"}
+    assert nights.changed_events == [("late", "insert")]
+    again = {stage["status"] for stage in pipeline.featurize(spark, settings_in(nights.folder), [AS_OF])}
+    assert again == {"unchanged"}
+
+
+def test_nights_come_to_what_a_rebuild_gives(spark: SparkSession, nights: Nights) -> None:
+    for stages in nights.stages:
         figures = stages["clean"]["figures"]
         counted = sum(int(figures[name]) for name in ("events", "duplicates", "quarantine"))
         assert int(figures["rows"]) == counted > 0
-    nightly = contents(lakehouse)
+    lakehouse, nightly = nights.lakehouse, contents(nights.lakehouse)
     assert {row[0] for row in lakehouse.read("quarantine").select("rule").distinct().collect()} == {
         "amount is unreadable",
         "action is unknown",
         "query is missing",
     }
 
-    pipeline.featurize(spark, settings, [AS_OF], rebuild=True)
+    pipeline.featurize(spark, settings_in(nights.folder), [AS_OF], rebuild=True)
     assert contents(lakehouse) == nightly
 
     # delivered at once to an empty lakehouse: all the same but for the number of the ingest
-    at_once = platform("other")
+    at_once = settings_in(nights.folder, "other")
     pipeline.featurize(spark, at_once, [AS_OF])
     everything = contents(Lakehouse(spark, at_once.tables), "ingest_id", "row")
     assert everything == {name: contents(lakehouse, "ingest_id", "row")[name] for name in DERIVED}
-
-
-def test_a_new_day_touches_its_own_rows_only(
-    spark: SparkSession, tmp_path: Path, platform: Callable[..., Config]
-) -> None:
-    settings = platform()
-    lakehouse = Lakehouse(spark, settings.tables)
-    rng, before = np.random.default_rng(3), list[dict[str, Any]]()
-    write_night(tmp_path / "platform", 0, **random_night(rng, 0, before))
-    pipeline.featurize(spark, settings, [AS_OF])
-    versions = {name: lakehouse.version(name) for name in ("events", "user_daily")}
-    late = {
-        "user": "u1",
-        "order": "late",
-        "line": None,
-        "item": "i1",
-        "time": "2024-02-20 10:00:00",
-        "n": 1,
-        "paid": "5",
-    }
-    write_night(tmp_path / "platform", 1, transactions=[late])
-    stages = {stage["stage"]: stage for stage in pipeline.featurize(spark, settings, [AS_OF])}
-    assert stages["ingest"]["figures"] == {"ingest_id": "2", "deliveries": "1", "raw_transactions": "1"}
-    assert stages["aggregate"]["figures"] == {"user_days": "1", "days": "1"}
-    added = lakehouse.changes("events", versions["events"]).collect()
-    assert [(row["order_id"], row["_change_type"]) for row in added] == [("late", "insert")]
-    again = {stage["stage"]: stage["status"] for stage in pipeline.featurize(spark, settings, [AS_OF])}
-    assert set(again.values()) == {"unchanged"}
-
-
-def test_a_night_stopped_between_its_tables_is_made_whole_by_the_next_run(
-    spark: SparkSession, tmp_path: Path, platform: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = platform()
-    rng, before = np.random.default_rng(4), list[dict[str, Any]]()
-    write_night(tmp_path / "platform", 0, **random_night(rng, 0, before))
-    pipeline.featurize(spark, settings, [AS_OF])
-    write_night(tmp_path / "platform", 1, **random_night(rng, 1, before))
-    append, merge = Lakehouse.append, Lakehouse.merge
-
-    def stop_before(wanted: str) -> None:
-        def stopping(method: Callable[..., Any]) -> Callable[..., Any]:
-            def call(self: Lakehouse, table: Any, *args: Any, **kwargs: Any) -> Any:
-                if table.name == wanted:
-                    raise KeyboardInterrupt
-                return method(self, table, *args, **kwargs)
-
-            return call
-
-        monkeypatch.setattr(Lakehouse, "append", stopping(append))
-        monkeypatch.setattr(Lakehouse, "merge", stopping(merge))
-
-    for table in ("deliveries", EVENTS.name, USER_DAILY.name):
-        stop_before(table)
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.featurize(spark, settings, [AS_OF])
-    monkeypatch.undo()
-    pipeline.featurize(spark, settings, [AS_OF])
-    found = contents(Lakehouse(spark, settings.tables))
-    assert len(found["events"]) > 60
-    pipeline.featurize(spark, settings, [AS_OF], rebuild=True)
-    assert contents(Lakehouse(spark, settings.tables)) == found
 
 
 def test_a_replay_moves_rows_that_are_good_by_now(

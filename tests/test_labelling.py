@@ -29,6 +29,8 @@ from bp_spark.pipeline.run import Run
 from bp_spark.tables import EVENTS, GIVEN_LABELS, USER_DAILY, USER_KEYS, Lakehouse
 from histories import AS_OF, SECRET, embeddings_frame, events_frame, random_events, rows_of, texts_frame
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["features.windows=[30, 90]", "features.history_length=6"]
 TODAY = date(2024, 6, 1)
 FIRST = date(2024, 1, 1)
@@ -344,7 +346,7 @@ def test_a_newer_label_replaces_the_older_one_and_the_same_file_twice_changes_no
         "user1": (10.0, "survey"),
         "user2": (20.0, "survey"),
     }
-    assert given["user2"]["given_at"] == datetime(2023, 1, 2)
+    assert given["user2"]["given_at"].astimezone(UTC) == datetime(2023, 1, 2, tzinfo=UTC)
     assert platform.add(path, *lines, head=head)["status"] == "unchanged"
     assert platform.lakehouse.version("given_labels") == version
     assert platform.given() == given

@@ -57,6 +57,8 @@ from bp_spark.training.language import (
 )
 from bp_spark.training.progress import TENSORBOARD_FOLDER
 
+pytestmark = pytest.mark.slow
+
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TOPICS = {
     "fruit": ("red sweet ripe fresh", "apple cherry plum pear mango"),
@@ -279,7 +281,6 @@ def test_no_more_texts_than_allowed_are_read_chosen_by_hash(folder: Path, single
 # --- learning ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_two_ranks_adapt_a_model_that_texts_can_be_embedded_with(
     spark: SparkSession, folder: Path, tmp_path: Path
 ) -> None:

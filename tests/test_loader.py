@@ -184,16 +184,15 @@ def test_a_pass_that_petastorm_ends_too_early_is_read_to_its_end(table: Path, mo
     idle, hand_out, looked = ThreadPool.all_workers_done, ConcurrentVentilator._ventilate, threading.Event()
 
     def after_a_look(ventilator: ConcurrentVentilator) -> None:
-        looked.wait(timeout=5)
+        looked.wait()
         hand_out(ventilator)
 
     def look(pool: ThreadPool) -> bool:
         """Says what it saw at first, when all items have been handed out meanwhile."""
-        found, patience = idle(pool), 2_000
+        found = idle(pool)
         looked.set()
-        while found and not pool._ventilator.completed() and patience:
+        while found and not pool._ventilator.completed():
             time.sleep(0.001)
-            patience -= 1
         return found
 
     monkeypatch.setattr(ConcurrentVentilator, "_ventilate", after_a_look)

@@ -282,7 +282,7 @@ def opened(file: Path, folder: Path, width: int = 1280, height: int = 2000) -> S
         *(f"--user-data-dir={profile}", f"--log-net-log={profile}.json", f"--screenshot={profile}.png"),
         *(f"--window-size={width},{height}", file.as_uri()),
     ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     log = json.loads(Path(f"{profile}.json").read_text(encoding="utf-8"))
     starts = log["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
     asked = [event["params"] for event in log["events"] if event["type"] == starts and "url" in event.get("params", {})]
@@ -294,6 +294,7 @@ def opened(file: Path, folder: Path, width: int = 1280, height: int = 2000) -> S
     )
 
 
+@pytest.mark.integration
 def test_a_browser_shows_the_page_and_asks_for_nothing(text: str, tmp_path: Path) -> None:
     seen = opened(page.write(tmp_path / "night.html", text), tmp_path)
     assert seen.console == []
@@ -309,6 +310,7 @@ def test_a_browser_shows_the_page_and_asks_for_nothing(text: str, tmp_path: Path
     assert (0x1B, 0x66, 0xB0) in colours
 
 
+@pytest.mark.integration
 def test_what_is_wrong_with_a_page_would_be_seen(tmp_path: Path) -> None:
     spoiled = '<body><img src="http://example.invalid/x.png"><script>console.error("boom")</script></body>'
     seen = opened(page.write(tmp_path / "spoiled.html", spoiled), tmp_path)
@@ -316,6 +318,7 @@ def test_what_is_wrong_with_a_page_would_be_seen(tmp_path: Path) -> None:
     assert seen.requests == ["http://example.invalid/x.png"]
 
 
+@pytest.mark.integration
 def test_on_a_phone_only_tables_are_wider_than_the_screen(text: str, tmp_path: Path) -> None:
     page.write(tmp_path / "night.html", text)
     frame = (
@@ -327,6 +330,7 @@ def test_on_a_phone_only_tables_are_wider_than_the_screen(text: str, tmp_path: P
     assert int(re.findall(r"width (\d+)", told)[0]) <= 390
 
 
+@pytest.mark.integration
 def test_a_script_of_a_page_does_not_run(tmp_path: Path) -> None:
     document = page.page("Title", [page.Markup('<script>console.log("ran")</script>')], [])
     seen = opened(page.write(tmp_path / "page.html", document), tmp_path)

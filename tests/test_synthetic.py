@@ -20,6 +20,8 @@ from bp_spark.sources import synthetic
 from bp_spark.sources.files import FilesSource
 from bp_spark.sources.synthetic import LOGS, Summary, SyntheticConfig, generate
 
+pytestmark = pytest.mark.slow
+
 CONFIG = SyntheticConfig(users=1_500, days=90, first_day=date(2024, 9, 1), malformed_rate=0.03)
 LAST_DAY = CONFIG.first_day + timedelta(CONFIG.days - 1)
 PREMIUM = "premium|luxury|best|designer|正品|高端|奢华|旗舰"

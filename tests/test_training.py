@@ -28,6 +28,8 @@ from bp_spark.training.finetune import Job, finetune, inputs_digest, train_rank
 from bp_spark.training.progress import CHECKPOINT_FILE, TENSORBOARD_FOLDER, WeightAverage
 from training_rows import SPEC, make_rows, write_language_model, write_table, write_texts
 
+pytestmark = pytest.mark.slow
+
 TINY = (
     "network.hidden_size=16",
     "network.layers=1",
@@ -349,7 +351,6 @@ def test_a_failed_rank_says_why_in_a_few_lines(spark: SparkSession, tmp_path: Pa
     assert len(str(caught.value).splitlines()) <= 10
 
 
-@pytest.mark.slow
 def test_ranks_run_as_tasks_of_executors(spark: SparkSession, tmp_path: Path) -> None:
     def add_ranks() -> float:
         from bp_spark.training.distributed import process_group

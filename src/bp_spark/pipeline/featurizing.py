@@ -69,7 +69,7 @@ def _ingest(run: Run) -> None:
         figures["ingest_id"] = number = last + 1
         secret = privacy.load_secret(run.config.privacy.secret)
         require_same_secret(lakehouse, secret)
-        raw = {name: _sampled(rows, config.sample) for name, rows in source.read(run.spark, fresh).items()}
+        raw = {name: sampled(rows, config.sample) for name, rows in source.read(run.spark, fresh).items()}
         if not last and raw["raw_transactions"].isEmpty():
             raise DataError("raw_transactions", "holds no rows; there is nobody to score")
         now, brought = F.lit(datetime.now(UTC)), dict[str, int]()
@@ -152,7 +152,8 @@ def _add_user_keys(
         lakehouse.append(USER_KEYS, rows, after=after)
 
 
-def _sampled(df: DataFrame, share: float) -> DataFrame:
+def sampled(df: DataFrame, share: float) -> DataFrame:
+    """Rows of a share of the users, the same users in every table, chosen by a hash of their ids."""
     if share == 1 or "user_id" not in df.columns:
         return df
     return df.filter(F.pmod(F.xxhash64("user_id"), F.lit(labels.BUCKETS)) < int(share * labels.BUCKETS))

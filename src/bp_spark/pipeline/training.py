@@ -95,7 +95,7 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
         complete = last >= day + timedelta(days=config.labels.horizon_days)
         metrics = _metrics(fitted, complete)
         bundle = _write_bundle(run, fitted, metrics)
-        decision = _promote(run, bundle, lambda: _decide(run, fitted, complete), refit=as_of)
+        decision = promote(run, bundle, lambda: decide(run, fitted, complete), refit=as_of)
         result = TrainResult(bundle, metrics, decision.promoted, decision.reason, fitted, run.records)
         if not (as_of and decision.promoted):
             enter_registry(run, bundle, fitted.history)
@@ -109,7 +109,7 @@ def _refit(spark: SparkSession, config: Config, judged: TrainResult, as_of: date
         first, _ = span(run.lakehouse)
         fitted = fit_as_of(run, labels.cutoffs(first, as_of, config.labels), as_of)
         bundle = _write_bundle(run, fitted, judged.metrics, judged.bundle)
-        decision = _promote(run, bundle, lambda: decide_refit(run, bundle, judged))
+        decision = promote(run, bundle, lambda: decide_refit(run, bundle, judged))
         enter_registry(run, bundle, fitted.history)
     stages = [*judged.stages, *run.records]
     return replace(judged, bundle=bundle, promoted=decision.promoted, reason=decision.reason, stages=stages)
@@ -598,7 +598,7 @@ def _write_bundle(run: Run, fitted: Fitted, metrics: pd.DataFrame, judged: Bundl
     return bundle
 
 
-def _promote(run: Run, bundle: Bundle, decide: Callable[[], Decision], refit: date | None = None) -> Decision:
+def promote(run: Run, bundle: Bundle, decide: Callable[[], Decision], refit: date | None = None) -> Decision:
     """Promote the bundle if it passes the gate; the decision is recorded beside it and in ``runs``.
 
     Args:
@@ -616,7 +616,7 @@ def _promote(run: Run, bundle: Bundle, decide: Callable[[], Decision], refit: da
     return decision
 
 
-def _decide(run: Run, fitted: Fitted, complete: bool) -> Decision:
+def decide(run: Run, fitted: Fitted, complete: bool) -> Decision:
     """The gate: baselines first, then the promoted bundle, both at the test date of the new one."""
     incumbent, trouble = _incumbent(run)
     if not complete:

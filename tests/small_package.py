@@ -1,0 +1,45 @@
+"""The Complete Journey as its package has it, of some households only: to read all lines would be most of a test's time."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Collection
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from bp_spark.sources.completejourney import FILES, PACKAGE
+
+
+def data_folder() -> Path:
+    """The Parquet files of the installed package."""
+    spec = importlib.util.find_spec(PACKAGE)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "data"
+
+
+def household_ids() -> list[str]:
+    """All households of the installed package, in the order of their numbers."""
+    ids = pq.read_table(data_folder() / "transactions.parquet", columns=["household_id"])["household_id"].unique()
+    return sorted(map(str, ids.to_pylist()), key=int)
+
+
+def write_small_package(folder: Path, households: Collection[str]) -> Path:
+    """A package of the same name under ``folder``, to be put on the Python path; it has the lines of these households."""
+    package = folder / PACKAGE
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    chosen = pa.array(sorted(households))
+    tables = {name: pq.read_table(data_folder() / f"{name}.parquet") for name in FILES.values()}
+    bought = tables["transactions"].filter(_of(tables["transactions"], chosen))["product_id"].unique()
+    for name, table in tables.items():
+        rows = pc.is_in(table["product_id"], bought) if name == "products" else _of(table, chosen)
+        pq.write_table(table.filter(rows), package / "data" / f"{name}.parquet", coerce_timestamps="us")
+    return folder
+
+
+def _of(table: pa.Table, households: pa.Array) -> pa.ChunkedArray:
+    return pc.is_in(pc.cast(table["household_id"], pa.string()), households)
