@@ -1,6 +1,7 @@
 # `make demo` and `make test` install what they need, from requirements.lock, into .venv.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV ?= .venv
+LOCK ?= requirements.lock
 AUDIT_VENV ?= .venv-audit
 AIRFLOW_VENV ?= .venv-airflow
 BIN := $(VENV)/bin
@@ -13,18 +14,18 @@ unexport PYTHONPATH PYTHONHOME SPARK_HOME SPARK_CONF_DIR PYSPARK_PYTHON PYSPARK_
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-thorough check-integrations bench-suite bench-data bench-score bench-training bench-pretraining bench-labels bench-ablation bench-sizes bench-gpu notebooks browser lint format lock audit sbom clean check-airflow docs reference
+.PHONY: help install demo test test-fast test-spark40 test-thorough check-integrations bench-suite bench-data bench-score bench-training bench-pretraining bench-labels bench-ablation bench-sizes bench-gpu notebooks browser lint format lock audit sbom clean check-airflow docs reference
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
 
 install: $(VENV)/.configured ## .venv from the lock file, with this package and Delta's jars in it
 
-$(VENV)/.installed: requirements.lock pyproject.toml
-	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
-		|| { echo "bp-spark needs Python 3.11: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+$(VENV)/.installed: $(LOCK) pyproject.toml
+	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+		|| { echo "bp-spark needs Python 3.11 to 3.13: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes -r $(LOCK)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -44,6 +45,9 @@ test: lint ## lint, types, import contract, and a test of every promise
 
 test-fast: install ## the tests of pure code and of transforms: no night, no cluster, no training
 	$(PYTEST) -m 'not slow and not faults and not integration and not thorough'
+
+test-spark40: ## the fast tests on Spark 4.0 and Delta 4.0, from their own lock, in .venv-spark40
+	$(MAKE) test-fast VENV=.venv-spark40 LOCK=requirements-spark40.lock
 
 check-integrations: install check-airflow browser ## what needs more installed: Airflow, Chromium, the steps of the image
 	$(BIN)/python -m pytest -m integration
@@ -131,13 +135,15 @@ sbom: $(AUDIT_VENV)/.installed ## sbom.json: what the lock file installs, in Cyc
 	$(AUDIT_VENV)/bin/python -W ignore -m cyclonedx_py requirements --short-PURLs --output-reproducible \
 		--pyproject pyproject.toml --output-file sbom.json requirements.lock
 
-lock: ## resolve requirements.lock anew (needs uv)
-	uv pip compile --quiet --python-version 3.11 --all-extras --generate-hashes --no-emit-index-url \
-		--custom-compile-command "make lock" pyproject.toml --output-file requirements.lock
-	uv pip compile --quiet --python-version 3.11 --group audit --generate-hashes --no-emit-index-url \
-		--custom-compile-command "make lock" --output-file requirements-audit.lock
-	uv pip compile --quiet --python-version 3.11 --group airflow --generate-hashes --no-emit-index-url \
-		--custom-compile-command "make lock" --output-file requirements-airflow.lock
+COMPILE = uv pip compile --quiet --generate-hashes --no-emit-index-url --custom-compile-command "make lock"
+
+lock: ## resolve the lock files anew (needs uv)
+	$(COMPILE) --universal --python-version 3.11 --all-extras pyproject.toml --output-file requirements.lock
+	cp requirements.lock requirements-spark40.lock
+	$(COMPILE) --universal --python-version 3.11 --all-extras --group pyproject.toml:spark40 pyproject.toml \
+		--output-file requirements-spark40.lock
+	$(COMPILE) --python-version 3.11 --group audit --output-file requirements-audit.lock
+	$(COMPILE) --python-version 3.11 --group airflow --output-file requirements-airflow.lock
 
 clean: ## remove what the demo wrote
 	rm -rf demo

@@ -30,13 +30,13 @@ from bench import publish
 from bp_spark import config, labels
 from bp_spark.errors import ConfigError
 from bp_spark.evaluation import normalised_gini, spearman
-from bp_spark.loader import snapshot
 from bp_spark.model.inputs import InputSpec
 from bp_spark.model.network import TransformerMember
 from bp_spark.pipeline import featurizing, training
 from bp_spark.pipeline.run import Run
 from bp_spark.session import get_session
 from bp_spark.training.finetune import finetune
+from bp_spark.training.loader import snapshot
 
 OUT = Path("build/bench/pretraining.json")
 SHARES = (0.1, 0.25, 0.5, 1.0)

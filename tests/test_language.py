@@ -38,7 +38,6 @@ from transformers import (
 from bp_spark import pipeline, texts
 from bp_spark.config import Config, load
 from bp_spark.errors import ConfigError, DataError
-from bp_spark.loader import Snapshot, snapshot
 from bp_spark.tables import Lakehouse
 from bp_spark.training import language as module
 from bp_spark.training import loop
@@ -55,6 +54,7 @@ from bp_spark.training.language import (
     inputs_digest,
     read_texts,
 )
+from bp_spark.training.loader import Snapshot, snapshot
 from bp_spark.training.progress import TENSORBOARD_FOLDER
 
 pytestmark = pytest.mark.slow

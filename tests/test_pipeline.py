@@ -25,12 +25,12 @@ from typer.testing import CliRunner
 from bp_spark import __version__, cli, config, labels, pipeline, scoring, texts, traces
 from bp_spark.config import Config, SearchConfig, SearchRange
 from bp_spark.errors import BundleError, DataError
-from bp_spark.loader import snapshot
 from bp_spark.model import bundle as bundles
 from bp_spark.pipeline import backtesting, featurizing, training
 from bp_spark.pipeline.featurizing import span
 from bp_spark.pipeline.run import Run, recorded
 from bp_spark.tables import Lakehouse
+from bp_spark.training.loader import snapshot
 from bp_spark.what_if import one_more_order
 from histories import SECRET
 from signing_keys import new_keys

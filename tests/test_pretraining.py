@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from bp_spark.config import Config, NetworkConfig, PretrainingConfig, load
 from bp_spark.errors import BundleError, ConfigError, DataError
-from bp_spark.loader import Snapshot, snapshot
 from bp_spark.model.history import ENCODER_FILE
 from bp_spark.model.inputs import HISTORY_COLUMNS
 from bp_spark.model.network import SpendNetwork
 from bp_spark.model.pretraining import PARTS, PretrainingNetwork, cut, exercise
 from bp_spark.training import finetune, loop
 from bp_spark.training import pretrain as module
+from bp_spark.training.loader import Snapshot, snapshot
 from bp_spark.training.pretrain import ENCODER_FOLDER, Job, inputs_digest, pretrain_rank
 from test_training import as_rank, free_port, single_rank  # noqa: F401
 from training_rows import SPEC, TEXT_IDS, arrays, make_rows, write_table, write_texts

@@ -214,7 +214,7 @@ def test_a_session_without_delta_is_refused_with_the_remedy(monkeypatch: pytest.
     monkeypatch.delenv("DATABRICKS_RUNTIME_VERSION", raising=False)
     with pytest.raises(PlatformError) as refused:
         session.get_session(Config())
-    assert session.DELTA_PACKAGE in str(refused.value)
+    assert session.delta_package() in str(refused.value)
     assert "SPARK_CONF_DIR" in str(refused.value)
 
 
@@ -234,7 +234,7 @@ def test_delta_is_fetched_where_spark_has_no_jars_of_it(monkeypatch: pytest.Monk
     assert "spark.jars.packages" not in asked
     monkeypatch.setenv("SPARK_HOME", str(tmp_path))
     session.get_session(Config())
-    assert asked["spark.jars.packages"] == session.DELTA_PACKAGE
+    assert asked["spark.jars.packages"] == session.delta_package()
 
 
 def test_databricks_has_delta_without_saying_so_and_keeps_its_task_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,13 +258,21 @@ def spark_defaults() -> dict[str, str]:
 
 def test_spark_submit_gets_the_same_delta_as_a_local_session() -> None:
     defaults = {name: value.strip() for name, value in spark_defaults().items()}
-    assert defaults["spark.jars.packages"] == session.DELTA_PACKAGE
+    assert defaults["spark.jars.packages"] == session.DELTA_PACKAGES["4.1"]
     assert {name: defaults[name] for name in session.DELTA_SETTINGS} == session.DELTA_SETTINGS
     assert defaults["spark.sql.session.timeZone"] == "UTC"
 
 
 def test_the_delta_jars_are_those_of_the_installed_python_package() -> None:
-    assert f"io.delta:delta-spark_2.13:{importlib.metadata.version('delta-spark')}" == session.DELTA_PACKAGE
+    assert session.delta_package().rpartition(":")[2] == importlib.metadata.version("delta-spark")
+
+
+def test_a_spark_that_no_delta_was_tried_with_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session.pyspark, "__version__", "4.0.9")
+    assert session.delta_package() == session.DELTA_PACKAGES["4.0"]
+    monkeypatch.setattr(session.pyspark, "__version__", "3.5.8")
+    with pytest.raises(PlatformError, match=r"Spark 3\.5\.8 is not supported: install pyspark 4\.0 or 4\.1"):
+        session.delta_package()
 
 
 # --- a machine without Java --------------------------------------------------------------------------------------------

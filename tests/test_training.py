@@ -19,12 +19,12 @@ from scipy.stats import spearmanr
 
 from bp_spark.config import Config, TrainingConfig, load
 from bp_spark.errors import DataError, PlatformError
-from bp_spark.loader import Snapshot, snapshot
 from bp_spark.model.network import WEIGHTS_FILE, TransformerMember
 from bp_spark.training import finetune as module
 from bp_spark.training import loop
 from bp_spark.training.distributed import process_group, run_ranks
 from bp_spark.training.finetune import Job, finetune, inputs_digest, train_rank
+from bp_spark.training.loader import Snapshot, snapshot
 from bp_spark.training.progress import CHECKPOINT_FILE, TENSORBOARD_FOLDER, WeightAverage
 from training_rows import SPEC, make_rows, write_language_model, write_table, write_texts
 

@@ -311,6 +311,8 @@ class TrainingConfig(Section):
     """DDP ranks: ``nccl`` with one GPU each where there are GPUs, else ``gloo``."""
     launcher: Literal["driver", "cluster"] = "driver"
     """``driver``: all ranks on the driver's machine; ``cluster``: one barrier task of the executors each."""
+    feed: Literal["petastorm", "arrow"] = "petastorm"
+    """Who reads the training set's files: Petastorm, or pyarrow alone; the rows are the same."""
     batch_size: Positive = 256
     """Rows of one step over all ranks."""
     max_epochs: Positive = 40

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+import pyspark
 from packaging.requirements import Requirement
 from pyspark.sql import DataFrame, SparkSession
 
@@ -175,13 +176,20 @@ def delta_jars(_: Config) -> Finding:
     """Delta's jars: on this machine, or to be fetched by the first session."""
     if _on_databricks():
         return Finding("Delta jars", "ok", "the runtime's own")
+    try:
+        wanted = session.delta_package().rpartition(":")[2]
+    except BpSparkError as error:
+        return Finding("Delta jars", "fail", str(error))
+    if (installed := importlib.metadata.version("delta-spark")) != wanted:
+        found = f"the package delta-spark is {installed}, Spark {pyspark.__version__} goes with {wanted}"
+        return Finding("Delta jars", "fail", found, f"pip install delta-spark=={wanted}")
     for folder in (session.spark_jars(), Path.home() / _IVY_JARS):
         if session.has_delta_jars(folder):
-            return Finding("Delta jars", "ok", f"{session.DELTA_PACKAGE} in {folder}")
+            return Finding("Delta jars", "ok", f"{session.delta_package()} in {folder}")
     return Finding(
         "Delta jars",
         "warn",
-        f"{session.DELTA_PACKAGE} is not on this machine: the first session fetches it from Maven",
+        f"{session.delta_package()} is not on this machine: the first session fetches it from Maven",
         f"without the internet: docker/build.sh jars, or copy the jars to {session.spark_jars()}",
     )
 

@@ -9,10 +9,8 @@ package.
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -110,16 +108,16 @@ class _File:
         try:
             # what Spark calls a file is a URI, which of this machine's files is no more than a path with escapes
             system, path = file_system(unquote(address) if address.startswith("file:") else address)
-            self._source = system.open_input_file(path)
-            self._metadata = pq.read_metadata(self._source)
+            source = system.open_input_file(path)
+            self._file = pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
         except _UNREADABLE as error:
             raise FileReadError(address, str(error)) from error
-        found = self._metadata.schema.to_arrow_schema()
+        found = self._file.schema_arrow
         for field in schema:
             if field.name not in found.names or not _same_type(found.field(field.name).type, field.type):
                 raise FileReadError(address, f"holds no column {field.name} of the type {field.type}")
-        groups = range(self._metadata.num_row_groups)
-        self._borders = np.cumsum([0, *(self._metadata.row_group(group).num_rows for group in groups)])
+        groups = range(self._file.metadata.num_row_groups)
+        self._borders = np.cumsum([0, *(self._file.metadata.row_group(group).num_rows for group in groups)])
         self._decoded: Iterator[pa.RecordBatch] = iter(())
         self._batch: pa.RecordBatch | None = None
         self._end = self._group_end = self._next = 0
@@ -151,21 +149,13 @@ class _File:
         self._end += self._batch.num_rows
 
     def _open(self, group: int) -> None:
-        metadata = self._metadata.row_group(group)
+        metadata = self._file.metadata.row_group(group)
         names = set(self._schema.names)
         chunks = [metadata.column(number) for number in range(metadata.num_columns)]
         chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in names]
-        spans = [(_first_page(chunk), chunk.total_compressed_size) for chunk in chunks]
-        first = min(start for start, _ in spans)
-        content = self._source.read_at(max(start + size for start, size in spans) - first, first)
-        part = _Part(content, first, self._source.size())
-        whole = memoryview(part.content).cast("B")
-        for chunk, (start, size) in zip(chunks, spans, strict=True):
-            _verify(whole[start - first : start - first + size], chunk, self.address)
         a_row = max(1, sum(_decoded_bytes(chunk) for chunk in chunks) // metadata.num_rows)
         self.rows_at_once = int(min(self._most_rows, max(1, self._batch_bytes // a_row)))
-        file = pq.ParquetFile(part, metadata=self._metadata)
-        decoded = file.iter_batches(self.rows_at_once, [group], self._schema.names, use_threads=False)
+        decoded = self._file.iter_batches(self.rows_at_once, [group], self._schema.names, use_threads=False)
         self._decoded = (batch.select(self._schema.names) for batch in decoded)
         self._end, self._group_end = int(self._borders[group]), int(self._borders[group + 1])
 
@@ -179,129 +169,3 @@ def _same_type(found: pa.DataType, wanted: pa.DataType) -> bool:
     if pa.types.is_list(found) and pa.types.is_list(wanted):
         return _same_type(found.value_type, wanted.value_type)
     return bool(found == wanted)
-
-
-class _Part:
-    """A span of a file in memory, for a reader of the file that reads nowhere else."""
-
-    closed = False
-
-    def __init__(self, content: bytes, start: int, size: int) -> None:
-        self.content, self._start, self._size, self._place = pa.py_buffer(content), start, size, 0
-
-    def read_buffer(self, size: int) -> pa.Buffer:
-        """The next bytes, not copied."""
-        found = self.content.slice(self._place - self._start, size)
-        self._place += size
-        return found
-
-    def read(self, size: int) -> bytes:
-        return bytes(self.read_buffer(size))
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._place = offset + (0, self._place, self._size)[whence]
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
-# --- integrity ---------------------------------------------------------------------------------------------------------
-
-_ENCODINGS = {0: "PLAIN", 2: "PLAIN_DICTIONARY", 3: "RLE", 4: "BIT_PACKED", 5: "DELTA_BINARY_PACKED"} | {
-    6: "DELTA_LENGTH_BYTE_ARRAY",
-    7: "DELTA_BYTE_ARRAY",
-    8: "RLE_DICTIONARY",
-    9: "BYTE_STREAM_SPLIT",
-}
-_DATA, _DICTIONARY, _DATA_2 = 0, 2, 3
-_Struct = dict[int, Any]
-
-
-def _first_page(chunk: pq.ColumnChunkMetaData) -> int:
-    return int(chunk.dictionary_page_offset or chunk.data_page_offset)
-
-
-def _verify(content: memoryview, chunk: pq.ColumnChunkMetaData, address: str) -> None:
-    """Hold each page of a column chunk against its checksum, where it has one, and the pages' headers, which have none and are
-    believed by the decoder, against what the file's footer says of the chunk.
-
-    Source: Parquet's format, ``PageHeader`` in parquet.thrift: a page is its header, in Thrift's compact protocol, and then
-    ``compressed_page_size`` bytes, of which ``crc`` is the CRC-32.
-
-    Raises:
-        FileReadError: something is other than it was written.
-    """
-    place = values = uncompressed = 0
-    try:
-        while place < len(content):
-            header, start = _thrift_struct(content, place)
-            uncompressed += start - place + header[2]
-            kind, place = header[1], start + header[3]
-            page = content[start:place]
-            if len(page) != header[3] or zlib.crc32(page) != header.get(4, zlib.crc32(page)) & 0xFFFFFFFF:
-                raise ValueError("a page is damaged")
-            said = header[{_DATA: 5, _DICTIONARY: 7, _DATA_2: 8}[kind]]
-            if kind != _DICTIONARY:
-                values += said[1]
-            encodings = {_DATA: (2, 3, 4), _DICTIONARY: (2,), _DATA_2: (4,)}[kind]
-            if any(_ENCODINGS[said[number]] not in chunk.encodings for number in encodings):
-                raise ValueError("a page is encoded in another way than its column")
-        if values != chunk.num_values or uncompressed != chunk.total_uncompressed_size:
-            raise ValueError("its pages are not all there")
-    except (IndexError, KeyError, TypeError, ValueError) as error:
-        reason = f"column {chunk.path_in_schema} is damaged: {error if type(error) is ValueError else 'a page header'}"
-        raise FileReadError(address, reason) from error
-
-
-def _thrift_struct(content: memoryview, place: int) -> tuple[_Struct, int]:
-    """The integers and structs in a struct of Thrift's compact protocol, by field number, and where it ends."""
-    found: _Struct = {}
-    number = 0
-    while kind := content[place]:
-        place += 1
-        if kind >> 4:
-            number += kind >> 4
-        else:
-            number, place = _zigzag(content, place)
-        kind &= 15
-        if kind in (4, 5, 6):
-            found[number], place = _zigzag(content, place)
-        elif kind == 12:
-            found[number], place = _thrift_struct(content, place)
-        elif kind == 8:
-            size, place = _varint(content, place)
-            place += size
-        elif kind == 3:
-            place += 1
-        elif kind == 7:
-            place += 8
-        elif kind > 2:
-            # a boolean, 1 or 2, is its own value
-            raise ValueError(f"a page header has a field of the type {kind}")
-    return found, place + 1
-
-
-def _zigzag(content: memoryview, place: int) -> tuple[int, int]:
-    value, place = _varint(content, place)
-    return (value >> 1) ^ -(value & 1), place
-
-
-def _varint(content: memoryview, place: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = content[place]
-        place += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, place
-        shift += 7

@@ -23,12 +23,16 @@ from bp_spark import daemon
 from bp_spark.config import Config, digest
 from bp_spark.errors import PlatformError
 
-DELTA_PACKAGE = "io.delta:delta-spark_2.13:4.0.1"
+DELTA_PACKAGES = {
+    "4.0": "io.delta:delta-spark_2.13:4.0.1",
+    "4.1": "io.delta:delta-spark_4.1_2.13:4.3.1",
+}
+"""Delta's package in Maven for each Spark that this project runs on: one is built for one Spark only."""
 DELTA_SETTINGS = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
 }
-# Spark 4.0 starts on these; newer ones lack the security manager that Hadoop calls.
+# Spark 4 starts on these; newer ones lack the security manager that Hadoop calls.
 JAVA_VERSIONS = range(17, 22)
 VECTOR_MODULE = "jdk.incubator.vector"
 # Parquet pages are written with checksums, which its reader only looks at when told to: without, most flipped bits are read as
@@ -87,7 +91,7 @@ def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence
             os.environ["JAVA_HOME"] = java_home()
             builder = builder.config("spark.ui.showConsoleProgress", str(sys.stderr.isatty()).lower())
             if not has_delta_jars(spark_jars()):
-                builder = builder.config("spark.jars.packages", DELTA_PACKAGE)
+                builder = builder.config("spark.jars.packages", delta_package())
             if "MASTER" not in os.environ:
                 builder = builder.master("local[*]").config("spark.driver.host", "localhost")
             for key, value in DELTA_SETTINGS.items():
@@ -125,9 +129,23 @@ def spark_jars() -> Path:
     return Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent) / "jars"
 
 
+def delta_package() -> str:
+    """Delta's package for the installed Spark, one of :data:`DELTA_PACKAGES`.
+
+    Raises:
+        PlatformError: there is none that was tried.
+    """
+    found = DELTA_PACKAGES.get(".".join(pyspark.__version__.split(".")[:2]))
+    if found is None:
+        raise PlatformError(
+            f"Spark {pyspark.__version__} is not supported: install pyspark {' or '.join(DELTA_PACKAGES)}"
+        )
+    return found
+
+
 def has_delta_jars(folder: Path) -> bool:
-    """Whether Delta's jar of :data:`DELTA_PACKAGE` and what it needs lie in a folder, under Maven's or Ivy's names."""
-    group, artifact, version = DELTA_PACKAGE.split(":")
+    """Whether the jar of :func:`delta_package` and its storage lie in a folder, under Maven's or Ivy's names."""
+    group, artifact, version = delta_package().split(":")
     wanted = (f"{artifact}-{version}", f"delta-storage-{version}")
     return all((folder / f"{name}.jar").exists() or (folder / f"{group}_{name}.jar").exists() for name in wanted)
 
@@ -138,7 +156,7 @@ def _require_delta(spark: SparkSession) -> None:
     if "delta" not in str(spark.conf.get("spark.sql.extensions", "")).lower():
         raise PlatformError(
             "this Spark session has no Delta Lake: start it with SPARK_CONF_DIR pointing at this project's conf/ folder, "
-            f"or pass --packages {DELTA_PACKAGE} and the two spark.sql settings of conf/spark-defaults.conf"
+            f"or pass --packages {delta_package()} and the two spark.sql settings of conf/spark-defaults.conf"
         )
 
 

@@ -1310,7 +1310,7 @@ def _as_stored(df: DataFrame, table: Table) -> DataFrame:
 def file_system(address: str) -> tuple[Any, str]:
     """What pyarrow reads a folder or an object-store address by, and the path in it.
 
-    Of S3 the variable ``AWS_ENDPOINT_URL`` is obeyed, as Spark and deltalake obey it: pyarrow 14 doesn't know it.
+    Of S3 the variable ``AWS_ENDPOINT_URL`` is obeyed, as Spark and deltalake obey it.
     """
     if "://" not in address:
         return fs.LocalFileSystem(), address.removeprefix("file:")

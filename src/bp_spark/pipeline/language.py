@@ -9,8 +9,8 @@ from pyspark.sql import SparkSession
 
 from bp_spark.config import Config
 from bp_spark.errors import DataError
-from bp_spark.loader import snapshot
 from bp_spark.pipeline.run import recorded
+from bp_spark.training.loader import snapshot
 
 
 def adapt_language(spark: SparkSession, config: Config, output: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,6 @@ from safetensors.numpy import save_file
 from bp_spark import __version__, evaluation, features, labels, promotion, texts, tracking
 from bp_spark.config import Config, digest
 from bp_spark.errors import BundleError, DataError, TrackingError
-from bp_spark.loader import Snapshot, snapshot
 from bp_spark.model import bundle as bundles
 from bp_spark.model import signing
 from bp_spark.model.btyd import fit_btyd
@@ -36,6 +35,7 @@ from bp_spark.promotion import Decision
 from bp_spark.session import kept
 from bp_spark.tables import GIVEN_LABELS, METRICS
 from bp_spark.training.finetune import finetune
+from bp_spark.training.loader import Snapshot, snapshot
 
 RFM = (
     "recency_days",

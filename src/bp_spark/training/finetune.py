@@ -27,13 +27,13 @@ from bp_spark import __version__
 from bp_spark.config import Config, TrainingConfig, digest
 from bp_spark.errors import BundleError, DataError
 from bp_spark.labels import of_days
-from bp_spark.loader import Columns, Feed, Snapshot
 from bp_spark.model.history import ENCODER_FILE, HistoryEncoder
 from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, empty_user, tabular_matrix
 from bp_spark.model.network import History, LabelStatistics, SpendNetwork, Statistics
 from bp_spark.model.text_history import TextHistoryEncoder, TokenTable, adapted
 from bp_spark.texts import model_digest, model_folder
 from bp_spark.training.distributed import Group, process_group, run_ranks
+from bp_spark.training.loader import Columns, Feed, Snapshot
 from bp_spark.training.loop import Loop, run_epochs
 from bp_spark.training.progress import Progress, TrainingOutcome, TrainingState, decayed, resume, warmup_cosine
 
@@ -351,7 +351,9 @@ def _history(job: Job, embeddings: Tensor) -> History:
 
 def _data(snapshot: Snapshot, job: Job, ids: Tensor, group: Group) -> Data:
     labels = label_columns(other_horizons(job.config))
-    feed = Feed(snapshot.share(group.rank, group.size), (*labels, *job.spec.tabular), HISTORY_COLUMNS)
+    feed = Feed(
+        snapshot.share(group.rank, group.size), (*labels, *job.spec.tabular), HISTORY_COLUMNS, job.config.training.feed
+    )
     steps = math.ceil(snapshot.rows / job.config.training.batch_size)
     return Data(feed, steps, job.spec, labels, ids.numpy(), group.device)
 

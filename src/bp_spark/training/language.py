@@ -43,9 +43,9 @@ from transformers.utils import logging as transformers_logging
 from bp_spark import __version__
 from bp_spark.config import Config, digest
 from bp_spark.errors import ConfigError, DataError
-from bp_spark.loader import Feed, Snapshot, split_sizes
 from bp_spark.texts import model_digest, model_folder
 from bp_spark.training.distributed import Group, process_group, run_ranks
+from bp_spark.training.loader import Feed, Snapshot, split_sizes
 from bp_spark.training.loop import Loop, mean_losses, run_epochs
 from bp_spark.training.progress import Progress, TrainingState, decayed, resume, seed_of
 
@@ -374,7 +374,7 @@ def read_texts(job: Job, tokenizer: PreTrainedTokenizerBase, group: Group) -> tu
     """
     settings = job.config.language
     taken = min(1.0, settings.max_texts / job.texts.rows)
-    feed = Feed(job.texts.share(0, 1), ("text_id", "text"), ())
+    feed = Feed(job.texts.share(0, 1), ("text_id", "text"), (), job.config.training.feed)
     found: list[tuple[int, float, np.ndarray]] = []
     with feed.batches(math.ceil(job.texts.rows / READ_ROWS), seed=0) as batches:
         for columns in filter(None, batches):

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from bp_spark import __version__
 from bp_spark.config import Config, digest
 from bp_spark.errors import DataError
-from bp_spark.loader import Columns, Feed, Snapshot
 from bp_spark.model.inputs import HISTORY_COLUMNS, InputSpec, empty_user
 from bp_spark.model.pretraining import PARTS, Exercise, PretrainingNetwork, exercise
 from bp_spark.training.distributed import Group, process_group, run_ranks
 from bp_spark.training.finetune import read_texts
+from bp_spark.training.loader import Columns, Feed, Snapshot
 from bp_spark.training.loop import Loop, run_epochs
 from bp_spark.training.progress import Progress, TrainingOutcome, TrainingState, decayed, resume, warmup_cosine
 
@@ -191,6 +191,6 @@ def losses(model: nn.Module, batch: Exercise) -> tuple[Tensor, Tensor]:
 
 
 def _data(snapshot: Snapshot, job: Job, ids: Tensor, group: Group) -> Data:
-    feed = Feed(snapshot.share(group.rank, group.size), (), HISTORY_COLUMNS)
+    feed = Feed(snapshot.share(group.rank, group.size), (), HISTORY_COLUMNS, job.config.training.feed)
     steps = math.ceil(snapshot.rows / job.config.pretraining.batch_size)
     return Data(feed, steps, job, ids.numpy(), group)

@@ -1,44 +1,38 @@
-"""A snapshot of a Delta table in, batches of columns out: Petastorm reads the Parquet files, each rank its
-own share.
+"""A snapshot of a Delta table in, batches of columns out: each rank reads its own share of the Parquet files.
 
-Petastorm knows nothing of Delta, so it is never given a table's folder: :func:`snapshot` asks the transaction
-log which files make up a version, and only those are read. A list of plain Parquet files also keeps Petastorm
-away from ``_common_metadata``, whose content it would unpickle.
+:func:`snapshot` asks the transaction log which files make up a version, and only those are read: a reader of Parquet files, as
+Petastorm is one, knows nothing of Delta and would take those of other versions, too.
 
 Ranks share the row groups of the snapshot (:meth:`Snapshot.share`), and a :class:`Feed` passes over a share
 once per epoch in a fixed number of batches, so that all ranks take equally many steps however unequal their
-shares are.
+shares are. Who reads the files is a matter of ``training.feed``: Petastorm, or pyarrow alone.
 """
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, Protocol
 from urllib.parse import unquote
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
-from fsspec.implementations.arrow import ArrowFSWrapper
-from petastorm import TransformSpec, make_batch_reader
-from petastorm.fs_utils import get_filesystem_and_path_or_paths
-from petastorm.transform import edit_field
-from pyarrow.filesystem import DaskFileSystem
+from pyarrow import fs
 
 from bp_spark.errors import DataError
 from bp_spark.tables import file_system
 
 Columns = dict[str, np.ndarray]
-"""Column name to values, one per row; an array column is an object array of one-dimensional arrays."""
+"""Column name to values, one per row. An array column is an object array of one-dimensional arrays, empty where it is NULL, a
+text column one of texts and ``None``. NULL numbers are NaN, of integers too, which are float64 then."""
+
+ReaderName = Literal["petastorm", "arrow"]
 
 MEMORY_LIMIT = 512 * 2**20
 """A share whose decoded size is below this many bytes is decoded once and kept."""
@@ -46,8 +40,6 @@ SHUFFLE_BYTES = 128 * 2**20
 """Decoded size of the rows that are shuffled together when a share is larger than that."""
 POOL_BATCHES = 16
 """Batches whose rows are ordered by length together: enough for little padding, few enough to stay random."""
-WORKERS = 2
-"""Threads that decode row groups."""
 
 _VALUE_BYTES = 8
 _ARRAY_BYTES = 112  # of a numpy array object, whatever it holds
@@ -76,6 +68,24 @@ class Share:
     rows: int
     size: int
 
+    def opened(self) -> tuple[fs.FileSystem, list[str]]:
+        """What pyarrow reads the files by, and their paths in it."""
+        return file_system(self.files[0])[0], [file_system(file)[1] for file in self.files]
+
+
+class ShareReader(Protocol):
+    """One pass over a share, a row group at a time: in the files' order without a seed, else in one that follows from it."""
+
+    def __call__(
+        self, share: Share, scalars: Sequence[str], arrays: Mapping[str, np.dtype[Any]], seed: int | None
+    ) -> AbstractContextManager[Iterator[Columns]]:
+        """
+        Args:
+            share: the row groups; at least one.
+            scalars: names of the plain columns to read; no others are decoded.
+            arrays: array columns to read, and the type of what they hold.
+        """
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -84,7 +94,7 @@ class Snapshot:
     Attributes:
         path: the table.
         version: its version.
-        files: URLs of the Parquet files, sorted.
+        files: addresses of the Parquet files, sorted.
         schema: the columns that all files have.
         groups: the row groups, file by file.
     """
@@ -126,9 +136,8 @@ def snapshot(path: str, version: int | None = None, where: Mapping[str, str | Se
         where: value or values of partition columns, for part of the table.
 
     Raises:
-        DataError: no such table, version or partition column; no rows; the table has deletion vectors or
-        renamed
-            columns (column mapping), which Petastorm would not see.
+        DataError: no such table, version or partition column; no rows; the table has deletion vectors or renamed columns
+            (column mapping), which a reader of Parquet files would not see.
 
     >>> snapshot("lakehouse/training_set", where={"complete": "true", "fold": ["1", "2"]}).rows  # doctest: +SKIP
     15120
@@ -142,15 +151,15 @@ def snapshot(path: str, version: int | None = None, where: Mapping[str, str | Se
     if unknown := set(conditions) - set(table.metadata().partition_columns):
         raise DataError(path, "must be a partition column", column=min(unknown))
     if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
-        raise DataError(path, "must not use column mapping: Petastorm reads the names in the files")
+        raise DataError(path, "must not use column mapping: training reads the names in the files")
     if marked := sum(batch.num_rows for batch in table.deletion_vectors()):
-        rule = "must have no deletion vectors: Petastorm would read the deleted rows"
+        rule = "must have no deletion vectors: training would read the deleted rows"
         raise DataError(path, f"{rule}, {marked} files have")
     chosen = [
         (column, "=", value) if isinstance(value, str) else (column, "in", list(value))
         for column, value in conditions.items()
     ]
-    files = tuple(sorted(_url(uri) for uri in table.file_uris(file_pruning_predicate=chosen or None)))
+    files = tuple(sorted(_address(uri) for uri in table.file_uris(file_pruning_predicate=chosen or None)))
     found = Snapshot(path, table.version(), files, *_read_footers(files))
     if not found.rows:
         which = "".join(f", {column} = {value}" for column, value in conditions.items())
@@ -165,6 +174,7 @@ class Feed:
         share: the rows.
         scalars: names of the plain columns to read; no others are decoded.
         arrays: names of the array columns to read; rows are ordered by the length of the first, if there is one.
+        reader: who reads the files, as ``training.feed`` says.
 
     A small share (:data:`MEMORY_LIMIT`) is decoded by the first pass and kept; a larger one is decoded by
     each.
@@ -173,13 +183,16 @@ class Feed:
         DataError: not all files have these columns.
     """
 
-    def __init__(self, share: Share, scalars: Sequence[str], arrays: Sequence[str]) -> None:
+    def __init__(
+        self, share: Share, scalars: Sequence[str], arrays: Sequence[str], reader: ReaderName = "petastorm"
+    ) -> None:
         for name in (*scalars, *arrays):
             if name not in share.schema.names:
                 raise DataError(share.files[0], "must be in all files", column=name)
         self.share = share
         self.scalars = tuple(scalars)
         self.arrays = {name: share.schema.field(name).type.value_type.to_pandas_dtype() for name in arrays}
+        self._open = _reader(reader)
         self._kept: Columns | None = None
 
     @contextmanager
@@ -205,13 +218,13 @@ class Feed:
         if not self.share.rows:
             return
         if self._kept is None and self.share.size <= MEMORY_LIMIT:
-            with self._reader(seed=None) as tables:
+            with self._open(self.share, self.scalars, self.arrays, None) as tables:
                 self._kept = _concat(list(tables))
         if self._kept is not None:
             yield self._kept
             return
         rows_together = max(1, SHUFFLE_BYTES * self.share.rows // self.share.size)
-        with self._reader(seed) as tables:
+        with self._open(self.share, self.scalars, self.arrays, seed) as tables:
             held: list[Columns] = []
             for table in tables:
                 held.append(table)
@@ -249,66 +262,49 @@ class Feed:
         for index in rng.permutation(len(parts)):
             yield _take(rows, parts[index]) if len(parts[index]) else None
 
-    @contextmanager
-    def _reader(self, seed: int | None) -> Iterator[Iterator[Columns]]:
-        """One pass of Petastorm over the share, a row group at a time; in random order if there is a seed."""
-        _silence_petastorm()
-        names = (*self.scalars, *self.arrays)
-        urls, store = _opened(self.share.files)
-        reader = make_batch_reader(
-            urls,
-            schema_fields=[f"^{re.escape(name)}$" for name in names],
-            workers_count=WORKERS,
-            shuffle_row_groups=seed is not None,
-            seed=seed,
-            num_epochs=1,
-            cur_shard=self.share.index,
-            shard_count=self.share.count,
-            filesystem=store,
-            transform_spec=TransformSpec(
-                self._pack, edit_fields=[edit_field(name, np.bytes_, ()) for name in self.arrays]
-            ),
-        )
-        try:
-            yield (self._unpack(table._asdict()) for table in _until_spent(reader))
-        finally:
-            # Not `with reader`: that prints to standard output.
-            reader.stop()
-            reader.join()
 
-    def _pack(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Arrays as bytes: Petastorm joins array columns of equal length only."""
-        for name, dtype in self.arrays.items():
-            frame[name] = [b"" if array is None else array.astype(dtype, copy=False).tobytes() for array in frame[name]]
-        return frame
+def _reader(name: ReaderName) -> ShareReader:
+    if name == "arrow":
+        return _open_by_arrow
+    # imported only where it reads: it brings much, and none of it is needed elsewhere
+    from bp_spark.training.petastorm_reader import open_share
 
-    def _unpack(self, table: Mapping[str, np.ndarray]) -> Columns:
-        columns = dict(table)
-        for name, dtype in self.arrays.items():
-            packed = columns[name]
-            flat = np.frombuffer(b"".join(packed), dtype)
-            ends = np.cumsum([len(array) // flat.itemsize for array in packed])
-            columns[name] = arrays = np.empty(len(packed), object)
-            start = 0
-            for row, end in enumerate(ends):
-                arrays[row] = flat[start:end]
-                start = end
-        return columns
+    return open_share
 
 
-def _until_spent(reader: Iterator[Any]) -> Iterator[Any]:
-    """What a reader of Petastorm gives until it twice in a row has nothing.
+@contextmanager
+def _open_by_arrow(
+    share: Share, scalars: Sequence[str], arrays: Mapping[str, np.dtype[Any]], seed: int | None
+) -> Iterator[Iterator[Columns]]:
+    """One pass over a share by pyarrow alone; see :class:`ShareReader`."""
+    store, paths = share.opened()
 
-    Its pool ends a pass when all workers are idle and, a moment later, nothing is left to hand out. Where the last items are
-    handed out between these two looks, it ends too early; asked again, it goes on.
-    """
-    ends = 0
-    while ends < 2:
-        found = False
-        for table in reader:
-            found = True
-            yield table
-        ends = 0 if found else ends + 1
+    def groups() -> Iterator[tuple[str, int]]:
+        for path in paths:
+            with store.open_input_file(path) as source:
+                yield from ((path, group) for group in range(pq.read_metadata(source).num_row_groups))
+
+    def read(path: str, group: int) -> Columns:
+        with store.open_input_file(path) as source:
+            file = pq.ParquetFile(source, page_checksum_verification=True)
+            table = file.read_row_group(group, [*scalars, *arrays])
+        columns = {name: _values(table.column(name)) for name in scalars}
+        return columns | {name: _array_values(table.column(name), dtype) for name, dtype in arrays.items()}
+
+    own = list(groups())[share.index :: share.count]
+    order = range(len(own)) if seed is None else np.random.default_rng(seed).permutation(len(own))
+    yield (read(*own[index]) for index in order)
+
+
+def _values(column: pa.ChunkedArray) -> np.ndarray:
+    return np.asarray(column.to_pandas())
+
+
+def _array_values(column: pa.ChunkedArray, dtype: np.dtype[Any]) -> np.ndarray:
+    found = np.empty(len(column), object)
+    for row, array in enumerate(column.to_pandas()):
+        found[row] = np.empty(0, dtype) if array is None else array.astype(dtype, copy=False)
+    return found
 
 
 def split_sizes(rows: int, steps: int) -> list[int]:
@@ -340,62 +336,25 @@ def _concat(tables: Sequence[Columns]) -> Columns:
     return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
 
 
-def _url(uri: str) -> str:
-    """The URL by which Petastorm finds a file; it takes the path of a ``file`` URL literally.
-
-    Raises:
-        DataError: a local path has a character that no such URL can hold.
-    """
+def _address(uri: str) -> str:
+    """A file as :func:`bp_spark.tables.file_system` takes it: the path of a local one, without the escapes of a URI."""
     if "://" in uri and not uri.startswith("file://"):
         return uri
-    path = unquote(uri.removeprefix("file://"))
-    if reserved := set("#?;") & set(path):
-        raise DataError(path, f"must have no {min(reserved)!r} in its path: Petastorm can't read it")
-    return f"file://{path}"
-
-
-class _Store(DaskFileSystem):
-    """A file system of fsspec in the old form that Petastorm needs, which only lacks these."""
-
-    def isdir(self, path: str) -> bool:
-        return bool(self.fs.isdir(path))
-
-    def isfile(self, path: str) -> bool:
-        return bool(self.fs.isfile(path))
-
-
-def _opened(files: Sequence[str]) -> tuple[list[str], _Store | None]:
-    """Files as Petastorm takes them, and what it reads them by; ``None``: its own way to local files.
-
-    Of an object store it would ask for a package of its own for each address. Told that a file is local it asks for none, and
-    reads the path by what it is given: pyarrow's own file systems.
-    """
-    if files[0].startswith("file://"):
-        return list(files), None
-    paths = [file_system(file)[1] for file in files]
-    return [f"file:{path}" for path in paths], _Store(ArrowFSWrapper(file_system(files[0])[0]))
-
-
-def _silence_petastorm() -> None:
-    """pyarrow 14 warns at each use of the interfaces that Petastorm is built on."""
-    warnings.filterwarnings("ignore", message="The pyarrow.filesystem.DaskFileSystem", category=FutureWarning)
-    for module in (r"petastorm\.", r"pyarrow\."):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    return unquote(uri.removeprefix("file://"))
 
 
 def _read_footers(files: tuple[str, ...]) -> tuple[pa.Schema, tuple[RowGroup, ...]]:
     if not files:
         return pa.schema([]), ()
-    _silence_petastorm()
-    urls, store = _opened(files)
-    filesystem, paths = get_filesystem_and_path_or_paths(urls, filesystem=store)
 
-    def footer(path: str) -> pq.FileMetaData:
-        with filesystem.open(path) as file:
+    store = file_system(files[0])[0]
+
+    def footer(address: str) -> pq.FileMetaData:
+        with store.open_input_file(file_system(address)[1]) as file:
             return pq.read_metadata(file)
 
     with ThreadPoolExecutor() as pool:
-        footers = list(pool.map(footer, paths))
+        footers = list(pool.map(footer, files))
     schema = footers[0].schema.to_arrow_schema()
     common = set.intersection(*(set(other.schema.to_arrow_schema().names) for other in footers))
     groups = tuple(
