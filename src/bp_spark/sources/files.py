@@ -335,10 +335,15 @@ class FilesSource:
         for name, rule in self.tables[table].columns:
             if isinstance(rule, Time | Day) and rule.format:
                 try:
-                    spark.sql("SELECT try_to_timestamp('', :format)", args={"format": rule.format}).collect()
+                    _nothing(spark).select(F.try_to_timestamp("nothing", F.lit(rule.format))).collect()
                 except PySparkException as error:
                     where = f"{table.removeprefix('raw_')}.columns.{name}.format"
                     raise ConfigError(f"{self.name}: {where}: {rule.format!r} is no pattern of Spark") from error
+
+
+def _nothing(spark: SparkSession) -> DataFrame:
+    """One row with an empty text, to try on whether Spark knows a pattern or a name."""
+    return spark.sql("SELECT '' AS nothing")
 
 
 def _json_rows(spark: SparkSession, mapping: TableMapping, addresses: list[str]) -> DataFrame:
@@ -351,7 +356,7 @@ def _json_rows(spark: SparkSession, mapping: TableMapping, addresses: list[str])
     whole = options.get("multiline", "false")
     if "encoding" in of_text:
         # the reader of texts would refuse it only when rows are asked for
-        spark.sql("SELECT encode('', :encoding)", args={"encoding": of_text["encoding"]}).collect()
+        _nothing(spark).select(F.encode("nothing", of_text["encoding"])).collect()
     lines = spark.read.format("text").options(wholetext=whole, **of_text).load(addresses)
     row = T.StructType([T.StructField(column, T.StringType()) for column in sorted(_mapped(mapping))])
     text = F.regexp_replace("value", "^\ufeff", "")

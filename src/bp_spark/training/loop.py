@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,10 @@ def run_epochs(loop: Loop, progress: Progress, best: dict[str, Tensor]) -> None:
     """
     state, network, group = loop.state, loop.state.network, loop.group
     # Buffers are constant and equal on all ranks; to send the texts at each step would cost more than it.
-    model = DistributedDataParallel(network, broadcast_buffers=False)
+    # The newest torch has another name for that.
+    known = signature(DistributedDataParallel).parameters
+    setting = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    model = DistributedDataParallel(network, **{setting: False})
     with _report(loop, progress) as (step_done, epoch_done):
         while progress.epoch < loop.max_epochs and progress.epoch - progress.best_epoch < loop.patience:
             started, epoch = time.monotonic(), progress.epoch + 1
