@@ -19,6 +19,7 @@ import xgboost
 from mlflow import MlflowClient
 from pyspark.sql import SparkSession
 
+import bp_spark
 from bp_spark import config, pipeline, scoring, tracking
 from bp_spark.config import Config, FusionConfig
 from bp_spark.errors import BundleError, ConfigError, TrackingError
@@ -33,6 +34,15 @@ from bp_spark.pipeline.run import Run
 from bp_spark.search import Trial
 
 USERS = 50
+DESCRIBED = (
+    "MLmodel",
+    "conda.yaml",
+    "input_example.json",
+    "python_env.yaml",
+    "requirements.txt",
+    "serving_input_example.json",
+)
+"""Files of a version beside the bundle and the code."""
 
 
 def features() -> pd.DataFrame:
@@ -126,6 +136,11 @@ def versions(client: MlflowClient, settings: Config) -> list[str]:
     )
 
 
+def stored(client: MlflowClient, settings: Config, version: str) -> Path:
+    """Folder of a version's files."""
+    return Path(client.get_model_version_download_uri(settings.tracking.model, version).removeprefix("file://"))
+
+
 def champion(client: MlflowClient, settings: Config) -> str:
     return str(client.get_model_version_by_alias(settings.tracking.model, "champion").version)
 
@@ -164,11 +179,12 @@ def test_what_is_loaded_by_alias_answers_as_scoring_does_without_a_pickle(
 ) -> None:
     bundle, rows = trained("one"), features()
     tracking.publish(settings, bundle)
-    source = Path(client.get_model_version(settings.tracking.model, "1").source.removeprefix("file://"))
+    source = stored(client, settings, "1")
     files = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
     own = {Path("data/bundle", path.name) for path in bundle.folder.iterdir()}
-    described = {Path(name) for name in ("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt")}
-    assert files == own | described
+    package = Path(bp_spark.__file__).parent
+    code = {Path("code/bp_spark", path.relative_to(package)) for path in package.rglob("*.py")}
+    assert files == own | code | {Path(name) for name in DESCRIBED}
     loaded = mlflow.pyfunc.load_model(f"models:/{settings.tracking.model}@champion")
     # a user's key is none of the model's business
     answers = loaded.predict(rows.assign(user_key=rows.index))
@@ -214,7 +230,7 @@ def test_an_entry_that_was_cut_short_is_gone_on_with(
         raise OSError("disk full")
 
     with monkeypatch.context() as broken:
-        broken.setattr(MlflowClient, "log_artifacts", full)
+        broken.setattr(MlflowClient, "log_model_artifacts", full)
         with pytest.raises(TrackingError, match=r"tracking\.uri sqlite.*disk full"):
             tracking.publish(settings, bundle)
     assert versions(client, settings) == []
@@ -235,15 +251,12 @@ def test_a_version_is_fetched_once_and_verified(
     fetched = tracking.fetch(settings, f"models:/{name}@champion")
     assert fetched.digest == second.digest
     assert fetched.folder.is_relative_to(settings.training.work_dir)
-    stored = [
-        Path(client.get_model_version(name, number).source.removeprefix("file://"), "data/bundle")
-        for number in ("1", "2")
-    ]
-    shutil.rmtree(stored[1])
+    places = [stored(client, settings, number) / "data/bundle" for number in ("1", "2")]
+    shutil.rmtree(places[1])
     assert tracking.fetch(settings, f"models:/{name}/2").digest == second.digest
     # the files of another bundle, whole as they are, in the place of the first
-    shutil.rmtree(stored[0])
-    shutil.copytree(second.folder, stored[0])
+    shutil.rmtree(places[0])
+    shutil.copytree(second.folder, places[0])
     with pytest.raises(
         BundleError, match=f"models:/{name}/1: the files are those of another bundle, {second.digest[:12]}"
     ):
