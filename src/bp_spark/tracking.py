@@ -23,7 +23,7 @@ import shutil
 import sqlite3
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from importlib import metadata, resources
@@ -34,8 +34,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from packaging.requirements import Requirement
-from packaging.version import Version
 from pyspark import TaskContext
 
 from bp_spark import __version__, features, scoring
@@ -70,7 +68,6 @@ _PACKAGES = (
     "delta-spark",
     "mlflow-skinny",
     "numpy",
-    "packaging",
     "pandas",
     "pyarrow",
     "pydantic",
@@ -467,12 +464,14 @@ def requirements(bundle: Bundle) -> list[str]:
 
 
 def _requirement(name: str) -> str:
-    """Pin the installed version; a platform's own Spark isn't installed as a package, so this package's range is taken."""
-    try:
-        return f"{name}=={Version(metadata.version(name)).public}"
-    except metadata.PackageNotFoundError:
-        ranges = [Requirement(text) for text in metadata.requires("bp-spark") or ()]
-        return next((str(each) for each in ranges if each.name == name and each.marker is None), name)
+    """Pin the installed version. A platform's own Spark is no installed package: this package's range is taken then."""
+    with suppress(metadata.PackageNotFoundError):
+        return f"{name}=={metadata.version(name).partition('+')[0]}"
+    with suppress(metadata.PackageNotFoundError):
+        for declared in metadata.requires("bp-spark") or ():
+            if re.match(rf"{name}\s*[<>=!~]", declared):
+                return declared
+    return name
 
 
 def _example(bundle: Bundle) -> pd.DataFrame:
