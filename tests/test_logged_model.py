@@ -17,9 +17,12 @@ from packaging.requirements import Requirement
 
 from bp_spark import config, scoring, session, tracking
 from bp_spark.model.bundle import Bundle
-from trained_bundles import features, fitted_members, write_bundle
+from bp_spark.model.network import TransformerMember
+from test_network import make_network
+from trained_bundles import fitted_members, write_bundle
+from training_rows import SPEC, make_rows
 
-COLUMNS = ("recency_days", "spend_90d", "seq_amount")
+COLUMNS = (*SPEC.columns,)
 
 LOAD = """
 import importlib.util, json, sys
@@ -129,12 +132,15 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
             f"bundles={folder}/bundles",
         ]
     )
-    bundle = write_bundle(settings, fitted_members(), "one")
+    users = pd.DataFrame({name: list(values) for name, values in make_rows(50).items() if name in COLUMNS})
+    users = users.astype(dict.fromkeys(SPEC.tabular, "float32")).set_axis([f"user{n:02}" for n in range(50)])
+    members = [*fitted_members(users), TransformerMember(make_network())]
+    bundle = write_bundle(settings, members, "one", rows=users)
     tracking.publish(settings, bundle)
     client = MlflowClient(settings.tracking.uri)
     model = Path(client.get_model_version_download_uri("purchasing-power", "1").removeprefix("file://"))
     rows = folder / "rows.parquet"
-    features().rename_axis("user").reset_index().to_parquet(rows)
+    users.to_parquet(rows)
     venv.create(folder / "venv", with_pip=False, symlinks=True)
     link_requirements(model / "requirements.txt", next((folder / "venv/lib").glob("python*/site-packages")))
     return Logged(bundle, model, folder, rows, folder / "venv/bin/python")
@@ -187,12 +193,11 @@ def test_a_spark_that_a_platform_brings_is_required_in_the_declared_range(
     assert required["pyspark"] in declared
 
 
-def test_only_a_network_needs_torch(logged: Logged) -> None:
+def test_only_a_network_needs_torch(logged: Logged, monkeypatch: pytest.MonkeyPatch) -> None:
     def names() -> set[str]:
         return {Requirement(text).name for text in tracking.requirements(logged.bundle)}
 
     network = {"torch", "transformers", "safetensors"}
+    assert names() >= network
+    monkeypatch.delitem(logged.bundle.members, "transformer")
     assert not names() & network
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(logged.bundle.members, "transformer", logged.bundle.members["trees"])
-        assert names() >= network

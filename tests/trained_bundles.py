@@ -18,7 +18,6 @@ from bp_spark.model.horizons import Horizons
 from bp_spark.model.members import LinearMember, TreesMember
 
 USERS = 50
-TABULAR = ("recency_days", "spend_90d")
 
 
 def features() -> pd.DataFrame:
@@ -32,14 +31,20 @@ def features() -> pd.DataFrame:
     return rows.set_axis([f"user{n}" for n in range(USERS)])
 
 
-def fitted_members() -> list[Any]:
-    """Return trees and a line, both fitted on :func:`features`."""
-    rows = features()[list(TABULAR)]
-    matrix = xgboost.DMatrix(rows, label=rows["spend_90d"])
+def fitted_members(rows: pd.DataFrame | None = None) -> list[Any]:
+    """Return trees and a line, both fitted on rows of features: by default :func:`features`."""
+    rows = features() if rows is None else rows
+    names = tabular(rows)
+    matrix = xgboost.DMatrix(rows[list(names)], label=rows["spend_90d"])
     return [
         TreesMember(xgboost.train({"objective": "reg:tweedie", "max_depth": 2, "seed": 1}, matrix, 5)),
-        LinearMember(TABULAR, (2.0, 3.0), (-0.1, 0.9), 0.2, 1.3, 9.0),
+        LinearMember(names, (2.0, 3.0), (-0.1, 0.9), 0.2, 1.3, 9.0),
     ]
+
+
+def tabular(rows: pd.DataFrame) -> tuple[str, ...]:
+    """Return the names of the columns that hold one number a user."""
+    return tuple(name for name in rows.columns if not name.startswith("seq_"))
 
 
 def write_bundle(
@@ -48,15 +53,21 @@ def write_bundle(
     name: str,
     promoted: bool = True,
     reason: str = "no worse than linear 0.81",
+    rows: pd.DataFrame | None = None,
 ) -> Bundle:
-    """Write a bundle of these members to ``settings.bundles``, with the decision of its training."""
-    rows = features()
-    columns = {column: rows[column].to_numpy() for column in TABULAR}
+    """Write a bundle of these members to ``settings.bundles``, with the decision of its training.
+
+    Args:
+        rows: what it was fitted on, by default :func:`features`.
+    """
+    rows = features() if rows is None else rows
+    columns = {column: rows[column].to_numpy() for column in rows.columns}
     predictions = {member.name: member.predict(columns) for member in members}
     fusion = Fusion.fit(
-        pd.DataFrame({"label_spend": columns["spend_90d"], **predictions}), FusionConfig(members=("trees", "linear"))
+        pd.DataFrame({"label_spend": columns["spend_90d"], **predictions}),
+        FusionConfig(members=tuple(member.name for member in members)),
     )
-    groups = {"recency_days": "recency", "spend_90d": "spend"}
+    groups = {column: column.split("_")[0] for column in tabular(rows)}
     explanation = Explanation.fit(
         columns, predictions, rows.index.to_numpy(), members, fusion, groups, seed=1, threads=1
     )
@@ -65,7 +76,7 @@ def write_bundle(
         Path(settings.bundles) / name,
         members,
         fusion,
-        inputs={"tabular": list(TABULAR), "history": ["seq_amount"]},
+        inputs={"tabular": list(tabular(rows)), "history": [column for column in rows if column.startswith("seq_")]},
         lineage={
             "run_id": name,
             "test_date": "2017-10-03",
