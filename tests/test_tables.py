@@ -8,15 +8,28 @@ import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import cast
 
 import pytest
+from pyspark.errors import AnalysisException
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark import config, tables
 from bp_spark.config import TablesConfig
 from bp_spark.errors import ConfigError, DataError
-from bp_spark.tables import RUNS, SCORES, Column, Lakehouse, Table, conform
+from bp_spark.tables import (
+    BACKTESTS,
+    RAW_TRANSACTIONS,
+    RUNS,
+    SCORES,
+    USER_KEYS,
+    Column,
+    Lakehouse,
+    Table,
+    conform,
+    managed_extras,
+)
 
 TABLE = Table(
     "things",
@@ -248,3 +261,90 @@ def test_a_folder_and_its_url_are_the_same_place(tmp_path: Path) -> None:
         system, path = tables.file_system(address)
         assert system.get_file_info(path).type.name == "Directory"
         assert Path(path) == tmp_path
+
+
+# --- what only Databricks has --------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """A session that notes the SQL that it is given, and refuses what it is told to."""
+
+    def __init__(self, refused: str = "nothing") -> None:
+        self.statements: list[str] = []
+        self.refused = refused
+
+    def sql(self, statement: str) -> None:
+        self.statements.append(statement)
+        if self.refused in statement:
+            raise AnalysisException("not supported here")
+
+
+def managed(recorder: Recorder) -> Lakehouse:
+    return Lakehouse(cast(SparkSession, recorder), TablesConfig(path=None, namespace="main.bp"))
+
+
+def test_a_managed_table_on_databricks_has_its_key_and_is_clustered_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "17.3")
+    recorder = Recorder()
+    managed(recorder).declare_extras(USER_KEYS)
+    assert recorder.statements == [
+        "ALTER TABLE `main`.`bp`.`user_keys` SET TBLPROPERTIES ('delta.dataSkippingStatsColumns' = 'key_id,user_key')",
+        "ALTER TABLE `main`.`bp`.`user_keys` CLUSTER BY (`user_key`)",
+        "ALTER TABLE `main`.`bp`.`user_keys` ADD CONSTRAINT `user_keys_key` PRIMARY KEY (`user_key`) NOT ENFORCED RELY",
+    ]
+
+
+def test_a_partitioned_table_has_a_key_and_no_clustering() -> None:
+    assert managed_extras(SCORES, "scores") == [
+        "ALTER TABLE scores ADD CONSTRAINT `scores_key` PRIMARY KEY (`user_key`, `score_date`) NOT ENFORCED RELY"
+    ]
+
+
+def test_a_key_that_may_be_null_is_no_primary_key() -> None:
+    assert "peer" in BACKTESTS.key
+    assert managed_extras(BACKTESTS, "backtests") == []
+    assert managed_extras(RAW_TRANSACTIONS, "raw_transactions") == []
+
+
+def test_a_catalog_that_refuses_a_key_gets_a_table_without_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "17.3")
+    recorder = Recorder(refused="PRIMARY KEY")
+    managed(recorder).declare_extras(USER_KEYS)
+    assert len(recorder.statements) == 3
+    assert "main.bp.user_keys: goes without" in caplog.text
+
+
+def test_tables_elsewhere_get_no_sql_of_databricks(lakehouse: Lakehouse, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    managed(recorder).declare_extras(USER_KEYS)
+    monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "17.3")
+    by_path = Lakehouse(cast(SparkSession, recorder), TablesConfig(path="/data"))
+    by_path.declare_extras(USER_KEYS)
+    assert recorder.statements == []
+
+
+def test_delta_clusters_a_table_by_these_statements(spark: SparkSession, lakehouse: Lakehouse) -> None:
+    """Delta has the clustering, so that is tried. Spark 4.1 reads the primary key, and its Delta refuses it."""
+    clustered = Table(
+        "clustered",
+        "Things by name",
+        (Column("name", "string", "Name", required=True), Column("n", "bigint", "Number")),
+        key=("name",),
+    )
+    rows = things(spark, ROWS).select("name", "n")
+    lakehouse.replace(clustered, rows)
+    name = f"delta.`{lakehouse.location('clustered')}`"
+    statistics, clustering, primary = managed_extras(clustered, name)
+    spark.sql(statistics)
+    spark.sql(clustering)
+    with pytest.raises(AnalysisException):
+        spark.sql(primary)
+    detail = spark.sql(f"DESCRIBE DETAIL {name}").select("clusteringColumns").first()
+    assert detail is not None
+    assert detail[0] == ["name"]
+    lakehouse.append(clustered, rows)
+    lakehouse.replace(clustered, rows)
+    assert lakehouse.read("clustered").count() == len(ROWS)
+    assert lakehouse.is_plain("clustered")

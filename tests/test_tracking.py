@@ -3,7 +3,10 @@ where there is no store."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, timedelta
@@ -12,48 +15,37 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlflow
-import numpy as np
 import pandas as pd
 import pytest
-import xgboost
 from mlflow import MlflowClient
+from mlflow.tracking import fluent
 from pyspark.sql import SparkSession
 
+import bp_spark
 from bp_spark import config, pipeline, scoring, tracking
-from bp_spark.config import Config, FusionConfig
+from bp_spark.config import Config
 from bp_spark.errors import BundleError, ConfigError, TrackingError
 from bp_spark.model import bundle as bundles
 from bp_spark.model.bundle import Bundle
-from bp_spark.model.explanation import Explanation
-from bp_spark.model.fusion import Fusion
-from bp_spark.model.horizons import Horizons
-from bp_spark.model.members import LinearMember, TreesMember
 from bp_spark.pipeline import training
 from bp_spark.pipeline.run import Run
 from bp_spark.search import Trial
+from trained_bundles import features, fitted_members, write_bundle
 
-USERS = 50
-
-
-def features() -> pd.DataFrame:
-    """Rows of ``user_features``: float32 columns, one of them not always known, and a history of any length."""
-    rng = np.random.default_rng(0)
-    rows = pd.DataFrame(
-        {"recency_days": rng.exponential(20, USERS), "spend_90d": np.exp(rng.normal(3, 1, USERS))}, dtype=np.float32
-    )
-    rows.loc[3, "recency_days"] = np.nan
-    rows["seq_amount"] = [rng.random(length, dtype=np.float32) for length in rng.integers(0, 5, USERS)]
-    return rows.set_axis([f"user{n}" for n in range(USERS)])
+DESCRIBED = (
+    "MLmodel",
+    "conda.yaml",
+    "input_example.json",
+    "python_env.yaml",
+    "requirements.txt",
+    "serving_input_example.json",
+)
+"""Files of a version beside the bundle and the code."""
 
 
 @pytest.fixture(scope="module")
 def members() -> list[Any]:
-    rows = features()[["recency_days", "spend_90d"]]
-    matrix = xgboost.DMatrix(rows, label=rows["spend_90d"])
-    return [
-        TreesMember(xgboost.train({"objective": "reg:tweedie", "max_depth": 2, "seed": 1}, matrix, 5)),
-        LinearMember(("recency_days", "spend_90d"), (2.0, 3.0), (-0.1, 0.9), 0.2, 1.3, 9.0),
-    ]
+    return fitted_members()
 
 
 @pytest.fixture(scope="module")
@@ -75,47 +67,28 @@ def settings(store: Path, tmp_path: Path) -> Config:
     )
 
 
+@pytest.fixture(autouse=True)
+def untouched() -> Iterator[None]:
+    """MLflow as another test finds it."""
+    yield
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    fluent._active_experiment_id = None
+    os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
+
+
 @pytest.fixture
-def client(settings: Config) -> Iterator[MlflowClient]:
+def client(settings: Config) -> MlflowClient:
     """What a user of MLflow works with."""
     mlflow.set_tracking_uri(settings.tracking.uri)
-    yield MlflowClient()
-    mlflow.set_tracking_uri(None)
+    return MlflowClient()
 
 
 @pytest.fixture
-def trained(settings: Config, members: list[Any], tmp_path: Path) -> Callable[..., Bundle]:
+def trained(settings: Config, members: list[Any]) -> Callable[..., Bundle]:
     """Leaves in the folder of bundles what a training leaves."""
-    rows = features()
-    columns = {name: rows[name].to_numpy() for name in ("recency_days", "spend_90d")}
-    said = {member.name: member.predict(columns) for member in members}
-    fusion = Fusion.fit(
-        pd.DataFrame({"label_spend": columns["spend_90d"], **said}), FusionConfig(members=("trees", "linear"))
-    )
-    groups = {"recency_days": "recency", "spend_90d": "spend"}
-    explanation = Explanation.fit(columns, said, rows.index.to_numpy(), members, fusion, groups, seed=1, threads=1)
 
     def train(name: str, promoted: bool = True, reason: str = "no worse than linear 0.81") -> Bundle:
-        figures = [("fused", "gini", 0.87), ("fused", "auc", float("nan")), ("linear", "gini", 0.81)]
-        bundle = bundles.write(
-            Path(settings.bundles) / name,
-            members,
-            fusion,
-            inputs={"tabular": list(columns), "history": ["seq_amount"]},
-            lineage={
-                "run_id": name,
-                "test_date": "2017-10-03",
-                "training_set": {"location": "lakehouse/training_set", "version": 3},
-                "config": settings.model_dump(mode="json"),
-            },
-            metrics={"rows": [{"member": m, "population": "all", "metric": k, "value": v} for m, k, v in figures]},
-            horizons=Horizons(90, ()),
-            explanation=explanation,
-        )
-        if promoted:
-            bundles.promote(settings.bundles, bundle)
-        bundles.record(settings.bundles, bundle, promoted=promoted, reason=reason)
-        return bundle
+        return write_bundle(settings, members, name, promoted, reason)
 
     return train
 
@@ -124,6 +97,11 @@ def versions(client: MlflowClient, settings: Config) -> list[str]:
     return sorted(
         str(version.version) for version in client.search_model_versions(f"name = '{settings.tracking.model}'")
     )
+
+
+def stored(client: MlflowClient, settings: Config, version: str) -> Path:
+    """Folder of a version's files."""
+    return Path(client.get_model_version_download_uri(settings.tracking.model, version).removeprefix("file://"))
 
 
 def champion(client: MlflowClient, settings: Config) -> str:
@@ -164,11 +142,12 @@ def test_what_is_loaded_by_alias_answers_as_scoring_does_without_a_pickle(
 ) -> None:
     bundle, rows = trained("one"), features()
     tracking.publish(settings, bundle)
-    source = Path(client.get_model_version(settings.tracking.model, "1").source.removeprefix("file://"))
+    source = stored(client, settings, "1")
     files = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
     own = {Path("data/bundle", path.name) for path in bundle.folder.iterdir()}
-    described = {Path(name) for name in ("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt")}
-    assert files == own | described
+    package = Path(bp_spark.__file__).parent
+    code = {Path("code/bp_spark", path.relative_to(package)) for path in package.rglob("*.py")}
+    assert files == own | code | {Path(name) for name in DESCRIBED}
     loaded = mlflow.pyfunc.load_model(f"models:/{settings.tracking.model}@champion")
     # a user's key is none of the model's business
     answers = loaded.predict(rows.assign(user_key=rows.index))
@@ -177,6 +156,34 @@ def test_what_is_loaded_by_alias_answers_as_scoring_does_without_a_pickle(
     assert answers["reasons"].map(len).ge(2).all()
     with pytest.raises(mlflow.exceptions.MlflowException, match="spend_90d"):
         loaded.predict(rows.drop(columns="spend_90d"))
+
+
+def test_the_training_set_is_an_input_of_the_run_by_address_and_version(
+    settings: Config, trained: Callable[..., Bundle], client: MlflowClient
+) -> None:
+    tracking.publish(settings, trained("one"))
+    run = client.get_run(client.get_model_version(settings.tracking.model, "1").run_id)
+    (used,) = run.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.source_type) == ("training_set", "delta_table")
+    source = json.loads(used.dataset.source)
+    assert (source["path"], source["delta_table_version"]) == ("lakehouse/training_set", 3)
+    assert {tag.key: tag.value for tag in used.tags} == {"mlflow.data.context": "training"}
+
+
+def test_the_caller_of_a_training_keeps_the_own_store_experiment_and_run(
+    settings: Config, trained: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    own = f"sqlite:///{tmp_path}/own.db"
+    mlflow.set_tracking_uri(own)
+    experiment = MlflowClient(own).create_experiment("own", f"{tmp_path}/own")
+    mlflow.set_experiment(experiment_id=experiment)
+    import_path = list(sys.path)
+    with mlflow.start_run() as run:
+        tracking.publish(settings, trained("one"))
+        assert mlflow.active_run().info.run_id == run.info.run_id
+        mlflow.log_param("of", "the caller")
+    assert (mlflow.get_tracking_uri(), sys.path) == (own, import_path)
+    assert mlflow.get_run(run.info.run_id).data.params == {"of": "the caller"}
 
 
 def test_a_refused_bundle_is_a_version_with_its_reason_and_the_alias_stays(
@@ -214,7 +221,7 @@ def test_an_entry_that_was_cut_short_is_gone_on_with(
         raise OSError("disk full")
 
     with monkeypatch.context() as broken:
-        broken.setattr(MlflowClient, "log_artifacts", full)
+        broken.setattr(MlflowClient, "log_model_artifacts", full)
         with pytest.raises(TrackingError, match=r"tracking\.uri sqlite.*disk full"):
             tracking.publish(settings, bundle)
     assert versions(client, settings) == []
@@ -235,15 +242,12 @@ def test_a_version_is_fetched_once_and_verified(
     fetched = tracking.fetch(settings, f"models:/{name}@champion")
     assert fetched.digest == second.digest
     assert fetched.folder.is_relative_to(settings.training.work_dir)
-    stored = [
-        Path(client.get_model_version(name, number).source.removeprefix("file://"), "data/bundle")
-        for number in ("1", "2")
-    ]
-    shutil.rmtree(stored[1])
+    places = [stored(client, settings, number) / "data/bundle" for number in ("1", "2")]
+    shutil.rmtree(places[1])
     assert tracking.fetch(settings, f"models:/{name}/2").digest == second.digest
     # the files of another bundle, whole as they are, in the place of the first
-    shutil.rmtree(stored[0])
-    shutil.copytree(second.folder, stored[0])
+    shutil.rmtree(places[0])
+    shutil.copytree(second.folder, places[0])
     with pytest.raises(
         BundleError, match=f"models:/{name}/1: the files are those of another bundle, {second.digest[:12]}"
     ):

@@ -6,6 +6,7 @@ In: a DataFrame and a :class:`Table`. Out: a Delta table whose rows of one date 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import time
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 from delta.tables import DeltaTable, DeltaTableBuilder
 from py4j.protocol import Py4JError
 from pyarrow import fs
-from pyspark.errors import AnalysisException
+from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -42,6 +43,10 @@ _NO_TABLE = re.compile("DELTA_TABLE_NOT_FOUND|DELTA_MISSING_DELTA_TABLE")
 _CLOCKS_APART_S = 1
 """How far the clocks of the driver and of the store may be apart."""
 _LISTED_VALUES = 200
+_CLUSTER_COLUMNS = 4
+"""The most columns that Delta clusters a table by."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -963,6 +968,7 @@ class Lakehouse:
             try:
                 with explained(self._named(table.name)):
                     self._builder(DeltaTable.create(self.spark), table).execute()
+                    self.declare_extras(table)
             except OccupiedError as error:
                 self._await_creation(table.name, error)
                 raise ConflictError(self._named(table.name)) from None
@@ -1126,6 +1132,7 @@ class Lakehouse:
             try:
                 with explained(self._named(table.name)):
                     self._builder(DeltaTable.createIfNotExists(self.spark), table).execute()
+                    self.declare_extras(table)
             except ConflictError:
                 # created by another run in the same moment, which is as good
                 if not self.exists(table.name):
@@ -1137,6 +1144,21 @@ class Lakehouse:
                 if not _NO_TABLE.search(str(error)):
                     raise
                 self._await_creation(table.name, OccupiedError(self._named(table.name)))
+
+    def declare_extras(self, table: Table) -> None:
+        """Run :func:`managed_extras` for a new table of Unity Catalog; elsewhere there is nothing to do.
+
+        They change no row. A catalog that refuses one, such as ``hive_metastore``, gets a warning and the table goes without.
+        """
+        if self._root is not None or "DATABRICKS_RUNTIME_VERSION" not in os.environ:
+            return
+        for statement in managed_extras(table, self._identifier(table.name)):
+            try:
+                self.spark.sql(statement)
+            except PySparkException as error:
+                _logger.warning(
+                    "%s: goes without %r: %s", self._named(table.name), statement, str(error).split("\n")[0]
+                )
 
     def _await_creation(self, name: str, error: OccupiedError) -> None:
         """Wait for the first commit of another run that has made the table's folder; raise the error if none comes."""
@@ -1272,6 +1294,31 @@ def _newest_version(table: DeltaTable) -> int:
         newest = table.history(1).select("version").first()
         assert newest is not None
         return int(newest[0])
+
+
+def managed_extras(table: Table, name: str) -> list[str]:
+    """Return the SQL that gives a managed table its primary key and, where it has no partitions, liquid clustering by it.
+
+    Databricks trusts the key (``RELY``) and doesn't enforce it. A key with a column that may be NULL is none.
+
+    Args:
+        name: the table as SQL names it.
+    """
+    required = {column.name for column in table.stored_columns if column.required}
+    if not table.key or not required.issuperset(table.key):
+        return []
+    key = ", ".join(f"`{column}`" for column in table.key)
+    primary = f"ALTER TABLE {name} ADD CONSTRAINT `{table.name}_key` PRIMARY KEY ({key}) NOT ENFORCED RELY"
+    if table.partition_by:
+        return [primary]
+    cluster = table.key[:_CLUSTER_COLUMNS]
+    # Delta clusters by columns that have statistics, and these tables have them for few
+    indexed = ",".join(dict.fromkeys((*table.skipped_by, *cluster)))
+    return [
+        f"ALTER TABLE {name} SET TBLPROPERTIES ('delta.dataSkippingStatsColumns' = '{indexed}')",
+        f"ALTER TABLE {name} CLUSTER BY ({', '.join(f'`{column}`' for column in cluster)})",
+        primary,
+    ]
 
 
 def whole(lakehouse: Lakehouse, table: Table) -> DataFrame:

@@ -1,8 +1,11 @@
 """Bundles -> versions of a registered model, trainings and trials -> runs, in the MLflow store at ``tracking.uri``.
 
-A version is an MLflow ``pyfunc`` model around the bundle's own files, loaded by this module: nothing is pickled, and the
-bundle proves itself unchanged as anywhere else. What is sent: settings, figures, names and digests, and the bundle; no row of
-a user. MLflow's reports on its usage are switched off, unless ``MLFLOW_DISABLE_TELEMETRY`` says otherwise.
+A version is an MLflow ``pyfunc`` model: the bundle's own files, this package's code and the packages that it needs. MLflow
+loads it where bp-spark isn't installed. Nothing is pickled, and the bundle proves itself unchanged as anywhere else.
+
+A store receives settings, figures, names, digests, the address and version of the training set, and the bundle. It receives
+no row of a user: the input example is invented. MLflow's reports on its usage are switched off, unless
+``MLFLOW_DISABLE_TELEMETRY`` says otherwise.
 
 The folder of bundles comes first. A training writes its bundle and moves ``bundles/current`` before it says anything here, so
 a store that can't be reached, or a process that dies in between, leaves a store that lags behind and never a lost bundle;
@@ -18,15 +21,18 @@ import os
 import re
 import shutil
 import sqlite3
-import warnings
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
+from importlib import metadata, resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from pyspark import TaskContext
 
@@ -36,11 +42,16 @@ from bp_spark.errors import BundleError, ConfigError, TrackingError
 from bp_spark.model import bundle as bundles
 from bp_spark.model import signing
 from bp_spark.model.bundle import Bundle
+from bp_spark.model.columns import Ragged, ragged
 from bp_spark.tables import SCORES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.data.dataset import Dataset
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
+    from mlflow.models.model import ModelInfo
 
     from bp_spark.search import Trial
 
@@ -52,12 +63,31 @@ _SQLITE = "sqlite:///"
 _MODEL = "model"
 _DIGEST = "bundle_digest"
 _PARAMS_AT_ONCE = 100
+_PACKAGES = (
+    "cryptography",
+    "delta-spark",
+    "mlflow-skinny",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "pydantic",
+    "pyspark",
+    "pyyaml",
+    "scikit-learn",
+    "scipy",
+    "threadpoolctl",
+    "xgboost-cpu",
+)
+"""Packages that a logged model imports; :data:`_NETWORK_PACKAGES` are added where a member is a network."""
+_NETWORK_PACKAGES = ("safetensors", "torch", "transformers")
+_EXAMPLES = {"int": np.int32(1), "bigint": np.int64(0), "float": np.float32(1)}
+"""What the invented user of the input example has in each column, by SQL type."""
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-_NOISY = ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store")
+_NOISY = ("alembic", "mlflow.pyfunc", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store")
 _IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
 
@@ -206,15 +236,20 @@ def fetch(config: Config, address: str) -> Bundle:
 
 
 class Scorer:
-    """What ``mlflow.pyfunc`` calls: the answers of a bundle, see :func:`bp_spark.scoring.answers`."""
+    """Answer for ``mlflow.pyfunc``, as :func:`bp_spark.scoring.answers` does for a scoring run."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
 
     def predict(self, model_input: pd.DataFrame) -> pd.DataFrame:
-        """A row of answers for each row of ``user_features``, under the same index."""
-        answers = scoring.answers(self.bundle, {name: model_input[name].to_numpy() for name in model_input.columns})
-        return scoring.as_frame(answers).set_index(model_input.index)
+        """Return a row of answers for each row of ``user_features``, under the same index."""
+        columns: dict[str, np.ndarray | Ragged] = {name: model_input[name].to_numpy() for name in model_input.columns}
+        for column in features.SEQUENCE_COLUMNS:
+            if column.type == "array<float>" and column.name in columns:
+                # as the table has them: the signature takes doubles, for JSON knows no floats
+                history = ragged(columns[column.name])
+                columns[column.name] = Ragged(history.values.astype(np.float32), history.lengths)
+        return scoring.as_frame(scoring.answers(self.bundle, columns)).set_index(model_input.index)
 
 
 def _load_pyfunc(path: str) -> Scorer:
@@ -300,10 +335,10 @@ def _recorded(
 ) -> str:
     """The version of a bundle, which is recorded if it is none yet; a run that was left unfinished is gone on with."""
     runs = client.search_runs([experiment], f"tags.{_DIGEST} = '{bundle.digest}'")
-    known = {run.info.run_id for run in runs}
-    for version in client.search_model_versions(f"name = '{config.model}'"):
-        if version.run_id in known:
-            return str(version.version)
+    version = _existing(client, config.model, bundle, runs)
+    if version is not None:
+        _describe(client, version, bundle)
+        return str(version.version)
     manifest, lineage = bundle.manifest, bundle.manifest["lineage"]
     ended = datetime.fromisoformat(manifest["created_at"])
     tags = {
@@ -316,7 +351,6 @@ def _recorded(
     }
     decision = bundles.decision(bundle.folder)
     verdict = {"decision": "none" if decision is None else "promoted" if decision["promoted"] else "refused"}
-    reason = "" if decision is None else str(decision["reason"])
     if runs:
         run = runs[0]
     else:
@@ -329,32 +363,125 @@ def _recorded(
     for epoch in history:
         figures = {f"transformer/{name}": value for name, value in epoch.items() if name != "epoch"}
         _log_metrics(client, run_id, ended, figures, int(epoch["epoch"]))
-    with TemporaryDirectory() as place:
-        _save_model(bundle, Path(place) / _MODEL)
-        client.log_artifacts(run_id, str(Path(place) / _MODEL), _MODEL)
-    source = f"{run.info.artifact_uri}/{_MODEL}"
-    version = client.create_model_version(
-        config.model, source, run_id, tags={**tags, **verdict}, description=reason or None
-    )
+    with _active_run(_uri(config), run_id):
+        import mlflow
+
+        mlflow.log_input(_training_set(lineage["training_set"]), context="training")
+        registered = _log_model(bundle, config.model, {**tags, **verdict}).registered_model_version
+    _describe(client, client.get_model_version(config.model, str(registered)), bundle)
     client.set_terminated(run_id, "FINISHED", _millis(ended))
-    return str(version.version)
+    return str(registered)
 
 
-def _save_model(bundle: Bundle, folder: Path) -> None:
-    """An MLflow model around the bundle's files; its signature is the input columns as ``user_features`` has them."""
+def _existing(client: MlflowClient, model: str, bundle: Bundle, runs: Sequence[Run]) -> ModelVersion | None:
+    """Return the version of a bundle; a search in Unity Catalog gives no tags, so runs and their models tell it, too."""
+    run_ids = {run.info.run_id for run in runs}
+    model_ids = {output.model_id for run in runs if run.outputs for output in run.outputs.model_outputs}
+    for version in client.search_model_versions(f"name = '{model}'"):
+        if version.tags.get(_DIGEST) == bundle.digest or version.run_id in run_ids or version.model_id in model_ids:
+            return version
+    return None
+
+
+def _describe(client: MlflowClient, version: ModelVersion, bundle: Bundle) -> None:
+    """Give a version the reason of the bundle's decision as its description."""
+    decision = bundles.decision(bundle.folder)
+    reason = "" if decision is None else str(decision["reason"])
+    if reason and not version.description:
+        client.update_model_version(version.name, version.version, description=reason)
+
+
+@contextmanager
+def _active_run(uri: str, run_id: str) -> Iterator[None]:
+    """Make a run MLflow's active one. The caller's own store, experiment and import path come back at the end."""
+    import mlflow
+    from mlflow.tracking import fluent
+
+    store = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    experiment, import_path = fluent._active_experiment_id, list(sys.path)
+    mlflow.set_tracking_uri(uri)
+    registry = mlflow.get_registry_uri()
+    try:
+        if registry != _registry_uri(uri):
+            mlflow.set_registry_uri(_registry_uri(uri))
+        # MLflow refuses to activate a run of another experiment than the one that the caller has set
+        fluent._active_experiment_id = None
+        with mlflow.start_run(run_id=run_id, nested=True):
+            yield
+    finally:
+        fluent._active_experiment_id = experiment
+        if mlflow.get_registry_uri() != registry:
+            mlflow.set_registry_uri(registry)
+        mlflow.set_tracking_uri(store)  # type: ignore[arg-type]
+        # MLflow loads the model once to try its example, and puts the model's code first
+        sys.path[:] = import_path
+
+
+def _training_set(source: Mapping[str, Any]) -> Dataset:
+    """Describe the table that a bundle was trained on, by address and version: no row of it is read."""
+    from mlflow.data.delta_dataset_source import DeltaDatasetSource
+    from mlflow.data.meta_dataset import MetaDataset
+
+    table = DeltaDatasetSource(path=str(source["location"]), delta_table_version=int(source["version"]))
+    return MetaDataset(table, name="training_set")  # type: ignore[abstract]
+
+
+def _log_model(bundle: Bundle, name: str, tags: Mapping[str, str]) -> ModelInfo:
+    """Log the bundle's files, the code and the requirements as a model of the active run, and register it."""
     from mlflow import pyfunc
 
-    with TemporaryDirectory() as place, warnings.catch_warnings():
-        # an example would be a user's row
-        warnings.filterwarnings("ignore", ".*input example was not provided", UserWarning)
-        data = shutil.copytree(bundle.folder, Path(place) / "bundle")
-        pyfunc.save_model(
-            str(folder),
+    with TemporaryDirectory() as folder:
+        data = shutil.copytree(bundle.folder, Path(folder) / "bundle")
+        code = Path(folder) / "bp_spark"
+        _copy_code(resources.files("bp_spark"), code)
+        return pyfunc.log_model(
+            name=_MODEL,
             loader_module=__name__,
             data_path=str(data),
+            code_paths=[str(code)],
             signature=_signature(bundle),
-            pip_requirements=[f"bp-spark=={__version__}"],
+            input_example=_example(bundle),
+            pip_requirements=requirements(bundle),
+            registered_model_name=name,
+            tags=dict(tags),
         )
+
+
+def _copy_code(package: Traversable, target: Path) -> None:
+    """Copy a package's modules, also out of an archive: jobs on a cluster may import this package from one."""
+    target.mkdir()
+    for entry in package.iterdir():
+        if entry.name.endswith(".py"):
+            (target / entry.name).write_bytes(entry.read_bytes())
+        elif entry.is_dir() and entry.name != "__pycache__":
+            _copy_code(entry, target / entry.name)
+
+
+def requirements(bundle: Bundle) -> list[str]:
+    """Return what a bundle needs to predict, as pip takes it: each package in the version that is installed."""
+    names = _PACKAGES + (_NETWORK_PACKAGES if "transformer" in bundle.members else ())
+    return sorted(_requirement(name) for name in names)
+
+
+def _requirement(name: str) -> str:
+    """Pin the installed version. A platform's own Spark is no installed package: this package's range is taken then."""
+    with suppress(metadata.PackageNotFoundError):
+        return f"{name}=={metadata.version(name).partition('+')[0]}"
+    with suppress(metadata.PackageNotFoundError):
+        for declared in metadata.requires("bp-spark") or ():
+            if re.match(rf"{name}\s*[<>=!~]", declared):
+                return declared
+    return name
+
+
+def _example(bundle: Bundle) -> pd.DataFrame:
+    """One row of input columns that no user has: ones, and a history of one event."""
+    kinds = {column.name: column.type for column in features.SEQUENCE_COLUMNS}
+    row: dict[str, object] = {}
+    for name in bundle.required_columns:
+        value = _EXAMPLES[kinds.get(name, "float").removeprefix("array<").removesuffix(">")]
+        row[name] = np.array([value]) if name in kinds else value
+    return pd.DataFrame({name: [value] for name, value in row.items()})
 
 
 def _signature(bundle: Bundle) -> ModelSignature:
@@ -362,7 +489,8 @@ def _signature(bundle: Bundle) -> ModelSignature:
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import Array, Object, Property, TensorSpec
 
-    elements = {"int": DataType.integer, "bigint": DataType.long, "float": DataType.float}
+    # what is in a JSON list is a long or a double, and MLflow narrows neither
+    elements = {"int": DataType.long, "bigint": DataType.long, "float": DataType.double}
     arrays = {
         column.name: Array(elements[column.type.removeprefix("array<").removesuffix(">")])
         for column in features.SEQUENCE_COLUMNS
