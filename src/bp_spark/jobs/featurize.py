@@ -1,0 +1,6 @@
+"""Ingest, clean, and build user features for as-of dates. See --help."""
+
+from bp_spark.cli import main
+
+if __name__ == "__main__":
+    main("featurize")
