@@ -1,6 +1,6 @@
 """Is the cluster fit for a night? See --help."""
 
-from bp_spark.cli import main
+from bp_spark.jobs.doctor import main
 
 if __name__ == "__main__":
-    main("doctor")
+    main()

@@ -1,6 +1,6 @@
 """Ingest, clean, and build user features for as-of dates. See --help."""
 
-from bp_spark.cli import main
+from bp_spark.jobs.featurize import main
 
 if __name__ == "__main__":
-    main("featurize")
+    main()

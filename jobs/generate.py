@@ -1,6 +1,6 @@
 """Make a synthetic platform of any size. See --help."""
 
-from bp_spark.cli import main
+from bp_spark.jobs.generate import main
 
 if __name__ == "__main__":
-    main("generate")
+    main()

@@ -1,6 +1,6 @@
 """Write the page of a night. See --help."""
 
-from bp_spark.cli import main
+from bp_spark.jobs.report import main
 
 if __name__ == "__main__":
-    main("report")
+    main()

@@ -1,6 +1,6 @@
 """Score every user of a date. See --help."""
 
-from bp_spark.cli import main
+from bp_spark.jobs.score import main
 
 if __name__ == "__main__":
-    main("score")
+    main()

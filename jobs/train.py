@@ -1,6 +1,6 @@
 """Train, evaluate and promote a model bundle. See --help."""
 
-from bp_spark.cli import main
+from bp_spark.jobs.train import main
 
 if __name__ == "__main__":
-    main("train")
+    main()

@@ -51,6 +51,7 @@ SLOW = {
     "tests/test_notebooks.py": "all notebooks, one after the other",
     "tests/test_fuzz.py": "ten thousand cases in make test-thorough",
     "tests/test_image.py": "the steps of the image, and a cluster started from it",
+    "tests/test_package.py": "the demo, from the wheel",
 }
 """What may take more than :data:`MOST_SECONDS` on an idle machine, and why; the longest first, for so they are run."""
 

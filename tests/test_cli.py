@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bp_spark import cli
-from bp_spark.errors import BpSparkError, DataError
+from bp_spark import __version__, cli, extras
+from bp_spark.errors import BpSparkError, DataError, PlatformError
 from clusters import bare_environment
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +66,30 @@ def test_the_shell_completes_commands_and_options() -> None:
 
     assert completed("bp-spark fea", 1) == ["featurize", "features"]
     assert completed("bp-spark score --da", 2) == ["--date"]
+
+
+def test_the_version_and_the_settings_are_printed() -> None:
+    assert CliRunner().invoke(cli.app, ["--version"]).output == f"{__version__}\n"
+    printed = CliRunner().invoke(cli.app, ["settings"]).output
+    assert printed == (ROOT / "conf/default.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("extra", "command"), [("spark", ["score", "--date", "2017-10-03"]), ("train", ["train"])])
+def test_a_command_without_its_extra_ends_with_the_name_of_the_extra(
+    extra: str, command: list[str], tmp_path: Path
+) -> None:
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({extras.EXTRAS[extra]}))"
+    # what is missing is said before a session would be asked for anything
+    code = f"{hidden}\nfrom bp_spark import cli\ncli._session = lambda *_: None\ncli.main()"
+    result = run(sys.executable, "-c", code, *command, cwd=tmp_path)
+    assert result.returncode == PlatformError.exit_code
+    assert result.stderr.strip().splitlines()[-1].endswith(f"which is not installed: pip install 'bp-spark[{extra}]'")
+    assert "Traceback" not in result.stderr
+
+
+def test_the_command_and_the_package_load_neither_spark_nor_torch() -> None:
+    code = "import sys, bp_spark, bp_spark.cli; print([m for m in ('pyspark', 'torch', 'pandas') if m in sys.modules])"
+    assert run(sys.executable, "-c", code).stdout == "[]\n"
 
 
 def test_an_unknown_key_is_one_clear_error() -> None:

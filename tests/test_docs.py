@@ -195,7 +195,7 @@ def parse(arguments: list[str]) -> None:
         arguments = arguments[2:]
     command = COMMANDS.commands[arguments[0]]
     given = command.make_context(arguments[0], arguments[1:]).params
-    overrides = given["overrides"] or ()
+    overrides = given.get("overrides") or ()
     assert all(OVERRIDE.fullmatch(override) for override in overrides), overrides
     file = given.get("config_file")
     config.load(ROOT / file if file and (ROOT / file).exists() else None, overrides)

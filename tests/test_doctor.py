@@ -82,6 +82,19 @@ def test_packages_other_than_the_pins_are_named(settings: Config, monkeypatch: p
     assert doctor.pins(settings).status == "warn"
 
 
+def test_only_the_extras_that_are_installed_are_asked_for(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["pandas>=2", "bp-spark[spark,train]; extra == 'demo'", "pyspark>=4; extra == 'spark'"]
+    absent = ["not-there>=1; extra == 'train'", "nor-there>=1; extra == 'demo'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: asked + absent)
+    found = doctor.pins(settings)
+    assert found.status == "ok"
+    assert found.found.startswith("all 2 that")
+    assert found.found.endswith("without the extras train, demo")
+    # one package of it, and it is chosen
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: [*asked, *absent, "optuna; extra == 'train'"])
+    assert doctor.pins(settings).found == "not-there is missing"
+
+
 @pytest.mark.parametrize(
     ("told", "said"),
     [("exit 1", "has no package"), ("echo 3.9", f"is 3.9, this Python is 3.{sys.version_info[1]}")],

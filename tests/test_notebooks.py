@@ -17,25 +17,12 @@ from deltalake import DeltaTable
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from pyspark.sql import SparkSession
-from tokenizers import Tokenizer, models
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from clusters import TEST_SETTINGS
-from small_package import household_ids, write_small_package
+from small_package import household_ids, small_settings, write_small_package
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-SMALL = [
-    "texts.max_tokens=8",
-    "labels.cutoffs=2",
-    "labels.recent_cutoffs=0",
-    "labels.cutoff_step_days=60",
-    "labels.other_horizons=[]",
-    "fusion.members=[btyd,trees]",
-    "trees.rounds=20",
-    "trees.learning_rate=0.2",
-    "tracking.uri=null",
-]
 PROMOTE = """
 from bp_spark.model import bundle
 bundle.promote(settings.bundles, trained.bundle)
@@ -58,16 +45,8 @@ def test_a_notebook_is_stored_without_what_it_came_to(path: Path) -> None:
 
 def settings_in(folder: Path) -> str:
     """Settings of a platform in a folder, with a language model of a few random weights, as the notebooks read them."""
-    words = {word: number for number, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]"))}
-    tokenizer = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        folder / "bert"
-    )
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=16, **sizes)).save_pretrained(folder / "bert")
     settings = [
-        *SMALL,
-        f"texts.model={folder}/bert",
+        *small_settings(folder),
         f"tables.path={folder}/lakehouse",
         f"bundles={folder}/bundles",
         f"training.work_dir={folder}/work",

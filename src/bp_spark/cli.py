@@ -12,16 +12,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from pyspark.sql import Row
-from pyspark.sql import functions as F
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bp_spark import __version__, config, logs
+from bp_spark import __version__, config, extras, logs
 from bp_spark.config import Config
 from bp_spark.errors import BpSparkError, DriftError, PlatformError
 from bp_spark.logs import LogFormat
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DEFAULT_CONFIG = Path("conf/default.yaml")
-DEMO_CONFIG = Path("conf/demo.yaml")
 DEMO_DATE = "2017-10-03"
 DEMO_SECRET = "the Complete Journey is public: nothing to hide"  # noqa: S105
 EXAMPLE_ROWS = 10
@@ -41,7 +38,9 @@ _STATUS_STYLES = {"done": "green", "unchanged": "dim", "failed": "red"}
 
 logger = logging.getLogger(__name__)
 
-OVERRIDES_HELP = "Settings to override, as section.key=value; all of them with their defaults are in conf/default.yaml."
+OVERRIDES_HELP = (
+    "Settings to override, as section.key=value; `bp-spark settings` prints all of them with their defaults."
+)
 ConfigOption = Annotated[
     Path | None,
     typer.Option("--config", "-c", help="YAML file of settings; by default conf/default.yaml where it exists."),
@@ -67,12 +66,21 @@ app = typer.Typer(
 )
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        _print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def common(
     log_format: Annotated[
         LogFormat,
         typer.Option(envvar="BP_SPARK_LOG_FORMAT", help="How lines on standard error look; jobs read the variable."),
     ] = LogFormat.text,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
 ) -> None:
     logs.listen(log_format)
 
@@ -348,6 +356,8 @@ def fairness(
     """
     settings = _settings(config_file, overrides)
     day = config.parse_date(date)
+    from pyspark.sql import functions as F
+
     from bp_spark import pipeline
 
     result = pipeline.fairness(_session(settings, "fairness"), settings, day)
@@ -682,7 +692,7 @@ def sql(
 @app.command()
 def demo(overrides: Overrides = None) -> None:
     """The whole line on real data: 2,469 households of the Complete Journey, trained, evaluated at 2017-10-03 and scored."""
-    settings = config.load(DEMO_CONFIG, overrides or ())
+    settings = config.load(config.DEMO_FILE, overrides or ())
     day = config.parse_date(DEMO_DATE)
     from bp_spark import pipeline
     from bp_spark.privacy import make_secret
@@ -705,7 +715,7 @@ def demo(overrides: Overrides = None) -> None:
     )
     _print(_rows_table(list(shown), [list(row) for row in examples.collect()], title=f"Ten of {night.users:,} scores"))
     where = settings.tables.path
-    _print(f'Tables are in {where}; look around: bp-spark sql -c {DEMO_CONFIG} "SELECT * FROM bp.scores_latest"')  # noqa: S608
+    _print(f'Tables are in {where}; look around: bp-spark sql "SELECT * FROM bp.scores_latest" tables.path={where}')  # noqa: S608
 
 
 @app.command()
@@ -734,9 +744,12 @@ def doctor(overrides: Overrides = None, config_file: ConfigOption = None) -> Non
 
 
 @app.command()
-def version() -> None:
-    """Print the version."""
-    _print(__version__)
+def settings() -> None:
+    """Print every setting with its default and its meaning, as a file for --config.
+
+    Example: bp-spark settings > settings.yaml
+    """
+    print(config.DEFAULT_FILE.read_text(encoding="utf-8"), end="")
 
 
 def main(command: str | None = None, arguments: Sequence[str] | None = None) -> None:
@@ -752,13 +765,21 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
         # Databricks takes any SystemExit of a task for a failure
         if end.code:
             raise
-    except BpSparkError as error:
-        logger.error("%s", error, extra={"fields": {"error": type(error).__name__, "exit_code": error.exit_code}})
-        sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        _fail(extras.explain(error) or error)
     except Exception as error:
-        fields = {"error": type(error).__name__, "exit_code": 1}
-        logger.error("unexpected, see the traceback", exc_info=True, extra={"fields": fields})
-        sys.exit(1)
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Log the error and end the process with its exit code."""
+    code = error.exit_code if isinstance(error, BpSparkError) else 1
+    fields = {"error": type(error).__name__, "exit_code": code}
+    if isinstance(error, BpSparkError):
+        logger.error("%s", error, extra={"fields": fields})
+    else:
+        logger.error("unexpected, see the traceback", exc_info=error, extra={"fields": fields})
+    sys.exit(code)
 
 
 def _settings(path: Path | None, overrides: Sequence[str] | None) -> Config:
@@ -889,6 +910,6 @@ def _cell(value: Any) -> str:
         return ", ".join(f"{key}: {_cell(item)}" for key, item in value.items())
     if isinstance(value, list):
         return ", ".join(_cell(item) for item in value)
-    if isinstance(value, Row) and "contribution" in value:
+    if "contribution" in getattr(value, "__fields__", ()):  # a Row
         return f"{value['group']} {value['contribution']:+,.2f}"
     return str(value)

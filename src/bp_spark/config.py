@@ -20,6 +20,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from bp_spark.errors import ConfigError
 
+DEFAULT_FILE = Path(__file__).parent / "conf" / "default.yaml"
+"""Every setting with its default and its meaning; ``conf/default.yaml`` of a checkout is a link to it."""
+DEMO_FILE = DEFAULT_FILE.with_name("demo.yaml")
+"""The settings of ``bp-spark demo``: the defaults, with everything that it writes under ``demo/`` of the working folder."""
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Folder = Annotated[str, Field(min_length=1)]

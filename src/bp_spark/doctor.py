@@ -32,6 +32,8 @@ from bp_spark.failures import explained
 from bp_spark.model import signing
 
 PACKAGE = "bp-spark"
+EXTRAS = ("spark", "train", "demo")
+"""Extras whose packages are held to what the package asks for; ``dev`` is the developers' own."""
 PYTHON = (3, 11)
 # Beside the heap: Spark's own memory, and what one machine's Python workers share (docs/capacity.md).
 BESIDE_HEAP = 2 * 2**30
@@ -97,24 +99,46 @@ def python(_: Config) -> Finding:
 
 
 def pins(_: Config) -> Finding:
-    """Installed packages against what this package asks for (``pyproject.toml``)."""
+    """Installed packages against what this package asks for (``pyproject.toml``).
+
+    An extra counts as chosen where any of its packages is installed; of the others nothing is asked.
+    """
     try:
         asked = importlib.metadata.requires(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         return Finding("packages", "fail", f"{PACKAGE} is not installed", "make install")
-    needed = [one for one in map(Requirement, asked) if one.marker is None]
+    by_extra = {extra: _asked_by(extra, asked) for extra in ("", *EXTRAS)}
+    left_out = [extra for extra in EXTRAS if not any(map(_installed, by_extra[extra]))]
+    needed = [one for extra, packages in by_extra.items() if extra not in left_out for one in packages]
     wrong = []
     for one in needed:
-        try:
-            version = importlib.metadata.version(one.name)
-        except importlib.metadata.PackageNotFoundError:
+        version = _installed(one)
+        if version is None:
             wrong.append(f"{one.name} is missing")
-            continue
-        if not one.specifier.contains(version, prereleases=True):
+        elif not one.specifier.contains(version, prereleases=True):
             wrong.append(f"{one.name} {version} is not {one.specifier}")
     if wrong:
-        return Finding("packages", _others_own(), "; ".join(wrong), "make install: it takes all from requirements.lock")
-    return Finding("packages", "ok", f"all {len(needed)} that {PACKAGE} {bp_spark.__version__} asks for, as it asks")
+        return Finding("packages", _others_own(), "; ".join(wrong), "make install, or pip install 'bp-spark[demo]'")
+    without = f"; without the extra{'s' if len(left_out) > 1 else ''} {', '.join(left_out)}" if left_out else ""
+    found = f"all {len(needed)} that {PACKAGE} {bp_spark.__version__} asks for, as it asks{without}"
+    return Finding("packages", "ok", found)
+
+
+def _asked_by(extra: str, requirements: Iterable[str]) -> list[Requirement]:
+    """The packages that an extra brings, ``""`` for those of every installation; not the package itself."""
+    every, chosen = {"extra": ""}, {"extra": extra}
+    parsed = [one for one in map(Requirement, requirements) if one.name != PACKAGE]
+    if not extra:
+        return [one for one in parsed if one.marker is None or one.marker.evaluate(every)]
+    return [one for one in parsed if one.marker and one.marker.evaluate(chosen) and not one.marker.evaluate(every)]
+
+
+def _installed(package: Requirement) -> str | None:
+    """The installed version of a package; ``None`` where there is none."""
+    try:
+        return importlib.metadata.version(package.name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def worker_python(_: Config) -> Finding:
@@ -180,7 +204,8 @@ def delta_jars(_: Config) -> Finding:
         wanted = session.delta_package().rpartition(":")[2]
     except BpSparkError as error:
         return Finding("Delta jars", "fail", str(error))
-    if (installed := importlib.metadata.version("delta-spark")) != wanted:
+    installed = _installed(Requirement("delta-spark"))
+    if installed not in (None, wanted):
         found = f"the package delta-spark is {installed}, Spark {pyspark.__version__} goes with {wanted}"
         return Finding("Delta jars", "fail", found, f"pip install delta-spark=={wanted}")
     for folder in (session.spark_jars(), Path.home() / _IVY_JARS):

@@ -13,7 +13,7 @@ import pandas as pd
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from bp_spark import __version__, bootstrap, labels
+from bp_spark import __version__, bootstrap, extras, labels
 from bp_spark.config import Config
 from bp_spark.errors import DataError
 from bp_spark.pipeline.featurizing import span
@@ -57,7 +57,9 @@ def backtest(
     Raises:
         DataError: the horizon of a date is not over or the data don't reach back far enough for one, which is found
             before anything is trained; or no user has the bracket of ``evaluation.external_segment``.
+        PlatformError: the extra ``train`` is not installed.
     """
+    extras.require("train", "backtest")
     # matplotlib takes a second to import: other stages don't pay for it
     from bp_spark.report import backtest as report
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
+from bp_spark import extras
 from bp_spark.config import Config
 from bp_spark.errors import DataError
 from bp_spark.pipeline.run import recorded
@@ -27,7 +28,9 @@ def adapt_language(spark: SparkSession, config: Config, output: Path) -> list[di
     Raises:
         ConfigError: ``output`` is there already; the configured model can't guess masked tokens.
         DataError: no texts yet, or too few.
+        PlatformError: the extra ``train`` is not installed.
     """
+    extras.require("train", "adapt-language")
     # torch and transformers take seconds to import: other stages don't pay for them
     from bp_spark.training import language
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyspark.sql import SparkSession
 
-from bp_spark import evaluation, labels, tracking
+from bp_spark import evaluation, extras, labels, tracking
 from bp_spark.config import Config, changed
 from bp_spark.errors import ConfigError
 from bp_spark.model.fusion import Fusion
@@ -51,7 +51,9 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
         ConfigError: no trial came to a figure.
         TrackingError: the store at ``tracking.uri`` can't be reached: before anything is done, or when all trials are in
             the table ``trials``.
+        PlatformError: the extra ``train`` is not installed.
     """
+    extras.require("train", "search")
     tracking.check(config.tracking)
     # optuna and torch take seconds to import: other stages don't pay for them
     from torch.utils.tensorboard import SummaryWriter

@@ -16,7 +16,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from safetensors.numpy import save_file
 
-from bp_spark import __version__, evaluation, features, labels, promotion, texts, tracking
+from bp_spark import __version__, evaluation, extras, features, labels, promotion, texts, tracking
 from bp_spark.config import Config, digest
 from bp_spark.errors import BundleError, DataError, TrackingError
 from bp_spark.model import bundle as bundles
@@ -84,7 +84,9 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
         DataError: no events, or too little history for one cutoff.
         TrackingError: the store at ``tracking.uri`` can't be reached: before anything is done, or when all is done but the
             bundle's entry, and the message names the bundle.
+        PlatformError: the extra ``train`` is not installed.
     """
+    extras.require("train", "train")
     tracking.check(config.tracking)
     signing.private_key(config.signing)
     with recorded(spark, config, "train") as run:

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from bp_spark.errors import ConfigError
@@ -193,6 +192,9 @@ def _report(loop: Loop, progress: Progress) -> Iterator[tuple[Callable[[], None]
     if loop.group.rank != 0:
         yield lambda: None, lambda: None
         return
+    # of the extra `train`: this module is also imported where nothing is trained
+    from torch.utils.tensorboard import SummaryWriter
+
     with (
         SummaryWriter(str(loop.run_dir / TENSORBOARD_FOLDER), purge_step=progress.epoch + 1) as writer,
         tqdm(
