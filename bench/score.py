@@ -6,6 +6,8 @@ In: sizes. Out: ``build/bench/score.json``, also on standard output, with these 
   :mod:`bench.score_peers`, and of plain torch without Spark, the limit; alternating, medians; at histories of 20 events in the
   mean and at the cap. Whole Spark jobs are timed, from the plan to the last row; torch has its rows in memory. ``whole`` is the
   whole bundle (network, trees, purchase process, fusion, reasons).
+- ``prediction_udf_ratio``: users a second of :func:`bp_spark.scoring.prediction_udf` over those of
+  :func:`bp_spark.scoring.score`, of the same network and rows.
 - ``growth``: of each number of users, a full night from features to ``scores``, and the peak memory of the driver and of the
   largest Python worker.
 - ``nights``: a night with a share of the users changed, over a full one.
@@ -248,6 +250,7 @@ def contest(
         "users_per_second": {name: [round(rate) for rate in values] for name, values in rates.items()},
         "median": {name: round(rate) for name, rate in medians.items()},
         "share_of_torch": {name: medians[name] / medians["torch"] for name in frames},
+        "times_score": {name: medians[name] / medians["bp-spark"] for name in frames if name.startswith("bp-spark,")},
         "times_peer": {name: medians["bp-spark"] / medians[name] for name in frames if not name.startswith("bp-spark")},
     }
 
@@ -383,6 +386,9 @@ def run(sizes: Sizes, folder: Path) -> dict[str, Any]:
             figures["exactness"] = exactness(table, made["whole"])
         figures["contest"][name] = contest(spark, settings, made, table, sizes)
         shutil.rmtree(table)
+    figures["prediction_udf_ratio"] = {
+        name: found["times_score"]["bp-spark, pandas UDF"] for name, found in figures["contest"].items()
+    }
     figures["growth"] = growth(spark, folder, made["whole"], sizes)
     figures["nights"] = nights(spark, folder, made["whole"], sizes)
     figures["goals"] = {

@@ -24,8 +24,9 @@ from deltalake import write_deltalake
 from markdown.extensions.toc import slugify
 from pyspark.sql import SparkSession
 from pyspark.sql.pandas.types import to_arrow_schema
+from pyspark.sql.types import StructType
 
-from bp_spark import cli, config
+from bp_spark import cli, config, scoring
 from bp_spark.config import Config
 from bp_spark.sources.files import FilesSource
 from bp_spark.tables import SCORES
@@ -250,7 +251,10 @@ def views(spark: SparkSession) -> Iterator[SparkSession]:
     tables = reference.all_tables()
     for table in tables:
         spark.createDataFrame([], table.schema).createOrReplaceTempView(table.name)
+    predictions = StructType([SCORES.schema[name] for name in scoring.ANSWERS])
+    spark.udf.register("predict_spend", lambda _: None, predictions)
     yield spark
+    spark.sql("DROP TEMPORARY FUNCTION predict_spend")
     for table in tables:
         spark.catalog.dropTempView(table.name)
 

@@ -70,6 +70,15 @@ def test_no_java_fails_with_what_to_install(settings: Config, monkeypatch: pytes
     assert "JDK 17" in found.remedy
 
 
+@pytest.mark.parametrize(("minor", "status"), [(10, "fail"), (11, "ok"), (13, "ok"), (14, "fail")])
+def test_a_python_that_nothing_is_resolved_for_fails(
+    settings: Config, monkeypatch: pytest.MonkeyPatch, minor: int, status: str
+) -> None:
+    monkeypatch.delenv("DATABRICKS_RUNTIME_VERSION", raising=False)
+    monkeypatch.setattr(sys, "version_info", (3, minor, 1))
+    assert doctor.python(settings).status == status
+
+
 def test_packages_other_than_the_pins_are_named(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["pyspark==4.1.0", "pandas>=2", "not-there-at-all>=1", "typer>=99; extra == 'dev'"]
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: asked)

@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PROMOTE = """
 from bp_spark.model import bundle
-bundle.promote(settings.bundles, trained.bundle)
+bundle.promote(shop.settings.bundles, trained.bundle)
 """
 MOST_SHOWN = 600_000
 """Bytes of a notebook with all it came to."""

@@ -294,6 +294,19 @@ def test_the_pandas_udf_answers_as_the_night_does(nights: Nights) -> None:
     assert same_reasons(frame, scores)
 
 
+def test_sql_knows_the_pandas_udf_by_its_name_and_any_columns_may_come_with_it(nights: Nights) -> None:
+    scoring.prediction_udf(nights.spark, nights.bundles["whole"], "predict_spend")
+    nights.features[NIGHT].createOrReplaceTempView("features_of_the_night")
+    predicted = "SELECT user_key, predict_spend(struct(*)) AS predicted FROM features_of_the_night"
+    try:
+        frame = nights.spark.sql(f"SELECT user_key, predicted.* FROM ({predicted})").toPandas()
+    finally:
+        nights.spark.catalog.dropTempView("features_of_the_night")
+    frame, scores = frame.set_index("user_key").sort_index(), nights.scores(NIGHT)
+    np.testing.assert_allclose(frame[NUMBERS], scores[NUMBERS], rtol=1e-5)
+    assert frame["level"].tolist() == scores["level"].tolist()
+
+
 def test_reasons_add_up_to_the_score_and_say_which_feature_did_most(nights: Nights) -> None:
     frame = nights.features[NIGHT].toPandas().set_index("user_key").sort_index()
     groups = catalogue(nights.settings.features).groups

@@ -23,16 +23,15 @@ from bp_spark import __version__, config, extras, logs
 from bp_spark.config import Config
 from bp_spark.errors import BpSparkError, DriftError, PlatformError
 from bp_spark.logs import LogFormat
+from bp_spark.shop import DEMO_DATE, open_demo
 
 if TYPE_CHECKING:
     import pandas as pd
 
 DEFAULT_CONFIG = Path("conf/default.yaml")
-DEMO_DATE = "2017-10-03"
-DEMO_SECRET = "the Complete Journey is public: nothing to hide"  # noqa: S105
 EXAMPLE_ROWS = 10
 FAIRNESS_ROWS = 200
-MODEL_COMMANDS = ("train", "backtest", "search", "score", "reproduce", "select-labels", "demo")
+MODEL_COMMANDS = ("train", "backtest", "search", "score", "reproduce", "select-labels")
 
 _STATUS_STYLES = {"done": "green", "unchanged": "dim", "failed": "red"}
 
@@ -692,29 +691,19 @@ def sql(
 @app.command()
 def demo(overrides: Overrides = None) -> None:
     """The whole line on real data: 2,469 households of the Complete Journey, trained, evaluated at 2017-10-03 and scored."""
-    settings = config.load(config.DEMO_FILE, overrides or ())
-    day = config.parse_date(DEMO_DATE)
-    from bp_spark import pipeline
-    from bp_spark.privacy import make_secret
-    from bp_spark.tables import Lakehouse
-
-    kind, _, place = settings.privacy.secret.partition(":")
-    if kind == "file":
-        # holdout and folds go by user keys: with a secret of its own each demo would come to figures of its own
-        make_secret(Path(place), DEMO_SECRET)
-    spark = _session(settings, "demo")
-    stages = pipeline.featurize(spark, settings, [day])
-    trained = pipeline.train(spark, settings, day)
-    night = pipeline.score(spark, settings, day)
-    profiled = pipeline.profile(spark, settings)
+    # before the first minutes, not after them
+    extras.require("train", "the demo")
+    shop = open_demo(overrides or ())
+    stages = shop.featurize(DEMO_DATE)
+    trained = shop.train(DEMO_DATE)
+    night = shop.score(DEMO_DATE)
+    profiled = shop.profile()
     _print(_stage_table("demo", [*stages, *trained.stages, *night.stages, *profiled]))
     _print_training(trained)
     shown = ("user_key", "score", "level", "expected_spend", "low", "high", "p_active", "risk_level", "reasons")
-    examples = (
-        Lakehouse(spark, settings.tables).read("scores_latest").orderBy("user_key").select(*shown).limit(EXAMPLE_ROWS)
-    )
+    examples = shop.table("scores_latest").orderBy("user_key").select(*shown).limit(EXAMPLE_ROWS)
     _print(_rows_table(list(shown), [list(row) for row in examples.collect()], title=f"Ten of {night.users:,} scores"))
-    where = settings.tables.path
+    where = shop.settings.tables.path
     _print(f'Tables are in {where}; look around: bp-spark sql "SELECT * FROM bp.scores_latest" tables.path={where}')  # noqa: S608
 
 

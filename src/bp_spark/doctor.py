@@ -34,7 +34,8 @@ from bp_spark.model import signing
 PACKAGE = "bp-spark"
 EXTRAS = ("spark", "train", "demo")
 """Extras whose packages are held to what the package asks for; ``dev`` is the developers' own."""
-PYTHON = (3, 11)
+PYTHONS = ((3, 11), (3, 13))
+"""The oldest and the newest Python that the lock files are resolved for."""
 # Beside the heap: Spark's own memory, and what one machine's Python workers share (docs/capacity.md).
 BESIDE_HEAP = 2 * 2**30
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -91,11 +92,12 @@ def java(_: Config) -> Finding:
 
 
 def python(_: Config) -> Finding:
-    """The Python that the pins are resolved for."""
+    """A Python that the pins are resolved for."""
     found = f"{sys.version.split()[0]} in {sys.executable}"
-    if sys.version_info[:2] == PYTHON:
+    oldest, newest = PYTHONS
+    if oldest <= sys.version_info[:2] <= newest:
         return Finding("Python", "ok", found)
-    return Finding("Python", _others_own(), found, f"make install with Python {'.'.join(map(str, PYTHON))}")
+    return Finding("Python", _others_own(), found, "install with Python 3.11, 3.12 or 3.13")
 
 
 def pins(_: Config) -> Finding:

@@ -260,26 +260,30 @@ def sized(spark: SparkSession, config: ScoringConfig) -> Iterator[None]:
         yield
 
 
-def prediction_udf(spark: SparkSession, bundle: Bundle) -> Any:
-    """An iterator pandas UDF from a struct of the bundle's input columns to a struct of ANSWERS.
+def prediction_udf(spark: SparkSession, bundle: Bundle, name: str | None = None) -> Any:
+    """Return an iterator pandas UDF from a struct of ``user_features`` to a struct of ANSWERS.
 
-    Usable in SQL too: ``spark.udf.register("purchasing_power", prediction_udf(spark, bundle))``. :func:`score` gives the
-    same answers without the way through pandas.
+    :func:`score` gives the same answers without the way through pandas. The bundle goes to each executor once; a Python worker
+    loads it once and shares the memory of its weights with the other workers of the machine.
+
+    Args:
+        bundle: the model.
+        name: what SQL calls the function; without one it isn't registered. ``predict_spend(struct(*))`` is computed from
+            the columns that the bundle reads and ignores the others.
 
     Raises:
         PlatformError: the session can't send the bundle to its executors (Spark Connect).
     """
-    name, digest = distribute(spark, bundle), bundle.digest
+    folder, digest, inputs = distribute(spark, bundle), bundle.digest, tuple(dict.fromkeys(bundle.required_columns))
     schema = _schema(*ANSWERS)
 
     @F.pandas_udf(schema)  # type: ignore[call-overload]
     def answer(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        loaded = load_once(name, digest)
+        loaded = load_once(folder, digest)
         for batch in batches:
-            said = answers(loaded, {column: batch[column].to_numpy() for column in batch.columns})
-            yield as_frame(said)
+            yield as_frame(answers(loaded, {column: batch[column].to_numpy() for column in inputs}))
 
-    return answer
+    return answer if name is None else spark.udf.register(name, answer)
 
 
 def _schema(*names: str) -> StructType:

@@ -98,6 +98,15 @@ def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence
                 builder = builder.config(key, value)
             builder = builder.config("spark.driver.memory", driver_memory())
         spark = builder.getOrCreate()
+    return prepare(spark)
+
+
+def prepare(spark: SparkSession) -> SparkSession:
+    """Set what every session of this package has, whoever made it: see :func:`get_session`.
+
+    Raises:
+        PlatformError: the session has no Delta Lake.
+    """
     _require_delta(spark)
     if str(spark.conf.get("spark.master", "")).startswith("local"):
         for key, value in LOCAL_SQL_SETTINGS.items():

@@ -1,0 +1,284 @@
+"""The Python API: settings, Spark session, tables and stages of a platform in one object, over :mod:`bp_spark.pipeline`.
+
+Spark and the models are imported when they are first used, so that ``import bp_spark`` takes no time.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bp_spark import config, extras
+from bp_spark.config import Config, parse_date
+from bp_spark.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+    from bp_spark.pipeline import ReportResult, ScoreResult, TrainResult
+    from bp_spark.tables import Lakehouse
+
+Day = str | date
+"""A date, or its text as YYYY-MM-DD."""
+DEMO_DATE = "2017-10-03"
+DEMO_SECRET = "the Complete Journey is public: nothing to hide"  # noqa: S105
+DEMO_SETTINGS = "BP_SPARK_SETTINGS"
+"""Environment variable with more settings of the demo, as a shell splits them."""
+
+
+class Shop:
+    """A platform: what `bp_spark.open` returns.
+
+    All that the pipeline offers beside these methods takes the attributes `spark` and `settings`, as in
+    `bp_spark.pipeline.backtest(shop.spark, shop.settings)`.
+
+    Attributes:
+        settings: Every setting, typed and frozen.
+
+    Example:
+        ```python
+        import bp_spark
+
+        shop = bp_spark.open("settings.yaml", ["tables.path=/data/lakehouse"])
+        shop.featurize("2024-10-01")
+        shop.train()
+        shop.score("2024-10-01")
+        shop.table("scores_latest").orderBy("score", ascending=False).show(10)
+        ```
+    """
+
+    def __init__(self, settings: Config, spark: SparkSession | None = None) -> None:
+        self.settings = settings
+        self._given = spark
+
+    @cached_property
+    def spark(self) -> SparkSession:
+        """The Spark session: the one that was given, the active one, or a local one that starts at the first use.
+
+        Its time zone is set to UTC.
+
+        Raises:
+            PlatformError: The extra `spark` or a usable Java is missing, or the session has no Delta Lake.
+        """
+        extras.require("spark", "a session")
+        from bp_spark.session import MODEL_MODULES, get_session, prepare
+
+        if self._given is not None:
+            return prepare(self._given)
+        return get_session(self.settings, worker_imports=MODEL_MODULES)
+
+    def featurize(self, *as_of: Day, rebuild: bool = False) -> list[dict[str, Any]]:
+        """Ingest what the source has delivered, clean it, and write `user_features` for the dates.
+
+        Args:
+            *as_of: Dates to build features for, from events before them.
+            rebuild: Derive everything anew from the raw tables, as after a change of rules.
+
+        Returns:
+            The stages that ran, as rows of the table `runs`.
+
+        Raises:
+            DataError: The source breaks the raw contract, or a date lies before the data.
+
+        Example:
+            ```python
+            shop.featurize("2024-09-01", "2024-10-01")
+            ```
+        """
+        from bp_spark import pipeline
+
+        return pipeline.featurize(self.spark, self.settings, [_day(one) for one in as_of], rebuild)
+
+    def train(self, test_date: Day | None = None) -> TrainResult:
+        """Fit all members on past dates, evaluate the bundle at a date that it never saw, and promote or refuse it.
+
+        Args:
+            test_date: Evaluation date; nothing from it on is learned from. By default the newest date whose whole horizon
+                has been seen, and a bundle that passes is then fitted anew with all that is known.
+
+        Returns:
+            The bundle, its metrics (a pandas DataFrame), whether it was promoted and why, and the stages.
+
+        Raises:
+            DataError: There are no events, or too little history.
+            PlatformError: The extra `train` is not installed.
+
+        Example:
+            ```python
+            trained = shop.train("2024-07-01")
+            print(trained.promoted, trained.reason)
+            ```
+        """
+        extras.require("spark", "train")
+        from bp_spark import pipeline
+
+        return pipeline.train(self.spark, self.settings, None if test_date is None else _day(test_date))
+
+    def score(self, score_date: Day, bundle: str | Path | None = None, full: bool = False) -> ScoreResult:
+        """Score every user of a date into the table `scores`; that date only is replaced.
+
+        The command `bp-spark score` also writes the profiles and checks for drift.
+
+        Args:
+            score_date: Date to score; `featurize` must have been run for it.
+            bundle: Folder of a bundle, or its address in the registry as `models:/NAME@ALIAS`; by default the promoted one.
+            full: Compute every score, whatever earlier nights came to.
+
+        Returns:
+            How many users, how many of them were computed, users and money by level, the bundle, and the stages.
+
+        Raises:
+            BundleError: No bundle is promoted, or it can't be trusted or doesn't fit the features.
+            DataError: There are no features of that date.
+
+        Example:
+            ```python
+            night = shop.score("2024-10-01")
+            print(f"{night.users:,} users, {night.computed:,} computed")
+            ```
+        """
+        extras.require("spark", "score")
+        from bp_spark import pipeline
+
+        return pipeline.score(self.spark, self.settings, _day(score_date), bundle, full)
+
+    def profile(self, score_date: Day | None = None) -> list[dict[str, Any]]:
+        """Write the profiles and market segments as of a scored date.
+
+        Args:
+            score_date: By default the newest scored date.
+
+        Returns:
+            The stages that ran.
+
+        Raises:
+            DataError: Nothing has been scored yet.
+        """
+        extras.require("spark", "profile")
+        from bp_spark import pipeline
+
+        return pipeline.profile(self.spark, self.settings, None if score_date is None else _day(score_date))
+
+    def report(self, score_date: Day, output: str | Path | None = None) -> ReportResult:
+        """Write the page of a night, one HTML file without any user in it.
+
+        Args:
+            score_date: A scored date.
+            output: File to write; by default `night-DATE.html` in `evaluation.reports`.
+
+        Returns:
+            The page, and users and money by level.
+
+        Raises:
+            DataError: The date has not been scored.
+        """
+        extras.require("spark", "report")
+        from bp_spark import pipeline
+
+        file = None if output is None else Path(output)
+        return pipeline.report(self.spark, self.settings, _day(score_date), file)
+
+    def table(self, name: str, version: int | None = None) -> DataFrame:
+        """Return a table as a Spark DataFrame.
+
+        Args:
+            name: Its name without the namespace, as `scores_latest`.
+            version: Delta version; by default the newest.
+
+        Raises:
+            DataError: There is no such table.
+
+        Example:
+            ```python
+            tonight = shop.table("scores_latest").select("user_key", "expected_spend", "level")
+            before = shop.table("scores", version=3)
+            ```
+        """
+        return self._lakehouse.read(name, version)
+
+    def sql(self, query: str) -> DataFrame:
+        """Return what a SQL query comes to, as a Spark DataFrame.
+
+        Args:
+            query: Tables are named by the namespace, as `bp.scores_latest`, wherever they lie.
+
+        Raises:
+            AnalysisException: Spark's own, of a query that doesn't fit the tables.
+            ConfigError: In this session the names belong to tables that lie elsewhere.
+
+        Example:
+            ```python
+            shop.sql("SELECT level, sum(expected_spend) AS spend FROM bp.scores_latest GROUP BY level").show()
+            ```
+        """
+        if self.settings.tables.path is not None:
+            self._claim_names(self.settings.tables.path)
+            self._lakehouse.register()
+        return self.spark.sql(query)
+
+    def _claim_names(self, path: str) -> None:
+        """A name stands for one table of a session: a second platform would silently read the tables of the first."""
+        namespace = self.settings.tables.namespace
+        key = f"bp_spark.names.{namespace}"
+        owner = self.spark.conf.get(key, path)
+        if owner != path:
+            raise ConfigError(f"{namespace} names the tables of {owner} in this session: set tables.namespace")
+        self.spark.conf.set(key, path)
+
+    def prediction_udf(self, name: str = "predict_spend", bundle: str | Path | None = None) -> Any:
+        """Make a model a function of Spark: for your own columns, joins and what-if queries.
+
+        Args:
+            name: What SQL calls it.
+            bundle: Folder of a bundle; by default the promoted one.
+
+        Returns:
+            The function, registered for SQL: from a struct of `user_features` to a struct of the predictions, which `scores`
+            has as columns.
+
+        Raises:
+            BundleError: No bundle is promoted, or it can't be trusted.
+
+        Example:
+            ```python
+            shop.prediction_udf("predict_spend")
+            shop.sql("SELECT user_key, predict_spend(struct(*)).expected_spend FROM bp.user_features").show()
+            ```
+        """
+        extras.require("spark", "a prediction")
+        from bp_spark import scoring
+        from bp_spark.model import bundle as bundles
+        from bp_spark.model import signing
+
+        folder = bundle or bundles.current(self.settings.bundles)
+        return scoring.prediction_udf(self.spark, bundles.load(folder, signing.public_key(self.settings.signing)), name)
+
+    @cached_property
+    def _lakehouse(self) -> Lakehouse:
+        spark = self.spark
+        from bp_spark.tables import Lakehouse
+
+        return Lakehouse(spark, self.settings.tables)
+
+
+def open_demo(overrides: Sequence[str] = (), spark: SparkSession | None = None) -> Shop:
+    """Open the demo's platform, with its settings and its public secret; see :func:`bp_spark.open_demo`."""
+    given = shlex.split(os.environ.get(DEMO_SETTINGS, ""))
+    settings = config.load(config.DEMO_FILE, [*given, *overrides])
+    kind, _, place = settings.privacy.secret.partition(":")
+    if kind == "file":
+        extras.require("spark", "the demo")
+        from bp_spark.privacy import make_secret
+
+        # holdout and folds go by user keys: with a secret of its own each demo would come to figures of its own
+        make_secret(Path(place), DEMO_SECRET)
+    return Shop(settings, spark)
+
+
+def _day(given: Day) -> date:
+    return parse_date(given) if isinstance(given, str) else given
