@@ -108,6 +108,11 @@ def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence
     return spark
 
 
+def is_connect(spark: SparkSession) -> bool:
+    """Whether a session is one of Spark Connect, which has no JVM in reach."""
+    return type(spark).__module__.startswith("pyspark.sql.connect")
+
+
 def _look_up_once(spark: SparkSession) -> None:
     """Keep the classes that pyspark asks Java for at each column and function, by names that Java looks for in all its jars."""
     try:
