@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import time
 import uuid
@@ -17,9 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import pyarrow as pa
 from pyarrow import fs
 from pyspark.errors import AnalysisException
 from pyspark.sql import Column as SparkColumn
@@ -32,6 +29,7 @@ from bp_spark.config import TablesConfig
 from bp_spark.errors import ConflictError, DataError, OccupiedError
 from bp_spark.failures import explained
 from bp_spark.session import is_connect, with_settings
+from bp_spark.stores import UNREACHABLE, file_system
 
 _NOTES_SEARCHED = 100
 _COMMITS_SINCE = 20
@@ -41,8 +39,6 @@ _CREATION_S = 10
 """How long a table's folder may be there before its first commit."""
 _NO_TABLE = re.compile("DELTA_TABLE_NOT_FOUND|DELTA_MISSING_DELTA_TABLE|DELTA_PATH_DOES_NOT_EXIST|PATH_NOT_FOUND")
 _LOG_ENTRY = re.compile(r"(\d{20})\.(?:json|checkpoint\..*parquet)")
-_UNREADABLE = (OSError, ValueError, pa.ArrowException)
-"""What pyarrow raises where it can't read a log: Spark, which may sign in to the store in another way, is asked then."""
 _CLOCKS_APART_S = 1
 """How far the clocks of the driver and of the store may be apart."""
 _LISTED_VALUES = 200
@@ -843,7 +839,7 @@ class Lakehouse:
             return self.spark.catalog.tableExists(self._identifier(name))
         try:
             logged = self._logged_version(name) is not None
-        except _UNREADABLE:
+        except UNREACHABLE:
             return self._is_known_to_spark(name)
         return logged or (self._is_elsewhere and self._is_known_to_spark(name))
 
@@ -873,7 +869,7 @@ class Lakehouse:
         try:
             if (logged := self._logged_version(name)) is not None:
                 return logged
-        except _UNREADABLE:
+        except UNREACHABLE:
             pass
         self._require(name)
         return int(self._history(name, 1).select("version").collect()[0][0])
@@ -1246,7 +1242,7 @@ class Lakehouse:
         for version in range(newest, max(-1, newest - most), -1):
             try:
                 noted = self._commit_info(name, version).get("userMetadata")
-            except _UNREADABLE:
+            except UNREACHABLE:
                 # a table of the metastore, a store that only Spark can read, or a log that was cleaned: Delta's own job tells
                 history = self._history(name, most).filter(f"version <= {version} AND userMetadata IS NOT NULL")
                 yield from map(tuple, history.orderBy(F.desc("version")).select("version", "userMetadata").collect())
@@ -1258,7 +1254,7 @@ class Lakehouse:
         """Rows that the commit of a :meth:`replace` or :meth:`append` ``after`` a version wrote, as Delta counted them."""
         try:
             metrics = self._commit_info(name, version)["operationMetrics"]
-        except (*_UNREADABLE, KeyError):
+        except (*UNREACHABLE, KeyError):
             history = self._history(name).filter(F.col("version") == version)
             metrics = history.select("operationMetrics").collect()[0][0]
         return int(metrics["numOutputRows"])
@@ -1285,12 +1281,12 @@ class Lakehouse:
 
     def _is_known_to_spark(self, name: str) -> bool:
         try:
-            self._detail(name, "format")
+            # of a folder with other files Delta tells something too
+            return bool(self._detail(name, "format") == "delta")
         except AnalysisException as error:
             if not _NO_TABLE.search(str(error)):
                 raise
             return False
-        return True
 
     def _logged_version(self, name: str) -> int | None:
         """The newest version by the names of the log's files: milliseconds, where Delta's history is a Spark job.
@@ -1366,23 +1362,6 @@ def _as_stored(df: DataFrame, table: Table) -> DataFrame:
         return rows
     month = F.trunc(table.month_of, "MONTH").alias(_MONTH.name, metadata={"comment": _MONTH.comment})
     return rows.select("*", month)
-
-
-def file_system(address: str) -> tuple[Any, str]:
-    """What pyarrow reads a folder or an object-store address by, and the path in it.
-
-    Of S3 the variable ``AWS_ENDPOINT_URL`` is obeyed, as Spark and deltalake obey it.
-    """
-    if "://" not in address:
-        return fs.LocalFileSystem(), address.removeprefix("file:")
-    address = re.sub("^s3[an]:", "s3:", address)
-    store = urlsplit(os.environ.get("AWS_ENDPOINT_URL", ""))
-    if address.startswith("s3:") and store.netloc:
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        found = fs.S3FileSystem(endpoint_override=store.netloc, scheme=store.scheme, region=region)
-        return found, address.removeprefix("s3://")
-    system, path = fs.FileSystem.from_uri(address)
-    return system, path
 
 
 def _typed_null(field: StructField) -> SparkColumn:
