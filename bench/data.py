@@ -406,7 +406,7 @@ def run(sizes: Sizes, folder: Path, threads: int, memory: str) -> dict[str, Any]
     """All figures; the folder holds nothing of it afterwards."""
     clock = time.monotonic()
     spark = get_session(config.load(), "bp-spark bench")
-    spark.sparkContext.setLogLevel("ERROR")
+    spark.sparkContext.setLogLevel("ERROR")  # of this JVM: Spark Connect has no call for it
     if sizes == QUICK:
         # to compile would be most of the time of toy sizes
         spark.conf.set("spark.sql.codegen.wholeStage", "false")

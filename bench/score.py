@@ -365,7 +365,7 @@ def run(sizes: Sizes, folder: Path) -> dict[str, Any]:
     """All figures."""
     settings = config.load(overrides=["trees.rounds=5" if sizes == QUICK else "trees.rounds=250"])
     spark = get_session(settings, "bp-spark bench", MODEL_MODULES)
-    spark.sparkContext.setLogLevel("ERROR")
+    spark.sparkContext.setLogLevel("ERROR")  # of this JVM: Spark Connect has no call for it
     made = make_bundles(folder / "bundles", settings, sizes.texts)
     figures: dict[str, Any] = {
         "machine": {

@@ -53,7 +53,7 @@ def run(rows: int, epochs: int, rounds: int, folder: Path) -> dict[str, Any]:
     """
     settings = config.load(overrides=["labels.other_horizons=[]", f"training.max_epochs={epochs}"])
     spark = get_session(settings, "bp-spark bench")
-    spark.sparkContext.setLogLevel("ERROR")
+    spark.sparkContext.setLogLevel("ERROR")  # of this JVM: Spark Connect has no call for it
     learned = _labelled(spark, settings, folder / "train", rows)
     held_out = _labelled(spark, settings, folder / "valid", rows // 4)
     texts = folder / "texts.safetensors"

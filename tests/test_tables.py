@@ -263,6 +263,23 @@ def test_a_folder_and_its_url_are_the_same_place(tmp_path: Path) -> None:
         assert Path(path) == tmp_path
 
 
+def test_a_log_that_only_spark_can_read_says_the_same(
+    spark: SparkSession, settings: config.Config, lakehouse: Lakehouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = lakehouse.replace(TABLE, things(spark, ROWS), inputs="first")
+
+    def refused(address: str) -> None:
+        raise PermissionError(address)
+
+    monkeypatch.setattr(tables, "file_system", refused)
+    blind = Lakehouse(spark, settings.tables)
+    Path(lakehouse.location("notes")).mkdir()
+    Path(lakehouse.location("notes"), "notes.txt").touch()
+    assert [name for name in ("things", "others", "notes") if blind.exists(name)] == ["things"]
+    assert (blind.version("things"), blind.inputs("things")) == (version, "first")
+    assert blind.rows_written("things", version) == 2
+
+
 # --- what only Databricks has --------------------------------------------------------------------------------------------
 
 

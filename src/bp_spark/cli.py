@@ -683,9 +683,10 @@ def sql(
         Lakehouse(spark, settings.tables).register()
     try:
         found = spark.sql(query)
+        names = found.columns
     except (AnalysisException, ParseException) as error:
         raise typer.BadParameter(str(error).strip().splitlines()[0], param_hint="QUERY") from None
-    _print(_rows_table(found.columns, [list(row) for row in found.limit(rows).collect()]))
+    _print(_rows_table(names, [list(row) for row in found.limit(rows).collect()]))
 
 
 @app.command()

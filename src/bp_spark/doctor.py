@@ -15,6 +15,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from bp_spark.config import Config
 from bp_spark.errors import BpSparkError
 from bp_spark.failures import explained
 from bp_spark.model import signing
+from bp_spark.stores import UNREACHABLE, remove_folder
 
 PACKAGE = "bp-spark"
 EXTRAS = ("spark", "train", "demo")
@@ -298,9 +300,7 @@ def in_session(config: Config, start: Callable[[], SparkSession]) -> Iterator[Fi
         yield Finding("session", "fail", _first_line(error), "see the checks above, and the lines of Spark before them")
         return
     master = spark.conf.get("spark.master", "")
-    yield Finding(
-        "session", "ok", f"Spark {spark.version} on {master}, {spark.sparkContext.defaultParallelism} tasks at once"
-    )
+    yield Finding("session", "ok", f"Spark {spark.version} on {master}, {session.parallelism(spark)} tasks at once")
     if _submitted():
         yield memory(spark.conf.get("spark.driver.memory", "1g") or "1g")
     yield from (_guarded("Python workers", _workers, spark), _guarded("Delta table", _round_trip, spark, config))
@@ -316,7 +316,7 @@ def _guarded(check: str, of: Callable[..., Finding], *arguments: Any) -> Finding
 
 def _workers(spark: SparkSession) -> Finding:
     """Which Python and package the executors have."""
-    tasks = spark.sparkContext.defaultParallelism
+    tasks = session.parallelism(spark)
 
     def versions(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         for _ in batches:
@@ -343,20 +343,13 @@ def _round_trip(spark: SparkSession, config: Config) -> Finding:
         rows: DataFrame = spark.read.format("delta").load(folder)
         count = rows.count()
     finally:
-        _remove(spark, folder)
+        # where Spark alone can sign in to the store, the three rows stay
+        with suppress(*UNREACHABLE):
+            remove_folder(folder)
     if count != 3:
         remedy = "all machines must see the same folder: a shared file system or an object store"
         return Finding("Delta table", "fail", f"3 rows written to {root}, {count} read", remedy)
     return Finding("Delta table", "ok", f"written, read and removed in {root}")
-
-
-def _remove(spark: SparkSession, folder: str) -> None:
-    if "://" not in folder:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    jvm: Any = spark._jvm
-    path = jvm.org.apache.hadoop.fs.Path(folder)
-    path.getFileSystem(spark._jsc.hadoopConfiguration()).delete(path, True)
 
 
 def _nearest(folder: Path) -> Path:

@@ -11,6 +11,8 @@ from pyspark.errors import PySparkException
 
 from bp_spark.errors import BpSparkError, ConflictError, DataError, FileReadError, OccupiedError, PlatformError
 
+SPARK_ERRORS = (PySparkException, Py4JJavaError)
+"""What Spark and Delta raise: Spark Connect the first alone, a classic session the second too."""
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
 _CONFLICT = re.compile(
     r"DELTA_CONCURRENT_|DELTA_METADATA_CHANGED|DELTA_PROTOCOL_CHANGED|TABLE_OR_VIEW_ALREADY_EXISTS|"
@@ -43,7 +45,7 @@ def explained(table: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (PySparkException, Py4JJavaError) as error:
+    except SPARK_ERRORS as error:
         explanation = _explanation(_text(error), table)
         if explanation is None:
             raise

@@ -33,6 +33,7 @@ from bp_spark.model.bundle import Bundle
 from bp_spark.model.columns import from_arrow
 from bp_spark.model.members import predict_all
 from bp_spark.scoring import distribute, load_once
+from bp_spark.session import checkpointed
 
 SEED = 7
 """Of the first centres: the same users and bundle, the same selection."""
@@ -132,7 +133,6 @@ def candidates(users: DataFrame, bundle: Bundle, count: int, columns: Sequence[s
 
     Raises:
         BundleError: one member alone has weight; ``users`` lacks a column.
-        PlatformError: the session can't send the bundle to its executors (Spark Connect).
     """
     bundle.check_inputs(users.columns)
     weights = {
@@ -161,7 +161,7 @@ def candidates(users: DataFrame, bundle: Bundle, count: int, columns: Sequence[s
     inputs = users.select("user_key", *dict.fromkeys(bundle.required_columns))
     found = inputs.mapInArrow(computed, "user_key string, disagreement double, expected_spend double")
     # keys first, then their rows: else every row would be dragged along whole
-    most = found.orderBy(F.desc("disagreement"), "user_key").limit(count).localCheckpoint()
+    most = checkpointed(found.orderBy(F.desc("disagreement"), "user_key").limit(count))
     rows = users.select("user_key", *columns).join(F.broadcast(most), "user_key").toPandas()
     return rows.sort_values(["disagreement", "user_key"], ascending=[False, True]).reset_index(drop=True)
 

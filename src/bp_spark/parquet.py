@@ -21,7 +21,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from bp_spark.errors import FileReadError
-from bp_spark.tables import file_system
+from bp_spark.stores import file_system
 
 PLACE = ("file_path", "row_index")
 """Columns that say where a row lies: the file's address, and how many rows of it come before."""

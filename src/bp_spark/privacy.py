@@ -162,7 +162,8 @@ def pseudonymous(df: DataFrame, table: str, secret: Secret, masked: Callable[[Co
         df: rows as :func:`bp_spark.sources.contract.in_contract` shapes them; a table without users is only masked.
         masked: what becomes of a text that users wrote; see :func:`mask`.
     """
-    df = df.withColumns({name: masked(F.col(name)) for name in FREE_TEXT.get(table, ())})
+    for name in FREE_TEXT.get(table, ()):
+        df = df.withColumn(name, masked(F.col(name)))
     own = F.trim("user_id") if "user_id" in df.columns else F.lit(None).cast("string")
 
     def told(name: Column, value: Column) -> Column:

@@ -25,7 +25,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from pyspark import SparkFiles, TaskContext
-from pyspark.errors import PySparkAttributeError
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
@@ -33,7 +32,7 @@ from pyspark.sql.types import StructField, StructType
 
 from bp_spark import __version__, parquet
 from bp_spark.config import ScoringConfig
-from bp_spark.errors import BundleError, PlatformError
+from bp_spark.errors import BundleError
 from bp_spark.model import bundle as bundles
 from bp_spark.model.bundle import Bundle
 from bp_spark.model.columns import Columns, from_arrow
@@ -79,7 +78,7 @@ REASON = pa.struct(
 ROWS_AT_ONCE = 65_536
 """Rows of an Arrow batch at most, however narrow they are."""
 
-_archives: dict[tuple[str, str], Path] = {}
+_archives: dict[tuple[str, str, str], Path] = {}
 _loaded: dict[str, Bundle] = {}
 
 
@@ -108,7 +107,6 @@ def score(
 
     Raises:
         BundleError: ``users`` lacks a column that the bundle reads.
-        PlatformError: the session can't send the bundle to its executors (Spark Connect).
     """
     bundle.check_inputs(users.columns)
     name, digest = distribute(users.sparkSession, bundle), bundle.digest
@@ -270,9 +268,6 @@ def prediction_udf(spark: SparkSession, bundle: Bundle, name: str | None = None)
         bundle: the model.
         name: what SQL calls the function; without one it isn't registered. ``predict_spend(struct(*))`` is computed from
             the columns that the bundle reads and ignores the others.
-
-    Raises:
-        PlatformError: the session can't send the bundle to its executors (Spark Connect).
     """
     folder, digest, inputs = distribute(spark, bundle), bundle.digest, tuple(dict.fromkeys(bundle.required_columns))
     schema = _schema(*ANSWERS)
@@ -389,15 +384,9 @@ def _reasons(bundle: Bundle, columns: Columns, predicted: Mapping[str, np.ndarra
 
 def distribute(spark: SparkSession, bundle: Bundle) -> str:
     """Send the bundle to executors, present and future, once a session; returns the name of its folder there."""
-    try:
-        context = spark.sparkContext
-    except PySparkAttributeError:
-        raise PlatformError(
-            "the bundle is sent to the executors, which needs a SparkContext, and Spark Connect has none: run it in a "
-            "classic session"
-        ) from None
     name = f"bp-spark-bundle-{bundle.digest[:32]}"
-    key = (str(context.applicationId), name)
+    # of a Spark Connect session, what it was sent is its own
+    key = (str(spark.conf.get("spark.app.id")), str(getattr(spark, "session_id", "")), name)
     if key not in _archives:
         # executors that start later fetch it too: it stays for as long as this process
         folder = Path(tempfile.mkdtemp(prefix="bp-spark-"))
@@ -406,7 +395,7 @@ def distribute(spark: SparkSession, bundle: Bundle) -> str:
         with zipfile.ZipFile(_archives[key], "w", zipfile.ZIP_STORED) as archive:
             for path in sorted(bundle.folder.iterdir()):
                 archive.write(path, path.name)
-        context.addArchive(f"{_archives[key]}#{name}")
+        spark.addArtifact(f"{_archives[key]}#{name}", archive=True)
     return name
 
 

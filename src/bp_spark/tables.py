@@ -5,6 +5,7 @@ In: a DataFrame and a :class:`Table`. Out: a Delta table whose rows of one date 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -12,14 +13,12 @@ import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from delta.tables import DeltaTable, DeltaTableBuilder
-from py4j.protocol import Py4JError
 from pyarrow import fs
 from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import Column as SparkColumn
@@ -31,7 +30,8 @@ from bp_spark import __version__
 from bp_spark.config import TablesConfig
 from bp_spark.errors import ConflictError, DataError, OccupiedError
 from bp_spark.failures import explained
-from bp_spark.session import with_settings
+from bp_spark.session import is_connect, with_settings
+from bp_spark.stores import UNREACHABLE, file_system
 
 _NOTES_SEARCHED = 100
 _COMMITS_SINCE = 20
@@ -39,7 +39,8 @@ _TRANSACTIONS = "bp-spark"
 """Delta's ``txnAppId`` of this package's writes; a commit whose ``txnVersion`` is not above the table's is none."""
 _CREATION_S = 10
 """How long a table's folder may be there before its first commit."""
-_NO_TABLE = re.compile("DELTA_TABLE_NOT_FOUND|DELTA_MISSING_DELTA_TABLE")
+_NO_TABLE = re.compile("DELTA_TABLE_NOT_FOUND|DELTA_MISSING_DELTA_TABLE|DELTA_PATH_DOES_NOT_EXIST|PATH_NOT_FOUND")
+_LOG_ENTRY = re.compile(r"(\d{20})\.(?:json|checkpoint\..*parquet)")
 _CLOCKS_APART_S = 1
 """How far the clocks of the driver and of the store may be apart."""
 _LISTED_VALUES = 200
@@ -840,9 +841,13 @@ class Lakehouse:
 
     def exists(self, name: str) -> bool:
         """Whether the table is there."""
-        if self._root is not None:
-            return DeltaTable.isDeltaTable(self.spark, self.location(name))
-        return self.spark.catalog.tableExists(self._identifier(name))
+        if self._root is None:
+            return self.spark.catalog.tableExists(self._identifier(name))
+        try:
+            logged = self._logged_version(name) is not None
+        except UNREACHABLE:
+            return self._is_known_to_spark(name)
+        return logged or (self._is_elsewhere and self._is_known_to_spark(name))
 
     def read(self, name: str, version: int | None = None) -> DataFrame:
         """A table, as it is now or as of a version.
@@ -859,7 +864,7 @@ class Lakehouse:
     def is_plain(self, name: str) -> bool:
         """Whether a table's Parquet files hold its rows under its columns' names, all of them: no deletion vectors, no column
         mapping. Delta's protocol asks more than the first version of who reads any of these."""
-        return bool(self._delta(name).detail().select("minReaderVersion").collect()[0][0] == 1)
+        return bool(self._detail(name, "minReaderVersion") == 1)
 
     def version(self, name: str) -> int:
         """Newest Delta version of a table.
@@ -867,8 +872,13 @@ class Lakehouse:
         Raises:
             DataError: there is no such table.
         """
+        try:
+            if (logged := self._logged_version(name)) is not None:
+                return logged
+        except UNREACHABLE:
+            pass
         self._require(name)
-        return _newest_version(self._delta(name))
+        return int(self._history(name, 1).select("version").collect()[0][0])
 
     def note(self, name: str, **said: str) -> dict[str, Any]:
         """What the newest write by this package recorded in its commit, and as ``version`` that write's Delta version.
@@ -967,7 +977,7 @@ class Lakehouse:
         if note["version"] < 0:
             try:
                 with explained(self._named(table.name)):
-                    self._builder(DeltaTable.create(self.spark), table).execute()
+                    self.spark.sql(f"CREATE TABLE {self._definition(table)}")
                     self.declare_extras(table)
             except OccupiedError as error:
                 self._await_creation(table.name, error)
@@ -1014,14 +1024,13 @@ class Lakehouse:
         # made by an older version of this package, it has no month
         has_month = _MONTH.name in self.read(table.name).columns
         names = (table.stored_schema if has_month else table.schema).names
-        values: dict[str, str | SparkColumn] = {f"`{name}`": f"s.`{name}`" for name in names}
-        merge = (
-            self._delta(table.name)
-            .alias("t")
-            .merge(source.alias("s"), " AND ".join([*narrowed, *same]))
-            .whenMatchedDelete("s._gone")
-            .whenMatchedUpdate(set=values)
-            .whenNotMatchedInsert("NOT s._gone", values)
+        columns = [f"`{name}`" for name in names]
+        updates = ", ".join(f"{column} = s.{column}" for column in columns)
+        values = ", ".join(f"s.{column}" for column in columns)
+        clauses = (
+            "WHEN MATCHED AND s._gone THEN DELETE "  # noqa: S608 (names of a declared table's columns)
+            f"WHEN MATCHED THEN UPDATE SET {updates} "
+            f"WHEN NOT MATCHED AND NOT s._gone THEN INSERT ({', '.join(columns)}) VALUES ({values})"
         )
         noted = _noted(inputs, note)
         settings = {"spark.databricks.delta.commitInfo.userMetadata": noted}
@@ -1031,7 +1040,7 @@ class Lakehouse:
             settings["spark.databricks.delta.write.txnAppId"] = _TRANSACTIONS
             settings["spark.databricks.delta.write.txnVersion"] = str(after + 1)
         with explained(self._named(table.name)), with_settings(self.spark, settings):
-            merge.execute()
+            self._merge(table.name, source, " AND ".join([*narrowed, *same]), clauses)
         return self._committed(table.name, noted, after)
 
     def changes(self, name: str, since: int) -> DataFrame:
@@ -1054,7 +1063,7 @@ class Lakehouse:
         rows = self.read(name).alias("t").join(gone.alias("s"), F.expr(same), "left_semi").count()
         if rows:
             with explained(self._named(name)):
-                self._delta(name).alias("t").merge(gone.alias("s"), same).whenMatchedDelete().execute()
+                self._merge(name, gone, same, "WHEN MATCHED THEN DELETE")
         return rows
 
     def delete(self, name: str, condition: str) -> int:
@@ -1062,7 +1071,7 @@ class Lakehouse:
         rows = self.read(name).filter(condition).count()
         if rows:
             with explained(self._named(name)):
-                self._delta(name).delete(condition)
+                self.spark.sql(f"DELETE FROM {self._sql_name(name)} WHERE {condition}")  # noqa: S608 (the caller's)
         return rows
 
     def fence(self, name: str) -> None:
@@ -1086,7 +1095,8 @@ class Lakehouse:
             self.spark.sql(f"VACUUM {self._sql_name(name)} LITE RETAIN 0 HOURS")
             began = time.time()
             self.fence(name)
-            self._delta(name).vacuum((time.time() - began + _CLOCKS_APART_S) / 3600)
+            hours = (time.time() - began + _CLOCKS_APART_S) / 3600
+            self.spark.sql(f"VACUUM {self._sql_name(name)} RETAIN {hours:.6f} HOURS")
 
     def folders(self) -> list[str]:
         """Where all files of the tables are: one folder, or one of each table that the metastore manages."""
@@ -1131,8 +1141,11 @@ class Lakehouse:
         if not self.exists(table.name):
             try:
                 with explained(self._named(table.name)):
-                    self._builder(DeltaTable.createIfNotExists(self.spark), table).execute()
+                    self.spark.sql(f"CREATE TABLE IF NOT EXISTS {self._definition(table)}")
                     self.declare_extras(table)
+                if not self.exists(table.name):
+                    # Delta takes any folder with a log for a table, and leaves it alone
+                    raise OccupiedError(self._named(table.name))
             except ConflictError:
                 # created by another run in the same moment, which is as good
                 if not self.exists(table.name):
@@ -1140,7 +1153,7 @@ class Lakehouse:
             except OccupiedError as error:
                 self._await_creation(table.name, error)
             except AnalysisException as error:
-                # Delta takes any folder with files for a table, leaves it alone, and then finds none in it
+                # or it finds that no table is in it
                 if not _NO_TABLE.search(str(error)):
                     raise
                 self._await_creation(table.name, OccupiedError(self._named(table.name)))
@@ -1171,28 +1184,41 @@ class Lakehouse:
     def _begun(self, name: str) -> bool:
         """Whether a table has a first commit, by its log as it is now: of a folder without one Delta remembers just that."""
         try:
-            self.spark.read.format("delta").load(self.location(name))
+            # the schema makes Delta look: in a Spark Connect session a frame is no more than a plan
+            _ = self.spark.read.format("delta").load(self.location(name)).schema
         except AnalysisException:
             return False
         return self.exists(name)
 
-    def _builder(self, builder: DeltaTableBuilder, table: Table) -> DeltaTableBuilder:
-        builder = builder.comment(table.comment).addColumns(table.stored_schema)
-        if self._root is not None:
-            builder = builder.location(self.location(table.name))
-        else:
+    def _definition(self, table: Table) -> str:
+        """What follows ``CREATE TABLE``: name, columns with their comments, layout, properties."""
+        if self._root is None:
             self.spark.sql(f"CREATE SCHEMA IF NOT EXISTS {_quoted(self.namespace)}")
-            builder = builder.tableName(self._identifier(table.name))
-        if table.partition_by:
-            builder = builder.partitionedBy(*table.partition_by)
-        if table.skipped_by:
-            builder = builder.property("delta.dataSkippingStatsColumns", ",".join(table.skipped_by))
-        else:
-            builder = builder.property("delta.dataSkippingNumIndexedCols", "0")
-        if table.change_feed:
-            builder = builder.property("delta.enableChangeDataFeed", "true")
+        columns = ", ".join(
+            f"`{column.name}` {column.type}{' NOT NULL' if column.required else ''} COMMENT {_literal(column.comment)}"
+            for column in table.stored_columns
+        )
         # Petastorm reads Parquet files and knows nothing of deletion vectors.
-        return builder.property("delta.enableDeletionVectors", "false")
+        properties = {"delta.enableDeletionVectors": "false"}
+        if table.skipped_by:
+            properties["delta.dataSkippingStatsColumns"] = ",".join(table.skipped_by)
+        else:
+            properties["delta.dataSkippingNumIndexedCols"] = "0"
+        if table.change_feed:
+            properties["delta.enableChangeDataFeed"] = "true"
+        told = ", ".join(f"{_literal(name)} = {_literal(value)}" for name, value in properties.items())
+        layout = (
+            f"PARTITIONED BY ({', '.join(f'`{name}`' for name in table.partition_by)})" if table.partition_by else ""
+        )
+        return (
+            f"{self._sql_name(table.name)} ({columns}) USING DELTA {layout} "
+            f"COMMENT {_literal(table.comment)} TBLPROPERTIES ({told})"
+        )
+
+    def _merge(self, name: str, source: DataFrame, condition: str, clauses: str) -> None:
+        """Merge rows ``s`` into rows ``t`` of a table, by SQL."""
+        with _named_view(source) as view:
+            self.spark.sql(f"MERGE INTO {self._sql_name(name)} AS t USING {view} AS s ON {condition} {clauses}")
 
     def _writer(self, df: DataFrame, table: Table) -> Any:
         """Of the rows in files of about equal size, whatever tasks made them, where these would leave a file in each month."""
@@ -1205,8 +1231,7 @@ class Lakehouse:
             return True
         if not table.month_of:
             return False
-        partitioned = self._delta(table.name).detail().select("partitionColumns").collect()[0][0]
-        return tuple(partitioned) != table.partition_by
+        return tuple(self._detail(table.name, "partitionColumns")) != table.partition_by
 
     def _save(self, writer: Any, name: str, noted: str, after: int | None) -> int:
         """Commit; the version. With ``after`` Delta itself refuses what isn't newer than the newest such commit."""
@@ -1239,10 +1264,10 @@ class Lakehouse:
         newest = self.version(name)
         for version in range(newest, max(-1, newest - most), -1):
             try:
-                noted = _commit_info(self.spark, f"{self._root}/{name}", version).get("userMetadata")
-            except (AttributeError, Py4JError, ValueError):
-                # a table of the metastore, a log that was cleaned, or no JVM at hand (Spark Connect): Delta's own job tells
-                history = self._delta(name).history(most).filter(f"version <= {version} AND userMetadata IS NOT NULL")
+                noted = self._commit_info(name, version).get("userMetadata")
+            except UNREACHABLE:
+                # a table of the metastore, a store that only Spark can read, or a log that was cleaned: Delta's own job tells
+                history = self._history(name, most).filter(f"version <= {version} AND userMetadata IS NOT NULL")
                 yield from map(tuple, history.orderBy(F.desc("version")).select("version", "userMetadata").collect())
                 return
             if noted is not None:
@@ -1251,49 +1276,82 @@ class Lakehouse:
     def rows_written(self, name: str, version: int) -> int:
         """Rows that the commit of a :meth:`replace` or :meth:`append` ``after`` a version wrote, as Delta counted them."""
         try:
-            metrics = _commit_info(self.spark, f"{self._root}/{name}", version)["operationMetrics"]
-        except (AttributeError, Py4JError, ValueError, KeyError):
-            history = self._delta(name).history().filter(F.col("version") == version)
+            metrics = self._commit_info(name, version)["operationMetrics"]
+        except (*UNREACHABLE, KeyError):
+            history = self._history(name).filter(F.col("version") == version)
             metrics = history.select("operationMetrics").collect()[0][0]
         return int(metrics["numOutputRows"])
 
-    def _delta(self, name: str) -> DeltaTable:
-        if self._root is not None:
-            return DeltaTable.forPath(self.spark, self.location(name))
-        return DeltaTable.forName(self.spark, self._identifier(name))
+    def _detail(self, name: str, column: str) -> Any:
+        """A column of Delta's description of a table."""
+        return self.spark.sql(f"DESCRIBE DETAIL {self._sql_name(name)}").select(column).collect()[0][0]
+
+    def _history(self, name: str, most: int | None = None) -> DataFrame:
+        """The newest commits of a table, or all that its log still has, as Delta tells them: by a Spark job."""
+        limit = "" if most is None else f" LIMIT {most}"
+        return self.spark.sql(f"DESCRIBE HISTORY {self._sql_name(name)}{limit}")
+
+    @cached_property
+    def _files(self) -> tuple[Any, str]:
+        """What pyarrow reads the tables' folder by, and its path."""
+        assert self._root is not None
+        return file_system(self._root)
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether Spark may see tables where this process sees none: in a store, or by the server of Spark Connect."""
+        return self._root is not None and ("://" in self._root or is_connect(self.spark))
+
+    def _is_known_to_spark(self, name: str) -> bool:
+        try:
+            # of a folder with other files Delta tells something too
+            return bool(self._detail(name, "format") == "delta")
+        except AnalysisException as error:
+            if not _NO_TABLE.search(str(error)):
+                raise
+            return False
+
+    def _logged_version(self, name: str) -> int | None:
+        """The newest version by the names of the log's files: milliseconds, where Delta's history is a Spark job.
+
+        ``None`` where none are there.
+
+        Raises:
+            OSError, ValueError, pyarrow.ArrowException: they can't be listed from here.
+        """
+        if self._root is None:
+            raise FileNotFoundError(self._named(name))
+        system, path = self._files
+        listed = system.get_file_info(fs.FileSelector(f"{path}/{name}/_delta_log", allow_not_found=True))
+        entries = (_LOG_ENTRY.fullmatch(info.base_name) for info in listed)
+        return max((int(entry[1]) for entry in entries if entry), default=None)
+
+    def _commit_info(self, name: str, version: int) -> dict[str, Any]:
+        """The ``commitInfo`` of a commit, from its file, as :meth:`_logged_version`.
+
+        Raises:
+            OSError, ValueError, pyarrow.ArrowException: it can't be read from here.
+        """
+        if self._root is None:
+            raise FileNotFoundError(self._named(name))
+        system, path = self._files
+        with system.open_input_stream(f"{path}/{name}/_delta_log/{version:020d}.json") as stream:
+            for line in io.TextIOWrapper(stream, "utf-8"):
+                info: dict[str, Any] | None = json.loads(line).get("commitInfo")
+                if info is not None:
+                    return info
+        return {}
 
 
-def _commit_info(spark: SparkSession, location: str, version: int) -> dict[str, Any]:
-    """The ``commitInfo`` of a commit, from its file: milliseconds, where Delta's history is a Spark job."""
-    jvm: Any = spark._jvm
-    # by full names: of ``jvm.org.apache`` Java would look for a class ``org`` in all jars, then ``org.apache``, ...
-    path_of, reader_of, lines_of = (
-        getattr(jvm, name)
-        for name in ("org.apache.hadoop.fs.Path", "java.io.InputStreamReader", "java.io.BufferedReader")
-    )
-    path = path_of(f"{location}/_delta_log/{version:020d}.json")
-    stream = path.getFileSystem(spark._jsc.hadoopConfiguration()).open(path)
+@contextmanager
+def _named_view(df: DataFrame) -> Iterator[str]:
+    """A name by which SQL of the frame's session knows it, for the block."""
+    name = f"bp_spark_{uuid.uuid4().hex}"
+    df.createOrReplaceTempView(name)
     try:
-        lines = lines_of(reader_of(stream, "UTF-8"))
-        while (line := lines.readLine()) is not None:
-            info: dict[str, Any] | None = json.loads(line).get("commitInfo")
-            if info is not None:
-                return info
+        yield name
     finally:
-        stream.close()
-    return {}
-
-
-def _newest_version(table: DeltaTable) -> int:
-    try:
-        # the log answers in milliseconds; its history is a Spark job, and a night asks a dozen times
-        nothing = getattr(table._spark._jvm, "scala.Option").empty()
-        return int(table._jdt.deltaLog().update(False, nothing, nothing).version())
-    except (AttributeError, Py4JError):
-        # Spark Connect has no such log at hand, and Databricks' Delta is not bound to have it
-        newest = table.history(1).select("version").first()
-        assert newest is not None
-        return int(newest[0])
+        df.sparkSession.catalog.dropTempView(name)
 
 
 def managed_extras(table: Table, name: str) -> list[str]:
@@ -1352,23 +1410,6 @@ def _as_stored(df: DataFrame, table: Table) -> DataFrame:
         return rows
     month = F.trunc(table.month_of, "MONTH").alias(_MONTH.name, metadata={"comment": _MONTH.comment})
     return rows.select("*", month)
-
-
-def file_system(address: str) -> tuple[Any, str]:
-    """What pyarrow reads a folder or an object-store address by, and the path in it.
-
-    Of S3 the variable ``AWS_ENDPOINT_URL`` is obeyed, as Spark and deltalake obey it.
-    """
-    if "://" not in address:
-        return fs.LocalFileSystem(), address.removeprefix("file:")
-    address = re.sub("^s3[an]:", "s3:", address)
-    store = urlsplit(os.environ.get("AWS_ENDPOINT_URL", ""))
-    if address.startswith("s3:") and store.netloc:
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        found = fs.S3FileSystem(endpoint_override=store.netloc, scheme=store.scheme, region=region)
-        return found, address.removeprefix("s3://")
-    system, path = fs.FileSystem.from_uri(address)
-    return system, path
 
 
 def _typed_null(field: StructField) -> SparkColumn:

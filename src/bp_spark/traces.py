@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 from pyspark.sql import SparkSession
 
-from bp_spark.tables import file_system
+from bp_spark.session import parallelism
+from bp_spark.stores import file_system
 
 FILES_PER_TASK = 50
 ID_COLUMNS = ("user_id", "user_key")
@@ -64,7 +65,7 @@ def search(spark: SparkSession, folders: Sequence[str], keys: Collection[str], i
                 {"path": batch["path"], "parquet": [one for one, _ in said], "found": [other for _, other in said]}
             )
 
-    tasks = min(len(files), max(spark.sparkContext.defaultParallelism, len(files) // FILES_PER_TASK))
+    tasks = min(len(files), max(parallelism(spark), len(files) // FILES_PER_TASK))
     paths = spark.createDataFrame([(file,) for file in files], "path string").repartition(tasks)
     answers = paths.mapInPandas(look, "path string, parquet boolean, found boolean")
     counts = {row["parquet"]: row["count"] for row in answers.groupBy("parquet").count().collect()}

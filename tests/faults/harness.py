@@ -94,11 +94,13 @@ def purchase(user: str, day: str, paid: object = "10", **more: object) -> dict[s
 
 def forget_cached(spark: SparkSession) -> None:
     """Let Delta look at the logs on disk anew, as another process would."""
+    # the cache is Java's: SQL can't empty it
     spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()
 
 
 def another(spark: SparkSession) -> SparkSession:
     """A session beside this one, with the same settings: what a second job on the machine has."""
+    # classic sessions are cloned by Java alone
     return SparkSession(spark.sparkContext, spark._jsparkSession.cloneSession())
 
 

@@ -107,6 +107,7 @@ def test_events_whose_newest_log_entry_is_lost_are_cleaned_again(
 @contextmanager
 def full_disk(spark: SparkSession) -> Iterator[None]:
     """No file of this session can grow: what a write meets on a full disk or at the end of a quota."""
+    # it is the JVM whose files must not grow
     jvm = psutil.Process(int(spark._jvm.java.lang.ProcessHandle.current().pid()))
     before = jvm.rlimit(psutil.RLIMIT_FSIZE)
     jvm.rlimit(psutil.RLIMIT_FSIZE, (512, before[1]))

@@ -508,6 +508,12 @@ def _predicted_spend(rows: DataFrame, features: Sequence[str], booster: xgboost.
     return math.fsum(row["said"] for row in parts)
 
 
+CLASSIC_ONLY = (
+    "trees and sqrt_trees are fitted by XGBoost's estimator for Spark, which needs a classic session, not Spark Connect: train "
+    "in a classic session, or leave them out of fusion.members"
+)
+
+
 def task_slots(spark: SparkSession) -> int:
     """How many tasks the cluster can run at once.
 
@@ -515,11 +521,10 @@ def task_slots(spark: SparkSession) -> int:
         PlatformError: the session has no SparkContext (Spark Connect).
     """
     try:
+        # XGBoost's estimator starts its workers in one barrier stage of RDDs, and Spark tells only Java how many fit
         context = spark.sparkContext._jsc.sc()
     except (PySparkAttributeError, AttributeError):
-        raise PlatformError(
-            "the boosted trees need a SparkContext to train, which Spark Connect lacks: use a classic session"
-        ) from None
+        raise PlatformError(CLASSIC_ONLY) from None
     return int(context.maxNumConcurrentTasks(context.resourceProfileManager().resourceProfileFromId(0)))
 
 

@@ -17,7 +17,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from safetensors import safe_open
 
-from bp_spark import cleaning, privacy, texts, traces
+from bp_spark import cleaning, privacy, scratch, texts, traces
 from bp_spark.config import Config
 from bp_spark.errors import ConfigError, DataError
 from bp_spark.pipeline.featurizing import aggregate, clean, embed, require_same_secret
@@ -283,6 +283,7 @@ def _with_other_texts(run: Run, root: Path, known: DataFrame) -> list[Path]:
 def _vacuum(run: Run) -> None:
     lakehouse = run.lakehouse
     with run.stage("vacuum") as figures:
+        scratch.clear(run.spark, run.config.tables)
         named = ("quarantine", "texts", "text_embeddings", "market_segments")
         others = (name for name in named if lakehouse.exists(name))
         for name in (*_tables_of_users(lakehouse), *others):

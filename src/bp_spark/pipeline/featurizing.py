@@ -15,7 +15,7 @@ from bp_spark import __version__, cleaning, daily, features, labels, privacy, te
 from bp_spark.config import Config, digest
 from bp_spark.errors import ConfigError, DataError
 from bp_spark.pipeline.run import Run, recorded
-from bp_spark.session import broadcast_few, checkpointed, kept
+from bp_spark.session import broadcast_few, checkpointed, kept, parallelism
 from bp_spark.sources import open_source
 from bp_spark.sources.contract import Delivery
 from bp_spark.tables import (
@@ -322,7 +322,7 @@ def embed(run: Run) -> None:
             # maintenance moved the version of texts and no text
             figures["status"] = "unchanged"
             return
-        tasks = min(run.spark.sparkContext.defaultParallelism, math.ceil(count / texts.TEXTS_PER_TASK))
+        tasks = min(parallelism(run.spark), math.ceil(count / texts.TEXTS_PER_TASK))
         unread = unread.repartition(max(1, tasks), "text_id")
         rows = texts.embed(unread, config)
         lakehouse.append(TEXT_EMBEDDINGS, rows, inputs=inputs, after=done["version"])

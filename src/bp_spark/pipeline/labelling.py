@@ -21,6 +21,7 @@ from bp_spark.model import signing
 from bp_spark.pipeline.featurizing import require_same_secret, span
 from bp_spark.pipeline.nights import features_of, require_same_features
 from bp_spark.pipeline.run import Run, recorded
+from bp_spark.session import checkpointed
 from bp_spark.tables import GIVEN_LABELS, LABEL_REQUESTS, Lakehouse, Table
 
 DATED = StructField("dated", BooleanType())
@@ -154,7 +155,7 @@ def add_labels(spark: SparkSession, config: Config, path: Path) -> list[dict[str
                 for key, label in zip(given, file.labels, strict=True)
             ]
             done = lakehouse.note(GIVEN_LABELS.name)
-            news = _news(lakehouse, _frame(run, told, GIVEN_LABELS, DATED)).localCheckpoint()
+            news = checkpointed(_news(lakehouse, _frame(run, told, GIVEN_LABELS, DATED)))
             figures["rows_in"], figures["unanswered"] = len(told), file.unanswered
             figures["rows_out"] = count = news.count()
             if count:

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from datetime import date
 
 import pandas as pd
-from py4j.protocol import Py4JJavaError
-from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark import __version__, scoring
 from bp_spark.config import Config, digest
 from bp_spark.errors import DataError
-from bp_spark.failures import is_gone
+from bp_spark.failures import SPARK_ERRORS, is_gone
 from bp_spark.model import bundle as bundles
 from bp_spark.model import signing
 from bp_spark.model.bundle import Bundle
@@ -119,7 +117,7 @@ def reproduce(spark: SparkSession, config: Config, score_date: date) -> Reproduc
             try:
                 stored, users = _scores(lakehouse, score_date), features_of(lakehouse, score_date, version)
                 found = _compared(stored, scoring.score(users, bundle, score_date, version), bundle)
-            except (PySparkException, Py4JJavaError) as error:
+            except SPARK_ERRORS as error:
                 if not is_gone(error):
                     raise
                 raise DataError(

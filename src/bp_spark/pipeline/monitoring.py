@@ -10,8 +10,6 @@ from datetime import date, timedelta
 from typing import Any
 
 import numpy as np
-from py4j.protocol import Py4JJavaError
-from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -19,7 +17,7 @@ from bp_spark import __version__, drift, evaluation, labels
 from bp_spark import fairness as by_segment
 from bp_spark.config import Config, DriftConfig, digest
 from bp_spark.errors import BundleError, DataError
-from bp_spark.failures import is_gone
+from bp_spark.failures import SPARK_ERRORS, is_gone
 from bp_spark.model import bundle as bundles
 from bp_spark.model import signing
 from bp_spark.model.bundle import Bundle
@@ -163,7 +161,7 @@ def store_reference(run: Run, bundle: Bundle) -> Spreads | None:
             rows = lakehouse.read("training_set", trained["version"])
             names = [name for name in bundle.manifest["inputs"]["tabular"] if name in rows.columns]
             spreads = _spreads(rows, names, run.config.drift, key=("user_key", "as_of_date"))
-        except (PySparkException, Py4JJavaError) as error:
+        except SPARK_ERRORS as error:
             if not is_gone(error):
                 raise
             figures["status"] = "unchanged"

@@ -15,7 +15,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
-from bp_spark import __version__
+from bp_spark import __version__, scratch
 from bp_spark.config import Config, TablesConfig, digest
 from bp_spark.errors import BpSparkError
 from bp_spark.failures import explained
@@ -170,7 +170,7 @@ def recorded(spark: SparkSession, config: Config, job: str) -> Iterator[Run]:
     """A run, whose stages are written to ``runs`` when the block ends; an error of the block goes before one of that write."""
     run = Run(spark, config, job)
     try:
-        with explained():
+        with explained(), scratch.opened(spark, config.tables):
             yield run
     except BaseException as error:
         # a mistaken tables.path shall not become a lakehouse by the record of the mistake

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from bp_spark import __version__, evaluation, extras, features, labels, promotion, texts, tracking
 from bp_spark.config import Config, digest
-from bp_spark.errors import BundleError, DataError, TrackingError
+from bp_spark.errors import BundleError, DataError, PlatformError, TrackingError
 from bp_spark.model import bundle as bundles
 from bp_spark.model import signing
 from bp_spark.model.btyd import fit_btyd
@@ -27,12 +27,20 @@ from bp_spark.model.explanation import Explanation
 from bp_spark.model.fusion import Fusion
 from bp_spark.model.horizons import MIN_ROWS, NETWORK, Horizons
 from bp_spark.model.inputs import InputSpec
-from bp_spark.model.members import Member, SqrtTreesMember, TreesMember, fit_linear, fit_trees, predict_all
+from bp_spark.model.members import (
+    CLASSIC_ONLY,
+    Member,
+    SqrtTreesMember,
+    TreesMember,
+    fit_linear,
+    fit_trees,
+    predict_all,
+)
 from bp_spark.pipeline.featurizing import features_digest, span, write_features
 from bp_spark.pipeline.monitoring import store_reference
 from bp_spark.pipeline.run import Run, recorded
 from bp_spark.promotion import Decision
-from bp_spark.session import kept
+from bp_spark.session import is_connect, kept
 from bp_spark.tables import GIVEN_LABELS, METRICS
 from bp_spark.training.finetune import finetune
 from bp_spark.training.loader import Snapshot, snapshot
@@ -82,6 +90,7 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
     Raises:
         ConfigError: the key in ``signing.private_key`` can't be used.
         DataError: no events, or too little history for one cutoff.
+        PlatformError: a member can only be fitted in a classic session: before anything is done.
         TrackingError: the store at ``tracking.uri`` can't be reached: before anything is done, or when all is done but the
             bundle's entry, and the message names the bundle.
         PlatformError: the extra ``train`` is not installed.
@@ -89,6 +98,7 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
     extras.require("train", "train")
     tracking.check(config.tracking)
     signing.private_key(config.signing)
+    require_session(spark, config)
     with recorded(spark, config, "train") as run:
         first, last = span(run.lakehouse)
         day = test_date or last - timedelta(days=config.labels.horizon_days)
@@ -103,6 +113,16 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
             enter_registry(run, bundle, fitted.history)
             return result
     return _refit(spark, config, result, as_of)
+
+
+def require_session(spark: SparkSession, config: Config) -> None:
+    """Make sure that the session can fit all members.
+
+    Raises:
+        PlatformError: it is one of Spark Connect, and there are boosted trees.
+    """
+    if is_connect(spark) and not {"trees", "sqrt_trees"}.isdisjoint(config.fusion.members):
+        raise PlatformError(CLASSIC_ONLY)
 
 
 def _refit(spark: SparkSession, config: Config, judged: TrainResult, as_of: date) -> TrainResult:
@@ -359,14 +379,14 @@ def cross_fit(
     fitted on all folds. The transformer reads what ``spec`` names, by default all there is.
     """
     folds = range(run.config.labels.folds)
-    with kept(rows):
-        frame = _sample(rows.filter("complete"), run.config).toPandas()
+    with kept(rows) as computed:
+        frame = _sample(computed.filter("complete"), run.config).toPandas()
         columns = {name: frame[name].to_numpy() for name in frame.columns}
         rows_of = [np.flatnonzero(columns["fold"] == fold) for fold in folds]
         members: list[Member] = []
         out_of_fold: dict[str, np.ndarray] = {}
         history: Sequence[Mapping[str, float]] = ()
-        for name, fit in _fits(run, rows, version, test_date, vocabulary, folder, spec).items():
+        for name, fit in _fits(run, computed, version, test_date, vocabulary, folder, spec).items():
             with run.stage(f"fit {name}") as figures:
                 for fold in folds:
                     fitted = fit(fold)

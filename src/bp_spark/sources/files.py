@@ -36,25 +36,29 @@ or ``.`` are no deliveries. A path may be a folder: all files in it are meant.
 from __future__ import annotations
 
 import difflib
+import io
 import re
 import uuid
 import zoneinfo
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
+import pyarrow.parquet as pq
 from py4j.protocol import Py4JJavaError
 from pydantic import AfterValidator, Field, ValidationError, create_model, model_validator
-from pyspark.errors import PySparkException
+from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from bp_spark.config import Section, parse_yaml
 from bp_spark.errors import ConfigError, DataError
+from bp_spark.failures import SPARK_ERRORS
 from bp_spark.sources.contract import RAW, Delivery, in_contract, text_map
+from bp_spark.stores import UNREACHABLE, file_system
 from bp_spark.tables import Table
 
 REQUIRED = {
@@ -69,6 +73,7 @@ REQUIRED = {
 CORRUPT = "_bp_spark_corrupt"
 MICROS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 DATE_AND_TIME = r"^\d{4}-\d\d?-\d\d?([T ]\d\d?:\d\d?(:\d\d?(\.\d+)?)?"
+_NO_TABLE = ("PATH_NOT_FOUND", "DELTA_PATH_DOES_NOT_EXIST", "DELTA_TABLE_NOT_FOUND", "DELTA_MISSING_DELTA_TABLE")
 ZONE_LETTERS = "[VzOXxZ]"
 
 
@@ -240,14 +245,17 @@ class FilesSource:
 
     def _matching(self, spark: SparkSession, mapping: TableMapping) -> list[tuple[str, str]]:
         relative = self._address(mapping.path) != mapping.path
-        return _Storage(spark).matching(_literal(self.folder) + mapping.path if relative else mapping.path)
+        return _listed(spark, _literal(self.folder) + mapping.path if relative else mapping.path)
 
     def _active(self, spark: SparkSession, mapping: TableMapping) -> list[tuple[str, str]]:
-        table = self._address(mapping.path)
-        if not _Storage(spark).exists(f"{table}/_delta_log"):
+        try:
+            files = self._reader(spark, mapping).load(self._address(mapping.path)).inputFiles()
+        except AnalysisException as error:
+            if error.getCondition() not in _NO_TABLE:
+                raise
             return []
         # a data file of Delta never changes
-        return [(path, "delta") for path in self._reader(spark, mapping).load(table).inputFiles()]
+        return [(path, "delta") for path in files]
 
     def _reader(self, spark: SparkSession, mapping: TableMapping) -> Any:
         reader = spark.read.format(mapping.format)
@@ -261,27 +269,29 @@ class FilesSource:
         if mapping.format == "delta":
             with _readable(mapping.path):
                 df = self._reader(spark, mapping).load(self._address(mapping.path))
-            _require(df.columns, mapping, mapping.path)
+                columns = df.columns
+            _require(columns, mapping, mapping.path)
             return self._rows(df, table).filter(F.col("delivery").isin(names))
-        storage = _Storage(spark)
         alike: dict[str, list[str]] = {}
         for name in names:
             with _readable(name):
-                alike.setdefault(self._layout(spark, storage, mapping, self._address(name)), []).append(name)
+                alike.setdefault(self._layout(spark, mapping, self._address(name)), []).append(name)
         alike.pop("", None)
         frames = [self._rows(self._load(spark, mapping, group), table) for group in alike.values()]
         return reduce(DataFrame.unionByName, frames) if frames else in_contract(spark.range(0).toDF("nothing"), table)
 
-    def _layout(self, spark: SparkSession, storage: _Storage, mapping: TableMapping, address: str) -> str:
+    def _layout(self, spark: SparkSession, mapping: TableMapping, address: str) -> str:
         """The same text for files with the same columns, empty for an empty file; only its head or footer is read."""
         options = {key.lower(): str(value) for key, value in mapping.options.items()}
         if mapping.format == "json":
             return "json"
-        if mapping.format == "parquet":
-            return storage.parquet_schema(address)
-        if options.get("header", "true").lower() != "true":
-            return " ".join(self._reader(spark, mapping).load(_literal(address)).columns)
-        return storage.first_line(address, options.get("comment"))
+        with suppress(*UNREACHABLE):
+            if mapping.format == "parquet":
+                return _parquet_schema(address)
+            if options.get("header", "true").lower() == "true":
+                return _first_line(address, options.get("comment"))
+        # no header, or a file that Spark alone can reach
+        return str(self._reader(spark, mapping).load(_literal(address)).schema.simpleString())
 
     def _load(self, spark: SparkSession, mapping: TableMapping, names: Sequence[str]) -> DataFrame:
         """Files with the same columns."""
@@ -365,7 +375,9 @@ def _json_rows(spark: SparkSession, mapping: TableMapping, addresses: list[str])
     array = text.rlike(r"^\s*\[")
     rows = F.when(array, text).otherwise(F.concat(F.lit("["), text, F.lit("]")))
     whole_line = F.concat(F.lit(f'{{"{mark}":'), rows, F.lit(f',"end":"{mark}"}}'))
-    parsed = F.from_json(whole_line, T.StructType().add(mark, T.ArrayType(row)).add("end", T.StringType()), options)
+    parsed = F.from_json(
+        whole_line, T.StructType().add(mark, T.ArrayType(row)).add("end", T.StringType()), options or None
+    )
     found = lines.filter(~text.rlike(r"^\s*\z")).select("_metadata", text.alias("line"), parsed.alias("parsed"))
     found = found.select(
         "_metadata", "line", F.col(f"parsed.{mark}").alias("rows"), (F.col("parsed.end") == mark).alias("ended")
@@ -475,60 +487,40 @@ def _require(columns: Sequence[str], mapping: TableMapping, file: str) -> None:
             raise DataError(file, f"column is missing; there are {', '.join(columns)}", column=column)
 
 
-class _Storage:
-    """Files through Hadoop, which serves local folders and object stores alike.
+def _listed(spark: SparkSession, pattern: str) -> list[tuple[str, str]]:
+    """Address and fingerprint of the files that match, those in matching folders included; by Spark, which knows the stores."""
+    files = spark.read.format("binaryFile").option("recursiveFileLookup", True)
+    changed = F.unix_millis("modificationTime").alias("changed")
+    try:
+        rows = files.load(pattern).select("path", "length", changed).collect()
+    except AnalysisException as error:
+        if error.getCondition() != "PATH_NOT_FOUND":
+            raise
+        return []
+    depth = pattern.count("/")
+    # Spark does not read hidden files, even if told to
+    return [
+        (row["path"], f"{row['length']}-{row['changed']}")
+        for row in rows
+        if not any(part.startswith(("_", ".")) for part in row["path"].split("/")[depth:])
+    ]
 
-    Classes are looked up once: each lookup costs more than reading the head of a file.
-    """
 
-    def __init__(self, spark: SparkSession) -> None:
-        jvm: Any = spark._jvm
-        self.settings = spark._jsc.hadoopConfiguration()
-        self.io = jvm.java.io
-        self.path = jvm.org.apache.hadoop.fs.Path
-        self.codecs = jvm.org.apache.hadoop.io.compress.CompressionCodecFactory(self.settings)
-        self.parquet = jvm.org.apache.parquet.hadoop.ParquetFileReader
+def _first_line(address: str, comment: str | None) -> str:
+    """First line that is neither blank nor a comment; its bytes as they are, so good for comparing only."""
+    files, path = file_system(address)
+    with files.open_input_stream(path) as stream:
+        for line in io.TextIOWrapper(stream, "ISO-8859-1"):
+            if line.strip() and not (comment and line.startswith(comment)):
+                return line.rstrip("\n")
+    return ""
 
-    def _found(self, address: str) -> tuple[Any, Any]:
-        path = self.path(address)
-        return path.getFileSystem(self.settings), path
 
-    def exists(self, address: str) -> bool:
-        system, path = self._found(address)
-        return bool(system.exists(path))
-
-    def matching(self, pattern: str) -> list[tuple[str, str]]:
-        """Address and fingerprint of the files that match, those in matching folders included."""
-        system, path = self._found(pattern)
-
-        def files(statuses: Any) -> Iterator[Any]:
-            for status in statuses:
-                # Spark does not read hidden files, even if told to
-                if not status.getPath().getName().startswith(("_", ".")):
-                    yield from files(system.listStatus(status.getPath())) if status.isDirectory() else [status]
-
-        return [
-            (status.getPath().toString(), f"{status.getLen()}-{status.getModificationTime()}")
-            for status in files(system.globStatus(path) or [])
-        ]
-
-    def first_line(self, address: str, comment: str | None) -> str:
-        """First line that is neither blank nor a comment; its bytes as they are, so good for comparing only."""
-        system, path = self._found(address)
-        codec = self.codecs.getCodec(path)
-        stream = system.open(path) if codec is None else codec.createInputStream(system.open(path))
-        reader = self.io.BufferedReader(self.io.InputStreamReader(stream, "ISO-8859-1"))
-        try:
-            while (line := reader.readLine()) is not None:
-                if line.strip() and not (comment and line.startswith(comment)):
-                    return str(line)
-        finally:
-            reader.close()
-        return ""
-
-    def parquet_schema(self, address: str) -> str:
-        footer = self.parquet.readFooter(self.settings, self.path(address))
-        return str(footer.getFileMetaData().getSchema().toString())
+def _parquet_schema(address: str) -> str:
+    """Columns and types of a file, without the first line, which names an object of this process."""
+    files, path = file_system(address)
+    with files.open_input_file(path) as file:
+        return str(pq.ParquetFile(file).schema).partition("\n")[2]
 
 
 def _literal(path: str) -> str:
@@ -540,7 +532,7 @@ def _literal(path: str) -> str:
 def _readable(name: str) -> Iterator[None]:
     try:
         yield
-    except (PySparkException, Py4JJavaError) as error:
+    except SPARK_ERRORS as error:
         cause = error.java_exception.toString() if isinstance(error, Py4JJavaError) else str(error)
         raise DataError(name, f"can't be read: {cause.splitlines()[0]}") from error
 

@@ -43,12 +43,14 @@ from typing import Any
 
 import numpy as np
 import yaml
+from pyarrow import fs
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 from scipy import special
 
 from bp_spark.config import SyntheticConfig
 from bp_spark.errors import ConfigError, DataError
+from bp_spark.stores import file_system
 
 LOGS = ("transactions", "behaviours", "searches", "reviews")
 Key = Column | str
@@ -192,7 +194,7 @@ def generate(spark: SparkSession, config: SyntheticConfig, folder: str) -> Summa
     """Write the files of a synthetic platform.
 
     Args:
-        folder: where to; absent or empty. A path or an address that Hadoop's file systems know.
+        folder: where to; absent or empty. A path, or an address that Spark and pyarrow know.
 
     Returns:
         Counts of rows and dirt, as also in ``truth/dirt`` (table, kind, rows).
@@ -205,7 +207,7 @@ def generate(spark: SparkSession, config: SyntheticConfig, folder: str) -> Summa
     if config.item_count < CELLS:
         raise ConfigError(f"synthetic.items ({config.item_count}): must be {CELLS} at least, one of each type and tier")
     folder = folder.rstrip("/")
-    _require_empty(spark, folder)
+    _require_empty(folder)
     # read back, so that no optimiser computes a user's latent truth anew for each filter that follows
     _users(spark, config).write.parquet(f"{folder}/truth/users")
     users = spark.read.parquet(f"{folder}/truth/users")
@@ -227,7 +229,7 @@ def generate(spark: SparkSession, config: SyntheticConfig, folder: str) -> Summa
         rows[name] = spark.read.parquet(delivery).count()
     counted = spark.createDataFrame([(*of, n) for of, n in dirt.items()], "table string, kind string, rows bigint")
     counted.coalesce(1).write.parquet(f"{folder}/truth/dirt")
-    _write_text(spark, f"{folder}/source.yaml", yaml.safe_dump(mapping(list(rows)), sort_keys=False))
+    _write_text(f"{folder}/source.yaml", yaml.safe_dump(mapping(list(rows)), sort_keys=False))
     return Summary(folder, rows, dirt, time.monotonic() - started)
 
 
@@ -720,20 +722,14 @@ def _write_log(df: DataFrame, log: str, config: SyntheticConfig, folder: str) ->
     return {name: int(count) for name, count in counts.get.items()}
 
 
-def _file_system(spark: SparkSession, path: str) -> tuple[Any, Any]:
-    jvm: Any = spark.sparkContext._jvm
-    where = jvm.org.apache.hadoop.fs.Path(path)
-    return where.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration()), where
-
-
-def _require_empty(spark: SparkSession, folder: str) -> None:
-    files, where = _file_system(spark, folder)
-    if files.exists(where) and (files.getFileStatus(where).isFile() or len(files.listStatus(where)) > 0):
+def _require_empty(folder: str) -> None:
+    files, path = file_system(folder)
+    there = files.get_file_info(path)
+    if there.is_file or files.get_file_info(fs.FileSelector(path, allow_not_found=True)):
         raise DataError(folder, "must be absent or an empty folder: nothing is overwritten")
 
 
-def _write_text(spark: SparkSession, path: str, text: str) -> None:
-    files, where = _file_system(spark, path)
-    stream = files.create(where, False)
-    stream.write(bytearray(text, "utf-8"))
-    stream.close()
+def _write_text(address: str, text: str) -> None:
+    files, path = file_system(address)
+    with files.open_output_stream(path) as stream:
+        stream.write(text.encode())

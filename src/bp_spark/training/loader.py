@@ -26,7 +26,7 @@ from deltalake.exceptions import DeltaError
 from pyarrow import fs
 
 from bp_spark.errors import DataError
-from bp_spark.tables import file_system
+from bp_spark.stores import file_system
 
 Columns = dict[str, np.ndarray]
 """Column name to values, one per row. An array column is an object array of one-dimensional arrays, empty where it is NULL, a
