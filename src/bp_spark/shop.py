@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from bp_spark.config import Config, parse_date
 from bp_spark.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import Column, DataFrame, SparkSession
 
     from bp_spark.pipeline import ReportResult, ScoreResult, TrainResult
     from bp_spark.tables import Lakehouse
@@ -230,7 +230,7 @@ class Shop:
             raise ConfigError(f"{namespace} names the tables of {owner} in this session: set tables.namespace")
         self.spark.conf.set(key, path)
 
-    def prediction_udf(self, name: str = "predict_spend", bundle: str | Path | None = None) -> Any:
+    def prediction_udf(self, name: str = "predict_spend", bundle: str | Path | None = None) -> Callable[..., Column]:
         """Make a model a function of Spark: for your own columns, joins and what-if queries.
 
         Args:
@@ -238,8 +238,7 @@ class Shop:
             bundle: Folder of a bundle; by default the promoted one.
 
         Returns:
-            The function, registered for SQL: from a struct of `user_features` to a struct of the predictions, which `scores`
-            has as columns.
+            The function, registered for SQL: from a struct of `user_features` to a struct of what `scores` has as columns.
 
         Raises:
             BundleError: No bundle is promoted, or it can't be trusted.
@@ -256,7 +255,9 @@ class Shop:
         from bp_spark.model import signing
 
         folder = bundle or bundles.current(self.settings.bundles)
-        return scoring.prediction_udf(self.spark, bundles.load(folder, signing.public_key(self.settings.signing)), name)
+        loaded = bundles.load(folder, signing.public_key(self.settings.signing))
+        predict: Callable[..., Column] = scoring.prediction_udf(self.spark, loaded, name)
+        return predict
 
     @cached_property
     def _lakehouse(self) -> Lakehouse:
