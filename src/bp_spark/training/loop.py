@@ -110,8 +110,9 @@ def run_epochs(loop: Loop, progress: Progress, best: dict[str, Tensor]) -> None:
     # Buffers are constant and equal on all ranks; to send the texts at each step would cost more than it.
     # The newest torch has another name for that.
     known = signature(DistributedDataParallel).parameters
-    setting = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    model = DistributedDataParallel(network, **{setting: False})
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    setting: dict[str, Any] = {name: False}
+    model = DistributedDataParallel(network, **setting)
     with _report(loop, progress) as (step_done, epoch_done):
         while progress.epoch < loop.max_epochs and progress.epoch - progress.best_epoch < loop.patience:
             started, epoch = time.monotonic(), progress.epoch + 1
