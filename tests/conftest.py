@@ -46,6 +46,7 @@ SLOW = {
     "tests/test_cluster.py": "three jobs on a cluster of processes, each of which starts a driver and two executors",
     "tests/test_erasing.py": "users forgotten and keys rotated in all tables, with every file read to prove it",
     "tests/test_bench.py": "five nights of two platforms, and the same features in DuckDB",
+    "tests/test_connect.py": "two nights and a user forgotten, in Spark Connect and in a classic session",
     "tests/test_incremental.py": "four nights, a rebuild, and all of them at once",
     "tests/test_training.py": "two ranks, seven times",
     "tests/test_notebooks.py": "all notebooks, one after the other",
@@ -101,7 +102,7 @@ def spark() -> Iterator[SparkSession]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("JDK_JAVA_OPTIONS", _JAVA)
         session = get_session(config.load(), "bp-spark tests", MODEL_MODULES)
-    session.sparkContext.setLogLevel("OFF")
+    session.sparkContext.setLogLevel("OFF")  # of this JVM: Spark Connect has no call for it
     for key, value in TEST_SETTINGS.items():
         session.conf.set(key, value)
     yield session
