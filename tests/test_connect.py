@@ -34,7 +34,7 @@ from clusters import SHORT, TEST_SETTINGS
 from histories import WRITTEN_TEXTS, sorted_rows, write_night
 from training_rows import write_language_model
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 FIRST, SECOND = date(2024, 3, 20), date(2024, 3, 21)
 MAPPING = (
