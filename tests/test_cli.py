@@ -79,7 +79,7 @@ def test_a_command_without_its_extra_ends_with_the_name_of_the_extra(
     extra: str, command: list[str], tmp_path: Path
 ) -> None:
     hidden = f"import sys; sys.modules.update(dict.fromkeys({extras.EXTRAS[extra]}))"
-    # what is missing is said before a session would be asked for anything
+    # the command names the missing extra before it asks for a session
     code = f"{hidden}\nfrom bp_spark import cli\ncli._session = lambda *_: None\ncli.main()"
     result = run(sys.executable, "-c", code, *command, cwd=tmp_path)
     assert result.returncode == PlatformError.exit_code

@@ -20,7 +20,7 @@ import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from bp_spark import config, pipeline
+from bp_spark import pipeline
 from bp_spark.config import Config, FusionConfig
 from bp_spark.errors import ConflictError, DataError, PlatformError
 from bp_spark.failures import explained
@@ -32,6 +32,7 @@ from bp_spark.session import DELTA_SETTINGS, get_session, is_connect, java_home,
 from bp_spark.tables import SCORES_LATEST, Lakehouse
 from clusters import SHORT, TEST_SETTINGS
 from histories import WRITTEN_TEXTS, sorted_rows, write_night
+from test_incremental import settings_in
 from training_rows import write_language_model
 
 pytestmark = pytest.mark.integration
@@ -67,21 +68,15 @@ QUERY = "SELECT level, count(*) AS users FROM bp.scores_latest GROUP BY level OR
 
 
 def settings_of(folder: Path, lakehouse: str) -> Config:
-    return config.load(
-        overrides=[
-            "source.kind=files",
-            f"source.mapping={folder}/platform/source.yaml",
-            f"tables.path={folder}/{lakehouse}",
-            f"bundles={folder}/bundles",
-            f"training.work_dir={folder}/work",
-            f"evaluation.reports={folder}/{lakehouse}-reports",
-            f"texts.model={folder}/language",
-            "texts.max_tokens=8",
-            "features.windows=[30]",
-            "features.history_length=4",
-            "labels.other_horizons=[]",
-            "tracking.uri=null",
-        ]
+    return settings_in(
+        folder,
+        lakehouse,
+        f"evaluation.reports={folder}/{lakehouse}-reports",
+        f"texts.model={folder}/language",
+        "features.windows=[30]",
+        "features.history_length=4",
+        "labels.other_horizons=[]",
+        "tracking.uri=null",
     )
 
 
@@ -124,7 +119,7 @@ def deliveries(night: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def nights(spark: SparkSession, settings: Config) -> dict[str, Any]:
-    """Both nights, what is told of them, a user forgotten; what came of it beside the tables."""
+    """Run both nights, their reports and the erasure of a user, and return what these say beside the tables."""
     for night, day in enumerate((FIRST, SECOND)):
         if night:
             write_night(Path(settings.source.mapping or "").parent, night, **deliveries(night))

@@ -138,7 +138,7 @@ def _asked_by(extra: str, requirements: Iterable[str]) -> list[Requirement]:
 
 
 def _installed(package: Requirement) -> str | None:
-    """The installed version of a package; ``None`` where there is none."""
+    """Return the version of a package, or ``None`` if it is not installed."""
     try:
         return importlib.metadata.version(package.name)
     except importlib.metadata.PackageNotFoundError:

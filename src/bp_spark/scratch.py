@@ -16,7 +16,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 from bp_spark.config import TablesConfig
-from bp_spark.stores import remove_folder
+from bp_spark.stores import folder_of, remove_folder
 
 _NAME = "bp_spark_scratch"
 _NOT_SUPPORTED = "0A000"
@@ -83,4 +83,4 @@ def clear(spark: SparkSession, tables: TablesConfig) -> None:
 
 
 def _folder(path: str, namespace: str) -> str:
-    return f"{path.rstrip('/')}/{namespace.replace('.', '/')}/_scratch"
+    return f"{folder_of(path, namespace)}/_scratch"

@@ -130,7 +130,7 @@ def _connect(builder: Any) -> SparkSession:
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         builder = _of_this_machine(builder)
     with warnings.catch_warnings():
-        # pyspark sets what the server was started with once more, and is told that it can't
+        # pyspark sets the server's settings a second time, and the server refuses each with a warning
         warnings.filterwarnings("ignore", "Failed to set spark", UserWarning)
         spark: SparkSession = builder.getOrCreate()
     return spark
@@ -177,7 +177,7 @@ def delta_package() -> str:
     """Delta's package for the installed Spark, one of :data:`DELTA_PACKAGES`.
 
     Raises:
-        PlatformError: there is none that was tried.
+        PlatformError: no Delta was tried with this Spark.
     """
     found = DELTA_PACKAGES.get(".".join(pyspark.__version__.split(".")[:2]))
     if found is None:
@@ -325,7 +325,7 @@ def checkpointed(df: DataFrame) -> DataFrame:
 
 
 def parallelism(spark: SparkSession) -> int:
-    """How many tasks Spark makes of what nobody has cut: as many as it has cores, unless set otherwise."""
+    """Return how many tasks Spark runs by default: one for each core, unless it is set otherwise."""
     tasks = spark.range(_UNCUT).select(F.spark_partition_id().alias("task"))
     last = tasks.agg(F.max("task")).collect()[0][0]
     return int(last) + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -29,6 +30,12 @@ def file_system(address: str) -> tuple[Any, str]:
         return found, address.removeprefix("s3://")
     system, path = fs.FileSystem.from_uri(address)
     return system, path
+
+
+def folder_of(path: str, namespace: str) -> str:
+    """The folder of a namespace's path-based tables: an address as it is, a folder of this machine from the root on."""
+    root = path.rstrip("/") if "://" in path else str(Path(path).resolve())
+    return f"{root}/{namespace.replace('.', '/')}"
 
 
 def remove_folder(address: str) -> None:

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from pyarrow import fs
@@ -31,7 +30,7 @@ from bp_spark.config import TablesConfig
 from bp_spark.errors import ConflictError, DataError, OccupiedError
 from bp_spark.failures import explained
 from bp_spark.session import is_connect, with_settings
-from bp_spark.stores import UNREACHABLE, file_system
+from bp_spark.stores import UNREACHABLE, file_system, folder_of
 
 _NOTES_SEARCHED = 100
 _COMMITS_SINCE = 20
@@ -829,7 +828,7 @@ class Lakehouse:
     def __init__(self, spark: SparkSession, config: TablesConfig) -> None:
         self.spark = spark
         self.namespace = config.namespace
-        self._root = None if config.path is None else f"{_absolute(config.path)}/{config.namespace.replace('.', '/')}"
+        self._root = None if config.path is None else folder_of(config.path, config.namespace)
 
     def location(self, name: str) -> str:
         """Folder or object-store address of a table."""
@@ -1446,7 +1445,3 @@ def _types(schema: StructType) -> list[tuple[str, str]]:
 
 def _quoted(namespace: str) -> str:
     return ".".join(f"`{part}`" for part in namespace.split("."))
-
-
-def _absolute(path: str) -> str:
-    return path.rstrip("/") if "://" in path else str(Path(path).resolve())
