@@ -25,10 +25,10 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import DataType, StructField, StructType
 
-from bp_spark import __version__
+from bp_spark import __version__, leftovers
 from bp_spark.config import TablesConfig
 from bp_spark.errors import ConflictError, DataError, OccupiedError
-from bp_spark.failures import explained
+from bp_spark.failures import SPARK_ERRORS, explained
 from bp_spark.session import is_connect, with_settings
 from bp_spark.stores import UNREACHABLE, file_system, folder_of
 
@@ -40,8 +40,6 @@ _CREATION_S = 10
 """How long a table's folder may be there before its first commit."""
 _NO_TABLE = re.compile("DELTA_TABLE_NOT_FOUND|DELTA_MISSING_DELTA_TABLE|DELTA_PATH_DOES_NOT_EXIST|PATH_NOT_FOUND")
 _LOG_ENTRY = re.compile(r"(\d{20})\.(?:json|checkpoint\..*parquet)")
-_CLOCKS_APART_S = 1
-"""How far the clocks of the driver and of the store may be apart."""
 _LISTED_VALUES = 200
 _CLUSTER_COLUMNS = 4
 """The most columns that Delta clusters a table by."""
@@ -1073,29 +1071,62 @@ class Lakehouse:
                 self.spark.sql(f"DELETE FROM {self._sql_name(name)} WHERE {condition}")  # noqa: S608 (the caller's)
         return rows
 
-    def fence(self, name: str) -> None:
-        """End all writes of a table that are under way: Delta lets none commit that began before a change of the metadata."""
-        told = f"'bp-spark.fence' = {_literal(uuid.uuid4().hex)}"
-        with explained(self._named(name)):
-            self.spark.sql(f"ALTER TABLE {self._sql_name(name)} SET TBLPROPERTIES ({told})")
+    def fence(self, name: str) -> str:
+        """End all writes of a table that are under way: Delta lets none commit that began before a change of the metadata.
 
-    def vacuum(self, name: str) -> None:
-        """Remove all files that the newest version doesn't need, those of the change feed too: older versions are gone then.
-
-        Other jobs may run. Who reads an older version, or writes when this is called, ends with an error; what they write
-        later is left alone. The files are looked up in the log first, so that none which is not committed yet goes. Then a
-        fence ends the writes under way, and what they and killed runs left in the folder goes too.
+        Returns:
+            A text that the commit of the change holds, and no other.
         """
+        token = uuid.uuid4().hex
+        with explained(self._named(name)):
+            self.spark.sql(f"ALTER TABLE {self._sql_name(name)} SET TBLPROPERTIES ('bp-spark.fence' = '{token}')")
+        return token
+
+    def vacuum(self, name: str) -> int:
+        """Delete all files that the newest version doesn't need, those of the change feed too: older versions are gone then.
+
+        Other jobs may run. Who reads an older version, or began to write before the fence, ends with an error; what is written
+        later is left alone: see :mod:`bp_spark.leftovers`.
+
+        Returns:
+            How many files were deleted; 0 where Delta had to do it.
+        """
+        with explained(self._named(name)):
+            if not self.is_plain(name):
+                # a row that a deletion vector hides still stands in its file
+                self.spark.sql(f"REORG TABLE {self._sql_name(name)} APPLY (PURGE)")
+            location = self.location(name)
+            try:
+                listed = leftovers.data_files(location)
+                leftovers.require_commit(location, self.fence(name))
+            except UNREACHABLE as error:
+                self._vacuum_by_delta(name, error)
+                return 0
+            return leftovers.delete(location, listed, self.read(name).inputFiles())
+
+    def _vacuum_by_delta(self, name: str, reason: Exception) -> None:
+        """Delete the files that commits removed; what never was in the log stays for a later VACUUM, for only a clock could
+        tell it from what a job is writing."""
+        _logger.warning(
+            "%s: its folder can't be listed from here (%s): what killed runs left in it stays until Delta's VACUUM finds it",
+            self._named(name),
+            type(reason).__name__,
+        )
         settings = {
             "spark.databricks.delta.retentionDurationCheck.enabled": "false",
             "spark.databricks.delta.vacuum.logging.enabled": "false",
         }
-        with with_settings(self.spark, settings), explained(self._named(name)):
-            self.spark.sql(f"VACUUM {self._sql_name(name)} LITE RETAIN 0 HOURS")
-            began = time.time()
-            self.fence(name)
-            hours = (time.time() - began + _CLOCKS_APART_S) / 3600
-            self.spark.sql(f"VACUUM {self._sql_name(name)} RETAIN {hours:.6f} HOURS")
+        with with_settings(self.spark, settings):
+            try:
+                self.spark.sql(f"VACUUM {self._sql_name(name)} LITE RETAIN 0 HOURS")
+            except SPARK_ERRORS as error:
+                if "DELTA_CANNOT_VACUUM_LITE" not in str(error):
+                    raise
+                _logger.warning(
+                    "%s: its log was cleaned, so that files of older versions stay for the table's own retention time",
+                    self._named(name),
+                )
+                self.spark.sql(f"VACUUM {self._sql_name(name)}")
 
     def folders(self) -> list[str]:
         """Where all files of the tables are: one folder, or one of each table that the metastore manages."""

@@ -286,9 +286,8 @@ def _vacuum(run: Run) -> None:
         scratch.clear(run.spark, run.config.tables)
         named = ("quarantine", "texts", "text_embeddings", "market_segments")
         others = (name for name in named if lakehouse.exists(name))
-        for name in (*_tables_of_users(lakehouse), *others):
-            lakehouse.vacuum(name)
-            figures["tables"] = int(str(figures.get("tables", 0))) + 1
+        deleted = [lakehouse.vacuum(name) for name in (*_tables_of_users(lakehouse), *others)]
+        figures["tables"], figures["files"] = len(deleted), sum(deleted)
 
 
 def _prove(run: Run, keys: Collection[str], ids: Collection[str]) -> None:
