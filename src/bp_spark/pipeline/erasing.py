@@ -219,7 +219,7 @@ def _tables_of_users(lakehouse: Lakehouse) -> list[str]:
 
 
 def _follow_events(run: Run) -> None:
-    """User-days that belong to no event any more go, by the change feed, which must still be there."""
+    """User-days that belong to no event any more go, by the change feed where it is still there."""
     if run.lakehouse.exists("events"):
         embed(run)
         aggregate(run, rebuild=False)
