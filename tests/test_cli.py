@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bp_spark import __version__, cli, extras
+from bp_spark import __version__, cli, extras, pipeline
 from bp_spark.errors import BpSparkError, DataError, PlatformError
 from clusters import bare_environment
 
@@ -150,6 +150,18 @@ def test_a_job_ends_with_the_exit_code_that_the_documentation_gives_its_error(
     table = re.findall(r"^\| (\d) \| .+ \| (?:`(\w+)`)? *\|$", (ROOT / "docs/ops.md").read_text(encoding="utf-8"), re.M)
     assert (str(ended.value.code), error.__name__ if issubclass(error, BpSparkError) else "") in table
     assert len(table) == len({code for code, _ in table}) == len(BpSparkError.__subclasses__()) + 2
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"], ids=["without", "with"])
+def test_a_file_of_ids_is_read_with_or_without_a_byte_order_mark(
+    start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(cli, "_session", lambda *_: None)
+    monkeypatch.setattr(pipeline, "forget", lambda spark, settings, ids: given.extend(ids) or [])
+    (tmp_path / "gone.txt").write_bytes(f"{start}u1\r\nline\u2028separator\r\n".encode())
+    assert CliRunner().invoke(cli.app, ["forget", "--file", str(tmp_path / "gone.txt")]).exit_code == 0
+    assert [one for one in given if one] == ["u1", "line\u2028separator"]
 
 
 @pytest.mark.slow

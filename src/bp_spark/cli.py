@@ -550,8 +550,9 @@ def forget(
 ) -> None:
     """Erase users: from every table, from the files of its older versions, from checkpoints; then read every file to prove it.
 
-    No other job may run meanwhile. If it is stopped, run it again. Old deliveries are not read again; files that the platform
-    delivers later bring a user back. Models keep what they learned until the next training.
+    Other jobs may run: one that read the users before ends with an error. If it is stopped, run it again. Rows of these users
+    that are delivered later are left out. Ends with code 9 where nobody has one of the ids, after all others were erased.
+    Models keep what they learned until the next training.
 
     Example: bp-spark forget --file gone.txt
     """
@@ -559,7 +560,7 @@ def forget(
     ids = list(user or ())
     if file is not None:
         try:
-            ids += file.read_text(encoding="utf-8").splitlines()
+            ids += file.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError):
             raise typer.BadParameter("can't be read as UTF-8 text", param_hint="--file") from None
     if not any(one.strip() for one in ids):

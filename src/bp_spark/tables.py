@@ -237,6 +237,17 @@ USER_KEYS = Table(
     key=("user_key",),
     skipped_by=("key_id",),
 )
+FORGOTTEN = Table(
+    "forgotten",
+    "Users who were erased: rows of theirs that are delivered later are left out. Nobody's id or key can be told from it",
+    _columns(
+        ("key_hash", "string!", "SHA-256 of the user's key"),
+        ("key_id", "string!", "Tells which secret the key was made with"),
+        ("known", "boolean!", "Whether anybody had the id when it was given to forget"),
+        ("forgotten_at", "timestamp!", "When that was, UTC"),
+    ),
+    key=("key_hash",),
+)
 DELIVERIES = Table(
     "deliveries",
     "Files that were ingested; a file with the same fingerprint is never read again",
@@ -793,6 +804,7 @@ GIVEN_LABELS = Table(
 SHARED_TABLES = (
     *RAW_TABLES,
     USER_KEYS,
+    FORGOTTEN,
     DELIVERIES,
     EVENTS,
     QUARANTINE,

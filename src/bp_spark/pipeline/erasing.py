@@ -6,6 +6,7 @@ may run meanwhile: what they worked out before, they can't write any more, and e
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -19,13 +20,14 @@ from safetensors import safe_open
 
 from bp_spark import cleaning, privacy, scratch, texts, traces
 from bp_spark.config import Config
-from bp_spark.errors import ConfigError, DataError
+from bp_spark.errors import ConfigError, DataError, UnknownUserError
 from bp_spark.pipeline.featurizing import aggregate, clean, embed, require_same_secret
 from bp_spark.pipeline.run import Run, recorded
 from bp_spark.session import checkpointed, kept
 from bp_spark.tables import (
     DELIVERIES,
     EVENTS,
+    FORGOTTEN,
     GIVEN_LABELS,
     LABEL_REQUESTS,
     MARKET_SEGMENTS,
@@ -57,13 +59,15 @@ PERIODS: Mapping[str, Mapping[str, str]] = {
 """Setting of ``privacy.retention_days`` -> table -> SQL of a row's day."""
 PROVEN_KEYS = 1_000
 """Old keys that are looked for after a rotation."""
+_POSITIONS_TOLD = 20
 
 
 def forget(spark: SparkSession, config: Config, user_ids: Sequence[str]) -> list[dict[str, Any]]:
     """Erase users from every table and from the files of older versions, and prove it by reading every file.
 
     Texts that nobody else wrote go with them, and so do checkpoints that hold such a text. Models are left: what they
-    learned of a user can't be told apart from the rest; bundles that carry such a text are named.
+    learned of a user can't be told apart from the rest; bundles that carry such a text are named. Rows of the users that are
+    delivered later are left out, by the table ``forgotten``.
 
     Returns:
         The stages that ran, as in ``runs``. Called again with the same ids it deletes nothing and proves it again.
@@ -71,19 +75,27 @@ def forget(spark: SparkSession, config: Config, user_ids: Sequence[str]) -> list
     Raises:
         ConfigError: no id; the secret is missing, or isn't the one that the keys were made with.
         DataError: nothing was ingested yet; a file still holds a user when all is done.
+        UnknownUserError: when all is done: nobody has some of the ids, and they were not forgotten before.
     """
-    ids = sorted({one.strip(" ") for one in user_ids} - {""})
-    if not ids:
+    positions: dict[str, int] = {}
+    for position, one in enumerate(user_ids, 1):
+        positions.setdefault(one.strip(" "), position)
+    positions.pop("", None)
+    if not positions:
         raise ConfigError("forget: no user id was given")
     secret = privacy.load_secret(config.privacy.secret)
+    keys_by_id = {one: secret.key_of(one) for one in positions}
     with recorded(spark, config, "forget") as run:
         lakehouse = run.lakehouse
         known = lakehouse.read("user_keys")
         require_same_secret(lakehouse, secret)
-        keys = F.broadcast(spark.createDataFrame([(secret.key_of(one),) for one in ids], "user_key string"))
-        _outdate(lakehouse)
+        keys = F.broadcast(spark.createDataFrame([(key,) for key in keys_by_id.values()], "user_key string"))
         with run.stage("forget") as figures:
-            figures["users"], figures["known"] = len(ids), known.join(keys, "user_key", "left_semi").count()
+            found = {row["user_key"] for row in known.join(keys, "user_key", "left_semi").select("user_key").collect()}
+            unknown = _list_forgotten(lakehouse, keys_by_id.values(), found, secret)
+            # an ingest that didn't see the list can't write any more
+            _outdate(lakehouse)
+            figures["users"], figures["known"] = len(keys_by_id), len(found)
             _empty_segments_of(lakehouse, keys)
             for name in _tables_of_users(lakehouse):
                 # user-days follow events below, and who is known is known until all rows are gone
@@ -97,8 +109,42 @@ def forget(spark: SparkSession, config: Config, user_ids: Sequence[str]) -> list
             figures.update(_erase_texts(run))
             figures["user_keys"] = lakehouse.erase("user_keys", keys, "t.user_key = s.user_key")
         _vacuum(run)
-        _prove(run, [secret.key_of(one) for one in ids], ids)
+        _prove(run, keys_by_id.values(), keys_by_id)
+        if missing := [position for one, position in positions.items() if keys_by_id[one] in unknown]:
+            raise _unknown(missing, len(user_ids))
         return run.records
+
+
+def _list_forgotten(
+    lakehouse: Lakehouse, keys: Collection[str], found: Collection[str], secret: privacy.Secret
+) -> set[str]:
+    """Add users to the table ``forgotten``; return the keys that nobody has, and nobody had when they were first forgotten.
+
+    Args:
+        keys: ``user_key`` of all of them.
+        found: the keys that users have.
+    """
+    keys_by_hash = {hashlib.sha256(key.encode()).hexdigest(): key for key in keys}
+    listed: dict[str, bool] = {}
+    if lakehouse.exists("forgotten"):
+        wanted = lakehouse.spark.createDataFrame([(one,) for one in keys_by_hash], "key_hash string")
+        rows = lakehouse.read("forgotten").join(F.broadcast(wanted), "key_hash").select("key_hash", "known").collect()
+        listed = {keys_by_hash[row["key_hash"]]: row["known"] for row in rows}
+    now = datetime.now(UTC)
+    fresh = [(one, secret.key_id, key in found, now) for one, key in keys_by_hash.items() if key not in listed]
+    if fresh:
+        lakehouse.append(FORGOTTEN, lakehouse.spark.createDataFrame(fresh, FORGOTTEN.schema))
+    return {key for key in keys if key not in found and not listed.get(key)}
+
+
+def _unknown(positions: Sequence[int], given: int) -> UnknownUserError:
+    told = ", ".join(map(str, positions[:_POSITIONS_TOLD]))
+    more = f" and {len(positions) - _POSITIONS_TOLD:,} more" if len(positions) > _POSITIONS_TOLD else ""
+    return UnknownUserError(
+        f"forget: nobody has {len(positions):,} of the {given:,} ids given (those at the positions {told}{more}); all others "
+        "were erased. Rows with the unknown ids are left out of later deliveries, too: docs/privacy.md says how to take a "
+        "mistyped id off the list"
+    )
 
 
 def _empty_segments_of(lakehouse: Lakehouse, keys: DataFrame) -> None:
@@ -157,6 +203,11 @@ def rotate_keys(spark: SparkSession, config: Config, to: str) -> list[dict[str, 
             require_same_secret(lakehouse, old)
             with run.stage("rotate keys") as figures:
                 _rekey(lakehouse, users, new, figures)
+                if lakehouse.exists("forgotten") and (count := lakehouse.read("forgotten").count()):
+                    figures["note"] = (
+                        f"the new secret does not recognise the {count:,} users who were forgotten: give their ids to forget "
+                        "again, or rows of theirs that are delivered later come in"
+                    )
             clean(run, rebuild=True)
             embed(run)
             aggregate(run, rebuild=True)

@@ -76,12 +76,15 @@ def _ingest(run: Run) -> None:
         now, brought = F.lit(datetime.now(UTC)), dict[str, int]()
         claim = lakehouse.claim(DELIVERIES, before)
         # before the rows, so that there never is one whose user nobody knows
-        _add_user_keys(lakehouse, raw, secret, number, after=claim)
+        if left_out := _add_user_keys(lakehouse, raw, secret, number, after=claim):
+            figures["forgotten_users"] = left_out
         masked = privacy.mask if run.config.privacy.mask_texts else privacy.as_written
         for table in RAW_TABLES:
             of_ingest = F.col("ingest_id") == number
             if table.name in raw:
                 rows = privacy.pseudonymous(raw[table.name], table.name, secret, masked)
+                if "user_key" in rows.columns:
+                    rows = _without_forgotten(lakehouse, rows)
                 rows = rows.withColumns({"ingest_id": F.lit(number).cast("bigint"), "ingested_at": now})
             elif lakehouse.exists(table.name) and not lakehouse.read(table.name).filter(of_ingest).isEmpty():
                 # an ingest of that number was stopped, and what it read of this table is no longer delivered
@@ -130,13 +133,13 @@ def require_same_secret(lakehouse: Lakehouse, secret: privacy.Secret) -> None:
 
 def _add_user_keys(
     lakehouse: Lakehouse, raw: Mapping[str, DataFrame], secret: privacy.Secret, number: int, after: int
-) -> None:
-    """Store the keys of the users that are new."""
+) -> int:
+    """Store the keys of the users that are new, and return how many were forgotten: these are left out."""
     ids = [
         rows.select(privacy.user_id("user_id").alias("user_id")) for rows in raw.values() if "user_id" in rows.columns
     ]
     if not ids:
-        return
+        return 0
     found = reduce(DataFrame.unionByName, ids).filter(F.col("user_id").isNotNull()).distinct()
     keyed = found.withColumns(
         {
@@ -147,10 +150,20 @@ def _add_user_keys(
     )
     if not lakehouse.exists("user_keys"):
         lakehouse.append(USER_KEYS, keyed, after=after)
-        return
-    rows = checkpointed(keyed.join(lakehouse.read("user_keys").select("user_key"), "user_key", "left_anti"))
+        return 0
+    fresh = checkpointed(keyed.join(lakehouse.read("user_keys").select("user_key"), "user_key", "left_anti"))
+    rows = _without_forgotten(lakehouse, fresh)
     if not rows.isEmpty():
         lakehouse.append(USER_KEYS, rows, after=after)
+    return 0 if rows is fresh else fresh.count() - rows.count()
+
+
+def _without_forgotten(lakehouse: Lakehouse, rows: DataFrame) -> DataFrame:
+    """Return the rows whose ``user_key`` is not that of a user who was forgotten."""
+    if not lakehouse.exists("forgotten"):
+        return rows
+    forgotten = lakehouse.read("forgotten").select("key_hash")
+    return rows.join(forgotten, privacy.key_hash(F.col("user_key")) == F.col("key_hash"), "left_anti")
 
 
 def sampled(df: DataFrame, share: float) -> DataFrame:
