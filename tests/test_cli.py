@@ -164,6 +164,32 @@ def test_a_file_of_ids_is_read_with_or_without_a_byte_order_mark(
     assert [one for one in given if one] == ["u1", "line\u2028separator"]
 
 
+def test_what_people_typed_is_shown_as_it_is_and_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    typed = [
+        "[red]x[/red]",
+        "[/]",
+        ":smile:",
+        "\x1b[31mred\x1b]0;title\x07",
+        "a\u202eb",
+        {"k\x9b": ["[b]"]},
+        "小明 naïve",
+    ]
+    cli._print(cli._rows_table([f"c{number}[/]" for number in range(len(typed))], [typed]))
+    shown = capsys.readouterr().out
+    for text in (
+        "[red]x[/red]",
+        "[/]",
+        ":smile:",
+        r"\x1b[31mred\x1b]0;title\x07",
+        r"a\u202eb",
+        r"k\x9b: [b]",
+        "小明 naïve",
+    ):
+        assert f" {text} " in shown
+    assert "c1[/]" in shown
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown)
+
+
 @pytest.mark.slow
 def test_a_job_under_spark_submit_ends_with_the_error_and_its_exit_code(tmp_path: Path) -> None:
     settings = [f"tables.path={tmp_path}/lakehouse", f"bundles={tmp_path}/bundles"]
