@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 from pyarrow import fs
 from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import Column as SparkColumn
@@ -25,7 +27,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import DataType, StructField, StructType
 
-from bp_spark import __version__, leftovers
+from bp_spark import __version__, footers, leftovers
 from bp_spark.config import TablesConfig
 from bp_spark.errors import ConflictError, DataError, OccupiedError
 from bp_spark.failures import SPARK_ERRORS, explained
@@ -869,6 +871,27 @@ class Lakehouse:
         if version is not None:
             reader = reader.option("versionAsOf", version)
         return reader.load(self.location(name)) if self._root is not None else reader.table(self._identifier(name))
+
+    def require_whole_files(
+        self, name: str, version: int | None = None, where: Mapping[str, str] | None = None
+    ) -> None:
+        """Hold the footers of a version's files, or of those with the given partition values, against the table's log.
+
+        Where files or log can't be read from here, nothing is held against anything.
+
+        Raises:
+            DataError: a footer is damaged: see :mod:`bp_spark.footers`.
+        """
+        try:
+            table = DeltaTable(self.location(name), version=version)
+            chosen = [(column, "=", value) for column, value in (where or {}).items()]
+            footers.read(table, table.file_uris(file_pruning_predicate=chosen or None))
+        except (DeltaError, *UNREACHABLE) as error:
+            _logger.info(
+                "%s: footers were not held against its log, which can't be read from here (%s)",
+                self._named(name),
+                type(error).__name__,
+            )
 
     def is_plain(self, name: str) -> bool:
         """Whether a table's Parquet files hold its rows under its columns' names, all of them: no deletion vectors, no column

@@ -433,6 +433,7 @@ def write_features(run: Run, as_of: Sequence[date]) -> None:
         if not missing:
             figures["status"] = "unchanged"
             return
+        lakehouse.require_whole_files("user_daily")
         days = lakehouse.read("user_daily")
         figures["rows_in"] = days.count()
         rows = features.user_features(days, missing, config, built_from)
