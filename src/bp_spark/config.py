@@ -117,6 +117,8 @@ class CleaningConfig(Section):
     """The platform's currency; lines in another one are converted by the source's rates."""
     first_day: date = date(1995, 1, 1)
     """Timestamps before it are mistakes."""
+    ahead_minutes: int = Field(10, ge=0, le=1440)
+    """Minutes that a timestamp may be ahead of the ingest that brings it: clocks differ."""
     max_rating: float = Field(5.0, gt=0, le=1e6)
     unknown_items: Literal["keep", "quarantine"] = "keep"
     """What becomes of rows whose item the source doesn't describe."""

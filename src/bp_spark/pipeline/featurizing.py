@@ -306,10 +306,11 @@ def replay_quarantine(spark: SparkSession, config: Config) -> list[dict[str, Any
             claim = lakehouse.claim(EVENTS, done)
             rows = checkpointed(lakehouse.read("quarantine"))
             figures["rows"] = figures["rows_in"] = rows.count()
-            # what is known today counts for rows that were refused for not knowing it
+            # what is known today counts for rows that were refused for not knowing it, and so does today's time
+            now = F.lit(datetime.now(UTC))
             today = {name: df.withColumn("ingest_id", F.lit(0).cast("bigint")) for name, df in known.items()}
             raw = {name: cleaning.from_quarantine(rows, name) for name in cleaning.LOGS}
-            judged = {name: checkpointed(df) for name, df in cleaning.judge(raw, today, config.cleaning).items()}
+            judged = {name: checkpointed(df) for name, df in cleaning.judge(raw, today, config.cleaning, now).items()}
             _add_texts(run, {name: df.filter("rule IS NULL") for name, df in judged.items()}, known, rebuild=False)
             note: dict[str, Any] = {key: done[key] for key in ("format", "through", "rules") if key in done}
             _add_events(run, cleaning.events(judged), note, figures, after=claim, rebuild=False)
