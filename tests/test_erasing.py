@@ -18,7 +18,9 @@ from safetensors.numpy import save_file
 
 from bp_spark import config, pipeline, privacy, traces
 from bp_spark.config import Config
-from bp_spark.errors import ConfigError, DataError, UnknownUserError
+from bp_spark.errors import ConfigError, ConflictError, DataError, UnknownUserError
+from bp_spark.pipeline import erasing, featurizing
+from bp_spark.pipeline.run import Run
 from bp_spark.tables import GIVEN_LABELS, LABEL_REQUESTS, MARKET_SEGMENTS, SCORES, USER_PROFILE, Lakehouse
 from histories import SECRET, sorted_rows, write_night
 from test_incremental import DERIVED, MAPPING
@@ -276,6 +278,37 @@ def test_rotated_keys_are_in_no_file_and_known_events_stay_known(
     figures = next(stage["figures"] for stage in night if stage["stage"] == "clean")
     assert (figures["events"], figures["duplicates"]) == ("1", "1")
     assert lakehouse.read("events").count() == events + 1
+
+
+def test_an_ingest_beside_a_rotation_ends_it_with_a_conflict_and_the_next_one_takes_its_rows_too(
+    spark: SparkSession, tmp_path: Path, at: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, new = at(), f"file:{tmp_path}/new"
+    privacy.make_secret(tmp_path / "new")
+    lakehouse = Lakehouse(spark, settings.tables)
+    events = lakehouse.read("events").count()
+    write_night(tmp_path / "files", 1, transactions=[line(STAYS, 2), line("new-user-3", 2)])
+    real = erasing.embed
+
+    def beside(run: Any) -> None:
+        monkeypatch.setattr(erasing, "embed", real)
+        # an ingest of another process: raw rows with old keys, after the raw tables were rewritten
+        featurizing._ingest(Run(spark, settings, "featurize"))
+        real(run)
+
+    monkeypatch.setattr(erasing, "embed", beside)
+    with pytest.raises((ConflictError, DataError)):
+        pipeline.rotate_keys(spark, settings, new)
+    pipeline.rotate_keys(spark, settings, new)
+    keys = (SECRET.key_of(user) for user in (GONE, STAYS, "new-user-3", *OTHERS))
+    assert found(spark, tmp_path / "tables", *keys) == set()
+    assert lakehouse.read("events").count() == events + 2
+
+    # what nobody has is no proof
+    orphan = lakehouse.read("given_labels").limit(1).withColumn("user_key", F.lit("0" * 64))
+    lakehouse.append(GIVEN_LABELS, orphan)
+    with pytest.raises(DataError, match=r"given_labels\.user_key: holds keys that nobody in user_keys has.*\(1 rows\)"):
+        pipeline.rotate_keys(spark, settings, new)
 
 
 def test_rows_beyond_their_time_are_deleted_with_their_files(

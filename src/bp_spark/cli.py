@@ -579,7 +579,8 @@ def rotate_keys(
 ) -> None:
     """Give every user a new key, made with another secret; erase the files that hold the old ones.
 
-    No other job may run meanwhile. If it is stopped, run it again. Then set privacy.secret, featurize and train: who is held
+    Of this and another job that writes meanwhile one ends with code 7 or 3: run it again. If it is stopped, run it again. Then
+    set privacy.secret, featurize and train: who is held
     out, and who is in which fold, goes by the key and is drawn anew.
 
     Example: bp-spark rotate-keys --to file:/etc/bp-spark/secret-2025

@@ -10,6 +10,7 @@ import hashlib
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,8 @@ def rotate_keys(spark: SparkSession, config: Config, to: str) -> list[dict[str, 
 
     Raises:
         ConfigError: a secret is missing, or the old one isn't that of the keys; raw rows are not all kept.
-        DataError: nothing was ingested yet; a file still holds an old key when all is done.
+        ConflictError: another job wrote meanwhile.
+        DataError: nothing was ingested yet; a file still holds an old key when all is done, or a row one that nobody has.
     """
     old, new = (privacy.load_secret(place) for place in (config.privacy.secret, to))
     if old == new:
@@ -202,7 +204,10 @@ def rotate_keys(spark: SparkSession, config: Config, to: str) -> list[dict[str, 
         if not users.filter(F.col("key_id") != new.key_id).isEmpty():
             require_same_secret(lakehouse, old)
             with run.stage("rotate keys") as figures:
-                _rekey(lakehouse, users, new, figures)
+                claims = _outdate(lakehouse)
+                # raw tables and user_keys are written under it, as by an ingest
+                claim = lakehouse.claim(DELIVERIES, lakehouse.note("deliveries"))
+                _rekey(lakehouse, users, new, figures, {**claims, "deliveries": claim})
                 if lakehouse.exists("forgotten") and (count := lakehouse.read("forgotten").count()):
                     figures["note"] = (
                         f"the new secret does not recognise the {count:,} users who were forgotten: give their ids to forget "
@@ -211,16 +216,32 @@ def rotate_keys(spark: SparkSession, config: Config, to: str) -> list[dict[str, 
             clean(run, rebuild=True)
             embed(run)
             aggregate(run, rebuild=True)
-            # last: as long as the old keys stand here, a run that was stopped begins anew
             rekeyed = {"user_key": privacy.user_key(F.col("user_id"), new), "key_id": F.lit(new.key_id)}
-            lakehouse.replace(USER_KEYS, users.withColumns(rekeyed))
+            rotated = users.withColumns(rekeyed)
+            _require_known_keys(lakehouse, rotated)
+            # an ingest that began meanwhile has claimed the table: its rows bear old keys
+            lakehouse.claim(DELIVERIES, {**lakehouse.note("deliveries"), "version": claim})
+            # last: as long as the old keys stand here, a run that was stopped begins anew
+            lakehouse.replace(USER_KEYS, rotated, after=claim)
         _vacuum(run)
+        _require_known_keys(lakehouse, lakehouse.read("user_keys"))
         sample = lakehouse.read("user_keys").limit(PROVEN_KEYS).collect()
         _prove(run, [old.key_of(row["user_id"]) for row in sample], [])
         return run.records
 
 
-def _rekey(lakehouse: Lakehouse, users: DataFrame, new: privacy.Secret, figures: dict[str, object]) -> None:
+def _rekey(
+    lakehouse: Lakehouse,
+    users: DataFrame,
+    new: privacy.Secret,
+    figures: dict[str, object],
+    claims: Mapping[str, int],
+) -> None:
+    """Write the new keys in the place of the old ones; empty what is made again from them.
+
+    Args:
+        claims: table -> claim under which it is written. That of ``deliveries`` is for raw tables, ``scores`` has none.
+    """
     both = users.select(F.col("user_key").alias("_old"), privacy.user_key(F.col("user_id"), new).alias("_new"))
     with kept(both) as keys:
         for table in (*RAW_TABLES, SCORES, SCORES_LATEST, GIVEN_LABELS):
@@ -230,12 +251,38 @@ def _rekey(lakehouse: Lakehouse, users: DataFrame, new: privacy.Secret, figures:
             theirs = F.col("user_key") == F.col("_old")
             if not rows.join(keys, theirs, "left_semi").isEmpty():
                 rekeyed = rows.join(keys, theirs, "left").withColumn("user_key", F.coalesce("_new", "user_key"))
-                lakehouse.replace(table, rekeyed)
+                after = claims["deliveries"] if table in RAW_TABLES else claims.get(table.name)
+                lakehouse.replace(table, rekeyed, after=after)
         figures["users"] = keys.count()
     emptied = ("user_features", "training_set", "pretraining_set", "label_requests")
     for name in (*emptied, *(table.name for table in PROFILE_TABLES)):
         if lakehouse.exists(name):
             lakehouse.delete(name, "true")
+
+
+def _require_known_keys(lakehouse: Lakehouse, users: DataFrame) -> None:
+    """Require that each row's ``user_key`` is one of the users'.
+
+    Raises:
+        DataError: some are not.
+    """
+    tables = (*RAW_TABLES, EVENTS, USER_DAILY, SCORES, SCORES_LATEST, GIVEN_LABELS)
+    keys = [
+        lakehouse.read(table.name).select(F.lit(table.name).alias("table"), "user_key").filter("user_key IS NOT NULL")
+        for table in tables
+        if "user_key" in table.schema.names and lakehouse.exists(table.name)
+    ]
+    orphans = reduce(DataFrame.unionByName, keys).join(users.select("user_key"), "user_key", "left_anti")
+    counts = {row["table"]: row["count"] for row in orphans.groupBy("table").count().collect()}
+    if counts:
+        table, count = min(counts.items())
+        raise DataError(
+            f"{lakehouse.namespace}.{table}",
+            "holds keys that nobody in user_keys has: another job wrote while keys were rotated. Run rotate-keys again; rows "
+            "that stay are nobody's: delete them",
+            column="user_key",
+            count=count,
+        )
 
 
 def _require_all_raw_rows(config: Config, what: str) -> None:
@@ -247,8 +294,8 @@ def _require_all_raw_rows(config: Config, what: str) -> None:
         )
 
 
-def _outdate(lakehouse: Lakehouse) -> None:
-    """Refuse what other runs worked out of the tables so far, be it in memory still, from now on."""
+def _outdate(lakehouse: Lakehouse) -> dict[str, int]:
+    """Refuse from now on what other runs worked out of the tables so far, be it in memory; return the claims by table."""
     made = (DELIVERIES, EVENTS, TEXTS, TEXT_EMBEDDINGS, USER_DAILY, SCORES_LATEST, MARKET_SEGMENTS)
     claims = {
         table.name: lakehouse.claim(table, lakehouse.note(table.name))
@@ -263,6 +310,7 @@ def _outdate(lakehouse: Lakehouse) -> None:
     for table in PROFILE_TABLES:
         if table is not MARKET_SEGMENTS and "market_segments" in claims and lakehouse.exists(table.name):
             lakehouse.outdate(table, claims["market_segments"])
+    return claims
 
 
 def _tables_of_users(lakehouse: Lakehouse) -> list[str]:
