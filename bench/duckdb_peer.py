@@ -245,7 +245,7 @@ class Peer:
         timed = [
             ("user_id is missing", "user_key IS NOT NULL"),
             ("ts is missing", "ts IS NOT NULL"),
-            ("ts is in the future", "ts <= ingested_at"),
+            ("ts is in the future", f"ts <= ingested_at + INTERVAL {config.ahead_minutes} MINUTES"),
             (f"ts is before {config.first_day}", f"ts >= DATE '{config.first_day}'"),
         ]
         item = ("item is unknown", "item_id IS NULL OR item_known")

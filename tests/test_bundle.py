@@ -188,6 +188,38 @@ def reseal(folder: Path, change) -> None:
     (folder / "manifest.json").write_bytes(b._text(b._sealed(content)))
 
 
+def _tree(document):
+    return document["learner"]["gradient_booster"]["model"]["trees"][0]
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda d: _tree(d)["left_children"].__setitem__(0, 10**6),
+        lambda d: _tree(d)["left_children"].__setitem__(0, -7),
+        lambda d: _tree(d)["right_children"].__setitem__(0, 0),
+        lambda d: _tree(d)["right_children"].__setitem__(1, 0),
+        lambda d: _tree(d)["right_children"].__setitem__(0, _tree(d)["left_children"][0]),
+        lambda d: _tree(d)["right_children"].__setitem__(0, "x"),
+        lambda d: _tree(d)["split_indices"].__setitem__(0, 2),
+        lambda d: _tree(d)["split_conditions"].pop(),
+        lambda d: _tree(d)["tree_param"].update(num_nodes="1000"),
+        lambda d: _tree(d)["split_type"].__setitem__(0, 1),
+        lambda d: d["learner"]["learner_model_param"].update(num_feature="9"),
+        lambda d: d["learner"]["gradient_booster"]["model"]["trees"].pop(),
+        lambda d: d["learner"]["gradient_booster"]["model"]["tree_info"].__setitem__(0, 5),
+        lambda d: d["learner"].pop("gradient_booster"),
+    ],
+)
+def test_trees_that_cannot_be_walked_are_refused_even_where_the_seal_is_right(copy, harm):
+    document = json.loads((copy / "trees.json").read_text())
+    harm(document)
+    (copy / "trees.json").write_text(json.dumps(document))
+    reseal(copy, lambda m: m["files"].update({"trees.json": b._describe(copy / "trees.json")}))
+    with pytest.raises(BundleError, match=r"trees\.json: its trees are none"):
+        b.load(copy)
+
+
 @pytest.mark.parametrize(
     "name", ["../escape.json", "/etc/passwd", "a/b.json", "..", "manifest.json", "manifest.sig", "", "a\nb"]
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from bp_spark import cleaning, config
 from bp_spark.config import CleaningConfig
@@ -66,6 +67,19 @@ def test_each_broken_rule_is_named(spark: SparkSession) -> None:
         "quantity is not a finite number": {"quantity": "NaN"},
     }
     assert reasons(spark, "raw_transactions", *numbered(*cases.values())) == list(cases)
+
+
+def test_a_time_may_be_a_little_ahead_and_is_held_against_the_time_of_a_replay(spark: SparkSession) -> None:
+    # the ingest was on 2024-06-01 at midnight
+    ahead = numbered({"ts": "2024-06-01 00:10:00"}, {"ts": "2024-06-01 00:10:01"}, {"ts": "2024-06-01 01:00:00"})
+    late = "ts is in the future"
+    assert reasons(spark, "raw_transactions", *ahead) == [None, late, late]
+    none = CONFIG.model_copy(update={"ahead_minutes": 0})
+    assert reasons(spark, "raw_transactions", *ahead, settings=none) == [late, late, late]
+    raw = raw_frame(spark, "raw_transactions", *ahead)
+    replayed = cleaning.judge({"raw_transactions": raw}, {}, CONFIG, F.lit("2024-06-01 00:30:00").cast("timestamp"))
+    rules = [row["rule"] for row in replayed["raw_transactions"].orderBy("delivery").collect()]
+    assert rules == [None, None, late]
 
 
 def test_rules_of_actions_searches_and_reviews(spark: SparkSession) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bp_spark import __version__, cli, extras
+from bp_spark import __version__, cli, extras, pipeline
 from bp_spark.errors import BpSparkError, DataError, PlatformError
 from clusters import bare_environment
 
@@ -150,6 +150,44 @@ def test_a_job_ends_with_the_exit_code_that_the_documentation_gives_its_error(
     table = re.findall(r"^\| (\d) \| .+ \| (?:`(\w+)`)? *\|$", (ROOT / "docs/ops.md").read_text(encoding="utf-8"), re.M)
     assert (str(ended.value.code), error.__name__ if issubclass(error, BpSparkError) else "") in table
     assert len(table) == len({code for code, _ in table}) == len(BpSparkError.__subclasses__()) + 2
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"], ids=["without", "with"])
+def test_a_file_of_ids_is_read_with_or_without_a_byte_order_mark(
+    start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(cli, "_session", lambda *_: None)
+    monkeypatch.setattr(pipeline, "forget", lambda spark, settings, ids: given.extend(ids) or [])
+    (tmp_path / "gone.txt").write_bytes(f"{start}u1\r\nline\u2028separator\r\n".encode())
+    assert CliRunner().invoke(cli.app, ["forget", "--file", str(tmp_path / "gone.txt")]).exit_code == 0
+    assert [one for one in given if one] == ["u1", "line\u2028separator"]
+
+
+def test_what_people_typed_is_shown_as_it_is_and_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    typed = [
+        "[red]x[/red]",
+        "[/]",
+        ":smile:",
+        "\x1b[31mred\x1b]0;title\x07",
+        "a\u202eb",
+        {"k\x9b": ["[b]"]},
+        "小明 naïve",
+    ]
+    cli._print(cli._rows_table([f"c{number}[/]" for number in range(len(typed))], [typed]))
+    shown = capsys.readouterr().out
+    for text in (
+        "[red]x[/red]",
+        "[/]",
+        ":smile:",
+        r"\x1b[31mred\x1b]0;title\x07",
+        r"a\u202eb",
+        r"k\x9b: [b]",
+        "小明 naïve",
+    ):
+        assert f" {text} " in shown
+    assert "c1[/]" in shown
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown)
 
 
 @pytest.mark.slow

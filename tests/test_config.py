@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from bp_spark import config
+from bp_spark import config, secret
 from bp_spark.config import Config, digest
 from bp_spark.errors import ConfigError
 
@@ -249,7 +249,6 @@ def test_a_wrong_type_or_choice_is_refused_by_name(override: str) -> None:
         "cleaning.max_amount=.nan",
         "tables.namespace=a.b.c",
         'tables.namespace="bp; DROP TABLE x"',
-        "tracking.uri=https://me:secret@tracking.example",
         "tracking.uri=work/mlflow.db",
         "tracking.alias=latest",
         "tracking.model=a/b",
@@ -381,3 +380,42 @@ def test_every_section_refuses_unknown_keys_and_changes() -> None:
     for section in [Config, *(each for each in sections if isinstance(each, type) and issubclass(each, BaseModel))]:
         assert section.model_config.get("extra") == "forbid"
         assert section.model_config.get("frozen")
+
+
+HIDDEN = "a1b2c3d4e5f60718293a4b5c6d7e8f90a1b2c3d4e5f60718293a4b5c6d7e8f90"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        HIDDEN,
+        f"privacy.secret {HIDDEN}",
+        f"privacy.secret:{HIDDEN}",
+        f"privacy.secret=@{HIDDEN}",
+        f"privacy.secret=[{HIDDEN}]",
+        f"privacy={HIDDEN}",
+        f"signing={{private_key: {HIDDEN}}}",
+        f"signing=[{HIDDEN}]",
+        f"tracking.uri=https://user:{HIDDEN}@registry.example",
+        f"tracking.uri=https://registry.example/?token={HIDDEN}",
+        f"tables.path=s3a://key:{HIDDEN}@bucket/lakehouse",
+    ],
+)
+def test_no_message_shows_a_secret_that_was_given_in_a_wrong_way(override: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config.load(overrides=[override])
+    assert HIDDEN not in str(refused.value)
+
+
+def test_a_file_that_is_no_yaml_is_refused_by_line_without_what_stands_there(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text(f"privacy:\n  secret: @{HIDDEN}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"not YAML: .* in line 2, column 11") as refused:
+        config.load(tmp_path / "settings.yaml")
+    assert HIDDEN not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["env", "file"])
+def test_a_secret_in_the_place_of_its_address_is_not_shown(kind: str) -> None:
+    with pytest.raises(ConfigError, match="holds no secret") as refused:
+        secret.read("privacy.secret", f"{kind}:{HIDDEN}")
+    assert HIDDEN not in str(refused.value)

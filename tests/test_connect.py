@@ -55,6 +55,7 @@ GONE = "u3"
 OF_THE_RUN = {
     "run_id",
     "fingerprint",
+    "forgotten_at",
     "ingested_at",
     "scored_at",
     "started_at",

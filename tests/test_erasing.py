@@ -18,7 +18,9 @@ from safetensors.numpy import save_file
 
 from bp_spark import config, pipeline, privacy, traces
 from bp_spark.config import Config
-from bp_spark.errors import ConfigError, DataError
+from bp_spark.errors import ConfigError, ConflictError, DataError, UnknownUserError
+from bp_spark.pipeline import erasing, featurizing
+from bp_spark.pipeline.run import Run
 from bp_spark.tables import GIVEN_LABELS, LABEL_REQUESTS, MARKET_SEGMENTS, SCORES, USER_PROFILE, Lakehouse
 from histories import SECRET, sorted_rows, write_night
 from test_incremental import DERIVED, MAPPING
@@ -182,7 +184,7 @@ def test_a_forgotten_user_is_in_no_file_and_the_nights_go_on(
     with pytest.raises(DataError, match=r"bp/copy/.*still holds what was to be erased"):
         pipeline.forget(spark, settings, [GONE])
     shutil.rmtree(copy)
-    stages = {stage["stage"]: stage for stage in pipeline.forget(spark, settings, [f" {GONE} ", "never seen"])}
+    stages = {stage["stage"]: stage for stage in pipeline.forget(spark, settings, [f" {GONE} "])}
     assert int(stages["prove"]["figures"]["parquet_files"]) > 10
     assert found(spark, tables, SECRET.key_of(GONE), GONE, "mine", ids=(GONE,)) == set()
     assert [folder.name for folder in (tables / "work").iterdir()] == ["fresh"]
@@ -204,6 +206,36 @@ def test_a_forgotten_user_is_in_no_file_and_the_nights_go_on(
     nightly = contents(lakehouse)
     pipeline.featurize(spark, settings, [AS_OF], rebuild=True)
     assert contents(lakehouse) == nightly
+
+
+def test_a_forgotten_user_stays_forgotten_when_files_are_delivered_again_and_unknown_ids_are_told_by_position(
+    spark: SparkSession, tmp_path: Path, at: Callable[..., Config]
+) -> None:
+    settings = at()
+    lakehouse = Lakehouse(spark, settings.tables)
+    with pytest.raises(
+        UnknownUserError, match=r"nobody has 1 of the 4 ids given \(those at the positions 3\)"
+    ) as raised:
+        pipeline.forget(spark, settings, [GONE, "", "nobody-17", GONE])
+    assert "nobody-17" not in str(raised.value)
+    assert found(spark, tmp_path / "tables", SECRET.key_of(GONE), ids=(GONE,)) == set()
+    # known to have been forgotten; who never was there is unknown again, whatever was tried before
+    assert pipeline.forget(spark, settings, [GONE])[-1]["figures"]["found"] == "0"
+    with pytest.raises(UnknownUserError):
+        pipeline.forget(spark, settings, ["nobody-17"])
+    assert sorted(row["known"] for row in lakehouse.read("forgotten").collect()) == [False, True]
+
+    first = tmp_path / "files/transactions/000.json"
+    shutil.copy(first, first.with_name("000-again.json"))
+    first.touch()
+    write_night(tmp_path / "files", 1, transactions=[line(GONE, 2), line("nobody-17", 2), line(STAYS, 2)])
+    night = {stage["stage"]: stage["figures"] for stage in pipeline.featurize(spark, settings, [AS_OF])}
+    assert (night["ingest"]["deliveries"], night["ingest"]["forgotten_users"]) == ("3", "2")
+    assert night["clean"]["events"] == "1"
+    assert found(spark, tmp_path / "tables", SECRET.key_of(GONE), ids=(GONE,)) == set()
+    assert {row["user_id"] for row in lakehouse.read("user_keys").collect()} == {STAYS, *OTHERS}
+    pipeline.featurize(spark, settings, [AS_OF], rebuild=True)
+    assert found(spark, tmp_path / "tables", SECRET.key_of(GONE), ids=(GONE,)) == set()
 
 
 def test_rotated_keys_are_in_no_file_and_known_events_stay_known(
@@ -246,6 +278,37 @@ def test_rotated_keys_are_in_no_file_and_known_events_stay_known(
     figures = next(stage["figures"] for stage in night if stage["stage"] == "clean")
     assert (figures["events"], figures["duplicates"]) == ("1", "1")
     assert lakehouse.read("events").count() == events + 1
+
+
+def test_an_ingest_beside_a_rotation_ends_it_with_a_conflict_and_the_next_one_takes_its_rows_too(
+    spark: SparkSession, tmp_path: Path, at: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, new = at(), f"file:{tmp_path}/new"
+    privacy.make_secret(tmp_path / "new")
+    lakehouse = Lakehouse(spark, settings.tables)
+    events = lakehouse.read("events").count()
+    write_night(tmp_path / "files", 1, transactions=[line(STAYS, 2), line("new-user-3", 2)])
+    real = erasing.embed
+
+    def beside(run: Any) -> None:
+        monkeypatch.setattr(erasing, "embed", real)
+        # an ingest of another process: raw rows with old keys, after the raw tables were rewritten
+        featurizing._ingest(Run(spark, settings, "featurize"))
+        real(run)
+
+    monkeypatch.setattr(erasing, "embed", beside)
+    with pytest.raises((ConflictError, DataError)):
+        pipeline.rotate_keys(spark, settings, new)
+    pipeline.rotate_keys(spark, settings, new)
+    keys = (SECRET.key_of(user) for user in (GONE, STAYS, "new-user-3", *OTHERS))
+    assert found(spark, tmp_path / "tables", *keys) == set()
+    assert lakehouse.read("events").count() == events + 2
+
+    # what nobody has is no proof
+    orphan = lakehouse.read("given_labels").limit(1).withColumn("user_key", F.lit("0" * 64))
+    lakehouse.append(GIVEN_LABELS, orphan)
+    with pytest.raises(DataError, match=r"given_labels\.user_key: holds keys that nobody in user_keys has.*\(1 rows\)"):
+        pipeline.rotate_keys(spark, settings, new)
 
 
 def test_rows_beyond_their_time_are_deleted_with_their_files(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from pyspark.sql import functions as F
 from bp_spark import config, pipeline
 from bp_spark.config import Config
 from bp_spark.errors import DataError
+from bp_spark.pipeline import featurizing
 from bp_spark.tables import Lakehouse
 from histories import WRITTEN_TEXTS, sorted_rows, write_night
 
@@ -204,26 +205,36 @@ def test_nights_come_to_what_a_rebuild_gives(spark: SparkSession, nights: Nights
 
 
 def test_a_replay_moves_rows_that_are_good_by_now(
-    spark: SparkSession, tmp_path: Path, platform: Callable[..., Config]
+    spark: SparkSession, tmp_path: Path, platform: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strict = platform("lakehouse", "cleaning.max_amount=10", "cleaning.unknown_items=quarantine")
     line = {"user": "u1", "order": "a", "line": None, "item": "i1", "time": "2024-02-20 10:00:00", "n": 1, "paid": "5"}
     rows = [line, {**line, "paid": "50"}, {**line, "item": "i9"}, {**line, "paid": "much"}]
+    rows += [{**line, "time": "2024-02-25 10:00:00", "paid": "7"}]
     write_night(tmp_path / "platform", 0, transactions=rows, items=items())
-    pipeline.featurize(spark, strict, [AS_OF])
+
+    class SetBack(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2024, 2, 21, tzinfo=UTC)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(featurizing, "datetime", SetBack)
+        pipeline.featurize(spark, strict, [AS_OF])
     assert pipeline.quarantine_by_rule(spark, strict) == [
         ("raw_transactions", "amount is beyond 10", 1),
         ("raw_transactions", "amount is unreadable", 1),
         ("raw_transactions", "item is unknown", 1),
+        ("raw_transactions", "ts is in the future", 1),
     ]
     write_night(tmp_path / "platform", 1, items=[{"item": "i9", "title": "New", "category": "C > d", "brand": "B"}])
     pipeline.featurize(spark, strict, [AS_OF])
     relaxed = platform("lakehouse", "cleaning.max_amount=100", "cleaning.unknown_items=quarantine")
     stages = {stage["stage"]: stage for stage in pipeline.replay_quarantine(spark, relaxed)}
-    assert stages["replay"]["figures"]["events"] == "2"
+    assert stages["replay"]["figures"]["events"] == "3"
     lakehouse = Lakehouse(spark, relaxed.tables)
     assert pipeline.quarantine_by_rule(spark, relaxed) == [("raw_transactions", "amount is unreadable", 1)]
-    assert float(lakehouse.read("user_daily").agg(F.sum("spend")).first()[0]) == 60.0  # type: ignore[index]
+    assert float(lakehouse.read("user_daily").agg(F.sum("spend")).first()[0]) == 67.0  # type: ignore[index]
     assert pipeline.replay_quarantine(spark, relaxed)[0]["figures"]["events"] == "0"
 
 

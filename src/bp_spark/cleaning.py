@@ -49,8 +49,13 @@ class Rule:
     holds: Column
 
 
-def rules(table: str, config: CleaningConfig) -> Sequence[Rule]:
-    """The rules of a raw table, in the order in which they are tried, on rows with the columns of :func:`_judgeable`."""
+def rules(table: str, config: CleaningConfig, now: Column | None = None) -> Sequence[Rule]:
+    """The rules of a raw table, in the order in which they are tried, on rows with the columns of :func:`_judgeable`.
+
+    Args:
+        now: by when a timestamp must be over; by default the time of the row's ingest.
+    """
+    latest = (F.col("ingested_at") if now is None else now) + F.expr(f"INTERVAL {config.ahead_minutes} MINUTES")
 
     def present(column: str) -> Rule:
         return Rule(f"{column} is missing", F.length(F.trim(F.col(column))) > 0)
@@ -72,7 +77,7 @@ def rules(table: str, config: CleaningConfig) -> Sequence[Rule]:
     timed = [
         Rule("user_id is missing", F.col("user_key").isNotNull()),
         Rule("ts is missing", F.col("ts").isNotNull()),
-        Rule("ts is in the future", F.col("ts") <= F.col("ingested_at")),
+        Rule("ts is in the future", F.col("ts") <= latest),
         Rule(f"ts is before {config.first_day}", F.col("ts") >= F.lit(config.first_day).cast("timestamp")),
     ]
     known_item = (
@@ -106,15 +111,18 @@ def rules(table: str, config: CleaningConfig) -> Sequence[Rule]:
     return [*timed, *own[table]]
 
 
-def judge(raw: Mapping[str, DataFrame], known: Mapping[str, DataFrame], config: CleaningConfig) -> dict[str, DataFrame]:
+def judge(
+    raw: Mapping[str, DataFrame], known: Mapping[str, DataFrame], config: CleaningConfig, now: Column | None = None
+) -> dict[str, DataFrame]:
     """Raw rows of each log with ``rule``, the first one broken or NULL, and what cleaning knows of them beside.
 
     Args:
         raw: log -> rows to judge; any of RAW_LOGS.
         known: ``raw_items`` and ``raw_rates``, whole, where the platform has them.
+        now: see :func:`rules`.
     """
     return {
-        name: _judgeable(raw[name], name, known, config).withColumn("rule", _first_broken(rules(name, config)))
+        name: _judgeable(raw[name], name, known, config).withColumn("rule", _first_broken(rules(name, config, now)))
         for name in LOGS
         if name in raw
     }

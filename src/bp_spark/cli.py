@@ -33,6 +33,7 @@ EXAMPLE_ROWS = 10
 FAIRNESS_ROWS = 200
 MODEL_COMMANDS = ("train", "backtest", "search", "score", "reproduce", "select-labels")
 
+_COMMANDING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _STATUS_STYLES = {"done": "green", "unchanged": "dim", "failed": "red"}
 
 logger = logging.getLogger(__name__)
@@ -550,8 +551,9 @@ def forget(
 ) -> None:
     """Erase users: from every table, from the files of its older versions, from checkpoints; then read every file to prove it.
 
-    No other job may run meanwhile. If it is stopped, run it again. Old deliveries are not read again; files that the platform
-    delivers later bring a user back. Models keep what they learned until the next training.
+    Other jobs may run: one that read the users before ends with an error. If it is stopped, run it again. Rows of these users
+    that are delivered later are left out. Ends with code 9 where nobody has one of the ids, after all others were erased.
+    Models keep what they learned until the next training.
 
     Example: bp-spark forget --file gone.txt
     """
@@ -559,7 +561,7 @@ def forget(
     ids = list(user or ())
     if file is not None:
         try:
-            ids += file.read_text(encoding="utf-8").splitlines()
+            ids += file.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError):
             raise typer.BadParameter("can't be read as UTF-8 text", param_hint="--file") from None
     if not any(one.strip() for one in ids):
@@ -577,7 +579,8 @@ def rotate_keys(
 ) -> None:
     """Give every user a new key, made with another secret; erase the files that hold the old ones.
 
-    No other job may run meanwhile. If it is stopped, run it again. Then set privacy.secret, featurize and train: who is held
+    Of this and another job that writes meanwhile one ends with code 7 or 3: run it again. If it is stopped, run it again. Then
+    set privacy.secret, featurize and train: who is held
     out, and who is in which fold, goes by the key and is drawn anew.
 
     Example: bp-spark rotate-keys --to file:/etc/bp-spark/secret-2025
@@ -785,8 +788,8 @@ def _session(settings: Config, command: str) -> Any:
 
 
 def _print(what: Any) -> None:
-    # a pipe has no width of its own: rows must not be cut there
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    # a pipe has no width of its own: rows must not be cut there. What people typed, as [red] or :key:, is shown as it is
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
     console.print(what, highlight=False)
 
 
@@ -872,7 +875,7 @@ def _levels_table(levels: pd.DataFrame, title: str, settings: Config) -> Table:
 def _rows_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> Table:
     table = Table(title=title)
     for column in columns:
-        table.add_column(column)
+        table.add_column(_printable(column))
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     return table
@@ -881,7 +884,7 @@ def _rows_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
 def _facts_table(title: str, facts: Sequence[tuple[str, Any]]) -> Table:
     table = Table(title=title, show_header=False)
     for name, value in facts:
-        table.add_row(name, str(value))
+        table.add_row(name, _printable(str(value)))
     return table
 
 
@@ -897,9 +900,14 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.2f}"
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_cell(item)}" for key, item in value.items())
+        return ", ".join(f"{_printable(str(key))}: {_cell(item)}" for key, item in value.items())
     if isinstance(value, list):
         return ", ".join(_cell(item) for item in value)
     if "contribution" in getattr(value, "__fields__", ()):  # a Row
         return f"{value['group']} {value['contribution']:+,.2f}"
-    return str(value)
+    return _printable(str(value))
+
+
+def _printable(text: str) -> str:
+    """The text with characters that would command a terminal, or turn the order of others, as escapes."""
+    return _COMMANDING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bp_spark.errors import ConfigError
 
@@ -88,6 +88,14 @@ class TablesConfig(Section):
     """Folder or object-store prefix of path-based tables, without a backtick, which Delta takes for the end of a path; ``null``
     for tables managed by the metastore."""
 
+    @field_validator("path")
+    @classmethod
+    def _without_password(cls, path: str | None) -> str | None:
+        # it stands in logs and messages
+        if path is not None and re.match(r"[\w+.-]+://[^/]*:.*@", path):
+            raise ValueError("must hold no password or key: conf/object-stores.md says how jobs sign in to stores")
+        return path
+
 
 class SourceConfig(Section):
     """Where raw events come from."""
@@ -109,6 +117,8 @@ class CleaningConfig(Section):
     """The platform's currency; lines in another one are converted by the source's rates."""
     first_day: date = date(1995, 1, 1)
     """Timestamps before it are mistakes."""
+    ahead_minutes: int = Field(10, ge=0, le=1440)
+    """Minutes that a timestamp may be ahead of the ingest that brings it: clocks differ."""
     max_rating: float = Field(5.0, gt=0, le=1e6)
     unknown_items: Literal["keep", "quarantine"] = "keep"
     """What becomes of rows whose item the source doesn't describe."""
@@ -786,10 +796,12 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"{name}: must be a mapping of sections, not a {type(loaded).__name__}")
         values = loaded or {}
-    for override in overrides:
+    for number, override in enumerate(overrides, 1):
         key, equals, text = override.partition("=")
         if not equals:
-            raise ConfigError(f"override {override!r}: must be section.key=value")
+            # of what was given no more than a key is shown: a secret may be in it
+            known = max((one for one in _all_keys(Config) if override.startswith(one)), key=len, default="")
+            raise ConfigError(f"override {number}{f', of {known},' if known else ''}: must be section.key=value")
         _set(values, key.strip(), text)
     try:
         return Config.model_validate(values)
@@ -805,6 +817,14 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        # without the line itself: a secret may stand in it
+        place = (
+            f" in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+            if error.problem_mark
+            else ""
+        )
+        raise ValueError(f"{error.problem or error.context}{place}") from None
     except Exception as error:  # of values that can't be made PyYAML lets Python's own errors of all kinds through
         raise ValueError(str(error) or type(error).__name__) from error
 
@@ -841,8 +861,9 @@ def _set(values: dict[str, Any], key: str, text: str) -> None:
         values = child
     try:
         values[last] = parse_yaml(text)
-    except ValueError as error:
-        raise ConfigError(f"override {key}: {text!r} is not a YAML value") from error
+    except ValueError:
+        given = "what was given" if _may_hold_secret(key) else repr(_redacted(text))
+        raise ConfigError(f"override {key}: {given} is not a YAML value") from None
 
 
 def _explain(name: str, error: ValidationError) -> str:
@@ -858,8 +879,18 @@ def _explain(name: str, error: ValidationError) -> str:
                 f"{name}: {key}: must be env:NAME, file:PATH or databricks:SCOPE/KEY, which says where the secret is"
             )
         elif problem["type"] != "default_factory_not_called":  # another problem of the same section is why
-            lines.append(f"{name}: {key}: {problem['msg']} (got {problem['input']!r})")
+            given = "" if _may_hold_secret(key) else f" (got {_redacted(repr(problem['input']))})"
+            lines.append(f"{name}: {key}: {problem['msg']}{given}")
     return "\n".join(lines)
+
+
+def _may_hold_secret(key: str) -> bool:
+    return any(f"{secret}.".startswith(f"{key}.") for secret in SECRETS)
+
+
+def _redacted(text: str) -> str:
+    """The text without what may be a password in an address: before its ``@``, and after its ``?``."""
+    return re.sub(r"(://\S*)\?[^\s'\"]*", r"\1?…", re.sub(r"://\S*@", "://…@", text))
 
 
 def _suggestion(key: str) -> str:

@@ -107,3 +107,9 @@ class DriftError(BpSparkError):
     """Thresholds of a drift check are broken: the rows are in the table drift, and scores stay as they are."""
 
     exit_code = 8
+
+
+class UnknownUserError(BpSparkError):
+    """Nobody has some of the ids that were to be forgotten; all others were erased."""
+
+    exit_code = 9

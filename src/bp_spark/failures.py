@@ -57,6 +57,12 @@ def is_gone(error: Exception) -> bool:
     return _GONE.search(str(error)) is not None
 
 
+def is_feed_gone(error: Exception) -> bool:
+    """Whether Spark or Delta say that a table's changes since a version can't be read any more: its files or its log were
+    deleted, or it has other columns since."""
+    return is_gone(error) or "DELTA_" in str(error)
+
+
 def _text(error: PySparkException | Py4JJavaError) -> str:
     """Message and causes; the class's name too, for Delta's Python errors say no more by their message."""
     return f"{type(error).__name__} {error}"

@@ -141,6 +141,11 @@ def user_key(ids: Column, secret: Secret) -> Column:
     return _key_udf(secret.value)(ids)
 
 
+def key_hash(keys: Column) -> Column:
+    """Return what stands in ``forgotten`` for a user's key: a key is recognised by it, and can't be told from it."""
+    return F.sha2(keys, 256)
+
+
 def _key_udf(value: bytes) -> Callable[[Column], Column]:
     @F.pandas_udf("string")  # type: ignore[call-overload]
     def keys(ids: pd.Series) -> pd.Series:

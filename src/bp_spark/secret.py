@@ -7,6 +7,9 @@ from pathlib import Path
 
 from bp_spark.errors import ConfigError
 
+_SUSPICIOUS = 32
+"""Characters of a name that may be a secret: privacy.secret has as many at least."""
+
 
 def read(setting: str, address: str) -> bytes:
     """What lies at an address, without blanks around it.
@@ -25,12 +28,19 @@ def read(setting: str, address: str) -> bytes:
         try:
             found = Path(name).expanduser().read_bytes()
         except OSError as error:
-            raise ConfigError(f"{setting}: {address} holds no secret ({error.strerror})") from None
+            raise ConfigError(f"{setting}: {_shown(address)} holds no secret ({error.strerror})") from None
     else:
         found = _in_scope(setting, name)
     if not found.strip():
-        raise ConfigError(f"{setting}: {address} holds no secret")
+        raise ConfigError(f"{setting}: {_shown(address)} holds no secret")
     return found.strip()
+
+
+def _shown(address: str) -> str:
+    """The address; without its name where that may be a secret, which a shell put in the place of the name."""
+    kind, _, name = address.partition(":")
+    is_path = kind == "file" and "/" in name and Path(name).expanduser().parent.is_dir()
+    return address if is_path or len(name) < _SUSPICIOUS else f"{kind}:(a name of {len(name)} characters)"
 
 
 def _in_scope(setting: str, name: str) -> bytes:

@@ -45,6 +45,9 @@ VERIFY_PAGES = ("parquet.page.verify-checksum.enabled", "true")
 ONE_DAEMON = ("spark.sql.execution.pyspark.udf.simplifiedTraceback.enabled", "false")
 # Else pyspark tells Java at each operation on a column which line of Python it stands in, by four calls.
 NO_CALL_SITES = ("spark.python.sql.dataFrameDebugging.enabled", "false")
+# Spark shows its pages, which quote rows and settings, to anybody who reaches the machine, and asks for no password.
+NO_PAGES = ("spark.ui.enabled", "false")
+ANSWERS_HERE = ("spark.connect.grpc.binding.address", "127.0.0.1")
 # On one machine the tables are small and the cores few: Delta's 50 tasks for a log and 2,000 parts of a write, Spark's 200
 # and VACUUM's 10,000 tasks would be all overhead.
 LOCAL_SQL_SETTINGS = {
@@ -118,7 +121,7 @@ def _start(builder: Any, config: Config, worker_imports: Sequence[str]) -> Spark
     builder = builder.config(f"spark.executorEnv.{daemon.IMPORTS}", os.environ[daemon.IMPORTS])
     if "PYSPARK_GATEWAY_PORT" not in os.environ:
         if "MASTER" not in os.environ:
-            builder = builder.master("local[*]").config("spark.driver.host", "localhost")
+            builder = builder.master("local[*]").config("spark.driver.host", "localhost").config(*NO_PAGES)
         builder = _of_this_machine(builder)
     spark: SparkSession = builder.getOrCreate()
     return spark
@@ -128,7 +131,7 @@ def _connect(builder: Any) -> SparkSession:
     """A session of the Spark Connect server at ``SPARK_REMOTE``; where that is ``local[*]`` or the like, it is started here."""
     if os.environ["SPARK_REMOTE"].startswith("local"):
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-        builder = _of_this_machine(builder)
+        builder = _of_this_machine(builder).config(*NO_PAGES).config(*ANSWERS_HERE)
     with warnings.catch_warnings():
         # pyspark sets the server's settings a second time, and the server refuses each with a warning
         warnings.filterwarnings("ignore", "Failed to set spark", UserWarning)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 from pyarrow import fs
 from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import Column as SparkColumn
@@ -25,10 +27,10 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import DataType, StructField, StructType
 
-from bp_spark import __version__
+from bp_spark import __version__, footers, leftovers
 from bp_spark.config import TablesConfig
 from bp_spark.errors import ConflictError, DataError, OccupiedError
-from bp_spark.failures import explained
+from bp_spark.failures import SPARK_ERRORS, explained
 from bp_spark.session import is_connect, with_settings
 from bp_spark.stores import UNREACHABLE, file_system, folder_of
 
@@ -40,8 +42,6 @@ _CREATION_S = 10
 """How long a table's folder may be there before its first commit."""
 _NO_TABLE = re.compile("DELTA_TABLE_NOT_FOUND|DELTA_MISSING_DELTA_TABLE|DELTA_PATH_DOES_NOT_EXIST|PATH_NOT_FOUND")
 _LOG_ENTRY = re.compile(r"(\d{20})\.(?:json|checkpoint\..*parquet)")
-_CLOCKS_APART_S = 1
-"""How far the clocks of the driver and of the store may be apart."""
 _LISTED_VALUES = 200
 _CLUSTER_COLUMNS = 4
 """The most columns that Delta clusters a table by."""
@@ -238,6 +238,17 @@ USER_KEYS = Table(
     ),
     key=("user_key",),
     skipped_by=("key_id",),
+)
+FORGOTTEN = Table(
+    "forgotten",
+    "Users who were erased: rows of theirs that are delivered later are left out. Nobody's id or key can be told from it",
+    _columns(
+        ("key_hash", "string!", "SHA-256 of the user's key"),
+        ("key_id", "string!", "Tells which secret the key was made with"),
+        ("known", "boolean!", "Whether anybody had the id when it was given to forget"),
+        ("forgotten_at", "timestamp!", "When that was, UTC"),
+    ),
+    key=("key_hash",),
 )
 DELIVERIES = Table(
     "deliveries",
@@ -795,6 +806,7 @@ GIVEN_LABELS = Table(
 SHARED_TABLES = (
     *RAW_TABLES,
     USER_KEYS,
+    FORGOTTEN,
     DELIVERIES,
     EVENTS,
     QUARANTINE,
@@ -859,6 +871,27 @@ class Lakehouse:
         if version is not None:
             reader = reader.option("versionAsOf", version)
         return reader.load(self.location(name)) if self._root is not None else reader.table(self._identifier(name))
+
+    def require_whole_files(
+        self, name: str, version: int | None = None, where: Mapping[str, str] | None = None
+    ) -> None:
+        """Hold the footers of a version's files, or of those with the given partition values, against the table's log.
+
+        Where files or log can't be read from here, nothing is held against anything.
+
+        Raises:
+            DataError: a footer is damaged: see :mod:`bp_spark.footers`.
+        """
+        try:
+            table = DeltaTable(self.location(name), version=version)
+            chosen = [(column, "=", value) for column, value in (where or {}).items()]
+            footers.read(table, table.file_uris(file_pruning_predicate=chosen or None))
+        except (DeltaError, *UNREACHABLE) as error:
+            _logger.info(
+                "%s: footers were not held against its log, which can't be read from here (%s)",
+                self._named(name),
+                type(error).__name__,
+            )
 
     def is_plain(self, name: str) -> bool:
         """Whether a table's Parquet files hold its rows under its columns' names, all of them: no deletion vectors, no column
@@ -1073,29 +1106,62 @@ class Lakehouse:
                 self.spark.sql(f"DELETE FROM {self._sql_name(name)} WHERE {condition}")  # noqa: S608 (the caller's)
         return rows
 
-    def fence(self, name: str) -> None:
-        """End all writes of a table that are under way: Delta lets none commit that began before a change of the metadata."""
-        told = f"'bp-spark.fence' = {_literal(uuid.uuid4().hex)}"
-        with explained(self._named(name)):
-            self.spark.sql(f"ALTER TABLE {self._sql_name(name)} SET TBLPROPERTIES ({told})")
+    def fence(self, name: str) -> str:
+        """End all writes of a table that are under way: Delta lets none commit that began before a change of the metadata.
 
-    def vacuum(self, name: str) -> None:
-        """Remove all files that the newest version doesn't need, those of the change feed too: older versions are gone then.
-
-        Other jobs may run. Who reads an older version, or writes when this is called, ends with an error; what they write
-        later is left alone. The files are looked up in the log first, so that none which is not committed yet goes. Then a
-        fence ends the writes under way, and what they and killed runs left in the folder goes too.
+        Returns:
+            A text that the commit of the change holds, and no other.
         """
+        token = uuid.uuid4().hex
+        with explained(self._named(name)):
+            self.spark.sql(f"ALTER TABLE {self._sql_name(name)} SET TBLPROPERTIES ('bp-spark.fence' = '{token}')")
+        return token
+
+    def vacuum(self, name: str) -> int:
+        """Delete all files that the newest version doesn't need, those of the change feed too: older versions are gone then.
+
+        Other jobs may run. Who reads an older version, or began to write before the fence, ends with an error; what is written
+        later is left alone: see :mod:`bp_spark.leftovers`.
+
+        Returns:
+            How many files were deleted; 0 where Delta had to do it.
+        """
+        with explained(self._named(name)):
+            if not self.is_plain(name):
+                # a row that a deletion vector hides still stands in its file
+                self.spark.sql(f"REORG TABLE {self._sql_name(name)} APPLY (PURGE)")
+            location = self.location(name)
+            try:
+                listed = leftovers.data_files(location)
+                leftovers.require_commit(location, self.fence(name))
+            except UNREACHABLE as error:
+                self._vacuum_by_delta(name, error)
+                return 0
+            return leftovers.delete(location, listed, self.read(name).inputFiles())
+
+    def _vacuum_by_delta(self, name: str, reason: Exception) -> None:
+        """Delete the files that commits removed; what never was in the log stays for a later VACUUM, for only a clock could
+        tell it from what a job is writing."""
+        _logger.warning(
+            "%s: its folder can't be listed from here (%s): what killed runs left in it stays until Delta's VACUUM finds it",
+            self._named(name),
+            type(reason).__name__,
+        )
         settings = {
             "spark.databricks.delta.retentionDurationCheck.enabled": "false",
             "spark.databricks.delta.vacuum.logging.enabled": "false",
         }
-        with with_settings(self.spark, settings), explained(self._named(name)):
-            self.spark.sql(f"VACUUM {self._sql_name(name)} LITE RETAIN 0 HOURS")
-            began = time.time()
-            self.fence(name)
-            hours = (time.time() - began + _CLOCKS_APART_S) / 3600
-            self.spark.sql(f"VACUUM {self._sql_name(name)} RETAIN {hours:.6f} HOURS")
+        with with_settings(self.spark, settings):
+            try:
+                self.spark.sql(f"VACUUM {self._sql_name(name)} LITE RETAIN 0 HOURS")
+            except SPARK_ERRORS as error:
+                if "DELTA_CANNOT_VACUUM_LITE" not in str(error):
+                    raise
+                _logger.warning(
+                    "%s: its log was cleaned, so that files of older versions stay for the table's own retention time",
+                    self._named(name),
+                )
+                self.spark.sql(f"VACUUM {self._sql_name(name)}")
 
     def folders(self) -> list[str]:
         """Where all files of the tables are: one folder, or one of each table that the metastore manages."""

@@ -47,7 +47,7 @@ rates:
 """
     + WRITTEN_TEXTS
 )
-TIMES_AND_RUNS = {"ingested_at", "scored_at", "run_id", "built_from", "features_version"}
+TIMES_AND_RUNS = {"forgotten_at", "ingested_at", "scored_at", "run_id", "built_from", "features_version"}
 """Columns that differ between two runs that come to the same: when, by which run, and Delta versions."""
 KEYS = {table.name: table.key for table in SHARED_TABLES if table.key} | {"user_features": ("user_key", "as_of_date")}
 

@@ -46,6 +46,16 @@ def _flipped(content: bytes) -> bytes | None:
     return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
+def _rows_hidden(content: bytes) -> bytes | None:
+    # one bit of the footer, by which the file has fewer rows to any reader. Thrift writes a number twice as large, by a mark
+    rows = pq.ParquetFile(io.BytesIO(content)).metadata.num_rows
+    assert 1 < rows < 64
+    place = content.rindex(bytes([0x16, 2 * rows])) + 1
+    found = content[:place] + bytes([2 * rows ^ 1 << (rows.bit_length())]) + content[place + 1 :]
+    assert pq.ParquetFile(io.BytesIO(found)).read().num_rows < rows
+    return found
+
+
 def _gone(content: bytes) -> bytes | None:
     return None
 
@@ -53,6 +63,7 @@ def _gone(content: bytes) -> bytes | None:
 DAMAGE: dict[str, tuple[Callable[[Path], Path], Callable[[bytes], bytes | None]]] = {
     "parquet cut short": (_data, _cut),
     "parquet with a flipped bit": (_data, _flipped),
+    "parquet with a flipped bit in its footer": (_data, _rows_hidden),
     "parquet missing": (_data, _gone),
     "log cut short": (_log, _cut),
     "log entry missing": (_first_log, _gone),

@@ -338,6 +338,8 @@ class TreesMember:
             ours = False
         if not ours:
             raise BundleError(f"{path}: not a booster of {cls.OBJECTIVE} with feature names")
+        if not _are_trees(learner):
+            raise BundleError(f"{path}: its trees are none: arrays of other lengths, an index beyond them, or a circle")
         booster = xgboost.Booster()
         try:
             booster.load_model(bytearray(path.read_bytes()))
@@ -354,6 +356,52 @@ class TreesMember:
             return np.empty(0, dtype=np.float64)
         said = self._booster.inplace_predict(values, missing=np.nan, validate_features=False)
         return np.asarray(said, dtype=np.float64)
+
+
+_OF_NODES = (
+    *("base_weights", "default_left", "left_children", "loss_changes", "parents", "right_children", "split_conditions"),
+    *("split_indices", "split_type", "sum_hessian"),
+)
+"""Arrays of a tree in XGBoost's JSON, by node."""
+_NO_CHILD = -1
+
+
+def _are_trees(learner: Mapping[str, Any]) -> bool:
+    """Whether a booster's trees can be walked: XGBoost, which takes the document's word for it, would read beyond its memory or
+    never come back."""
+    try:
+        features = len(learner["feature_names"])
+        model = learner["gradient_booster"]["model"]
+        trees = model["trees"]
+        return (
+            int(learner["learner_model_param"]["num_feature"]) == features
+            and int(model["gbtree_model_param"]["num_trees"]) == len(trees) == len(model["tree_info"])
+            and not any(model["tree_info"])
+            and all(_is_tree(tree, features) for tree in trees)
+        )
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _is_tree(tree: Mapping[str, Any], features: int) -> bool:
+    left, right, split = (tree[name] for name in ("left_children", "right_children", "split_indices"))
+    nodes = int(tree["tree_param"]["num_nodes"])
+    if nodes < 1 or {len(tree[name]) for name in _OF_NODES} != {nodes} or any(tree["split_type"]):
+        return False
+    seen: set[int] = set()
+    waiting = [0]
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node not in range(nodes):
+            return False
+        seen.add(node)
+        children = [left[node], right[node]]
+        if children == [_NO_CHILD, _NO_CHILD]:
+            continue
+        if split[node] not in range(features):
+            return False
+        waiting += children
+    return True
 
 
 class SqrtTreesMember(TreesMember):

@@ -6,9 +6,11 @@ may run meanwhile: what they worked out before, they can't write any more, and e
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,14 @@ from safetensors import safe_open
 
 from bp_spark import cleaning, privacy, scratch, texts, traces
 from bp_spark.config import Config
-from bp_spark.errors import ConfigError, DataError
+from bp_spark.errors import ConfigError, DataError, UnknownUserError
 from bp_spark.pipeline.featurizing import aggregate, clean, embed, require_same_secret
 from bp_spark.pipeline.run import Run, recorded
 from bp_spark.session import checkpointed, kept
 from bp_spark.tables import (
     DELIVERIES,
     EVENTS,
+    FORGOTTEN,
     GIVEN_LABELS,
     LABEL_REQUESTS,
     MARKET_SEGMENTS,
@@ -57,13 +60,15 @@ PERIODS: Mapping[str, Mapping[str, str]] = {
 """Setting of ``privacy.retention_days`` -> table -> SQL of a row's day."""
 PROVEN_KEYS = 1_000
 """Old keys that are looked for after a rotation."""
+_POSITIONS_TOLD = 20
 
 
 def forget(spark: SparkSession, config: Config, user_ids: Sequence[str]) -> list[dict[str, Any]]:
     """Erase users from every table and from the files of older versions, and prove it by reading every file.
 
     Texts that nobody else wrote go with them, and so do checkpoints that hold such a text. Models are left: what they
-    learned of a user can't be told apart from the rest; bundles that carry such a text are named.
+    learned of a user can't be told apart from the rest; bundles that carry such a text are named. Rows of the users that are
+    delivered later are left out, by the table ``forgotten``.
 
     Returns:
         The stages that ran, as in ``runs``. Called again with the same ids it deletes nothing and proves it again.
@@ -71,19 +76,27 @@ def forget(spark: SparkSession, config: Config, user_ids: Sequence[str]) -> list
     Raises:
         ConfigError: no id; the secret is missing, or isn't the one that the keys were made with.
         DataError: nothing was ingested yet; a file still holds a user when all is done.
+        UnknownUserError: when all is done: nobody has some of the ids, and they were not forgotten before.
     """
-    ids = sorted({one.strip(" ") for one in user_ids} - {""})
-    if not ids:
+    positions: dict[str, int] = {}
+    for position, one in enumerate(user_ids, 1):
+        positions.setdefault(one.strip(" "), position)
+    positions.pop("", None)
+    if not positions:
         raise ConfigError("forget: no user id was given")
     secret = privacy.load_secret(config.privacy.secret)
+    keys_by_id = {one: secret.key_of(one) for one in positions}
     with recorded(spark, config, "forget") as run:
         lakehouse = run.lakehouse
         known = lakehouse.read("user_keys")
         require_same_secret(lakehouse, secret)
-        keys = F.broadcast(spark.createDataFrame([(secret.key_of(one),) for one in ids], "user_key string"))
-        _outdate(lakehouse)
+        keys = F.broadcast(spark.createDataFrame([(key,) for key in keys_by_id.values()], "user_key string"))
         with run.stage("forget") as figures:
-            figures["users"], figures["known"] = len(ids), known.join(keys, "user_key", "left_semi").count()
+            found = {row["user_key"] for row in known.join(keys, "user_key", "left_semi").select("user_key").collect()}
+            unknown = _list_forgotten(lakehouse, keys_by_id.values(), found, secret)
+            # an ingest that didn't see the list can't write any more
+            _outdate(lakehouse)
+            figures["users"], figures["known"] = len(keys_by_id), len(found)
             _empty_segments_of(lakehouse, keys)
             for name in _tables_of_users(lakehouse):
                 # user-days follow events below, and who is known is known until all rows are gone
@@ -97,8 +110,42 @@ def forget(spark: SparkSession, config: Config, user_ids: Sequence[str]) -> list
             figures.update(_erase_texts(run))
             figures["user_keys"] = lakehouse.erase("user_keys", keys, "t.user_key = s.user_key")
         _vacuum(run)
-        _prove(run, [secret.key_of(one) for one in ids], ids)
+        _prove(run, keys_by_id.values(), keys_by_id)
+        if missing := [position for one, position in positions.items() if keys_by_id[one] in unknown]:
+            raise _unknown(missing, len(user_ids))
         return run.records
+
+
+def _list_forgotten(
+    lakehouse: Lakehouse, keys: Collection[str], found: Collection[str], secret: privacy.Secret
+) -> set[str]:
+    """Add users to the table ``forgotten``; return the keys that nobody has, and nobody had when they were first forgotten.
+
+    Args:
+        keys: ``user_key`` of all of them.
+        found: the keys that users have.
+    """
+    keys_by_hash = {hashlib.sha256(key.encode()).hexdigest(): key for key in keys}
+    listed: dict[str, bool] = {}
+    if lakehouse.exists("forgotten"):
+        wanted = lakehouse.spark.createDataFrame([(one,) for one in keys_by_hash], "key_hash string")
+        rows = lakehouse.read("forgotten").join(F.broadcast(wanted), "key_hash").select("key_hash", "known").collect()
+        listed = {keys_by_hash[row["key_hash"]]: row["known"] for row in rows}
+    now = datetime.now(UTC)
+    fresh = [(one, secret.key_id, key in found, now) for one, key in keys_by_hash.items() if key not in listed]
+    if fresh:
+        lakehouse.append(FORGOTTEN, lakehouse.spark.createDataFrame(fresh, FORGOTTEN.schema))
+    return {key for key in keys if key not in found and not listed.get(key)}
+
+
+def _unknown(positions: Sequence[int], given: int) -> UnknownUserError:
+    told = ", ".join(map(str, positions[:_POSITIONS_TOLD]))
+    more = f" and {len(positions) - _POSITIONS_TOLD:,} more" if len(positions) > _POSITIONS_TOLD else ""
+    return UnknownUserError(
+        f"forget: nobody has {len(positions):,} of the {given:,} ids given (those at the positions {told}{more}); all others "
+        "were erased. Rows with the unknown ids are left out of later deliveries, too: docs/privacy.md says how to take a "
+        "mistyped id off the list"
+    )
 
 
 def _empty_segments_of(lakehouse: Lakehouse, keys: DataFrame) -> None:
@@ -144,7 +191,8 @@ def rotate_keys(spark: SparkSession, config: Config, to: str) -> list[dict[str, 
 
     Raises:
         ConfigError: a secret is missing, or the old one isn't that of the keys; raw rows are not all kept.
-        DataError: nothing was ingested yet; a file still holds an old key when all is done.
+        ConflictError: another job wrote meanwhile.
+        DataError: nothing was ingested yet; a file still holds an old key when all is done, or a row one that nobody has.
     """
     old, new = (privacy.load_secret(place) for place in (config.privacy.secret, to))
     if old == new:
@@ -156,20 +204,44 @@ def rotate_keys(spark: SparkSession, config: Config, to: str) -> list[dict[str, 
         if not users.filter(F.col("key_id") != new.key_id).isEmpty():
             require_same_secret(lakehouse, old)
             with run.stage("rotate keys") as figures:
-                _rekey(lakehouse, users, new, figures)
+                claims = _outdate(lakehouse)
+                # raw tables and user_keys are written under it, as by an ingest
+                claim = lakehouse.claim(DELIVERIES, lakehouse.note("deliveries"))
+                _rekey(lakehouse, users, new, figures, {**claims, "deliveries": claim})
+                if lakehouse.exists("forgotten") and (count := lakehouse.read("forgotten").count()):
+                    figures["note"] = (
+                        f"the new secret does not recognise the {count:,} users who were forgotten: give their ids to forget "
+                        "again, or rows of theirs that are delivered later come in"
+                    )
             clean(run, rebuild=True)
             embed(run)
             aggregate(run, rebuild=True)
-            # last: as long as the old keys stand here, a run that was stopped begins anew
             rekeyed = {"user_key": privacy.user_key(F.col("user_id"), new), "key_id": F.lit(new.key_id)}
-            lakehouse.replace(USER_KEYS, users.withColumns(rekeyed))
+            rotated = users.withColumns(rekeyed)
+            _require_known_keys(lakehouse, rotated)
+            # an ingest that began meanwhile has claimed the table: its rows bear old keys
+            lakehouse.claim(DELIVERIES, {**lakehouse.note("deliveries"), "version": claim})
+            # last: as long as the old keys stand here, a run that was stopped begins anew
+            lakehouse.replace(USER_KEYS, rotated, after=claim)
         _vacuum(run)
+        _require_known_keys(lakehouse, lakehouse.read("user_keys"))
         sample = lakehouse.read("user_keys").limit(PROVEN_KEYS).collect()
         _prove(run, [old.key_of(row["user_id"]) for row in sample], [])
         return run.records
 
 
-def _rekey(lakehouse: Lakehouse, users: DataFrame, new: privacy.Secret, figures: dict[str, object]) -> None:
+def _rekey(
+    lakehouse: Lakehouse,
+    users: DataFrame,
+    new: privacy.Secret,
+    figures: dict[str, object],
+    claims: Mapping[str, int],
+) -> None:
+    """Write the new keys in the place of the old ones; empty what is made again from them.
+
+    Args:
+        claims: table -> claim under which it is written. That of ``deliveries`` is for raw tables, ``scores`` has none.
+    """
     both = users.select(F.col("user_key").alias("_old"), privacy.user_key(F.col("user_id"), new).alias("_new"))
     with kept(both) as keys:
         for table in (*RAW_TABLES, SCORES, SCORES_LATEST, GIVEN_LABELS):
@@ -179,12 +251,38 @@ def _rekey(lakehouse: Lakehouse, users: DataFrame, new: privacy.Secret, figures:
             theirs = F.col("user_key") == F.col("_old")
             if not rows.join(keys, theirs, "left_semi").isEmpty():
                 rekeyed = rows.join(keys, theirs, "left").withColumn("user_key", F.coalesce("_new", "user_key"))
-                lakehouse.replace(table, rekeyed)
+                after = claims["deliveries"] if table in RAW_TABLES else claims.get(table.name)
+                lakehouse.replace(table, rekeyed, after=after)
         figures["users"] = keys.count()
     emptied = ("user_features", "training_set", "pretraining_set", "label_requests")
     for name in (*emptied, *(table.name for table in PROFILE_TABLES)):
         if lakehouse.exists(name):
             lakehouse.delete(name, "true")
+
+
+def _require_known_keys(lakehouse: Lakehouse, users: DataFrame) -> None:
+    """Require that each row's ``user_key`` is one of the users'.
+
+    Raises:
+        DataError: some are not.
+    """
+    tables = (*RAW_TABLES, EVENTS, USER_DAILY, SCORES, SCORES_LATEST, GIVEN_LABELS)
+    keys = [
+        lakehouse.read(table.name).select(F.lit(table.name).alias("table"), "user_key").filter("user_key IS NOT NULL")
+        for table in tables
+        if "user_key" in table.schema.names and lakehouse.exists(table.name)
+    ]
+    orphans = reduce(DataFrame.unionByName, keys).join(users.select("user_key"), "user_key", "left_anti")
+    counts = {row["table"]: row["count"] for row in orphans.groupBy("table").count().collect()}
+    if counts:
+        table, count = min(counts.items())
+        raise DataError(
+            f"{lakehouse.namespace}.{table}",
+            "holds keys that nobody in user_keys has: another job wrote while keys were rotated. Run rotate-keys again; rows "
+            "that stay are nobody's: delete them",
+            column="user_key",
+            count=count,
+        )
 
 
 def _require_all_raw_rows(config: Config, what: str) -> None:
@@ -196,8 +294,8 @@ def _require_all_raw_rows(config: Config, what: str) -> None:
         )
 
 
-def _outdate(lakehouse: Lakehouse) -> None:
-    """Refuse what other runs worked out of the tables so far, be it in memory still, from now on."""
+def _outdate(lakehouse: Lakehouse) -> dict[str, int]:
+    """Refuse from now on what other runs worked out of the tables so far, be it in memory; return the claims by table."""
     made = (DELIVERIES, EVENTS, TEXTS, TEXT_EMBEDDINGS, USER_DAILY, SCORES_LATEST, MARKET_SEGMENTS)
     claims = {
         table.name: lakehouse.claim(table, lakehouse.note(table.name))
@@ -212,6 +310,7 @@ def _outdate(lakehouse: Lakehouse) -> None:
     for table in PROFILE_TABLES:
         if table is not MARKET_SEGMENTS and "market_segments" in claims and lakehouse.exists(table.name):
             lakehouse.outdate(table, claims["market_segments"])
+    return claims
 
 
 def _tables_of_users(lakehouse: Lakehouse) -> list[str]:
@@ -219,7 +318,7 @@ def _tables_of_users(lakehouse: Lakehouse) -> list[str]:
 
 
 def _follow_events(run: Run) -> None:
-    """User-days that belong to no event any more go, by the change feed, which must still be there."""
+    """User-days that belong to no event any more go, by the change feed where it is still there."""
     if run.lakehouse.exists("events"):
         embed(run)
         aggregate(run, rebuild=False)
@@ -286,9 +385,8 @@ def _vacuum(run: Run) -> None:
         scratch.clear(run.spark, run.config.tables)
         named = ("quarantine", "texts", "text_embeddings", "market_segments")
         others = (name for name in named if lakehouse.exists(name))
-        for name in (*_tables_of_users(lakehouse), *others):
-            lakehouse.vacuum(name)
-            figures["tables"] = int(str(figures.get("tables", 0))) + 1
+        deleted = [lakehouse.vacuum(name) for name in (*_tables_of_users(lakehouse), *others)]
+        figures["tables"], figures["files"] = len(deleted), sum(deleted)
 
 
 def _prove(run: Run, keys: Collection[str], ids: Collection[str]) -> None:

@@ -14,6 +14,7 @@ from pyspark.sql import functions as F
 from bp_spark import __version__, cleaning, daily, features, labels, privacy, texts
 from bp_spark.config import Config, digest
 from bp_spark.errors import ConfigError, DataError
+from bp_spark.failures import SPARK_ERRORS, is_feed_gone
 from bp_spark.pipeline.run import Run, recorded
 from bp_spark.session import broadcast_few, checkpointed, kept, parallelism
 from bp_spark.sources import open_source
@@ -75,12 +76,15 @@ def _ingest(run: Run) -> None:
         now, brought = F.lit(datetime.now(UTC)), dict[str, int]()
         claim = lakehouse.claim(DELIVERIES, before)
         # before the rows, so that there never is one whose user nobody knows
-        _add_user_keys(lakehouse, raw, secret, number, after=claim)
+        if left_out := _add_user_keys(lakehouse, raw, secret, number, after=claim):
+            figures["forgotten_users"] = left_out
         masked = privacy.mask if run.config.privacy.mask_texts else privacy.as_written
         for table in RAW_TABLES:
             of_ingest = F.col("ingest_id") == number
             if table.name in raw:
                 rows = privacy.pseudonymous(raw[table.name], table.name, secret, masked)
+                if "user_key" in rows.columns:
+                    rows = _without_forgotten(lakehouse, rows)
                 rows = rows.withColumns({"ingest_id": F.lit(number).cast("bigint"), "ingested_at": now})
             elif lakehouse.exists(table.name) and not lakehouse.read(table.name).filter(of_ingest).isEmpty():
                 # an ingest of that number was stopped, and what it read of this table is no longer delivered
@@ -129,13 +133,13 @@ def require_same_secret(lakehouse: Lakehouse, secret: privacy.Secret) -> None:
 
 def _add_user_keys(
     lakehouse: Lakehouse, raw: Mapping[str, DataFrame], secret: privacy.Secret, number: int, after: int
-) -> None:
-    """Store the keys of the users that are new."""
+) -> int:
+    """Store the keys of the users that are new, and return how many were forgotten: these are left out."""
     ids = [
         rows.select(privacy.user_id("user_id").alias("user_id")) for rows in raw.values() if "user_id" in rows.columns
     ]
     if not ids:
-        return
+        return 0
     found = reduce(DataFrame.unionByName, ids).filter(F.col("user_id").isNotNull()).distinct()
     keyed = found.withColumns(
         {
@@ -146,10 +150,20 @@ def _add_user_keys(
     )
     if not lakehouse.exists("user_keys"):
         lakehouse.append(USER_KEYS, keyed, after=after)
-        return
-    rows = checkpointed(keyed.join(lakehouse.read("user_keys").select("user_key"), "user_key", "left_anti"))
+        return 0
+    fresh = checkpointed(keyed.join(lakehouse.read("user_keys").select("user_key"), "user_key", "left_anti"))
+    rows = _without_forgotten(lakehouse, fresh)
     if not rows.isEmpty():
         lakehouse.append(USER_KEYS, rows, after=after)
+    return 0 if rows is fresh else fresh.count() - rows.count()
+
+
+def _without_forgotten(lakehouse: Lakehouse, rows: DataFrame) -> DataFrame:
+    """Return the rows whose ``user_key`` is not that of a user who was forgotten."""
+    if not lakehouse.exists("forgotten"):
+        return rows
+    forgotten = lakehouse.read("forgotten").select("key_hash")
+    return rows.join(forgotten, privacy.key_hash(F.col("user_key")) == F.col("key_hash"), "left_anti")
 
 
 def sampled(df: DataFrame, share: float) -> DataFrame:
@@ -163,7 +177,7 @@ def clean(run: Run, rebuild: bool) -> None:
     lakehouse = run.lakehouse
     raw = {table.name: lakehouse.read(table.name) for table in RAW_TABLES if lakehouse.exists(table.name)}
     _, last = _ingested(lakehouse, "")
-    done = lakehouse.note("events")
+    done = _cleaned(run)
     first = 1 if rebuild or done.get("format") != cleaning.FORMAT else int(done["through"]) + 1
     if "through" in done and first == 1 and run.config.privacy.retention_days.raw is not None:
         raise ConfigError(
@@ -190,8 +204,23 @@ def clean(run: Run, rebuild: bool) -> None:
         _add_events(run, cleaning.events(judged), note, figures, after=claim, rebuild=first == 1)
         _require_balance(figures)
         figures["rows_out"] = figures["events"]
-        if first > 1 and done["rules"] != rules:
+        if first > 1 and "rules" not in done:
+            figures["note"] = "Delta cleaned the log of events: cleaned were the ingests after those that events are of"
+        elif first > 1 and done["rules"] != rules:
             figures["note"] = "older rows were judged by other cleaning settings; featurize --rebuild judges them anew"
+
+
+def _cleaned(run: Run) -> dict[str, Any]:
+    """Return what the newest cleaning noted in the log of ``events``: ``format``, ``through`` and ``rules``.
+
+    Delta may have cleaned the note away. Then events are derived anew, or, where raw rows are not all kept, ``through`` is the
+    newest ingest that an event is of: cleaning an ingest twice adds nothing.
+    """
+    done = run.lakehouse.note("events")
+    if "through" in done or run.config.privacy.retention_days.raw is None or not run.lakehouse.exists("events"):
+        return done
+    newest = run.lakehouse.read("events").agg(F.max("ingest_id")).collect()[0][0]
+    return done if newest is None else {**done, "format": cleaning.FORMAT, "through": newest}
 
 
 def _add_texts(run: Run, batch: Mapping[str, DataFrame], raw: Mapping[str, DataFrame], *, rebuild: bool) -> None:
@@ -269,7 +298,7 @@ def replay_quarantine(spark: SparkSession, config: Config) -> list[dict[str, Any
     """
     with recorded(spark, config, "quarantine replay") as run:
         lakehouse = run.lakehouse
-        done = lakehouse.note("events")
+        done = _cleaned(run)
         if "through" not in done:
             raise DataError(f"{lakehouse.namespace}.events", "nothing was cleaned yet; run featurize first")
         known = {name: lakehouse.read(name) for name in ("raw_items", "raw_rates") if lakehouse.exists(name)}
@@ -277,12 +306,13 @@ def replay_quarantine(spark: SparkSession, config: Config) -> list[dict[str, Any
             claim = lakehouse.claim(EVENTS, done)
             rows = checkpointed(lakehouse.read("quarantine"))
             figures["rows"] = figures["rows_in"] = rows.count()
-            # what is known today counts for rows that were refused for not knowing it
+            # what is known today counts for rows that were refused for not knowing it, and so does today's time
+            now = F.lit(datetime.now(UTC))
             today = {name: df.withColumn("ingest_id", F.lit(0).cast("bigint")) for name, df in known.items()}
             raw = {name: cleaning.from_quarantine(rows, name) for name in cleaning.LOGS}
-            judged = {name: checkpointed(df) for name, df in cleaning.judge(raw, today, config.cleaning).items()}
+            judged = {name: checkpointed(df) for name, df in cleaning.judge(raw, today, config.cleaning, now).items()}
             _add_texts(run, {name: df.filter("rule IS NULL") for name, df in judged.items()}, known, rebuild=False)
-            note = {key: done[key] for key in ("format", "through", "rules")}
+            note: dict[str, Any] = {key: done[key] for key in ("format", "through", "rules") if key in done}
             _add_events(run, cleaning.events(judged), note, figures, after=claim, rebuild=False)
             # events first: stopped between the two, a row is in both and the next replay counts it as a duplicate
             lakehouse.replace(QUARANTINE, cleaning.quarantine(judged), after=claim)
@@ -340,17 +370,23 @@ def aggregate(run: Run, rebuild: bool) -> None:
         events = lakehouse.read("events", version)
         words = lakehouse.read("texts")
         vectors = lakehouse.read("text_embeddings").filter(F.col("model_digest") == model)
-        note, after = {"definition": definition, "events": version}, done["version"]
-        if rebuild or done.get("definition") != definition or int(done["events"]) > version:
+        after = done["version"]
+        from_scratch = rebuild or done.get("definition") != definition or int(done["events"]) > version
+        if not from_scratch and done["events"] == version:
+            figures["status"] = "unchanged"
+            return
+        counted = None if from_scratch else _changed_days(lakehouse, int(done["events"]))
+        if counted is None:
+            if not from_scratch:
+                figures["note"] = "the changes of events were cleaned away: user_daily was derived from all events anew"
+                # with them the files of older versions may have gone
+                version = lakehouse.version("events")
+                events = lakehouse.read("events", version)
+            note = {"definition": definition, "events": version}
             lakehouse.replace(USER_DAILY, daily.user_daily(events, words, vectors, length), note=note, after=after)
             figures["rows_in"] = events.count()
             figures["user_days"] = figures["rows_out"] = lakehouse.read("user_daily").count()
             return
-        if done["events"] == version:
-            figures["status"] = "unchanged"
-            return
-        changes = lakehouse.changes("events", int(done["events"])).groupBy("user_key", F.col("event_date").alias("day"))
-        counted = checkpointed(changes.count())
         touched = counted.drop("count")
         figures["user_days"] = figures["rows_out"] = count = touched.count()
         figures["rows_in"] = counted.agg(F.coalesce(F.sum("count"), F.lit(0))).collect()[0][0]
@@ -365,7 +401,20 @@ def aggregate(run: Run, rebuild: bool) -> None:
         with kept(found) as theirs:
             rows = checkpointed(daily.user_daily(theirs, words, vectors, length))
         gone = touched.join(rows, daily.KEY, "left_anti")
+        note = {"definition": definition, "events": version}
         lakehouse.merge(USER_DAILY, rows, within={"day": days}, gone=gone, note=note, after=after)
+
+
+def _changed_days(lakehouse: Lakehouse, since: int) -> DataFrame | None:
+    """Return the user-days whose events changed after a version, with the number of changes; ``None`` where the change feed
+    is gone, by VACUUM or because Delta cleaned the log."""
+    try:
+        changes = lakehouse.changes("events", since)
+        return checkpointed(changes.groupBy("user_key", F.col("event_date").alias("day")).count())
+    except SPARK_ERRORS as error:
+        if not is_feed_gone(error):
+            raise
+        return None
 
 
 def write_features(run: Run, as_of: Sequence[date]) -> None:
@@ -385,6 +434,7 @@ def write_features(run: Run, as_of: Sequence[date]) -> None:
         if not missing:
             figures["status"] = "unchanged"
             return
+        lakehouse.require_whole_files("user_daily")
         days = lakehouse.read("user_daily")
         figures["rows_in"] = days.count()
         rows = features.user_features(days, missing, config, built_from)

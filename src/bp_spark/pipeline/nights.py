@@ -78,6 +78,7 @@ def score(
         require_same_features(bundle, config)
         # the version that is recorded is the one that is read, whatever is written meanwhile
         version = lakehouse.version("user_features")
+        lakehouse.require_whole_files("user_features", version, {"as_of_date": str(score_date)})
         users = features_of(lakehouse, score_date, version)
         source = {row["built_from"]: row["count"] for row in users.groupBy("built_from").count().collect()}
         if not source:

@@ -11,7 +11,6 @@ shares are. Who reads the files is a matter of ``training.feed``: Petastorm, or 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +24,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 from pyarrow import fs
 
+from bp_spark import footers
 from bp_spark.errors import DataError
 from bp_spark.stores import file_system
 
@@ -137,7 +137,7 @@ def snapshot(path: str, version: int | None = None, where: Mapping[str, str | Se
 
     Raises:
         DataError: no such table, version or partition column; no rows; the table has deletion vectors or renamed columns
-            (column mapping), which a reader of Parquet files would not see.
+            (column mapping), which a reader of Parquet files would not see; a file is not as the table's log says.
 
     >>> snapshot("lakehouse/training_set", where={"complete": "true", "fold": ["1", "2"]}).rows  # doctest: +SKIP
     15120
@@ -160,7 +160,7 @@ def snapshot(path: str, version: int | None = None, where: Mapping[str, str | Se
         for column, value in conditions.items()
     ]
     files = tuple(sorted(_address(uri) for uri in table.file_uris(file_pruning_predicate=chosen or None)))
-    found = Snapshot(path, table.version(), files, *_read_footers(files))
+    found = Snapshot(path, table.version(), files, *_described(footers.read(table, files)))
     if not found.rows:
         which = "".join(f", {column} = {value}" for column, value in conditions.items())
         raise DataError(path, f"must have rows (version {found.version}{which})")
@@ -343,23 +343,12 @@ def _address(uri: str) -> str:
     return unquote(uri.removeprefix("file://"))
 
 
-def _read_footers(files: tuple[str, ...]) -> tuple[pa.Schema, tuple[RowGroup, ...]]:
-    if not files:
+def _described(metadata: Sequence[pq.FileMetaData]) -> tuple[pa.Schema, tuple[RowGroup, ...]]:
+    if not metadata:
         return pa.schema([]), ()
-
-    store = file_system(files[0])[0]
-
-    def footer(address: str) -> pq.FileMetaData:
-        with store.open_input_file(file_system(address)[1]) as file:
-            return pq.read_metadata(file)
-
-    with ThreadPoolExecutor() as pool:
-        footers = list(pool.map(footer, files))
-    schema = footers[0].schema.to_arrow_schema()
-    common = set.intersection(*(set(other.schema.to_arrow_schema().names) for other in footers))
-    groups = tuple(
-        _describe(metadata.row_group(index)) for metadata in footers for index in range(metadata.num_row_groups)
-    )
+    schema = metadata[0].schema.to_arrow_schema()
+    common = set.intersection(*(set(other.schema.to_arrow_schema().names) for other in metadata))
+    groups = tuple(_describe(footer.row_group(index)) for footer in metadata for index in range(footer.num_row_groups))
     return pa.schema([field for field in schema if field.name in common]), groups
 
 
