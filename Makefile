@@ -14,7 +14,7 @@ unexport PYTHONPATH PYTHONHOME SPARK_HOME SPARK_CONF_DIR PYSPARK_PYTHON PYSPARK_
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-spark40 test-thorough check-integrations bench-suite bench-data bench-score bench-training bench-pretraining bench-labels bench-ablation bench-sizes bench-gpu notebooks browser lint format lock audit sbom clean check-airflow docs reference
+.PHONY: help install demo test test-fast test-spark40 test-thorough check-integrations bench-suite bench-data bench-score bench-training bench-pretraining bench-labels bench-ablation bench-sizes bench-gpu bench-stack bench-worlds notebooks browser lint format lock audit sbom clean check-airflow docs reference
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -93,6 +93,12 @@ bench-sizes: install ## weights and milliseconds of the network in each size, on
 
 bench-gpu: install ## training and scoring by a GPU beside its machine's processor: JSON to standard output
 	$(BIN)/python -m bench.gpu
+
+bench-stack: install ## Connect beside classic, the wheel's demo, both feeds: 1 or 0 each, JSON to standard output
+	$(BIN)/python -m bench.stack
+
+bench-worlds: install ## how right the money is on shops of all kinds, goes on where it was stopped: JSON to standard output
+	$(BIN)/python -m bench.worlds
 
 docs: install ## the documentation as a site, build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

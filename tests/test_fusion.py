@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from dataclasses import replace
+from datetime import date
 
 import numpy as np
 import pandas as pd
@@ -15,7 +17,9 @@ from hypothesis.extra import numpy as hnp
 
 from bp_spark.config import FusionConfig
 from bp_spark.errors import BundleError, DataError
+from bp_spark.model.curve import Curve
 from bp_spark.model.fusion import LEVELS, OUTPUTS, RISKS, Fusion
+from bp_spark.model.level import Level
 
 BOTH = FusionConfig(members=("trees", "transformer"))
 ONE = FusionConfig(members=("trees",))
@@ -39,6 +43,9 @@ def world(n: int, seed: int) -> pd.DataFrame:
 
 def members(frame: pd.DataFrame) -> dict[str, np.ndarray]:
     return {name: frame[name].to_numpy() for name in frame.columns if name != "label_spend"}
+
+
+RISING = Level("2024-01-01", 1.0, 1.0, Curve((0.0, 10.0), (0.0, 0.5)), 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -297,3 +304,41 @@ def test_unusable_predictions_are_refused_by_name(fusion):
         fusion.apply({"trees": np.ones(2)})
     with pytest.raises(BundleError, match="'trees' predicted a negative or non-finite"):
         fusion.apply({"trees": np.array([np.inf]), "transformer": np.ones(1)})
+
+
+# --- the platform's level ----------------------------------------------------------------------------------------------
+
+
+def test_the_level_moves_money_by_date_and_nothing_else(fusion: Fusion) -> None:
+    said = members(world(500, seed=9))
+    before, rising = fusion.apply(said), replace(fusion, level=RISING)
+    for on, factor in ((None, 1.0), (date(2024, 1, 1), 1.0), (date(2024, 1, 11), math.exp(0.5))):
+        after = rising.apply(said, on)
+        assert_sound(after)
+        for name in OUTPUTS:
+            if name in ("expected_spend", "low", "high"):
+                np.testing.assert_allclose(after[name], before[name] * factor, rtol=1e-12)
+            else:
+                assert (after[name] == before[name]).all(), name
+
+
+def test_a_fusion_without_a_level_is_written_as_before_and_one_with_it_comes_back(fusion: Fusion) -> None:
+    assert "level" not in fusion.to_json()
+    rising = replace(fusion, level=RISING)
+    assert Fusion.from_json(json.loads(json.dumps(rising.to_json()))) == rising
+    with pytest.raises(BundleError, match="level"):
+        Fusion.from_json(rising.to_json() | {"level": {}})
+
+
+def test_what_moves_all_users_at_once_widens_intervals_until_they_hold() -> None:
+    frame, conf = world(6000, seed=1), FusionConfig(members=("trees", "transformer"))
+    plain, wide = Fusion.fit(frame, conf), Fusion.fit(frame, conf, level_sd=0.4)
+    covered: dict[str, list[float]] = {"plain": [], "wide": []}
+    for step, shock in enumerate(0.4 * np.array([-1.5, -1, -0.5, 0, 0.5, 1, 1.5])):
+        fresh = world(4000, seed=100 + step)
+        spend = fresh["label_spend"].to_numpy() * np.exp(shock)
+        for name, fitted in (("plain", plain), ("wide", wide)):
+            answers = fitted.apply(members(fresh))
+            covered[name].append(float(((answers["low"] <= spend) & (spend <= answers["high"])).mean()))
+    assert np.mean(covered["wide"]) > 0.885
+    assert np.mean(covered["plain"]) < np.mean(covered["wide"]) - 0.01

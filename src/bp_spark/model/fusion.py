@@ -7,11 +7,12 @@ one user alone.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass, fields, replace
+from datetime import date
+from statistics import NormalDist
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -20,9 +21,8 @@ from sklearn.isotonic import isotonic_regression
 
 from bp_spark.config import FusionConfig
 from bp_spark.errors import BundleError, DataError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from bp_spark.model.curve import Curve, as_json, curve_from_json, floats
+from bp_spark.model.level import Level
 
 LEVELS = ("E", "D", "C", "B", "A")
 """Fifths of the reference population, by score."""
@@ -36,21 +36,11 @@ _CALIBRATION_BINS, _CALIBRATION_ROWS = 20, 200
 _ACTIVITY_BINS, _ACTIVITY_ROWS = 50, 100
 _INTERVAL_GROUPS = 5
 _GRID = 1001
+_SHOCKS = np.array([NormalDist().inv_cdf((step + 0.5) / 9) for step in range(9)])
+"""Standard normal numbers of equal probability: what may happen to the spend of all users at once."""
 # Keeps the relative width finite for users expected to spend nothing. Not 1, which would cancel against log1p
 # and make the width one constant per group: a third's border would then be decided by rounding.
 _CENT = 0.01
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A monotone function given by knots: straight lines between them. ``x`` increases strictly."""
-
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-
-    def __call__(self, at: np.ndarray) -> np.ndarray:
-        """Values at ``at``, ``float64[rows]``, constant beyond the ends."""
-        return np.interp(at, self.x, self.y)
 
 
 @dataclass(frozen=True)
@@ -62,7 +52,7 @@ class Fusion:
     log1p of the expected spend to P(spend > 0). ``edges`` (log1p expected spend) part the groups of the
     interval, ``lower`` and ``upper`` are the residual quantiles of each group in log1p space. ``reference``
     maps expected spend to its percentile 0–100 in the reference population, ``risk`` holds the tertiles of
-    the relative interval width.
+    the relative interval width. ``level`` is the factor of everyone's spend by date; ``None``: always 1.
     """
 
     members: tuple[str, ...]
@@ -75,9 +65,12 @@ class Fusion:
     upper: tuple[float, ...]
     reference: Curve
     risk: tuple[float, float]
+    level: Level | None = None
 
     @classmethod
-    def fit(cls, frame: pd.DataFrame, conf: FusionConfig, reference: pd.DataFrame | None = None) -> Self:
+    def fit(
+        cls, frame: pd.DataFrame, conf: FusionConfig, reference: pd.DataFrame | None = None, level_sd: float = 0.0
+    ) -> Self:
         """Learn the fusion from out-of-fold predictions: each of users that the predicting member was not fitted on.
 
         Rows weigh the less the older they are (``conf.half_life_days``): members and users change, and what is asked is how
@@ -99,7 +92,8 @@ class Fusion:
         4. *Interval*: split conformal prediction (Vovk et al. 2005), signed residuals in log1p space,
            Mondrian by fifths of the expected spend, each tail by itself (Romano et al. 2019). They are of the
            rows that the calibration was fitted on: 20 knots on thousands of rows cost no measurable coverage,
-           and a split would cost half the rows.
+           and a split would cost half the rows. Rows of one date share what happened to all users at once, and the next
+           date has its own: each row stands for nine, whose spend is moved by equally likely shocks of the level.
         5. *Reference*: percentiles of the expected spend, tertiles of ``(high - low) / (expected + 0.01)``.
 
         Args:
@@ -107,6 +101,7 @@ class Fusion:
                 ``conf.members``; ``as_of_date``, without which all rows weigh the same.
             conf: the members, the coverage, and how fast rows lose weight.
             reference: predictions of the population that scores compare with; by default ``frame``.
+            level_sd: standard deviation of the log level of everyone's spend; see :class:`bp_spark.model.level.Level`.
 
         Raises:
             DataError: a column is missing, a prediction is negative or not finite, or there are too few rows
@@ -130,13 +125,16 @@ class Fusion:
         expected = _calibrate(calibration, mean)
         activity = _fit_activity(expected, spend, recency)
         edges = _edges(expected, _INTERVAL_GROUPS, _rows_worth(rows_needed, recency))
-        residuals = np.log1p(spend) - expected
+        shocks = np.exp(level_sd * _SHOCKS) if level_sd > 0 else np.ones(1)
+        residuals = np.log1p(np.outer(spend, shocks)) - expected[:, None]
+        shares = np.repeat(recency[:, None] / len(shocks), len(shocks), axis=1)
         group = np.searchsorted(edges, expected, side="right")
         masks = [group == number for number in range(len(edges) + 1)]
-        tails = [_tails(residuals[inside], recency[inside], (1 - conf.coverage) / 2) for inside in masks]
+        alpha = (1 - conf.coverage) / 2
+        tails = [_tails(residuals[inside].ravel(), shares[inside].ravel(), alpha) for inside in masks]
         fusion = cls(
             members=tuple(conf.members),
-            weights=_floats(weights),
+            weights=floats(weights),
             coverage=conf.coverage,
             calibration=calibration,
             activity=activity,
@@ -149,13 +147,13 @@ class Fusion:
         return fusion._with_reference(frame if reference is None else reference)
 
     def _with_reference(self, population: pd.DataFrame) -> Self:
-        answers = self.apply({name: _column(population, name) for name in self.members})
+        answers = self.steady({name: _column(population, name) for name in self.members})
         shares = np.linspace(0.0, 100.0, _GRID)
         grid = pd.DataFrame({"x": np.quantile(answers["expected_spend"], shares / 100.0), "y": shares})
         # Equal values share the middle of their percentiles.
         knots = grid.groupby("x", sort=True)["y"].mean()
         first, second = np.quantile(relative_width(answers), [1 / 3, 2 / 3]).tolist()
-        return replace(self, reference=Curve(_floats(knots.index), _floats(knots.to_numpy())), risk=(first, second))
+        return replace(self, reference=Curve(floats(knots.index), floats(knots.to_numpy())), risk=(first, second))
 
     @property
     def reference_scores(self) -> np.ndarray:
@@ -168,11 +166,16 @@ class Fusion:
             first = last + 1
         return np.array(scores)
 
-    def apply(self, predictions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def factor(self, on: date | None = None) -> float:
+        """Factor of everyone's spend as of a date, by default that of the fit."""
+        return 1.0 if self.level is None else self.level.factor(on)
+
+    def apply(self, predictions: Mapping[str, np.ndarray], on: date | None = None) -> dict[str, np.ndarray]:
         """Answers for users, from each member's expected spend.
 
         Args:
             predictions: ``float64[rows]`` per member; members that the fusion doesn't use are ignored.
+            on: the date from which the spend counts, for the level; by default that of the fit.
 
         Returns:
             Arrays of ``rows``: ``expected_spend``, ``low``, ``high`` (``0 <= low <= expected_spend <=
@@ -182,6 +185,18 @@ class Fusion:
         Raises:
             BundleError: a member's predictions are missing, negative or not finite.
         """
+        return self.moved(self.steady(predictions), on)
+
+    def moved(self, answers: Mapping[str, np.ndarray], on: date | None = None) -> dict[str, np.ndarray]:
+        """Multiply the money in answers of :meth:`steady` by the factor of a date.
+
+        How a user compares with others doesn't change: score, level and risk stay.
+        """
+        factor = self.factor(on)
+        return dict(answers) | {name: answers[name] * factor for name in ("expected_spend", "low", "high")}
+
+    def steady(self, predictions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Answers as of :meth:`apply` before the level moves them."""
         for name in self.members:
             if name not in predictions:
                 raise BundleError(f"fusion: no predictions of member {name!r}")
@@ -214,7 +229,11 @@ class Fusion:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file; floats come back bit for bit."""
-        return as_json(self)
+        document = as_json(self)
+        if self.level is None:
+            # as bundles were written that know no level
+            del document["level"]
+        return document
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
@@ -223,20 +242,21 @@ class Fusion:
         Raises:
             BundleError: a key is missing or unknown, or a value has the wrong type, length or order.
         """
-        if set(document) != {field.name for field in fields(cls)}:
+        if set(document) | {"level"} != {field.name for field in fields(cls)}:
             raise BundleError("fusion: not the keys of a fusion")
         try:
             fusion = cls(
                 members=tuple(str(name) for name in document["members"]),
-                weights=_floats(document["weights"]),
+                weights=floats(document["weights"]),
                 coverage=float(document["coverage"]),
                 calibration=curve_from_json(document["calibration"]),
                 activity=curve_from_json(document["activity"]),
-                edges=_floats(document["edges"]),
-                lower=_floats(document["lower"]),
-                upper=_floats(document["upper"]),
+                edges=floats(document["edges"]),
+                lower=floats(document["lower"]),
+                upper=floats(document["upper"]),
                 reference=curve_from_json(document["reference"]),
                 risk=(float(document["risk"][0]), float(document["risk"][1])),
+                level=Level.from_json(document["level"]) if "level" in document else None,
             )
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise BundleError(f"fusion: malformed ({error!r})") from None
@@ -245,12 +265,6 @@ class Fusion:
         if not len(fusion.edges) + 1 == len(fusion.lower) == len(fusion.upper):
             raise BundleError("fusion: edges, lower and upper don't fit together")
         return fusion
-
-
-def as_json(fitted: DataclassInstance) -> dict[str, Any]:
-    """The fields of a frozen dataclass of numbers as plain values for a JSON file; floats come back bit for bit."""
-    document: dict[str, Any] = json.loads(json.dumps(asdict(fitted), allow_nan=False))
-    return document
 
 
 def _recency(frame: pd.DataFrame, half_life_days: float | None) -> np.ndarray:
@@ -302,7 +316,7 @@ def _fit_calibration(mean: np.ndarray, spend: np.ndarray, recency: np.ndarray) -
     knots_x, knots_y = np.log1p(block_x), np.log1p(np.unique(y))
     if knots_x[0] > 0:
         knots_x, knots_y = np.append(0.0, knots_x), np.append(0.0, knots_y)
-    return Curve(_floats(knots_x), _floats(knots_y))
+    return Curve(floats(knots_x), floats(knots_y))
 
 
 def _calibrate(curve: Curve, mean: np.ndarray) -> np.ndarray:
@@ -314,7 +328,7 @@ def _fit_activity(expected: np.ndarray, spend: np.ndarray, recency: np.ndarray) 
     rows = np.bincount(group, recency)
     share = (np.bincount(group, (spend > 0) * recency) + 0.5) / (rows + 1)
     knots = isotonic_regression(share, y_min=0.0, y_max=1.0, sample_weight=rows + 1)
-    return Curve(_floats(np.bincount(group, expected * recency) / rows), _floats(knots))
+    return Curve(floats(np.bincount(group, expected * recency) / rows), floats(knots))
 
 
 def _tails(residuals: np.ndarray, recency: np.ndarray, alpha: float) -> tuple[float, float]:
@@ -348,9 +362,13 @@ def groups(x: np.ndarray, bins: int, smallest: int) -> np.ndarray:
     return np.searchsorted(_edges(x, min(bins, max(1, len(x) // smallest)), 1), x, side="right")
 
 
-def relative_width(answers: Mapping[str, Any]) -> Any:
-    """What the risk level goes by: how wide the interval is for the expected spend; of arrays or of Spark's columns."""
-    return (answers["high"] - answers["low"]) / (answers["expected_spend"] + _CENT)
+def relative_width(answers: Mapping[str, Any], factor: float = 1.0) -> Any:
+    """What the risk level goes by: how wide the interval is for the expected spend; of arrays or of Spark's columns.
+
+    Args:
+        factor: what the level has moved the answers by.
+    """
+    return (answers["high"] - answers["low"]) / (answers["expected_spend"] + _CENT * factor)
 
 
 def _usable(values: np.ndarray) -> bool:
@@ -366,24 +384,3 @@ def _column(frame: pd.DataFrame, name: str, *, signed: bool = False) -> np.ndarr
         rule = "must be finite" if signed else "must be finite and >= 0"
         raise DataError("validation predictions", rule, column=name, count=int(bad.sum()))
     return values
-
-
-def _floats(values: Any) -> tuple[float, ...]:
-    floats = tuple(float(value) for value in values)
-    if not all(math.isfinite(value) for value in floats):
-        raise ValueError("not finite")
-    return floats
-
-
-def curve_from_json(document: Mapping[str, Any]) -> Curve:
-    """The curve whose fields are in a JSON document.
-
-    Raises:
-        KeyError, TypeError, ValueError: they are no curve's.
-    """
-    curve = Curve(_floats(document["x"]), _floats(document["y"]))
-    if len(curve.x) != len(curve.y) or not curve.x:
-        raise ValueError("a curve needs as many x as y")
-    if any(after <= before for before, after in zip(curve.x, curve.x[1:], strict=False)):
-        raise ValueError("x of a curve must increase")
-    return curve
