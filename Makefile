@@ -49,8 +49,9 @@ test-fast: install ## the tests of pure code and of transforms: no night, no clu
 test-spark40: ## the fast tests on Spark 4.0 and Delta 4.0, from their own lock, in .venv-spark40
 	$(MAKE) test-fast VENV=.venv-spark40 LOCK=requirements-spark40.lock
 
-check-integrations: install check-airflow browser ## Airflow, Chromium, the steps of the image, the demo from the wheel, Spark Connect
+check-integrations: install check-airflow browser ## Airflow, Chromium, the steps of the image, the demo from the wheel, Connect, Spark 4.0
 	$(PYTEST) -m integration
+	$(MAKE) test-spark40
 
 test-thorough: install ## what CI tests by a few cases, by all: each write of a night killed, 10,000 rows and settings of any kind
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m thorough tests

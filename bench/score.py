@@ -70,7 +70,7 @@ NIGHT = date(2024, 10, 1)
 MEAN_EVENTS = 20
 TEXT_SIZE = 384
 SEED = 7
-RISING = Level(NIGHT.isoformat(), 1.0, 1.0, Curve((0.0, 7.0), (0.0, 0.1)), 0.05)
+RISING = Level(NIGHT.isoformat(), 1.0, 1.0, 0.5, Curve((0.0, 7.0), (0.0, 0.1)), 0.05)
 """Everyone's spend is expected to rise by a tenth in a week, so that scores of an earlier night have to follow."""
 _WARM_UP = (5_000, 50)
 """Users of the nights that come first: one that loads the classes, one that is nothing but start-up."""

@@ -10,8 +10,8 @@ spend rises in December. The platform's weekly totals can, by two forecasts of t
 
 The level is the calendar's effect in :meth:`WeeklySpend.decomposed`, which knows how the spend of a cohort falls with its
 age. :meth:`Level.fit` makes both forecasts for each past week whose horizon is over. It then measures which share of the
-way from the steady to the seasonal forecast was right. That share, shrunk by its own standard error, is the *evidence*.
-Without two years of data, or without a season, the evidence is 0 and the factor is 1. The error of past forecasts gives
+way from the steady to the seasonal forecast was right. That share is the *evidence*, if it can be told from chance and pays.
+Without two years of data, or without a season, it is 0 and the factor is 1. The error of past forecasts gives
 the standard deviation of the level. All users share that error, so intervals allow for it.
 """
 
@@ -43,6 +43,12 @@ _ROUNDS = 100
 _FLAT = Curve((0.0,), (0.0,))
 _EPISODES = 2.5
 """Fewest independent past forecasts, counted in horizons, that can be evidence."""
+_TIMES_ERROR = 2.0
+"""By how many standard errors the evidence must differ from 0 to be followed."""
+_GAIN = 0.05
+"""Least gain in the standard deviation of the log level: a season that pays less isn't worth the risk of chance."""
+_MARGIN = 1.25
+"""By how much a shift may exceed the largest of past weeks."""
 _BACK = 26
 """The factor is also given for so many weeks before the fit: a bundle may be judged at an earlier date."""
 
@@ -130,6 +136,7 @@ class Level:
         as_of: the date of the fit, as YYYY-MM-DD.
         evidence: how far the seasonal forecast is followed, 0 to 1.
         forecast: seasonal forecast of the horizon's spend from ``as_of`` on, in money; 0 without evidence.
+        reach: largest absolute ``log_factor``: no season has moved the past weeks much further.
         log_factor: natural logarithm of the factor by days since ``as_of``.
         sd: standard deviation of what is left unknown of the log level.
     """
@@ -137,6 +144,7 @@ class Level:
     as_of: str
     evidence: float
     forecast: float
+    reach: float
     log_factor: Curve
     sd: float
 
@@ -155,21 +163,34 @@ class Level:
         horizon = max(1, round(horizon_days / 7))
         as_of = spend.end.isoformat()
         if not spend.cohorts.any():
-            return cls(as_of, 0.0, 0.0, _FLAT, _PRIOR_SD)
+            return cls(as_of, 0.0, 0.0, 0.0, _FLAT, _PRIOR_SD)
         parts = spend.decomposed()
         index = parts.calendar
         ratios = {weeks: _after(index, horizon) - _before(index, weeks) for weeks in _WINDOWS}
         steady = {weeks: _steady(ratio, cutoff_ages, conf.half_life_days) for weeks, ratio in ratios.items()}
         errors = {weeks: ratios[weeks] - steady[weeks] for weeks in _WINDOWS}
+        by = _best(errors)
+        sd = _sd(errors[by], horizon)
         year_ago = {weeks: _shifted(ratio, WEEKS_A_YEAR) for weeks, ratio in ratios.items()}
-        misses = {weeks: ratios[weeks] - year_ago[weeks] for weeks in _WINDOWS}
-        by, seasonal_by = _best(errors, horizon), _best(misses, horizon)
+        # a long window leaves too few weeks to judge by, where there are just two years
+        misses = {
+            weeks: miss
+            for weeks, ratio in ratios.items()
+            if _independent(miss := ratio - year_ago[weeks], horizon) >= _EPISODES
+        }
+        if not (conf.season and misses):
+            return cls(as_of, 0.0, 0.0, 0.0, _FLAT, sd)
+        seasonal_by = _best(misses)
         seasonal = _before(index, seasonal_by) + year_ago[seasonal_by]
+        by = _best(
+            {weeks: np.where(np.isfinite(misses[seasonal_by]), error, np.nan) for weeks, error in errors.items()}
+        )
         shifts = seasonal - (_before(index, by) + steady[by])
-        forecasts = shifts if conf.season and np.isfinite(seasonal[0]) else np.zeros_like(shifts)
-        evidence, sd = _judge(errors[by], forecasts, horizon)
-        if evidence == 0:
-            return cls(as_of, 0.0, 0.0, _FLAT, sd)
+        evidence = _evidence(errors[by], shifts, horizon)
+        sd_left = _sd(errors[by] - evidence * shifts, horizon)
+        if evidence == 0 or sd - sd_left < _GAIN or not np.isfinite(seasonal[0]):
+            return cls(as_of, 0.0, 0.0, 0.0, _FLAT, sd)
+        reach = min(_MARGIN * float(np.nanmax(np.abs(shifts))), _MOST)
         forecast = float(np.exp(seasonal[0])) * parts.ahead(horizon) * horizon_days / (7 * horizon)
         ahead = np.arange(-_BACK, WEEKS_A_YEAR - horizon + 1)
         ahead = ahead[WEEKS_A_YEAR - ahead < len(index)]
@@ -177,7 +198,7 @@ class Level:
         moved = ratios[by][WEEKS_A_YEAR - ahead] - ratios[by][WEEKS_A_YEAR]
         known = np.isfinite(moved)
         course = Curve(floats(7.0 * ahead[known]), floats(moved[known])) if known.any() else _FLAT
-        return cls(as_of, evidence, forecast, course, sd)
+        return cls(as_of, evidence, forecast, reach, course, sd_left)
 
     def towards(self, expected: float) -> Self:
         """Return the level that moves the members' total towards the forecast, as far as there is evidence.
@@ -186,9 +207,9 @@ class Level:
             expected: members' total as of ``as_of``, without any factor, in money.
         """
         if self.forecast <= 0 or expected <= 0:
-            return replace(self, evidence=0.0, forecast=0.0, log_factor=_FLAT)
+            return replace(self, evidence=0.0, forecast=0.0, reach=0.0, log_factor=_FLAT)
         gap = math.log(self.forecast / expected)
-        moved = np.clip(self.evidence * (gap + np.array(self.log_factor.y)), -_MOST, _MOST)
+        moved = np.clip(self.evidence * (gap + np.array(self.log_factor.y)), -self.reach, self.reach)
         return replace(self, log_factor=Curve(self.log_factor.x, floats(moved)))
 
     def factor(self, on: date | None = None) -> float:
@@ -211,10 +232,10 @@ class Level:
             if set(document) != {field.name for field in fields(cls)}:
                 raise ValueError("not the keys of a level")
             as_of = date.fromisoformat(document["as_of"]).isoformat()
-            sd, evidence, forecast = (float(document[name]) for name in ("sd", "evidence", "forecast"))
-            if not (0 <= sd < math.inf and 0 <= evidence <= 1 and 0 <= forecast < math.inf):
+            evidence, forecast, reach, sd = (float(document[name]) for name in ("evidence", "forecast", "reach", "sd"))
+            if not (evidence <= 1 and all(0 <= number < math.inf for number in (evidence, forecast, reach, sd))):
                 raise ValueError("out of range")
-            return cls(as_of, evidence, forecast, curve_from_json(document["log_factor"]), sd)
+            return cls(as_of, evidence, forecast, reach, curve_from_json(document["log_factor"]), sd)
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(f"level: malformed ({error!r})") from None
 
@@ -231,19 +252,22 @@ def _steady(ratio: np.ndarray, ages: Sequence[int], half_life_days: float | None
     return np.divide(summed, weights, out=np.full(len(ratio), np.nan), where=weights > 0)
 
 
-def _best(errors: Mapping[int, np.ndarray], horizon: int) -> int:
-    """The window of least mean square error, of those that can be judged over a horizon; else the shortest."""
-    judged = {weeks: error for weeks, error in errors.items() if np.isfinite(error).sum() >= horizon}
-    if not judged:
-        return min(errors, key=lambda weeks: (-np.isfinite(errors[weeks]).sum(), weeks))
-    common = np.logical_and.reduce([np.isfinite(error) for error in judged.values()])
-    return min(judged, key=lambda weeks: (float(np.mean(judged[weeks][common] ** 2)), weeks))
+def _best(errors: Mapping[int, np.ndarray]) -> int:
+    """Return the window of least mean square error, over the weeks that most windows can be judged by; else the shortest."""
+    judged = np.array([np.isfinite(error) for error in errors.values()])
+    common = judged.sum(axis=0) == max(judged.sum(axis=0).max(), 1)
+    squares = {weeks: error[common & np.isfinite(error)] ** 2 for weeks, error in errors.items()}
+    return min(squares, key=lambda weeks: (float(squares[weeks].mean()) if len(squares[weeks]) else math.inf, weeks))
 
 
-def _judge(steady_errors: np.ndarray, seasonal_shifts: np.ndarray, horizon: int) -> tuple[float, float]:
-    """Evidence for the season, and the standard deviation of the level that is left with it.
+def _independent(errors: np.ndarray, horizon: int) -> float:
+    """Number of independent forecasts among weekly ones of a horizon: those that overlap count as one."""
+    known = int(np.isfinite(errors).sum())
+    return 1 + (known - 1) / horizon if known else 0.0
 
-    Weekly forecasts of a horizon overlap: a horizon's worth of weeks counts as one.
+
+def _evidence(steady_errors: np.ndarray, seasonal_shifts: np.ndarray, horizon: int) -> float:
+    """Return the share of the way to the seasonal forecast that was right, 0 to 1; 0 where that may be chance.
 
     Args:
         steady_errors: log truth less log steady forecast of each week; NaN where unknown.
@@ -251,21 +275,22 @@ def _judge(steady_errors: np.ndarray, seasonal_shifts: np.ndarray, horizon: int)
     """
     usable = np.isfinite(steady_errors) & np.isfinite(seasonal_shifts)
     errors, shifts = steady_errors[usable], seasonal_shifts[usable]
-    evidence = 0.0
-    independent = 1 + (len(errors) - 1) / horizon
-    if independent >= _EPISODES and float(shifts @ shifts) > 0:
-        slope = float(shifts @ errors) / float(shifts @ shifts)
-        left = float(np.mean((errors - slope * shifts) ** 2)) * independent / max(independent - 1, 0.5)
-        squared_error = left / (independent * float(np.mean(shifts**2)))
-        if slope > 0:
-            evidence = min(slope, 1.0) * max(0.0, 1 - squared_error / slope**2)
-    if evidence > 0:
-        residuals = errors - evidence * shifts
-    else:
-        residuals = steady_errors[np.isfinite(steady_errors)]
-        independent = 1 + (len(residuals) - 1) / horizon if len(residuals) else 0.0
-    seen = float(np.mean(residuals**2)) * independent if len(residuals) else 0.0
-    return evidence, math.sqrt((seen + _PRIOR_WEIGHT * _PRIOR_SD**2) / (independent + _PRIOR_WEIGHT))
+    independent = _independent(errors, horizon)
+    if independent < _EPISODES or not shifts.any():
+        return 0.0
+    slope = float(shifts @ errors) / float(shifts @ shifts)
+    variance = float(np.mean((errors - slope * shifts) ** 2)) * independent / (independent - 1)
+    squared_error = variance / (independent * float(np.mean(shifts**2)))
+    if slope <= 0:
+        return 0.0
+    return min(slope, 1.0) if slope**2 > _TIMES_ERROR**2 * squared_error else 0.0
+
+
+def _sd(errors: np.ndarray, horizon: int) -> float:
+    """Standard deviation of the log level by the errors of past forecasts, drawn to a prior where these are few."""
+    independent = _independent(errors, horizon)
+    seen = independent * float(np.mean(errors[np.isfinite(errors)] ** 2)) if independent else 0.0
+    return math.sqrt((seen + _PRIOR_WEIGHT * _PRIOR_SD**2) / (independent + _PRIOR_WEIGHT))
 
 
 def _before(index: np.ndarray, weeks: int) -> np.ndarray:
