@@ -13,6 +13,8 @@ Colombo 1987). The calendar, the trend and what an order costs differ by world. 
 - ``worlds.rank_losses``: worlds in which a single member, linear regression, or the same weeks of the year before rank users
   surely better (Spearman, in 95 % of paired resamples).
 - ``worlds.mae_ratio_to_best_peer``: mean absolute error over that of the best of these, the median.
+- ``worlds.p_active_error_median``, ``worlds.p_active_error_worst``: largest difference of ``p_active`` and the share of buyers
+  among users of like recency.
 - ``worlds.total_error_steady_median``, ``worlds.total_error_steady_worst``: errors without the factor of the season.
 """
 
@@ -33,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from bp_spark import bootstrap, config, evaluation, labels, pipeline
 from bp_spark.config import Config
@@ -48,6 +51,9 @@ USERS = 2_500
 ITEMS = 60
 COMPLETE_JOURNEY = "complete_journey"
 SAME_WEEKS = "same weeks a year before"
+SILENT = "silent_days"
+BANDS = [-1, 14, 30, 60, 120, 10_000]
+"""Borders of recency, in days."""
 MAPPING = """
 timezone: UTC
 transactions:
@@ -172,6 +178,8 @@ def figures(spark: SparkSession, settings: Config, test_date: date) -> dict[str,
     with recorded(spark, settings, "backtest") as run:
         first, _ = span(run.lakehouse)
         fitted = fit_as_of(run, labels.cutoffs(first, test_date, settings.labels), test_date)
+        features = run.lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(test_date))
+        silent = features.select("user_key", F.col("recency_days").alias(SILENT)).toPandas()
         before = test_date - timedelta(days=364)
         same_weeks = labels.future_spend(
             run.lakehouse.read("user_daily"), [before], settings.labels.horizon_days
@@ -180,6 +188,7 @@ def figures(spark: SparkSession, settings: Config, test_date: date) -> dict[str,
         same_weeks.rename(columns={"label_spend": SAME_WEEKS})[["user_key", SAME_WEEKS]], on="user_key", how="left"
     )
     users[SAME_WEEKS] = users[SAME_WEEKS].fillna(0.0).clip(lower=0.0)
+    users = users.merge(silent, on="user_key")
     peers = [*(member.name for member in fitted.members), SAME_WEEKS]
     table = bootstrap.compare(users, [*peers, "fused"], resamples=settings.evaluation.resamples)
     table = table[table["population"] == "all"]
@@ -189,12 +198,18 @@ def figures(spark: SparkSession, settings: Config, test_date: date) -> dict[str,
         users["fused"].to_numpy(),
         **{name: users[name].to_numpy() for name in ("low", "high", "p_active")},
     )
+    active, by_band = users["label_spend"].to_numpy() > 0, pd.cut(users[SILENT], BANDS)
+    by_spend = fitted.fusion.activity(np.log1p(users["fused"].to_numpy() / fitted.fusion.factor()))
     rank = table[(table["metric"] == "spearman") & table["peer"].notna()]
     maes = table[(table["metric"] == "mae") & table["peer"].isna() & (table["member"] != "fused")]
     level = fitted.fusion.level
     return {
         **own,
         "users": float(len(users)),
+        "p_active_error": _worst_band(users["p_active"].to_numpy(), active, by_band),
+        "p_active_error_by_spend": _worst_band(by_spend, active, by_band),
+        "auc_by_spend": evaluation.auc(active, by_spend),
+        "brier_by_spend": evaluation.brier(active, by_spend),
         "total_error": float(users["fused"].sum()) / spent - 1,
         "total_error_steady": float(users["fused"].sum()) / fitted.fusion.factor() / spent - 1,
         "same_weeks_total": float(users[SAME_WEEKS].sum()) / spent - 1,
@@ -204,6 +219,12 @@ def figures(spark: SparkSession, settings: Config, test_date: date) -> dict[str,
         "level_sd": level.sd if level else 0.0,
         "seconds": time.monotonic() - started,
     }
+
+
+def _worst_band(p_active: np.ndarray, active: np.ndarray, bands: pd.Series) -> float:
+    """Largest difference of mean probability and share of buyers, of bands of recency that hold a fiftieth of the users."""
+    said = pd.DataFrame({"gap": p_active - active, "band": bands}).groupby("band", observed=True)["gap"]
+    return float(said.mean()[said.size() >= len(p_active) / 50].abs().max())
 
 
 def summary(worlds: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -222,6 +243,8 @@ def summary(worlds: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         "coverage_max": of("coverage", max),
         "rank_losses": of("rank_loss", sum),
         "mae_ratio_to_best_peer": of("mae_ratio_to_best_peer", statistics.median),
+        "p_active_error_median": of("p_active_error", statistics.median),
+        "p_active_error_worst": of("p_active_error", max),
     }
 
 

@@ -32,6 +32,8 @@ class Ragged:
 
 
 Columns = Mapping[str, np.ndarray | Ragged]
+ACTIVE = "btyd_active"
+"""Among predictions: the probability of a purchase in the horizon by the purchase process."""
 
 
 def ragged(column: np.ndarray | Ragged) -> Ragged:

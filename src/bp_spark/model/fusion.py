@@ -16,11 +16,13 @@ from typing import Any, Self
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import nnls
+from scipy.optimize import minimize, nnls
+from scipy.special import expit
 from sklearn.isotonic import isotonic_regression
 
 from bp_spark.config import FusionConfig
 from bp_spark.errors import BundleError, DataError
+from bp_spark.model.columns import ACTIVE
 from bp_spark.model.curve import Curve, as_json, curve_from_json, floats
 from bp_spark.model.level import Level
 
@@ -35,6 +37,7 @@ OUTPUTS = ("expected_spend", "low", "high", "p_active", "score", "level", "risk_
 _CALIBRATION_BINS, _CALIBRATION_ROWS = 20, 200
 _ACTIVITY_BINS, _ACTIVITY_ROWS = 50, 100
 _INTERVAL_GROUPS = 5
+_SURE = 1e-4
 _GRID = 1001
 _SHOCKS = np.array([NormalDist().inv_cdf((step + 0.5) / 9) for step in range(9)])
 """Standard normal numbers of equal probability: what may happen to the spend of all users at once."""
@@ -53,6 +56,7 @@ class Fusion:
     interval, ``lower`` and ``upper`` are the residual quantiles of each group in log1p space. ``reference``
     maps expected spend to its percentile 0–100 in the reference population, ``risk`` holds the tertiles of
     the relative interval width. ``level`` is the factor of everyone's spend by date; ``None``: always 1.
+    ``recency`` joins ``activity`` with :data:`bp_spark.model.columns.ACTIVE`; ``None``: that isn't used.
     """
 
     members: tuple[str, ...]
@@ -66,6 +70,7 @@ class Fusion:
     reference: Curve
     risk: tuple[float, float]
     level: Level | None = None
+    recency: tuple[float, float, float] | None = None
 
     @classmethod
     def fit(
@@ -88,7 +93,10 @@ class Fusion:
            isotonic regression would. Below the first knot the curve runs to (0, 0), above the last the
            correction factor stays. Each bin has one more user, who spends what the members say: a bin without
            any spend doesn't fall to 0.
-        3. *Activity*: P(spend > 0) by the same binned isotonic fit, with half a user of either kind added.
+        3. *Activity*: P(spend > 0) by the same binned isotonic fit, with half a user of either kind added. Of two users who
+           are expected to spend the same, one buys seldom and the other has stayed away. Where the purchase process is a
+           member, its probability of a purchase tells them apart: logistic regression on the logits of both, neither weight
+           negative.
         4. *Interval*: split conformal prediction (Vovk et al. 2005), signed residuals in log1p space,
            Mondrian by fifths of the expected spend, each tail by itself (Romano et al. 2019). They are of the
            rows that the calibration was fitted on: 20 knots on thousands of rows cost no measurable coverage,
@@ -124,6 +132,9 @@ class Fusion:
         calibration = _fit_calibration(mean, spend, recency)
         expected = _calibrate(calibration, mean)
         activity = _fit_activity(expected, spend, recency)
+        joined = None
+        if "btyd" in conf.members and ACTIVE in frame:
+            joined = _fit_joined(activity(expected), _column(frame, ACTIVE), spend > 0, recency)
         edges = _edges(expected, _INTERVAL_GROUPS, _rows_worth(rows_needed, recency))
         shocks = np.exp(level_sd * _SHOCKS) if level_sd > 0 else np.ones(1)
         residuals = np.log1p(np.outer(spend, shocks)) - expected[:, None]
@@ -143,11 +154,12 @@ class Fusion:
             upper=tuple(high for _, high in tails),
             reference=Curve((0.0,), (50.0,)),
             risk=(0.0, 0.0),
+            recency=joined,
         )
         return fusion._with_reference(frame if reference is None else reference)
 
     def _with_reference(self, population: pd.DataFrame) -> Self:
-        answers = self.steady({name: _column(population, name) for name in self.members})
+        answers = self.steady({name: _column(population, name) for name in self.inputs})
         shares = np.linspace(0.0, 100.0, _GRID)
         grid = pd.DataFrame({"x": np.quantile(answers["expected_spend"], shares / 100.0), "y": shares})
         # Equal values share the middle of their percentiles.
@@ -166,6 +178,11 @@ class Fusion:
             first = last + 1
         return np.array(scores)
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the predictions that it reads: the members', and :data:`bp_spark.model.columns.ACTIVE` where it does."""
+        return self.members if self.recency is None else (*self.members, ACTIVE)
+
     def factor(self, on: date | None = None) -> float:
         """Factor of everyone's spend as of a date, by default that of the fit."""
         return 1.0 if self.level is None else self.level.factor(on)
@@ -174,7 +191,7 @@ class Fusion:
         """Answers for users, from each member's expected spend.
 
         Args:
-            predictions: ``float64[rows]`` per member; members that the fusion doesn't use are ignored.
+            predictions: ``float64[rows]`` for each of :attr:`inputs`; others are ignored.
             on: the date from which the spend counts, for the level; by default that of the fit.
 
         Returns:
@@ -197,7 +214,7 @@ class Fusion:
 
     def steady(self, predictions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Answers as of :meth:`apply` before the level moves them."""
-        for name in self.members:
+        for name in self.inputs:
             if name not in predictions:
                 raise BundleError(f"fusion: no predictions of member {name!r}")
             if not _usable(predictions[name]):
@@ -214,7 +231,7 @@ class Fusion:
             # The mean of a skewed spend can lie outside its own quantiles; widening keeps the coverage.
             "low": np.minimum(low, expected),
             "high": np.maximum(high, expected),
-            "p_active": self.activity(logs),
+            "p_active": self._p_active(logs, predictions),
             "score": score,
         }
         level = np.searchsorted(np.array(LEVEL_BORDERS), score, side="right")
@@ -222,6 +239,14 @@ class Fusion:
         answers["level"] = np.array(LEVELS, dtype=object)[level]
         answers["risk_level"] = np.array(RISKS, dtype=object)[risk]
         return answers
+
+    def _p_active(self, logs: np.ndarray, predictions: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Probability of any spend, from log1p of the expected spend and what the purchase process says."""
+        by_spend = self.activity(logs)
+        if self.recency is None:
+            return by_spend
+        intercept, of_spend, of_recency = self.recency
+        return expit(intercept + of_spend * _logit(by_spend) + of_recency * _logit(np.asarray(predictions[ACTIVE])))
 
     def expected(self, root: np.ndarray) -> np.ndarray:
         """Calibrated expected spend, float64 [rows], of the stack's root, float64 [rows]."""
@@ -233,6 +258,8 @@ class Fusion:
         if self.level is None:
             # as bundles were written that know no level
             del document["level"]
+        if self.recency is None:
+            del document["recency"]
         return document
 
     @classmethod
@@ -242,7 +269,7 @@ class Fusion:
         Raises:
             BundleError: a key is missing or unknown, or a value has the wrong type, length or order.
         """
-        if set(document) | {"level"} != {field.name for field in fields(cls)}:
+        if set(document) | {"level", "recency"} != {field.name for field in fields(cls)}:
             raise BundleError("fusion: not the keys of a fusion")
         try:
             fusion = cls(
@@ -257,6 +284,7 @@ class Fusion:
                 reference=curve_from_json(document["reference"]),
                 risk=(float(document["risk"][0]), float(document["risk"][1])),
                 level=Level.from_json(document["level"]) if "level" in document else None,
+                recency=_three(document["recency"]) if "recency" in document else None,
             )
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise BundleError(f"fusion: malformed ({error!r})") from None
@@ -329,6 +357,35 @@ def _fit_activity(expected: np.ndarray, spend: np.ndarray, recency: np.ndarray) 
     share = (np.bincount(group, (spend > 0) * recency) + 0.5) / (rows + 1)
     knots = isotonic_regression(share, y_min=0.0, y_max=1.0, sample_weight=rows + 1)
     return Curve(floats(np.bincount(group, expected * recency) / rows), floats(knots))
+
+
+def _fit_joined(
+    by_spend: np.ndarray, by_recency: np.ndarray, active: np.ndarray, recency: np.ndarray
+) -> tuple[float, float, float]:
+    """Intercept and weights of the logits of two probabilities, the weights not negative; by maximum likelihood."""
+    inputs = np.stack([np.ones(len(active)), _logit(by_spend), _logit(by_recency)], axis=1)
+    # drawn a little towards the first alone: data that part both kinds without error would drive weights to infinity
+    prior = np.array([0.0, 1.0, 0.0])
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        score = inputs @ weights
+        value = recency @ (np.logaddexp(0.0, score) - active * score) + 0.5 * ((weights - prior) ** 2).sum()
+        return float(value), inputs.T @ (recency * (expit(score) - active)) + (weights - prior)
+
+    found = minimize(loss, prior, jac=True, method="L-BFGS-B", bounds=[(-10, 10), (0, 10), (0, 10)])
+    intercept, of_spend, of_recency = floats(found.x)
+    return intercept, of_spend, of_recency
+
+
+def _logit(probability: np.ndarray) -> np.ndarray:
+    """Log odds, of a probability that is no nearer to 0 and 1 than :data:`_SURE`."""
+    bounded = np.clip(probability, _SURE, 1 - _SURE)
+    return np.log(bounded) - np.log1p(-bounded)
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    first, second, third = floats(values)
+    return first, second, third
 
 
 def _tails(residuals: np.ndarray, recency: np.ndarray, alpha: float) -> tuple[float, float]:
