@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 
 from bp_spark.config import FusionConfig
 from bp_spark.errors import BundleError, DataError
-from bp_spark.model.columns import ACTIVE
+from bp_spark.model.columns import ACTIVE, SILENT
 from bp_spark.model.curve import Curve
 from bp_spark.model.fusion import LEVELS, OUTPUTS, RISKS, Fusion
 from bp_spark.model.level import Level
@@ -358,7 +358,8 @@ def lapsing(n: int, seed: int) -> pd.DataFrame:
     # who is away is expected to spend as much: bought more when there
     expected = size * 0.6 * np.exp(rng.normal(0, 0.2, n))
     said = np.clip(chance + rng.normal(0, 0.05, n), 0.0, 1.0)
-    return pd.DataFrame({"label_spend": spend, "btyd": expected, ACTIVE: said})
+    days = rng.gamma(2, np.where(away, 40, 10), n)
+    return pd.DataFrame({"label_spend": spend, "btyd": expected, ACTIVE: said, SILENT: days})
 
 
 def test_of_two_users_who_are_expected_to_spend_the_same_the_one_who_stays_away_is_less_likely_to_buy() -> None:
@@ -368,14 +369,14 @@ def test_of_two_users_who_are_expected_to_spend_the_same_the_one_who_stays_away_
     bought, away = fresh["label_spend"].to_numpy() > 0, fresh[ACTIVE].to_numpy() < 0.6
     for part in (away, ~away):
         assert p_active[part].mean() == pytest.approx(bought[part].mean(), abs=0.03)
-    without = Fusion.fit(lapsing(4000, seed=1).drop(columns=ACTIVE), conf).apply(members(fresh))["p_active"]
+    without = Fusion.fit(lapsing(4000, seed=1).drop(columns=[ACTIVE, SILENT]), conf).apply(members(fresh))["p_active"]
     assert ((p_active - bought) ** 2).mean() < 0.8 * ((without - bought) ** 2).mean()
     assert_sound(fitted.apply(members(fresh)))
 
 
 def test_what_a_fusion_reads_is_asked_for_by_name_and_comes_back_from_json() -> None:
     fitted = Fusion.fit(lapsing(1000, seed=1), FusionConfig(members=("btyd",)))
-    assert fitted.inputs == ("btyd", ACTIVE)
+    assert fitted.inputs == ("btyd", ACTIVE, SILENT)
     assert Fusion.from_json(json.loads(json.dumps(fitted.to_json()))) == fitted
     with pytest.raises(BundleError, match=ACTIVE):
         fitted.apply({"btyd": np.ones(3)})

@@ -20,7 +20,7 @@ from scipy.optimize import minimize
 from scipy.special import betaln, expit, gammaln, hyp2f1
 
 from bp_spark.errors import BundleError, DataError
-from bp_spark.model.columns import Columns, stack
+from bp_spark.model.columns import ACTIVE, SILENT, Columns, stack
 from bp_spark.model.members import SPLIT, TABLE, read_json, require, write_json
 
 FEATURES = ("frequency", "active_span_days", "tenure_days", "monetary_value")
@@ -94,15 +94,15 @@ class BtydMember:
         """Expected spend of a further purchase day, ``float64[rows]``, given the mean ``m`` of ``n`` of them."""
         return self.p * (self.gamma + n * m) / (self.p * n + self.q - 1.0)
 
-    def predict_activity(self, columns: Columns) -> np.ndarray:
-        """Return the probability of a purchase in the horizon, ``float64[rows]``.
+    def predict_activity(self, columns: Columns) -> dict[str, np.ndarray]:
+        """Return the probability of a purchase in the horizon and days since the last one, ``float64[rows]`` each.
 
         A user who is alive buys before dropping out, after a time of Pareto's second kind: the rate is
         ``Gamma(r + x, alpha + T)``.
         """
         x, t_x, T, _ = _visits(columns)
         none = (self.r + x) * (np.log(self.alpha + T) - np.log(self.alpha + T + self.horizon_days))
-        return self.p_alive(x, t_x, T) * -np.expm1(none)
+        return {ACTIVE: self.p_alive(x, t_x, T) * -np.expm1(none), SILENT: T - t_x}
 
     def predict(self, columns: Columns) -> np.ndarray:
         """Expected spend, ``float64[rows]``; see :meth:`Member.predict`."""

@@ -22,7 +22,7 @@ from sklearn.isotonic import isotonic_regression
 
 from bp_spark.config import FusionConfig
 from bp_spark.errors import BundleError, DataError
-from bp_spark.model.columns import ACTIVE
+from bp_spark.model.columns import ACTIVE, SILENT
 from bp_spark.model.curve import Curve, as_json, curve_from_json, floats
 from bp_spark.model.level import Level
 
@@ -56,7 +56,7 @@ class Fusion:
     interval, ``lower`` and ``upper`` are the residual quantiles of each group in log1p space. ``reference``
     maps expected spend to its percentile 0–100 in the reference population, ``risk`` holds the tertiles of
     the relative interval width. ``level`` is the factor of everyone's spend by date; ``None``: always 1.
-    ``recency`` joins ``activity`` with :data:`bp_spark.model.columns.ACTIVE`; ``None``: that isn't used.
+    ``recency`` joins ``activity`` with what the purchase process says (intercept and weights); ``None``: it isn't asked.
     """
 
     members: tuple[str, ...]
@@ -70,7 +70,7 @@ class Fusion:
     reference: Curve
     risk: tuple[float, float]
     level: Level | None = None
-    recency: tuple[float, float, float] | None = None
+    recency: tuple[float, ...] | None = None
 
     @classmethod
     def fit(
@@ -95,8 +95,8 @@ class Fusion:
            any spend doesn't fall to 0.
         3. *Activity*: P(spend > 0) by the same binned isotonic fit, with half a user of either kind added. Of two users who
            are expected to spend the same, one buys seldom and the other has stayed away. Where the purchase process is a
-           member, its probability of a purchase tells them apart: logistic regression on the logits of both, neither weight
-           negative.
+           member, it tells them apart: logistic regression on the logits of both probabilities, neither weight negative, and
+           on the logarithm of days since the last purchase.
         4. *Interval*: split conformal prediction (Vovk et al. 2005), signed residuals in log1p space,
            Mondrian by fifths of the expected spend, each tail by itself (Romano et al. 2019). They are of the
            rows that the calibration was fitted on: 20 knots on thousands of rows cost no measurable coverage,
@@ -133,8 +133,9 @@ class Fusion:
         expected = _calibrate(calibration, mean)
         activity = _fit_activity(expected, spend, recency)
         joined = None
-        if "btyd" in conf.members and ACTIVE in frame:
-            joined = _fit_joined(activity(expected), _column(frame, ACTIVE), spend > 0, recency)
+        if "btyd" in conf.members and {ACTIVE, SILENT} <= set(frame):
+            inputs = _activity_inputs(activity(expected), _column(frame, ACTIVE), _column(frame, SILENT))
+            joined = _fit_joined(inputs, spend > 0, recency)
         edges = _edges(expected, _INTERVAL_GROUPS, _rows_worth(rows_needed, recency))
         shocks = np.exp(level_sd * _SHOCKS) if level_sd > 0 else np.ones(1)
         residuals = np.log1p(np.outer(spend, shocks)) - expected[:, None]
@@ -180,8 +181,8 @@ class Fusion:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the predictions that it reads: the members', and :data:`bp_spark.model.columns.ACTIVE` where it does."""
-        return self.members if self.recency is None else (*self.members, ACTIVE)
+        """Names of the predictions that it reads: of the members, and of the purchase process whether a user buys at all."""
+        return self.members if self.recency is None else (*self.members, ACTIVE, SILENT)
 
     def factor(self, on: date | None = None) -> float:
         """Factor of everyone's spend as of a date, by default that of the fit."""
@@ -245,8 +246,12 @@ class Fusion:
         by_spend = self.activity(logs)
         if self.recency is None:
             return by_spend
-        intercept, of_spend, of_recency = self.recency
-        return expit(intercept + of_spend * _logit(by_spend) + of_recency * _logit(np.asarray(predictions[ACTIVE])))
+        inputs = _activity_inputs(by_spend, *(np.asarray(predictions[name], np.float64) for name in (ACTIVE, SILENT)))
+        total = np.zeros(len(logs))
+        # column by column, as in _stacked_log
+        for column, weight in zip(inputs.T, self.recency, strict=True):
+            total += weight * column
+        return expit(total)
 
     def expected(self, root: np.ndarray) -> np.ndarray:
         """Calibrated expected spend, float64 [rows], of the stack's root, float64 [rows]."""
@@ -284,10 +289,12 @@ class Fusion:
                 reference=curve_from_json(document["reference"]),
                 risk=(float(document["risk"][0]), float(document["risk"][1])),
                 level=Level.from_json(document["level"]) if "level" in document else None,
-                recency=_three(document["recency"]) if "recency" in document else None,
+                recency=floats(document["recency"]) if "recency" in document else None,
             )
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise BundleError(f"fusion: malformed ({error!r})") from None
+        if fusion.recency is not None and len(fusion.recency) != 4:
+            raise BundleError("fusion: recency must have four numbers")
         if len(fusion.weights) != len(fusion.members) or min(fusion.weights) < 0:
             raise BundleError("fusion: members and weights don't fit together")
         if not len(fusion.edges) + 1 == len(fusion.lower) == len(fusion.upper):
@@ -359,33 +366,29 @@ def _fit_activity(expected: np.ndarray, spend: np.ndarray, recency: np.ndarray) 
     return Curve(floats(np.bincount(group, expected * recency) / rows), floats(knots))
 
 
-def _fit_joined(
-    by_spend: np.ndarray, by_recency: np.ndarray, active: np.ndarray, recency: np.ndarray
-) -> tuple[float, float, float]:
-    """Intercept and weights of the logits of two probabilities, the weights not negative; by maximum likelihood."""
-    inputs = np.stack([np.ones(len(active)), _logit(by_spend), _logit(by_recency)], axis=1)
-    # drawn a little towards the first alone: data that part both kinds without error would drive weights to infinity
-    prior = np.array([0.0, 1.0, 0.0])
+def _activity_inputs(by_spend: np.ndarray, by_process: np.ndarray, silent_days: np.ndarray) -> np.ndarray:
+    """What the probability of any spend is told from, float64 [rows, 4]: 1, both logits, log1p of days without a purchase."""
+    return np.stack([np.ones(len(by_spend)), _logit(by_spend), _logit(by_process), np.log1p(silent_days)], axis=1)
+
+
+def _fit_joined(inputs: np.ndarray, active: np.ndarray, recency: np.ndarray) -> tuple[float, ...]:
+    """Weights of :func:`_activity_inputs` by maximum likelihood, those of the logits not negative."""
+    # drawn a little towards the first logit alone: data that part both kinds without error would drive weights to infinity
+    prior = np.array([0.0, 1.0, 0.0, 0.0])
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         score = inputs @ weights
         value = recency @ (np.logaddexp(0.0, score) - active * score) + 0.5 * ((weights - prior) ** 2).sum()
         return float(value), inputs.T @ (recency * (expit(score) - active)) + (weights - prior)
 
-    found = minimize(loss, prior, jac=True, method="L-BFGS-B", bounds=[(-10, 10), (0, 10), (0, 10)])
-    intercept, of_spend, of_recency = floats(found.x)
-    return intercept, of_spend, of_recency
+    bounds = [(-10, 10), (0, 10), (0, 10), (-10, 10)]
+    return floats(minimize(loss, prior, jac=True, method="L-BFGS-B", bounds=bounds).x)
 
 
 def _logit(probability: np.ndarray) -> np.ndarray:
     """Log odds, of a probability that is no nearer to 0 and 1 than :data:`_SURE`."""
     bounded = np.clip(probability, _SURE, 1 - _SURE)
     return np.log(bounded) - np.log1p(-bounded)
-
-
-def _three(values: Any) -> tuple[float, float, float]:
-    first, second, third = floats(values)
-    return first, second, third
 
 
 def _tails(residuals: np.ndarray, recency: np.ndarray, alpha: float) -> tuple[float, float]:

@@ -28,7 +28,7 @@ from pyspark.sql import functions as F
 
 from bp_spark.config import LinearConfig, TreesConfig
 from bp_spark.errors import BundleError, DataError, PlatformError
-from bp_spark.model.columns import ACTIVE, Columns, stack
+from bp_spark.model.columns import Columns, stack
 from bp_spark.model.shapley import TreeShapley
 
 TABLE = "training_set"
@@ -89,14 +89,14 @@ class HorizonsMember(Protocol):
 class ActivityMember(Protocol):
     """A member that tells whether a user will buy at all, too."""
 
-    def predict_activity(self, columns: Columns) -> np.ndarray:
-        """Return the probability of a purchase in the horizon, ``float64[rows]``."""
+    def predict_activity(self, columns: Columns) -> dict[str, np.ndarray]:
+        """Return :data:`bp_spark.model.columns.ACTIVE` and :data:`bp_spark.model.columns.SILENT`, ``float64[rows]`` each."""
         ...
 
 
 def predict_all(members: Iterable[Member], columns: Columns) -> dict[str, np.ndarray]:
     """What members say, ``float64[rows]`` each: by name, by name and days (``transformer_30d``) of other horizons, and
-    :data:`bp_spark.model.columns.ACTIVE`.
+    those of :class:`ActivityMember`.
 
     Raises:
         BundleError: a column a member needs is missing.
@@ -108,7 +108,7 @@ def predict_all(members: Iterable[Member], columns: Columns) -> dict[str, np.nda
         else:
             said[member.name] = member.predict(columns)
         if isinstance(member, ActivityMember):
-            said[ACTIVE] = member.predict_activity(columns)
+            said |= member.predict_activity(columns)
     return said
 
 
