@@ -14,7 +14,7 @@ unexport PYTHONPATH PYTHONHOME SPARK_HOME SPARK_CONF_DIR PYSPARK_PYTHON PYSPARK_
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-spark40 test-thorough check-integrations bench-suite bench-data bench-score bench-training bench-pretraining bench-labels bench-ablation bench-sizes bench-gpu notebooks browser lint format lock audit sbom clean check-airflow docs reference
+.PHONY: help install demo test test-fast test-spark40 test-thorough check-integrations bench-suite bench-data bench-score bench-training bench-pretraining bench-labels bench-ablation bench-sizes bench-gpu bench-stack bench-worlds notebooks browser lint format lock audit sbom clean check-airflow docs reference
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -49,8 +49,9 @@ test-fast: install ## the tests of pure code and of transforms: no night, no clu
 test-spark40: ## the fast tests on Spark 4.0 and Delta 4.0, from their own lock, in .venv-spark40
 	$(MAKE) test-fast VENV=.venv-spark40 LOCK=requirements-spark40.lock
 
-check-integrations: install check-airflow browser ## Airflow, Chromium, the steps of the image, the demo from the wheel, Spark Connect
+check-integrations: install check-airflow browser ## Airflow, Chromium, the steps of the image, the demo from the wheel, Connect, Spark 4.0
 	$(PYTEST) -m integration
+	$(MAKE) test-spark40
 
 test-thorough: install ## what CI tests by a few cases, by all: each write of a night killed, 10,000 rows and settings of any kind
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m thorough tests
@@ -93,6 +94,12 @@ bench-sizes: install ## weights and milliseconds of the network in each size, on
 
 bench-gpu: install ## training and scoring by a GPU beside its machine's processor: JSON to standard output
 	$(BIN)/python -m bench.gpu
+
+bench-stack: install ## Connect beside classic, the wheel's demo, both feeds: 1 or 0 each, JSON to standard output
+	$(BIN)/python -m bench.stack
+
+bench-worlds: install ## how right the money is on shops of all kinds, goes on where it was stopped: JSON to standard output
+	$(BIN)/python -m bench.worlds
 
 docs: install ## the documentation as a site, build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

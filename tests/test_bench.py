@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
 
-from bench import Usage, ablation, data, gpu, labelling, sizes, suite
+from bench import Usage, ablation, data, gpu, labelling, sizes, stack, suite, worlds
 from bench.duckdb_peer import MACROS, dialect
 from bp_spark import config
 from bp_spark.aggregates import SEQUENCE_COLUMNS
@@ -215,3 +215,41 @@ def test_the_processor_learns_and_scores_what_a_gpu_is_compared_to(tmp_path: Pat
     figures = gpu.run(300, 2, ["tiny"], ["cpu"], tmp_path)["sizes"]["tiny"]
     assert figures["training"]["cpu"]["rows_per_second"] > 0
     assert figures["scoring"]["cpu"]["users_per_second"] > 0
+
+
+def test_worlds_are_what_their_names_say() -> None:
+    made = {name: worlds.orders(worlds.WORLDS[name], seed=1) for name in worlds.WORLDS}
+    for name, rows in made.items():
+        before = rows[rows["at"] < str(worlds.TEST_DATE)]
+        assert before["user"].nunique() == worlds.USERS
+        assert (before["at"].min().date() - worlds.TEST_DATE).days >= -7 * worlds.WORLDS[name].weeks
+        assert (rows["paid"] > 0).all()
+    assert made["equal_amounts"]["paid"].nunique() == 1
+    once = made["one_time_buyers"].groupby("user").size() == 1
+    assert once.mean() > 0.5 > (made["plain"].groupby("user").size() == 1).mean()
+    by_month = (
+        made["season_3_years"]
+        .groupby([made["season_3_years"]["at"].dt.year, made["season_3_years"]["at"].dt.month])
+        .size()
+    )
+    assert by_month[2022, 11] > 1.5 * by_month[2022, 6]
+    assert by_month[2023, 11] > 1.5 * by_month[2023, 6]
+
+
+def test_the_figures_of_worlds_are_of_all_of_them() -> None:
+    figures = dict.fromkeys(
+        ("decile_mape", "rank_loss", "mae_ratio_to_best_peer", "total_error_steady", "p_active_error"), 0.0
+    )
+    of = {
+        "one": figures | {"total_error": -0.3, "coverage": 0.8},
+        "two": figures | {"total_error": 0.1, "coverage": 0.9},
+    }
+    found = worlds.summary(of)
+    assert (found["total_error_worst"], found["coverage_min"], found["coverage_max"]) == (0.3, 0.8, 0.9)
+    assert found["total_error_median"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("test", "told"), [("assert True", True), ("assert False", False), ("pytest.skip()", False)])
+def test_a_stack_agrees_only_where_its_tests_ran_and_passed(tmp_path: Path, test: str, told: bool) -> None:
+    (tmp_path / "test_it.py").write_text(f"import pytest\n\ndef test_it():\n    {test}\n")
+    assert stack.passes(str(tmp_path / "test_it.py"), "not integration") is told

@@ -13,6 +13,7 @@ from scipy.special import betaln
 from bp_spark.errors import BundleError, DataError
 from bp_spark.model import btyd
 from bp_spark.model.btyd import BtydMember
+from bp_spark.model.columns import ACTIVE
 from bp_spark.model.members import load_member
 
 HORIZON = 90
@@ -211,3 +212,16 @@ def test_impossible_parameters_are_refused_by_name(fitted, tmp_path, key, value)
 def test_a_missing_column_is_named(fitted):
     with pytest.raises(BundleError, match="tenure_days"):
         fitted.predict({name: np.ones(2) for name in btyd.FEATURES if name != "tenure_days"})
+
+
+def test_the_probability_of_a_purchase_is_the_share_of_customers_who_buy(world: pd.DataFrame) -> None:
+    said = TRUE.predict_activity(columns(world))[ACTIVE]
+    bought = world["days"].to_numpy() > 0
+    assert ((said >= 0) & (said <= 1)).all()
+    for part in np.array_split(np.argsort(said), 8):
+        assert said[part].mean() == pytest.approx(bought[part].mean(), abs=0.05)
+    # nobody buys in no time, and who is alive buys in the end
+    nobody = BtydMember(0, TRUE.r, TRUE.alpha, TRUE.a, TRUE.b, TRUE.p, TRUE.q, TRUE.gamma)
+    assert (nobody.predict_activity(columns(world))[ACTIVE] == 0).all()
+    ever = BtydMember(10**9, TRUE.r, TRUE.alpha, TRUE.a, TRUE.b, TRUE.p, TRUE.q, TRUE.gamma)
+    assert ever.predict_activity(histories((0.0, 0.0, 30.0, 9.0)))[ACTIVE][0] == pytest.approx(1.0, abs=1e-6)

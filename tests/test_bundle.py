@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from bp_spark.config import FusionConfig
 from bp_spark.errors import BundleError
 from bp_spark.model import bundle as b
-from bp_spark.model.fusion import OUTPUTS, Curve, Fusion
+from bp_spark.model.curve import Curve
+from bp_spark.model.fusion import OUTPUTS, Fusion
 from bp_spark.model.horizons import EXPECTED, Horizons, Ratio
 from bp_spark.model.members import LinearMember, TreesMember
 

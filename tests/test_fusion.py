@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from dataclasses import replace
+from datetime import date
 
 import numpy as np
 import pandas as pd
@@ -15,7 +17,10 @@ from hypothesis.extra import numpy as hnp
 
 from bp_spark.config import FusionConfig
 from bp_spark.errors import BundleError, DataError
+from bp_spark.model.columns import ACTIVE, SILENT
+from bp_spark.model.curve import Curve
 from bp_spark.model.fusion import LEVELS, OUTPUTS, RISKS, Fusion
+from bp_spark.model.level import Level
 
 BOTH = FusionConfig(members=("trees", "transformer"))
 ONE = FusionConfig(members=("trees",))
@@ -39,6 +44,9 @@ def world(n: int, seed: int) -> pd.DataFrame:
 
 def members(frame: pd.DataFrame) -> dict[str, np.ndarray]:
     return {name: frame[name].to_numpy() for name in frame.columns if name != "label_spend"}
+
+
+RISING = Level("2024-01-01", 1.0, 1.0, 0.5, Curve((0.0, 10.0), (0.0, 0.5)), 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -297,3 +305,90 @@ def test_unusable_predictions_are_refused_by_name(fusion):
         fusion.apply({"trees": np.ones(2)})
     with pytest.raises(BundleError, match="'trees' predicted a negative or non-finite"):
         fusion.apply({"trees": np.array([np.inf]), "transformer": np.ones(1)})
+
+
+# --- the platform's level ----------------------------------------------------------------------------------------------
+
+
+def test_the_level_moves_money_by_date_and_nothing_else(fusion: Fusion) -> None:
+    said = members(world(500, seed=9))
+    before, rising = fusion.apply(said), replace(fusion, level=RISING)
+    for on, factor in ((None, 1.0), (date(2024, 1, 1), 1.0), (date(2024, 1, 11), math.exp(0.5))):
+        after = rising.apply(said, on)
+        assert_sound(after)
+        for name in OUTPUTS:
+            if name in ("expected_spend", "low", "high"):
+                np.testing.assert_allclose(after[name], before[name] * factor, rtol=1e-12)
+            else:
+                assert (after[name] == before[name]).all(), name
+
+
+def test_a_fusion_without_a_level_is_written_as_before_and_one_with_it_comes_back(fusion: Fusion) -> None:
+    assert "level" not in fusion.to_json()
+    rising = replace(fusion, level=RISING)
+    assert Fusion.from_json(json.loads(json.dumps(rising.to_json()))) == rising
+    with pytest.raises(BundleError, match="level"):
+        Fusion.from_json(rising.to_json() | {"level": {}})
+
+
+def test_what_moves_all_users_at_once_widens_intervals_until_they_hold() -> None:
+    frame, conf = world(6000, seed=1), FusionConfig(members=("trees", "transformer"))
+    plain, wide = Fusion.fit(frame, conf), Fusion.fit(frame, conf, level_sd=0.4)
+    covered: dict[str, list[float]] = {"plain": [], "wide": []}
+    for step, shock in enumerate(0.4 * np.array([-1.5, -1, -0.5, 0, 0.5, 1, 1.5])):
+        fresh = world(4000, seed=100 + step)
+        spend = fresh["label_spend"].to_numpy() * np.exp(shock)
+        for name, fitted in (("plain", plain), ("wide", wide)):
+            answers = fitted.apply(members(fresh))
+            covered[name].append(float(((answers["low"] <= spend) & (spend <= answers["high"])).mean()))
+    assert np.mean(covered["wide"]) > 0.885
+    assert np.mean(covered["plain"]) < np.mean(covered["wide"]) - 0.01
+
+
+# --- will a user buy at all? -------------------------------------------------------------------------------------------
+
+
+def lapsing(n: int, seed: int) -> pd.DataFrame:
+    """Users who spend much and seldom, or stay away: members see the mean, the purchase process sees who is away."""
+    rng = np.random.default_rng(seed)
+    away = rng.random(n) < 0.5
+    size = np.exp(rng.normal(4, 1, n))
+    chance = np.where(away, 0.3, 0.9)
+    spend = np.where(rng.random(n) < chance, size * rng.gamma(4, 0.25, n), 0.0)
+    # who is away is expected to spend as much: bought more when there
+    expected = size * 0.6 * np.exp(rng.normal(0, 0.2, n))
+    said = np.clip(chance + rng.normal(0, 0.05, n), 0.0, 1.0)
+    days = rng.gamma(2, np.where(away, 40, 10), n)
+    return pd.DataFrame({"label_spend": spend, "btyd": expected, ACTIVE: said, SILENT: days})
+
+
+def test_of_two_users_who_are_expected_to_spend_the_same_the_one_who_stays_away_is_less_likely_to_buy() -> None:
+    conf = FusionConfig(members=("btyd",))
+    fitted, fresh = Fusion.fit(lapsing(4000, seed=1), conf), lapsing(4000, seed=2)
+    p_active = fitted.apply(members(fresh))["p_active"]
+    bought, away = fresh["label_spend"].to_numpy() > 0, fresh[ACTIVE].to_numpy() < 0.6
+    for part in (away, ~away):
+        assert p_active[part].mean() == pytest.approx(bought[part].mean(), abs=0.03)
+    without = Fusion.fit(lapsing(4000, seed=1).drop(columns=[ACTIVE, SILENT]), conf).apply(members(fresh))["p_active"]
+    assert ((p_active - bought) ** 2).mean() < 0.8 * ((without - bought) ** 2).mean()
+    assert_sound(fitted.apply(members(fresh)))
+
+
+def test_what_a_fusion_reads_is_asked_for_by_name_and_comes_back_from_json() -> None:
+    fitted = Fusion.fit(lapsing(1000, seed=1), FusionConfig(members=("btyd",)))
+    assert fitted.inputs == ("btyd", ACTIVE, SILENT)
+    assert Fusion.from_json(json.loads(json.dumps(fitted.to_json()))) == fitted
+    with pytest.raises(BundleError, match=ACTIVE):
+        fitted.apply({"btyd": np.ones(3)})
+    # a stack without the purchase process doesn't read what that says
+    frame = lapsing(1000, seed=1).rename(columns={"btyd": "trees"})
+    assert Fusion.fit(frame, ONE).inputs == ("trees",)
+    assert "recency" not in Fusion.fit(frame, ONE).to_json()
+
+
+def test_users_of_whom_all_or_none_buy_have_a_probability_all_the_same() -> None:
+    for spent in (0.0, 5.0):
+        frame = lapsing(500, seed=3).assign(label_spend=spent)
+        answers = Fusion.fit(frame, FusionConfig(members=("btyd",))).apply(members(frame))
+        assert_sound(answers)
+        assert abs(answers["p_active"].mean() - (spent > 0)) < 0.05

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bp_spark.errors import BundleError
-from bp_spark.model.fusion import Curve
+from bp_spark.model.curve import Curve
 from bp_spark.model.horizons import EXPECTED, MIN_ROWS, NETWORK, Horizons, Ratio
 
 MONEY = st.floats(0, 1e6)

@@ -45,6 +45,24 @@ def spend(rows: DataFrame, *dates: date, horizon: int = HORIZON) -> dict[tuple[s
     return answer
 
 
+def test_weekly_spend_is_by_week_of_first_order_and_sees_nothing_from_the_date_on(spark: SparkSession) -> None:
+    days = [
+        ("a", -1, 1, "5.00"),
+        ("a", -8, 1, "7.00"),
+        ("b", -8, 1, "1.50"),
+        ("b", -7, 0, "-0.50"),
+        ("c", -1, 1, "2.00"),
+    ]
+    # before a first order, from the date on, without any order
+    nothing = [("b", -15, 0, "-9.00"), ("c", 0, 1, "99.00"), ("d", -3, 0, "-1.00")]
+    rows = [
+        (user, DAY + timedelta(days=after), orders, Decimal(spent)) for user, after, orders, spent in days + nothing
+    ]
+    table = spark.createDataFrame(rows, "user_key string, day date, orders bigint, spend decimal(18,2)")
+    found = {(row["first_week"], row["week"]): row["cents"] for row in labels.weekly_spend(table, DAY).collect()}
+    assert found == {(1, 0): 450, (1, 1): 850, (0, 0): 200}
+
+
 # --- cutoffs -----------------------------------------------------------------------------------------------------------
 
 

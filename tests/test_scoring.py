@@ -121,6 +121,13 @@ def test_a_night_of_carried_scores_is_a_full_night(nights: Nights, caplog: pytes
     np.testing.assert_allclose(anew[NUMBERS], carried[NUMBERS], rtol=1e-5)
     for name in ("level", "risk_level", "input_digest"):
         assert (anew[name] == carried[name]).all()
+    by_horizon = [pd.DataFrame(dict(row) for row in frame["expected_by_horizon"]) for frame in (anew, carried)]
+    np.testing.assert_allclose(by_horizon[0], by_horizon[1], rtol=1e-5)
+    # who did nothing new is expected to spend more all the same: the platform's level has risen
+    still = carried.index[carried["computed_on"] == NIGHT]
+    risen = carried.loc[still, "expected_spend"] / nights.scores(NIGHT).loc[still, "expected_spend"]
+    np.testing.assert_allclose(risen, nights.bundles["whole"].fusion.factor(NEXT), rtol=1e-9)
+    assert risen.min() > 1.01
     assert same_reasons(anew, carried)
     nights.spark.sql(f"RESTORE delta.`{nights.lakehouse.location('scores')}` TO VERSION AS OF {version}")
 
@@ -350,19 +357,19 @@ def test_users_with_the_same_features_are_computed_once(nights: Nights) -> None:
     asked: list[int] = []
     predict = bundle.predict
 
-    def counted(columns: Any) -> Any:
+    def counted(columns: Any, on: date | None) -> Any:
         asked.append(len(columns["recency_days"]))
-        return predict(columns)
+        return predict(columns, on)
 
     bundle.predict = counted  # type: ignore[method-assign]
-    said = scoring._answer_batch(bundle, twice).to_pandas()
+    said = scoring._answer_batch(bundle, twice, NIGHT).to_pandas()
     assert asked == [60]
     pd.testing.assert_frame_equal(said.iloc[3:12].reset_index(drop=True), said.iloc[60:].reset_index(drop=True))
     assert said["user_key"].tolist() == twice.column("user_key").to_pylist()
     # without a digest nobody is taken for another
     nulls = pa.nulls(twice.num_rows, pa.int64())
     unknown = pa.Table.from_batches([twice]).set_column(1, "input_digest", nulls).combine_chunks().to_batches()[0]
-    anew = scoring._answer_batch(bundle, unknown).to_pandas()
+    anew = scoring._answer_batch(bundle, unknown, NIGHT).to_pandas()
     assert asked == [60, 69]
     np.testing.assert_allclose(anew[NUMBERS], said[NUMBERS], rtol=1e-5)
 

@@ -388,6 +388,8 @@ class FusionConfig(Section):
     weigh the same."""
     coverage: float = Field(0.9, gt=0, lt=1)
     """Share of users whose spend should fall inside ``low``..``high``."""
+    season: bool = True
+    """Whether the same weeks of the year before move everyone's expected spend, as far as they foretold past weeks."""
 
 
 class ScoringConfig(Section):

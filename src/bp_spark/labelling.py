@@ -120,13 +120,16 @@ def diverse(points: np.ndarray, weights: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.concatenate([chosen, others[: count - len(chosen)]]))
 
 
-def candidates(users: DataFrame, bundle: Bundle, count: int, columns: Sequence[str] = ()) -> pd.DataFrame:
+def candidates(
+    users: DataFrame, bundle: Bundle, count: int, columns: Sequence[str] = (), on: date | None = None
+) -> pd.DataFrame:
     """The users that the bundle's members disagree on most.
 
     Args:
         users: rows of ``user_features`` of one date.
         count: users wanted.
         columns: of ``users``, to be brought along.
+        on: the date from which the spend counts; by default that of the bundle's training.
 
     Returns:
         ``user_key, disagreement, expected_spend`` and these columns, most disagreement first.
@@ -154,7 +157,7 @@ def candidates(users: DataFrame, bundle: Bundle, count: int, columns: Sequence[s
                 {
                     "user_key": batch.column("user_key"),
                     "disagreement": pa.array(disagreement(said, weights)),
-                    "expected_spend": pa.array(loaded.fusion.apply(said)["expected_spend"]),
+                    "expected_spend": pa.array(loaded.fusion.apply(said, on)["expected_spend"]),
                 }
             )
 
@@ -167,7 +170,7 @@ def candidates(users: DataFrame, bundle: Bundle, count: int, columns: Sequence[s
 
 
 def selected(
-    users: DataFrame, bundle: Bundle, catalogue: Catalogue, budget: int, config: LabellingConfig
+    users: DataFrame, bundle: Bundle, catalogue: Catalogue, budget: int, config: LabellingConfig, on: date | None = None
 ) -> pd.DataFrame:
     """Whom to ask.
 
@@ -175,13 +178,14 @@ def selected(
         users: rows of ``user_features`` of one date, of whom could be asked.
         catalogue: of these features.
         budget: how many.
+        on: see :func:`candidates`.
 
     Returns:
         ``user_key, rank, disagreement, expected_spend``, by rank from 1: most disagreement first. Fewer than ``budget`` where
         there are no more users.
     """
     compared = [name for name in catalogue.names if name in users.columns]
-    found = candidates(users, bundle, budget * config.candidates_per_label, compared)
+    found = candidates(users, bundle, budget * config.candidates_per_label, compared, on)
     if found.empty:
         return found.assign(rank=pd.Series(dtype="int64"))[["user_key", "rank", "disagreement", "expected_spend"]]
     chosen = diverse(standardised(found[compared], catalogue), found["disagreement"].to_numpy(), budget)

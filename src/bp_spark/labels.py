@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
 
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from bp_spark.aggregates import SEQUENCE_COLUMNS
@@ -94,6 +94,27 @@ def _spend(daily: DataFrame, as_of: Sequence[date], horizons: Mapping[str, int],
         .filter(age < max(horizons.values()))
         .groupBy(*KEY)
         .agg(*((F.sum(F.when(age < days, cents)) / 100).alias(name) for name, days in horizons.items()))
+    )
+
+
+def weekly_spend(daily: DataFrame, until: date) -> DataFrame:
+    """Spend less refunds of all users together by week, and by the week of the user's first order.
+
+    Weeks count back from ``until``: week 0 is the seven days before it. Refunds before a first order count with no user.
+
+    Returns:
+        ``first_week int, week int, cents bigint``: as many rows as there are pairs of weeks, however many the users are.
+    """
+
+    def week(day: Column) -> Column:
+        return F.floor((F.datediff(F.lit(until), day) - 1) / 7).cast("int")
+
+    first_order = F.min(F.when(F.col("orders") > 0, F.col("day"))).over(Window.partitionBy("user_key"))
+    days = daily.filter(F.col("day") < F.lit(until)).select("day", "spend", first_order.alias("first_order"))
+    return (
+        days.filter(F.col("day") >= F.col("first_order"))
+        .groupBy(week(F.col("first_order")).alias("first_week"), week(F.col("day")).alias("week"))
+        .agg((F.sum("spend") * 100).cast("long").alias("cents"))
     )
 
 

@@ -56,6 +56,8 @@ ANSWERS = (
     "other_reasons",
 )
 """Columns of SCORES that a bundle computes."""
+MONEY = ("expected_spend", "low", "high", "expected_by_horizon", "base_spend", "reasons", "other_reasons")
+"""Those of ANSWERS that the level of the platform moves."""
 KEPT = ("user_key", "input_digest")
 """Columns of ``user_features`` that SCORES has too."""
 ORIGIN = ("bundle_digest", "run_id", "features_version", "code_version", "computed_on", "scored_at")
@@ -120,7 +122,7 @@ def score(
     def computed(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
         loaded = load_once(name, digest)
         for batch in read(batches):
-            yield _answer_batch(loaded, batch)
+            yield _answer_batch(loaded, batch, score_date)
 
     return inputs.mapInArrow(computed, _schema(*KEPT, *ANSWERS)).withColumns(
         {
@@ -152,18 +154,36 @@ def moved(users: DataFrame, earlier: DataFrame) -> DataFrame:
     return both.filter(~same).drop("earlier_digest")
 
 
-def carried(earlier: DataFrame, keys: DataFrame, score_date: date) -> DataFrame:
-    """Rows of SCORES for ``score_date``: those of an earlier night but of the users in ``keys``, as computed then."""
+def carried(earlier: DataFrame, keys: DataFrame, score_date: date, factor: float = 1.0) -> DataFrame:
+    """Rows of SCORES for ``score_date``: those of an earlier night but of the users in ``keys``, as computed then.
+
+    Args:
+        factor: what the level has moved by since the earlier night; all money is multiplied by it.
+    """
     still = earlier.join(keys, "user_key", "left_anti")
+    if factor != 1.0:
+        still = still.withColumns({name: _times(name, factor) for name in MONEY})
     return still.select("user_key", F.lit(score_date).alias("score_date"), "input_digest", *ANSWERS, *ORIGIN)
 
 
-def differences(stored: DataFrame, computed: DataFrame, bundle: Bundle) -> DataFrame:
+def _times(name: str, factor: float) -> Column:
+    """A column of MONEY, multiplied."""
+    if name == "expected_by_horizon":
+        return F.transform_values(name, lambda _, money: money * F.lit(factor))
+    if name == "reasons":
+        return F.transform(
+            name, lambda reason: reason.withField("contribution", reason["contribution"] * F.lit(factor))
+        )
+    return F.col(name) * F.lit(factor)
+
+
+def differences(stored: DataFrame, computed: DataFrame, bundle: Bundle, score_date: date) -> DataFrame:
     """How far two computations of the same scores are apart, user by user.
 
     Args:
         stored: rows of SCORES of one night.
         computed: the same night, as computed by ``bundle``.
+        score_date: the night.
 
     Returns:
         A double for each of COMPARED: 0 where both say the same, up to TOLERANCE where that is due to who shared a batch, more
@@ -176,7 +196,7 @@ def differences(stored: DataFrame, computed: DataFrame, bundle: Bundle) -> DataF
     apart |= {name: _words_apart(s[name], c[name]) for name in WORDS}
     for label, figure, borders in (
         ("level", c["score"], LEVEL_BORDERS),
-        ("risk_level", relative_width(c), bundle.fusion.risk),
+        ("risk_level", relative_width(c, bundle.fusion.factor(score_date)), bundle.fusion.risk),
     ):
         on_border = reduce(or_, (_numbers_apart(figure, F.lit(border)) <= TOLERANCE for border in borders))
         apart[label] = F.when(on_border, 0.0).otherwise(_words_apart(s[label], c[label]))
@@ -258,7 +278,7 @@ def sized(spark: SparkSession, config: ScoringConfig) -> Iterator[None]:
         yield
 
 
-def prediction_udf(spark: SparkSession, bundle: Bundle, name: str | None = None) -> Any:
+def prediction_udf(spark: SparkSession, bundle: Bundle, name: str | None = None, on: date | None = None) -> Any:
     """Return an iterator pandas UDF from a struct of ``user_features`` to a struct of ANSWERS.
 
     :func:`score` gives the same answers without the way through pandas. The bundle goes to each executor once; a Python worker
@@ -268,6 +288,7 @@ def prediction_udf(spark: SparkSession, bundle: Bundle, name: str | None = None)
         bundle: the model.
         name: what SQL calls the function; without one it isn't registered. ``predict_spend(struct(*))`` is computed from
             the columns that the bundle reads and ignores the others.
+        on: the date from which the spend counts; by default that of the bundle's training.
     """
     folder, digest, inputs = distribute(spark, bundle), bundle.digest, tuple(dict.fromkeys(bundle.required_columns))
     schema = _schema(*ANSWERS)
@@ -276,7 +297,7 @@ def prediction_udf(spark: SparkSession, bundle: Bundle, name: str | None = None)
     def answer(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         loaded = load_once(folder, digest)
         for batch in batches:
-            yield as_frame(answers(loaded, {column: batch[column].to_numpy() for column in inputs}))
+            yield as_frame(answers(loaded, {column: batch[column].to_numpy() for column in inputs}, on))
 
     return answer if name is None else spark.udf.register(name, answer)
 
@@ -286,12 +307,16 @@ def _schema(*names: str) -> StructType:
     return StructType([StructField(name, SCORES.schema[name].dataType) for name in names])
 
 
-def answers(bundle: Bundle, columns: Columns) -> dict[str, pa.Array]:
-    """ANSWERS for users, an Arrow array of one value each per column."""
-    predicted = bundle.predict(columns)
+def answers(bundle: Bundle, columns: Columns, on: date | None = None) -> dict[str, pa.Array]:
+    """ANSWERS for users, an Arrow array of one value each per column.
+
+    Args:
+        on: the date from which the spend counts; by default that of the bundle's training.
+    """
+    predicted = bundle.predict(columns, on)
     made: dict[str, pa.Array] = {
         "expected_by_horizon": _by_horizon(bundle, predicted["expected_by_horizon"]),
-    } | _reasons(bundle, columns, predicted)
+    } | _reasons(bundle, columns, predicted, on)
     return {name: made[name] if name in made else pa.array(predicted[name]) for name in ANSWERS}
 
 
@@ -300,15 +325,15 @@ def as_frame(said: Mapping[str, pa.Array]) -> pd.DataFrame:
     return pa.table(said).to_pandas(maps_as_pydicts="strict")
 
 
-def _answer_batch(bundle: Bundle, batch: pa.RecordBatch) -> pa.RecordBatch:
+def _answer_batch(bundle: Bundle, batch: pa.RecordBatch, score_date: date) -> pa.RecordBatch:
     """``user_key``, ``input_digest`` and ANSWERS; users with the same features are computed once."""
     inputs = batch.select([name for name in batch.schema.names if name not in KEPT])
     first, place = _distinct(batch.column("input_digest"))
     if len(first) < batch.num_rows:
-        said = answers(bundle, from_arrow(inputs.take(pa.array(first))))
+        said = answers(bundle, from_arrow(inputs.take(pa.array(first))), score_date)
         said = {name: array.take(pa.array(place)) for name, array in said.items()}
     else:
-        said = answers(bundle, from_arrow(inputs))
+        said = answers(bundle, from_arrow(inputs), score_date)
     return pa.RecordBatch.from_pydict(
         {"user_key": batch.column("user_key"), "input_digest": batch.column("input_digest"), **said}
     )
@@ -331,7 +356,9 @@ def _by_horizon(bundle: Bundle, expected: np.ndarray) -> pa.MapArray:
     return pa.MapArray.from_arrays(offsets, np.tile(np.array(bundle.horizons.days, np.int32), users), expected.ravel())
 
 
-def _reasons(bundle: Bundle, columns: Columns, predicted: Mapping[str, np.ndarray]) -> dict[str, pa.Array]:
+def _reasons(
+    bundle: Bundle, columns: Columns, predicted: Mapping[str, np.ndarray], on: date | None
+) -> dict[str, pa.Array]:
     """The groups of features that moved each user's expected spend most, each with the feature that did most of it; the sum
     of all others, and what they count from. None where the bundle gives no reasons."""
     users = len(predicted["expected_spend"])
@@ -342,7 +369,7 @@ def _reasons(bundle: Bundle, columns: Columns, predicted: Mapping[str, np.ndarra
             "reasons": pa.ListArray.from_arrays(np.zeros(users + 1, np.int32), pa.array([], REASON)),
             "other_reasons": pa.nulls(users, pa.float64()),
         }
-    given, rest, base = bundle.explain(columns, predicted)
+    given, rest, base = bundle.explain(columns, predicted, on)
     names = explanation.group_names
     by_group = np.zeros((len(names), users))
     foremost = np.full((len(names), users), -1)

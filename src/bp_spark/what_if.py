@@ -101,13 +101,16 @@ def other_past(
     return features.user_features(everyone, [as_of], config, built_from="imagined", of=of)
 
 
-def compare(bundle: Bundle, before: pd.DataFrame, after: pd.DataFrame, names: tuple[str, ...]) -> Comparison:
+def compare(
+    bundle: Bundle, before: pd.DataFrame, after: pd.DataFrame, names: tuple[str, ...], on: date | None = None
+) -> Comparison:
     """What a bundle says of two rows of ``user_features``.
 
     Args:
         before: one row.
         after: one row, as ``before`` with whatever is changed: see :func:`with_features` and :func:`other_past`.
         names: features to compare.
+        on: the date from which the spend counts; by default that of the bundle's training.
 
     Raises:
         BundleError: a column that the bundle reads is missing.
@@ -119,7 +122,7 @@ def compare(bundle: Bundle, before: pd.DataFrame, after: pd.DataFrame, names: tu
     both = pd.concat([before, after], ignore_index=True)
     bundle.check_inputs(both.columns)
     columns = {name: both[name].to_numpy() for name in bundle.required_columns}
-    answers = scoring.as_frame(scoring.answers(bundle, columns)).set_axis(["before", "after"])
+    answers = scoring.as_frame(scoring.answers(bundle, columns, on)).set_axis(["before", "after"])
     values = both[list(names)].T.set_axis(["before", "after"], axis=1).astype(np.float64)
     same = (values["before"] == values["after"]) | values.isna().all(axis=1)
     return Comparison(answers, values[~same])

@@ -20,7 +20,7 @@ from scipy.optimize import minimize
 from scipy.special import betaln, expit, gammaln, hyp2f1
 
 from bp_spark.errors import BundleError, DataError
-from bp_spark.model.columns import Columns, stack
+from bp_spark.model.columns import ACTIVE, SILENT, Columns, stack
 from bp_spark.model.members import SPLIT, TABLE, read_json, require, write_json
 
 FEATURES = ("frequency", "active_span_days", "tenure_days", "monetary_value")
@@ -94,11 +94,19 @@ class BtydMember:
         """Expected spend of a further purchase day, ``float64[rows]``, given the mean ``m`` of ``n`` of them."""
         return self.p * (self.gamma + n * m) / (self.p * n + self.q - 1.0)
 
+    def predict_activity(self, columns: Columns) -> dict[str, np.ndarray]:
+        """Return the probability of a purchase in the horizon and days since the last one, ``float64[rows]`` each.
+
+        A user who is alive buys before dropping out, after a time of Pareto's second kind: the rate is
+        ``Gamma(r + x, alpha + T)``.
+        """
+        x, t_x, T, _ = _visits(columns)
+        none = (self.r + x) * (np.log(self.alpha + T) - np.log(self.alpha + T + self.horizon_days))
+        return {ACTIVE: self.p_alive(x, t_x, T) * -np.expm1(none), SILENT: T - t_x}
+
     def predict(self, columns: Columns) -> np.ndarray:
         """Expected spend, ``float64[rows]``; see :meth:`Member.predict`."""
-        x, t_x, T, m = stack(columns, FEATURES, np.float64).T
-        x, T = (np.maximum(np.nan_to_num(values), 0.0) for values in (x, T))
-        t_x = np.clip(np.nan_to_num(t_x), 0.0, T)
+        x, t_x, T, m = _visits(columns)
         n = np.where(np.isnan(m), 0.0, x + 1.0)
         return self.purchase_days(x, t_x, T) * self.spend_per_day(n, np.maximum(np.nan_to_num(m), 0.0))
 
@@ -124,6 +132,13 @@ class BtydMember:
         if not all(math.isfinite(value) and value > 0 for value in values.values()) or values["q"] <= 1:
             raise BundleError(f"{path}: parameters must be finite and positive, q above 1")
         return cls(horizon_days=int(values.pop("horizon_days")), **values)
+
+
+def _visits(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Repeat purchases, day of the last, age and mean spend (NaN where there is none), float64 [rows] each."""
+    x, t_x, T, m = stack(columns, FEATURES, np.float64).T
+    x, T = (np.maximum(np.nan_to_num(values), 0.0) for values in (x, T))
+    return x, np.clip(np.nan_to_num(t_x), 0.0, T), T, m
 
 
 def fit_btyd(df: DataFrame, horizon_days: int) -> BtydMember:

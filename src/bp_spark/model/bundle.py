@@ -16,7 +16,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,11 +120,12 @@ class Bundle:
         if missing:
             raise BundleError(f"bundle {self.digest[:12]}: input columns missing: {', '.join(missing)}")
 
-    def predict(self, columns: Columns) -> dict[str, np.ndarray]:
+    def predict(self, columns: Columns, on: date | None = None) -> dict[str, np.ndarray]:
         """Score users.
 
         Args:
             columns: an array of ``rows`` values per required column.
+            on: the date from which the spend counts; by default that of the training.
 
         Returns:
             ``member_<name>`` (expected spend, ``float64[rows]``) per member, the arrays of
@@ -136,16 +137,20 @@ class Bundle:
         """
         self.check_inputs(columns)
         predictions = predict_all(self.members.values(), columns)
-        answers = self.fusion.apply(predictions)
-        by_horizon = self.horizons.apply(answers["expected_spend"], predictions)
+        steady = self.fusion.steady(predictions)
+        by_horizon = np.stack(list(self.horizons.apply(steady["expected_spend"], predictions).values()), axis=1)
         members = {f"member_{name}": predictions[name] for name in self.members}
-        return members | answers | {"expected_by_horizon": np.stack(list(by_horizon.values()), axis=1)}
+        moved = {"expected_by_horizon": by_horizon * self.fusion.factor(on)}
+        return members | self.fusion.moved(steady, on) | moved
 
-    def explain(self, columns: Columns, predicted: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:
+    def explain(
+        self, columns: Columns, predicted: Mapping[str, np.ndarray], on: date | None = None
+    ) -> tuple[np.ndarray, np.ndarray, float]:
         """Take predictions apart; see :class:`bp_spark.model.explanation.Explanation`.
 
         Args:
             predicted: what :meth:`predict` said of the same users.
+            on: the date it was asked for.
 
         Raises:
             BundleError: the bundle gives no reasons.
@@ -153,7 +158,9 @@ class Bundle:
         if self.explanation is None:
             raise BundleError(f"{self.folder}: gives no reasons")
         predictions = {name: predicted[f"member_{name}"] for name in self.fusion.members}
-        return self.explanation(columns, predictions, self.members, self.fusion)
+        given, rest, base = self.explanation(columns, predictions, self.members, self.fusion)
+        factor = self.fusion.factor(on)
+        return given * factor, rest * factor, base * factor
 
 
 def write(

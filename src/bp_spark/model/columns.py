@@ -32,6 +32,8 @@ class Ragged:
 
 
 Columns = Mapping[str, np.ndarray | Ragged]
+ACTIVE, SILENT = "btyd_active", "btyd_silent_days"
+"""Among predictions: by the purchase process the probability of a purchase in the horizon, and days since the last one."""
 
 
 def ragged(column: np.ndarray | Ragged) -> Ragged:

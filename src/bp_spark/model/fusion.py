@@ -7,22 +7,24 @@ one user alone.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass, fields, replace
+from datetime import date
+from statistics import NormalDist
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import nnls
+from scipy.optimize import minimize, nnls
+from scipy.special import expit
 from sklearn.isotonic import isotonic_regression
 
 from bp_spark.config import FusionConfig
 from bp_spark.errors import BundleError, DataError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from bp_spark.model.columns import ACTIVE, SILENT
+from bp_spark.model.curve import Curve, as_json, curve_from_json, floats
+from bp_spark.model.level import Level
 
 LEVELS = ("E", "D", "C", "B", "A")
 """Fifths of the reference population, by score."""
@@ -35,22 +37,13 @@ OUTPUTS = ("expected_spend", "low", "high", "p_active", "score", "level", "risk_
 _CALIBRATION_BINS, _CALIBRATION_ROWS = 20, 200
 _ACTIVITY_BINS, _ACTIVITY_ROWS = 50, 100
 _INTERVAL_GROUPS = 5
+_SURE = 1e-4
 _GRID = 1001
+_SHOCKS = np.array([NormalDist().inv_cdf((step + 0.5) / 9) for step in range(9)])
+"""Standard normal numbers of equal probability: what may happen to the spend of all users at once."""
 # Keeps the relative width finite for users expected to spend nothing. Not 1, which would cancel against log1p
 # and make the width one constant per group: a third's border would then be decided by rounding.
 _CENT = 0.01
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A monotone function given by knots: straight lines between them. ``x`` increases strictly."""
-
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-
-    def __call__(self, at: np.ndarray) -> np.ndarray:
-        """Values at ``at``, ``float64[rows]``, constant beyond the ends."""
-        return np.interp(at, self.x, self.y)
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,8 @@ class Fusion:
     log1p of the expected spend to P(spend > 0). ``edges`` (log1p expected spend) part the groups of the
     interval, ``lower`` and ``upper`` are the residual quantiles of each group in log1p space. ``reference``
     maps expected spend to its percentile 0–100 in the reference population, ``risk`` holds the tertiles of
-    the relative interval width.
+    the relative interval width. ``level`` is the factor of everyone's spend by date; ``None``: always 1.
+    ``recency`` joins ``activity`` with what the purchase process says (intercept and weights); ``None``: it isn't asked.
     """
 
     members: tuple[str, ...]
@@ -75,9 +69,13 @@ class Fusion:
     upper: tuple[float, ...]
     reference: Curve
     risk: tuple[float, float]
+    level: Level | None = None
+    recency: tuple[float, ...] | None = None
 
     @classmethod
-    def fit(cls, frame: pd.DataFrame, conf: FusionConfig, reference: pd.DataFrame | None = None) -> Self:
+    def fit(
+        cls, frame: pd.DataFrame, conf: FusionConfig, reference: pd.DataFrame | None = None, level_sd: float = 0.0
+    ) -> Self:
         """Learn the fusion from out-of-fold predictions: each of users that the predicting member was not fitted on.
 
         Rows weigh the less the older they are (``conf.half_life_days``): members and users change, and what is asked is how
@@ -95,11 +93,15 @@ class Fusion:
            isotonic regression would. Below the first knot the curve runs to (0, 0), above the last the
            correction factor stays. Each bin has one more user, who spends what the members say: a bin without
            any spend doesn't fall to 0.
-        3. *Activity*: P(spend > 0) by the same binned isotonic fit, with half a user of either kind added.
+        3. *Activity*: P(spend > 0) by the same binned isotonic fit, with half a user of either kind added. Of two users who
+           are expected to spend the same, one buys seldom and the other has stayed away. Where the purchase process is a
+           member, it tells them apart: logistic regression on the logits of both probabilities, neither weight negative, and
+           on the logarithm of days since the last purchase.
         4. *Interval*: split conformal prediction (Vovk et al. 2005), signed residuals in log1p space,
            Mondrian by fifths of the expected spend, each tail by itself (Romano et al. 2019). They are of the
            rows that the calibration was fitted on: 20 knots on thousands of rows cost no measurable coverage,
-           and a split would cost half the rows.
+           and a split would cost half the rows. Rows of one date share what happened to all users at once, and the next
+           date has its own: each row stands for nine, whose spend is moved by equally likely shocks of the level.
         5. *Reference*: percentiles of the expected spend, tertiles of ``(high - low) / (expected + 0.01)``.
 
         Args:
@@ -107,6 +109,7 @@ class Fusion:
                 ``conf.members``; ``as_of_date``, without which all rows weigh the same.
             conf: the members, the coverage, and how fast rows lose weight.
             reference: predictions of the population that scores compare with; by default ``frame``.
+            level_sd: standard deviation of the log level of everyone's spend; see :class:`bp_spark.model.level.Level`.
 
         Raises:
             DataError: a column is missing, a prediction is negative or not finite, or there are too few rows
@@ -129,14 +132,21 @@ class Fusion:
         calibration = _fit_calibration(mean, spend, recency)
         expected = _calibrate(calibration, mean)
         activity = _fit_activity(expected, spend, recency)
+        joined = None
+        if "btyd" in conf.members and {ACTIVE, SILENT} <= set(frame):
+            inputs = _activity_inputs(activity(expected), _column(frame, ACTIVE), _column(frame, SILENT))
+            joined = _fit_joined(inputs, spend > 0, recency)
         edges = _edges(expected, _INTERVAL_GROUPS, _rows_worth(rows_needed, recency))
-        residuals = np.log1p(spend) - expected
+        shocks = np.exp(level_sd * _SHOCKS) if level_sd > 0 else np.ones(1)
+        residuals = np.log1p(np.outer(spend, shocks)) - expected[:, None]
+        shares = np.repeat(recency[:, None] / len(shocks), len(shocks), axis=1)
         group = np.searchsorted(edges, expected, side="right")
         masks = [group == number for number in range(len(edges) + 1)]
-        tails = [_tails(residuals[inside], recency[inside], (1 - conf.coverage) / 2) for inside in masks]
+        alpha = (1 - conf.coverage) / 2
+        tails = [_tails(residuals[inside].ravel(), shares[inside].ravel(), alpha) for inside in masks]
         fusion = cls(
             members=tuple(conf.members),
-            weights=_floats(weights),
+            weights=floats(weights),
             coverage=conf.coverage,
             calibration=calibration,
             activity=activity,
@@ -145,17 +155,18 @@ class Fusion:
             upper=tuple(high for _, high in tails),
             reference=Curve((0.0,), (50.0,)),
             risk=(0.0, 0.0),
+            recency=joined,
         )
         return fusion._with_reference(frame if reference is None else reference)
 
     def _with_reference(self, population: pd.DataFrame) -> Self:
-        answers = self.apply({name: _column(population, name) for name in self.members})
+        answers = self.steady({name: _column(population, name) for name in self.inputs})
         shares = np.linspace(0.0, 100.0, _GRID)
         grid = pd.DataFrame({"x": np.quantile(answers["expected_spend"], shares / 100.0), "y": shares})
         # Equal values share the middle of their percentiles.
         knots = grid.groupby("x", sort=True)["y"].mean()
         first, second = np.quantile(relative_width(answers), [1 / 3, 2 / 3]).tolist()
-        return replace(self, reference=Curve(_floats(knots.index), _floats(knots.to_numpy())), risk=(first, second))
+        return replace(self, reference=Curve(floats(knots.index), floats(knots.to_numpy())), risk=(first, second))
 
     @property
     def reference_scores(self) -> np.ndarray:
@@ -168,11 +179,21 @@ class Fusion:
             first = last + 1
         return np.array(scores)
 
-    def apply(self, predictions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the predictions that it reads: of the members, and of the purchase process whether a user buys at all."""
+        return self.members if self.recency is None else (*self.members, ACTIVE, SILENT)
+
+    def factor(self, on: date | None = None) -> float:
+        """Factor of everyone's spend as of a date, by default that of the fit."""
+        return 1.0 if self.level is None else self.level.factor(on)
+
+    def apply(self, predictions: Mapping[str, np.ndarray], on: date | None = None) -> dict[str, np.ndarray]:
         """Answers for users, from each member's expected spend.
 
         Args:
-            predictions: ``float64[rows]`` per member; members that the fusion doesn't use are ignored.
+            predictions: ``float64[rows]`` for each of :attr:`inputs`; others are ignored.
+            on: the date from which the spend counts, for the level; by default that of the fit.
 
         Returns:
             Arrays of ``rows``: ``expected_spend``, ``low``, ``high`` (``0 <= low <= expected_spend <=
@@ -182,7 +203,19 @@ class Fusion:
         Raises:
             BundleError: a member's predictions are missing, negative or not finite.
         """
-        for name in self.members:
+        return self.moved(self.steady(predictions), on)
+
+    def moved(self, answers: Mapping[str, np.ndarray], on: date | None = None) -> dict[str, np.ndarray]:
+        """Multiply the money in answers of :meth:`steady` by the factor of a date.
+
+        How a user compares with others doesn't change: score, level and risk stay.
+        """
+        factor = self.factor(on)
+        return dict(answers) | {name: answers[name] * factor for name in ("expected_spend", "low", "high")}
+
+    def steady(self, predictions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Answers as of :meth:`apply` before the level moves them."""
+        for name in self.inputs:
             if name not in predictions:
                 raise BundleError(f"fusion: no predictions of member {name!r}")
             if not _usable(predictions[name]):
@@ -199,7 +232,7 @@ class Fusion:
             # The mean of a skewed spend can lie outside its own quantiles; widening keeps the coverage.
             "low": np.minimum(low, expected),
             "high": np.maximum(high, expected),
-            "p_active": self.activity(logs),
+            "p_active": self._p_active(logs, predictions),
             "score": score,
         }
         level = np.searchsorted(np.array(LEVEL_BORDERS), score, side="right")
@@ -208,13 +241,31 @@ class Fusion:
         answers["risk_level"] = np.array(RISKS, dtype=object)[risk]
         return answers
 
+    def _p_active(self, logs: np.ndarray, predictions: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Probability of any spend, from log1p of the expected spend and what the purchase process says."""
+        by_spend = self.activity(logs)
+        if self.recency is None:
+            return by_spend
+        inputs = _activity_inputs(by_spend, *(np.asarray(predictions[name], np.float64) for name in (ACTIVE, SILENT)))
+        total = np.zeros(len(logs))
+        # column by column, as in _stacked_log
+        for column, weight in zip(inputs.T, self.recency, strict=True):
+            total += weight * column
+        return expit(total)
+
     def expected(self, root: np.ndarray) -> np.ndarray:
         """Calibrated expected spend, float64 [rows], of the stack's root, float64 [rows]."""
         return np.expm1(_calibrate(self.calibration, np.log1p(np.maximum(root, 0.0) ** 2)))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file; floats come back bit for bit."""
-        return as_json(self)
+        document = as_json(self)
+        if self.level is None:
+            # as bundles were written that know no level
+            del document["level"]
+        if self.recency is None:
+            del document["recency"]
+        return document
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
@@ -223,34 +274,32 @@ class Fusion:
         Raises:
             BundleError: a key is missing or unknown, or a value has the wrong type, length or order.
         """
-        if set(document) != {field.name for field in fields(cls)}:
+        if set(document) | {"level", "recency"} != {field.name for field in fields(cls)}:
             raise BundleError("fusion: not the keys of a fusion")
         try:
             fusion = cls(
                 members=tuple(str(name) for name in document["members"]),
-                weights=_floats(document["weights"]),
+                weights=floats(document["weights"]),
                 coverage=float(document["coverage"]),
                 calibration=curve_from_json(document["calibration"]),
                 activity=curve_from_json(document["activity"]),
-                edges=_floats(document["edges"]),
-                lower=_floats(document["lower"]),
-                upper=_floats(document["upper"]),
+                edges=floats(document["edges"]),
+                lower=floats(document["lower"]),
+                upper=floats(document["upper"]),
                 reference=curve_from_json(document["reference"]),
                 risk=(float(document["risk"][0]), float(document["risk"][1])),
+                level=Level.from_json(document["level"]) if "level" in document else None,
+                recency=floats(document["recency"]) if "recency" in document else None,
             )
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise BundleError(f"fusion: malformed ({error!r})") from None
+        if fusion.recency is not None and len(fusion.recency) != 4:
+            raise BundleError("fusion: recency must have four numbers")
         if len(fusion.weights) != len(fusion.members) or min(fusion.weights) < 0:
             raise BundleError("fusion: members and weights don't fit together")
         if not len(fusion.edges) + 1 == len(fusion.lower) == len(fusion.upper):
             raise BundleError("fusion: edges, lower and upper don't fit together")
         return fusion
-
-
-def as_json(fitted: DataclassInstance) -> dict[str, Any]:
-    """The fields of a frozen dataclass of numbers as plain values for a JSON file; floats come back bit for bit."""
-    document: dict[str, Any] = json.loads(json.dumps(asdict(fitted), allow_nan=False))
-    return document
 
 
 def _recency(frame: pd.DataFrame, half_life_days: float | None) -> np.ndarray:
@@ -302,7 +351,7 @@ def _fit_calibration(mean: np.ndarray, spend: np.ndarray, recency: np.ndarray) -
     knots_x, knots_y = np.log1p(block_x), np.log1p(np.unique(y))
     if knots_x[0] > 0:
         knots_x, knots_y = np.append(0.0, knots_x), np.append(0.0, knots_y)
-    return Curve(_floats(knots_x), _floats(knots_y))
+    return Curve(floats(knots_x), floats(knots_y))
 
 
 def _calibrate(curve: Curve, mean: np.ndarray) -> np.ndarray:
@@ -314,7 +363,32 @@ def _fit_activity(expected: np.ndarray, spend: np.ndarray, recency: np.ndarray) 
     rows = np.bincount(group, recency)
     share = (np.bincount(group, (spend > 0) * recency) + 0.5) / (rows + 1)
     knots = isotonic_regression(share, y_min=0.0, y_max=1.0, sample_weight=rows + 1)
-    return Curve(_floats(np.bincount(group, expected * recency) / rows), _floats(knots))
+    return Curve(floats(np.bincount(group, expected * recency) / rows), floats(knots))
+
+
+def _activity_inputs(by_spend: np.ndarray, by_process: np.ndarray, silent_days: np.ndarray) -> np.ndarray:
+    """What the probability of any spend is told from, float64 [rows, 4]: 1, both logits, log1p of days without a purchase."""
+    return np.stack([np.ones(len(by_spend)), _logit(by_spend), _logit(by_process), np.log1p(silent_days)], axis=1)
+
+
+def _fit_joined(inputs: np.ndarray, active: np.ndarray, recency: np.ndarray) -> tuple[float, ...]:
+    """Weights of :func:`_activity_inputs` by maximum likelihood, those of the logits not negative."""
+    # drawn a little towards the first logit alone: data that part both kinds without error would drive weights to infinity
+    prior = np.array([0.0, 1.0, 0.0, 0.0])
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        score = inputs @ weights
+        value = recency @ (np.logaddexp(0.0, score) - active * score) + 0.5 * ((weights - prior) ** 2).sum()
+        return float(value), inputs.T @ (recency * (expit(score) - active)) + (weights - prior)
+
+    bounds = [(-10, 10), (0, 10), (0, 10), (-10, 10)]
+    return floats(minimize(loss, prior, jac=True, method="L-BFGS-B", bounds=bounds).x)
+
+
+def _logit(probability: np.ndarray) -> np.ndarray:
+    """Log odds, of a probability that is no nearer to 0 and 1 than :data:`_SURE`."""
+    bounded = np.clip(probability, _SURE, 1 - _SURE)
+    return np.log(bounded) - np.log1p(-bounded)
 
 
 def _tails(residuals: np.ndarray, recency: np.ndarray, alpha: float) -> tuple[float, float]:
@@ -348,9 +422,13 @@ def groups(x: np.ndarray, bins: int, smallest: int) -> np.ndarray:
     return np.searchsorted(_edges(x, min(bins, max(1, len(x) // smallest)), 1), x, side="right")
 
 
-def relative_width(answers: Mapping[str, Any]) -> Any:
-    """What the risk level goes by: how wide the interval is for the expected spend; of arrays or of Spark's columns."""
-    return (answers["high"] - answers["low"]) / (answers["expected_spend"] + _CENT)
+def relative_width(answers: Mapping[str, Any], factor: float = 1.0) -> Any:
+    """What the risk level goes by: how wide the interval is for the expected spend; of arrays or of Spark's columns.
+
+    Args:
+        factor: what the level has moved the answers by.
+    """
+    return (answers["high"] - answers["low"]) / (answers["expected_spend"] + _CENT * factor)
 
 
 def _usable(values: np.ndarray) -> bool:
@@ -366,24 +444,3 @@ def _column(frame: pd.DataFrame, name: str, *, signed: bool = False) -> np.ndarr
         rule = "must be finite" if signed else "must be finite and >= 0"
         raise DataError("validation predictions", rule, column=name, count=int(bad.sum()))
     return values
-
-
-def _floats(values: Any) -> tuple[float, ...]:
-    floats = tuple(float(value) for value in values)
-    if not all(math.isfinite(value) for value in floats):
-        raise ValueError("not finite")
-    return floats
-
-
-def curve_from_json(document: Mapping[str, Any]) -> Curve:
-    """The curve whose fields are in a JSON document.
-
-    Raises:
-        KeyError, TypeError, ValueError: they are no curve's.
-    """
-    curve = Curve(_floats(document["x"]), _floats(document["y"]))
-    if len(curve.x) != len(curve.y) or not curve.x:
-        raise ValueError("a curve needs as many x as y")
-    if any(after <= before for before, after in zip(curve.x, curve.x[1:], strict=False)):
-        raise ValueError("x of a curve must increase")
-    return curve

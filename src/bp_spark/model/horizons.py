@@ -16,7 +16,8 @@ from sklearn.isotonic import isotonic_regression
 
 from bp_spark.errors import BundleError
 from bp_spark.labels import of_days
-from bp_spark.model.fusion import Curve, as_json, curve_from_json, groups
+from bp_spark.model.curve import Curve, as_json, curve_from_json
+from bp_spark.model.fusion import groups
 
 LABEL = "label_spend"
 NETWORK = "transformer"

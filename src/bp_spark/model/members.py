@@ -85,8 +85,18 @@ class HorizonsMember(Protocol):
         ...
 
 
+@runtime_checkable
+class ActivityMember(Protocol):
+    """A member that tells whether a user will buy at all, too."""
+
+    def predict_activity(self, columns: Columns) -> dict[str, np.ndarray]:
+        """Return :data:`bp_spark.model.columns.ACTIVE` and :data:`bp_spark.model.columns.SILENT`, ``float64[rows]`` each."""
+        ...
+
+
 def predict_all(members: Iterable[Member], columns: Columns) -> dict[str, np.ndarray]:
-    """What members say, ``float64[rows]`` each: by name, and by name and days (``transformer_30d``) of other horizons.
+    """What members say, ``float64[rows]`` each: by name, by name and days (``transformer_30d``) of other horizons, and
+    those of :class:`ActivityMember`.
 
     Raises:
         BundleError: a column a member needs is missing.
@@ -97,6 +107,8 @@ def predict_all(members: Iterable[Member], columns: Columns) -> dict[str, np.nda
             said |= member.predict_horizons(columns)
         else:
             said[member.name] = member.predict(columns)
+        if isinstance(member, ActivityMember):
+            said |= member.predict_activity(columns)
     return said
 
 

@@ -53,4 +53,4 @@ def what_if(
         after = pasts.other_past(*tables, user_key, score_date, change, config.features).toPandas()
     if changed_features:
         after = pasts.with_features(after, changed_features)
-    return pasts.compare(bundle, before, after, features.catalogue(config.features).names)
+    return pasts.compare(bundle, before, after, features.catalogue(config.features).names, score_date)

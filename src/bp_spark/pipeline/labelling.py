@@ -84,7 +84,7 @@ def select_labels(
             if asked_by is None:
                 open_to = _not_asked(lakehouse, labels.without_holdout(users, config.labels), as_of_date)
                 catalogue = features.catalogue(config.features)
-                found = labelling.selected(open_to, bundle, catalogue, budget, config.labelling)
+                found = labelling.selected(open_to, bundle, catalogue, budget, config.labelling, as_of_date)
                 more = {
                     "as_of_date": as_of_date,
                     "bundle_digest": bundle.digest,

@@ -116,7 +116,7 @@ def reproduce(spark: SparkSession, config: Config, score_date: date) -> Reproduc
         ):
             try:
                 stored, users = _scores(lakehouse, score_date), features_of(lakehouse, score_date, version)
-                found = _compared(stored, scoring.score(users, bundle, score_date, version), bundle)
+                found = _compared(stored, scoring.score(users, bundle, score_date, version), bundle, score_date)
             except SPARK_ERRORS as error:
                 if not is_gone(error):
                     raise
@@ -145,9 +145,9 @@ def reproduce(spark: SparkSession, config: Config, score_date: date) -> Reproduc
         return Reproduction(rows, largest, column, bundle, version, sorted(row[0] for row in others))
 
 
-def _compared(stored: DataFrame, computed: DataFrame, bundle: Bundle) -> Row:
+def _compared(stored: DataFrame, computed: DataFrame, bundle: Bundle, score_date: date) -> Row:
     """``rows``, and for each compared column its largest difference and how many rows differ by more than the tolerance."""
-    apart = scoring.differences(stored, computed, bundle)
+    apart = scoring.differences(stored, computed, bundle, score_date)
     figures = [F.count(F.lit(1)).alias("rows")]
     for name in scoring.COMPARED:
         figures += [

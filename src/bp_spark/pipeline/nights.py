@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from pyspark.sql import DataFrame, Row, SparkSession
@@ -147,10 +147,17 @@ def features_of(lakehouse: Lakehouse, score_date: date, version: int) -> DataFra
     return lakehouse.read("user_features", version).filter(F.col("as_of_date") == F.lit(score_date))
 
 
+class _Earlier(NamedTuple):
+    """Scores of an earlier night, and what the level has moved by since."""
+
+    scores: DataFrame
+    factor: float
+
+
 @contextmanager
 def _night(
     users: DataFrame,
-    earlier: DataFrame | None,
+    earlier: _Earlier | None,
     compute: Callable[..., DataFrame],
     score_date: date,
     reader: FeatureReader,
@@ -160,14 +167,14 @@ def _night(
     if earlier is None:
         yield compute(users, places=places)
         return
-    with kept(scoring.moved(users.select(*scoring.KEPT) if places is None else places, earlier)) as moved:
+    with kept(scoring.moved(users.select(*scoring.KEPT) if places is None else places, earlier.scores)) as moved:
         few = broadcast_few(moved.select("user_key"), moved.count())
         if places is None:
             fresh = compute(users.join(few, "user_key", "left_semi"))
         else:
             there = moved.filter(F.col(parquet.PLACE[0]).isNotNull())
             fresh = compute(users, places=parquet.in_file_order(there, len(users.inputFiles())))
-        yield fresh.unionByName(scoring.carried(earlier, few, score_date))
+        yield fresh.unionByName(scoring.carried(earlier.scores, few, score_date, earlier.factor))
 
 
 def night_run(lakehouse: Lakehouse, score_date: date) -> Row | None:
@@ -201,7 +208,7 @@ def _estimate(run: Run, users: int) -> str:
     return f": at most about {timedelta(seconds=math.ceil(seconds))}, by the last night"
 
 
-def _earlier_night(run: Run, bundle: Bundle, score_date: date) -> DataFrame | None:
+def _earlier_night(run: Run, bundle: Bundle, score_date: date) -> _Earlier | None:
     """Scores of the newest night up to this date that the same bundle and code made."""
     nights = _nights(run.lakehouse)
     if nights is None:
@@ -217,7 +224,8 @@ def _earlier_night(run: Run, bundle: Bundle, score_date: date) -> DataFrame | No
         return None
     made_by = (F.col("bundle_digest") == bundle.digest) & (F.col("code_version") == __version__)
     scores = run.lakehouse.read("scores", run.lakehouse.version("scores"))
-    return scores.filter((F.col("score_date") == F.lit(newest[0])) & made_by)
+    factor = bundle.fusion.factor(score_date) / bundle.fusion.factor(newest[0])
+    return _Earlier(scores.filter((F.col("score_date") == F.lit(newest[0])) & made_by), factor)
 
 
 def _scored(lakehouse: Lakehouse, inputs: str, score_date: date, users: int) -> bool:

@@ -27,6 +27,7 @@ from bp_spark.model.explanation import Explanation
 from bp_spark.model.fusion import Fusion
 from bp_spark.model.horizons import MIN_ROWS, NETWORK, Horizons
 from bp_spark.model.inputs import InputSpec
+from bp_spark.model.level import Level, WeeklySpend
 from bp_spark.model.members import (
     CLASSIC_ONLY,
     Member,
@@ -169,26 +170,42 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
     if brackets is not None:
         users = users.join(brackets, "user_key", "left")
     reference = predicted(users, members, config)
-    fusion = Fusion.fit(out_of_fold, config.fusion, reference)
+    level = fit_level(run, dates, test_date)
+    fusion = Fusion.fit(out_of_fold, config.fusion, reference, level.sd)
     horizons = _fit_horizons(run, out_of_fold, fusion)
     said = {str(name): reference[name].to_numpy() for name in reference}
-    fused = fusion.apply(said)
-    by_horizon = horizons.apply(fused["expected_spend"], said)
+    steady = fusion.steady(said)
+    fusion = replace(fusion, level=level.towards(float(steady["expected_spend"].mean()) * users.count()))
+    fused, by_horizon = fusion.moved(steady), horizons.apply(steady["expected_spend"], said)
     predictions = reference.assign(
         fused=fused["expected_spend"],
         low=fused["low"],
         high=fused["high"],
         p_active=fused["p_active"],
-        **{labels.of_days("fused", days): by_horizon[days] for days in horizons.others},
+        **{labels.of_days("fused", days): by_horizon[days] * fusion.factor() for days in horizons.others},
     )
     return Fitted(test_date, version, members, fusion, horizons, predictions, history)
+
+
+def fit_level(run: Run, dates: Sequence[date], test_date: date) -> Level:
+    """What the platform's past weeks say of its season, from spend before the test date alone; a stage."""
+    config = run.config
+    with run.stage("fit level") as figures:
+        first, _ = span(run.lakehouse)
+        weekly = labels.weekly_spend(run.lakehouse.read("user_daily"), test_date)
+        rows = [(row["first_week"], row["week"], row["cents"]) for row in weekly.collect()]
+        ages = [(test_date - day).days for day in dates]
+        spend = WeeklySpend.of(rows, first, test_date)
+        level = Level.fit(spend, config.labels.horizon_days, ages, config.fusion)
+        figures["evidence"], figures["sd"] = f"{level.evidence:.2f}", f"{level.sd:.3f}"
+    return level
 
 
 def _fit_horizons(run: Run, out_of_fold: pd.DataFrame, fusion: Fusion) -> Horizons:
     """Ratios of other horizons; a stage, for one that no cutoff has seen whole is left out and people must see that."""
     config = run.config.labels
     with run.stage("fit horizons") as figures:
-        expected = fusion.apply({name: out_of_fold[name].to_numpy() for name in fusion.members})["expected_spend"]
+        expected = fusion.steady({name: out_of_fold[name].to_numpy() for name in fusion.inputs})["expected_spend"]
         horizons = Horizons.fit(out_of_fold, expected, config.horizon_days, config.other_horizons)
         for days in config.other_horizons:
             rows = int(out_of_fold[labels.of_days("label_spend", days)].notna().sum())
@@ -713,7 +730,7 @@ def _fused(run: Run, bundle: Bundle, test_date: date) -> pd.DataFrame:
     users = test_rows(run, test_date)
     bundle.check_inputs(users.columns)
     says = predicted(users, list(bundle.members.values()), run.config)
-    answers = bundle.fusion.apply({name: says[name].to_numpy() for name in bundle.members})
+    answers = bundle.fusion.apply({name: says[name].to_numpy() for name in bundle.fusion.inputs}, test_date)
     return says[["user_key", "label_spend"]].assign(fused=answers["expected_spend"])
 
 

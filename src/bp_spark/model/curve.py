@@ -1,0 +1,58 @@
+"""Monotone functions given by knots, and what fitted dataclasses of numbers look like as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A monotone function given by knots: straight lines between them. ``x`` increases strictly."""
+
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+    def __call__(self, at: np.ndarray) -> np.ndarray:
+        """Values at ``at``, ``float64[rows]``, constant beyond the ends."""
+        return np.interp(at, self.x, self.y)
+
+
+def as_json(fitted: DataclassInstance) -> dict[str, Any]:
+    """The fields of a frozen dataclass of numbers as plain values for a JSON file; floats come back bit for bit."""
+    document: dict[str, Any] = json.loads(json.dumps(asdict(fitted), allow_nan=False))
+    return document
+
+
+def floats(values: Any) -> tuple[float, ...]:
+    """Plain floats of numbers.
+
+    Raises:
+        ValueError: one is not finite.
+    """
+    plain = tuple(float(value) for value in values)
+    if not all(math.isfinite(value) for value in plain):
+        raise ValueError("not finite")
+    return plain
+
+
+def curve_from_json(document: Mapping[str, Any]) -> Curve:
+    """The curve whose fields are in a JSON document.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are no curve's.
+    """
+    curve = Curve(floats(document["x"]), floats(document["y"]))
+    if len(curve.x) != len(curve.y) or not curve.x:
+        raise ValueError("a curve needs as many x as y")
+    if any(after <= before for before, after in zip(curve.x, curve.x[1:], strict=False)):
+        raise ValueError("x of a curve must increase")
+    return curve

@@ -1,0 +1,327 @@
+"""The platform's level: by what factor the season moves everyone's spend, and how unsure that is.
+
+Members learn from recent cutoffs what follows a user's past. If no recent horizon held a December, they can't know that
+spend rises in December. The platform's weekly totals can, by two forecasts of the horizon:
+
+- *Steady*: the level of the last weeks times the ratio of horizon to last weeks at the training cutoffs. That stands for
+  what members learn.
+- *Seasonal*: the level of the last weeks times the same ratio 52 weeks earlier (seasonal naive with growth; Hyndman &
+  Athanasopoulos 2021, "Forecasting: Principles and Practice", 5.2).
+
+The level is the calendar's effect in :meth:`WeeklySpend.decomposed`, which knows how the spend of a cohort falls with its
+age. :meth:`Level.fit` makes both forecasts for each past week whose horizon is over. It then measures which share of the
+way from the steady to the seasonal forecast was right. That share is the *evidence*, if it can be told from chance and pays.
+Without two years of data, or without a season, it is 0 and the factor is 1. The error of past forecasts gives
+the standard deviation of the level. All users share that error, so intervals allow for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from datetime import date
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from bp_spark.config import FusionConfig
+from bp_spark.errors import BundleError
+from bp_spark.model.curve import Curve, as_json, curve_from_json, floats
+
+WEEKS_A_YEAR = 52
+_WINDOWS = (4, 13, 26, 52)
+"""Lengths in weeks of the past whose spend may stand for the level."""
+_PRIOR_SD, _PRIOR_WEIGHT = 0.05, 2.0
+"""Standard deviation of the log level without any past forecast, and how many independent forecasts it is worth."""
+_MOST = math.log(3.0)
+"""Largest absolute log factor: a gap beyond it is an error in the data, not a season."""
+_LONGEST = 8 * WEEKS_A_YEAR
+"""Weeks that are looked at: an older season tells little, and one row with a date of 1970 would cost much."""
+_ROUNDS = 100
+"""Of proportional fitting."""
+_FLAT = Curve((0.0,), (0.0,))
+_EPISODES = 2.5
+"""Fewest independent past forecasts, counted in horizons, that can be evidence."""
+_TIMES_ERROR = 2.0
+"""By how many standard errors the evidence must differ from 0 to be followed."""
+_GAIN = 0.05
+"""Least gain in the standard deviation of the log level: a season that pays less isn't worth the risk of chance."""
+_MARGIN = 1.25
+"""By how much a shift may exceed the largest of past weeks."""
+_BACK = 26
+"""The factor is also given for so many weeks before the fit: a bundle may be judged at an earlier date."""
+
+
+@dataclass(frozen=True)
+class WeeklySpend:
+    """Spend of the platform by week, counted back: week 0 is the seven days before ``end``.
+
+    Attributes:
+        end: the first day that is not seen.
+        cohorts: money, float64 [weeks, weeks]: by week of the user's first order, and by week of the spend. The last row
+            also holds users whose first order is older. Whole weeks only, the newest eight years.
+    """
+
+    end: date
+    cohorts: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[int, int, int]], first: date, end: date) -> Self:
+        """Gather rows of :func:`bp_spark.labels.weekly_spend`.
+
+        Args:
+            rows: week of the first order, week of the spend, cents.
+            first: the first day with events.
+            end: the first day that is not seen.
+        """
+        weeks = min(max(0, (end - first).days // 7), _LONGEST)
+        cohorts = np.zeros((weeks, weeks))
+        for first_week, week, cents in rows:
+            if week < weeks:
+                # whole numbers, so that their order changes no bit
+                cohorts[min(first_week, weeks - 1), week] += cents
+        return cls(end, cohorts / 100)
+
+    def decomposed(self) -> Decomposition:
+        """Part the weeks' spend into what is due to users' ages and what is due to the calendar.
+
+        Spend of a cohort in a week is taken for the product of the cohort's size, of an effect of its age (users come back less
+        and less) and of an effect of the calendar, and these are fitted by maximum likelihood of a Poisson model (iterative
+        proportional fitting, Deming & Stephan 1940). So a shop whose users are all new isn't taken for one in low season.
+        """
+        count = len(self.cohorts)
+        first, week = np.meshgrid(np.arange(count), np.arange(count), indexing="ij")
+        lived = first >= week
+        spent = np.where(lived, np.maximum(self.cohorts, 0.0), 0.0)
+        age = np.where(lived, first - week, 0)
+        size, by_age, calendar = np.ones(count), np.ones(count), np.ones(count)
+        by_age_spent = np.bincount(age[lived], spent[lived], count)
+        for _ in range(_ROUNDS):
+            size = _shares(spent.sum(axis=1), (by_age[age] * calendar * lived).sum(axis=1))
+            fitted = size[:, None] * calendar * lived
+            by_age = _shares(by_age_spent, np.bincount(age[lived], fitted[lived], count))
+            calendar = _shares(spent.sum(axis=0), (size[:, None] * by_age[age] * lived).sum(axis=0))
+            calendar /= max(calendar.mean(), 1e-300)
+        return Decomposition(size, by_age, calendar)
+
+
+class Decomposition(NamedTuple):
+    """Effects whose product is the spend of a cohort in a week; see :meth:`WeeklySpend.decomposed`.
+
+    Attributes:
+        size: of cohorts, by week of the first order, float64 [weeks].
+        by_age: effect of the weeks since the first order, float64 [weeks].
+        calendar: effect of each week, float64 [weeks], mean 1.
+    """
+
+    size: np.ndarray
+    by_age: np.ndarray
+    calendar: np.ndarray
+
+    def ahead(self, horizon: int) -> float:
+        """Spend of today's users in the next weeks, were the calendar's effect 1."""
+        count = len(self.size)
+        # nobody has been seen at a higher age: as in the last weeks that were
+        oldest = self.by_age[-horizon:].mean()
+        by_age = np.concatenate([self.by_age, np.full(horizon, oldest)])
+        return float(sum(self.size @ by_age[1 + week : 1 + week + count] for week in range(horizon)))
+
+
+@dataclass(frozen=True)
+class Level:
+    """Factor of everyone's spend by date. Frozen; see :meth:`fit`.
+
+    Attributes:
+        as_of: the date of the fit, as YYYY-MM-DD.
+        evidence: how far the seasonal forecast is followed, 0 to 1.
+        forecast: seasonal forecast of the horizon's spend from ``as_of`` on, in money; 0 without evidence.
+        reach: largest absolute ``log_factor``: no season has moved the past weeks much further.
+        log_factor: natural logarithm of the factor by days since ``as_of``.
+        sd: standard deviation of what is left unknown of the log level.
+    """
+
+    as_of: str
+    evidence: float
+    forecast: float
+    reach: float
+    log_factor: Curve
+    sd: float
+
+    @classmethod
+    def fit(cls, spend: WeeklySpend, horizon_days: int, cutoff_ages: Sequence[int], conf: FusionConfig) -> Self:
+        """Learn the evidence for a season and the error that is left.
+
+        The factor is relative to that of ``as_of``: :meth:`towards` completes it.
+
+        Args:
+            spend: of the platform, up to the date of the fit.
+            horizon_days: days of spend that is predicted.
+            cutoff_ages: days between a date and each of the cutoffs that a training as of that date learns from.
+            conf: how fast cutoffs lose weight, and whether there may be a season.
+        """
+        horizon = max(1, round(horizon_days / 7))
+        as_of = spend.end.isoformat()
+        if not spend.cohorts.any():
+            return cls(as_of, 0.0, 0.0, 0.0, _FLAT, _PRIOR_SD)
+        parts = spend.decomposed()
+        index = parts.calendar
+        ratios = {weeks: _after(index, horizon) - _before(index, weeks) for weeks in _WINDOWS}
+        steady = {weeks: _steady(ratio, cutoff_ages, conf.half_life_days) for weeks, ratio in ratios.items()}
+        errors = {weeks: ratios[weeks] - steady[weeks] for weeks in _WINDOWS}
+        by = _best(errors)
+        sd = _sd(errors[by], horizon)
+        year_ago = {weeks: _shifted(ratio, WEEKS_A_YEAR) for weeks, ratio in ratios.items()}
+        # a long window leaves too few weeks to judge by, where there are just two years
+        misses = {
+            weeks: miss
+            for weeks, ratio in ratios.items()
+            if _independent(miss := ratio - year_ago[weeks], horizon) >= _EPISODES
+        }
+        if not (conf.season and misses):
+            return cls(as_of, 0.0, 0.0, 0.0, _FLAT, sd)
+        seasonal_by = _best(misses)
+        seasonal = _before(index, seasonal_by) + year_ago[seasonal_by]
+        by = _best(
+            {weeks: np.where(np.isfinite(misses[seasonal_by]), error, np.nan) for weeks, error in errors.items()}
+        )
+        shifts = seasonal - (_before(index, by) + steady[by])
+        evidence = _evidence(errors[by], shifts, horizon)
+        sd_left = _sd(errors[by] - evidence * shifts, horizon)
+        if evidence == 0 or sd - sd_left < _GAIN or not np.isfinite(seasonal[0]):
+            return cls(as_of, 0.0, 0.0, 0.0, _FLAT, sd)
+        reach = min(_MARGIN * float(np.nanmax(np.abs(shifts))), _MOST)
+        forecast = float(np.exp(seasonal[0])) * parts.ahead(horizon) * horizon_days / (7 * horizon)
+        ahead = np.arange(-_BACK, WEEKS_A_YEAR - horizon + 1)
+        ahead = ahead[WEEKS_A_YEAR - ahead < len(index)]
+        # how the ratio moved from this week to that one a year ago, which members don't see coming
+        moved = ratios[by][WEEKS_A_YEAR - ahead] - ratios[by][WEEKS_A_YEAR]
+        known = np.isfinite(moved)
+        course = Curve(floats(7.0 * ahead[known]), floats(moved[known])) if known.any() else _FLAT
+        return cls(as_of, evidence, forecast, reach, course, sd_left)
+
+    def towards(self, expected: float) -> Self:
+        """Return the level that moves the members' total towards the forecast, as far as there is evidence.
+
+        Args:
+            expected: members' total as of ``as_of``, without any factor, in money.
+        """
+        if self.forecast <= 0 or expected <= 0:
+            return replace(self, evidence=0.0, forecast=0.0, reach=0.0, log_factor=_FLAT)
+        gap = math.log(self.forecast / expected)
+        moved = np.clip(self.evidence * (gap + np.array(self.log_factor.y)), -self.reach, self.reach)
+        return replace(self, log_factor=Curve(self.log_factor.x, floats(moved)))
+
+    def factor(self, on: date | None = None) -> float:
+        """Factor of the spend from a date on, by default from ``as_of``."""
+        days = 0 if on is None else (on - date.fromisoformat(self.as_of)).days
+        return math.exp(float(self.log_factor(np.array(float(days)))))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a JSON file; floats come back bit for bit."""
+        return as_json(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        """What :meth:`to_json` gave.
+
+        Raises:
+            BundleError: a key is missing or unknown, or a value has the wrong type.
+        """
+        try:
+            if set(document) != {field.name for field in fields(cls)}:
+                raise ValueError("not the keys of a level")
+            as_of = date.fromisoformat(document["as_of"]).isoformat()
+            evidence, forecast, reach, sd = (float(document[name]) for name in ("evidence", "forecast", "reach", "sd"))
+            if not (evidence <= 1 and all(0 <= number < math.inf for number in (evidence, forecast, reach, sd))):
+                raise ValueError("out of range")
+            return cls(as_of, evidence, forecast, reach, curve_from_json(document["log_factor"]), sd)
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"level: malformed ({error!r})") from None
+
+
+def _steady(ratio: np.ndarray, ages: Sequence[int], half_life_days: float | None) -> np.ndarray:
+    """Mean log ratio at the training cutoffs of each week, those that the data reach."""
+    summed, weights = np.zeros(len(ratio)), np.zeros(len(ratio))
+    for age in ages:
+        there = _shifted(ratio, round(age / 7))
+        weight = 1.0 if half_life_days is None else 0.5 ** ((age - min(ages)) / half_life_days)
+        usable = np.isfinite(there)
+        summed[usable] += weight * there[usable]
+        weights[usable] += weight
+    return np.divide(summed, weights, out=np.full(len(ratio), np.nan), where=weights > 0)
+
+
+def _best(errors: Mapping[int, np.ndarray]) -> int:
+    """Return the window of least mean square error, over the weeks that most windows can be judged by; else the shortest."""
+    judged = np.array([np.isfinite(error) for error in errors.values()])
+    common = judged.sum(axis=0) == max(judged.sum(axis=0).max(), 1)
+    squares = {weeks: error[common & np.isfinite(error)] ** 2 for weeks, error in errors.items()}
+    return min(squares, key=lambda weeks: (float(squares[weeks].mean()) if len(squares[weeks]) else math.inf, weeks))
+
+
+def _independent(errors: np.ndarray, horizon: int) -> float:
+    """Number of independent forecasts among weekly ones of a horizon: those that overlap count as one."""
+    known = int(np.isfinite(errors).sum())
+    return 1 + (known - 1) / horizon if known else 0.0
+
+
+def _evidence(steady_errors: np.ndarray, seasonal_shifts: np.ndarray, horizon: int) -> float:
+    """Return the share of the way to the seasonal forecast that was right, 0 to 1; 0 where that may be chance.
+
+    Args:
+        steady_errors: log truth less log steady forecast of each week; NaN where unknown.
+        seasonal_shifts: log seasonal less log steady forecast; NaN where unknown.
+    """
+    usable = np.isfinite(steady_errors) & np.isfinite(seasonal_shifts)
+    errors, shifts = steady_errors[usable], seasonal_shifts[usable]
+    independent = _independent(errors, horizon)
+    if independent < _EPISODES or not shifts.any():
+        return 0.0
+    slope = float(shifts @ errors) / float(shifts @ shifts)
+    variance = float(np.mean((errors - slope * shifts) ** 2)) * independent / (independent - 1)
+    squared_error = variance / (independent * float(np.mean(shifts**2)))
+    if slope <= 0:
+        return 0.0
+    return min(slope, 1.0) if slope**2 > _TIMES_ERROR**2 * squared_error else 0.0
+
+
+def _sd(errors: np.ndarray, horizon: int) -> float:
+    """Standard deviation of the log level by the errors of past forecasts, drawn to a prior where these are few."""
+    independent = _independent(errors, horizon)
+    seen = independent * float(np.mean(errors[np.isfinite(errors)] ** 2)) if independent else 0.0
+    return math.sqrt((seen + _PRIOR_WEIGHT * _PRIOR_SD**2) / (independent + _PRIOR_WEIGHT))
+
+
+def _before(index: np.ndarray, weeks: int) -> np.ndarray:
+    """Log mean index of so many weeks before each date, the newest date first; NaN where there are fewer."""
+    return _log_means(index, weeks)
+
+
+def _after(index: np.ndarray, weeks: int) -> np.ndarray:
+    """Log mean index of so many weeks from each date on, the newest date first; NaN where they aren't over."""
+    means = np.full(len(index) + 1, np.nan)
+    means[weeks:] = _log_means(index, weeks)[: max(0, len(index) + 1 - weeks)]
+    return means
+
+
+def _log_means(index: np.ndarray, weeks: int) -> np.ndarray:
+    """Log mean of ``weeks`` values from each place on, float64 [weeks + 1]; NaN where there are fewer."""
+    total = np.concatenate([[0.0], np.cumsum(index)])
+    means = np.full(len(index) + 1, np.nan)
+    if weeks <= len(index):
+        means[: len(index) + 1 - weeks] = (total[weeks:] - total[: len(total) - weeks]) / weeks
+    return np.log(np.where(means > 0, means, np.nan))
+
+
+def _shares(spent: np.ndarray, fitted: np.ndarray) -> np.ndarray:
+    """Spend over what is fitted; 0 where nothing is."""
+    return np.divide(spent, fitted, out=np.zeros(len(spent)), where=fitted > 0)
+
+
+def _shifted(values: np.ndarray, weeks: int) -> np.ndarray:
+    """Values of so many weeks before each."""
+    shifted = np.full(len(values), np.nan)
+    if weeks < len(values):
+        shifted[: len(values) - weeks] = values[weeks:]
+    return shifted
