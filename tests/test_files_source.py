@@ -83,7 +83,7 @@ transactions:
 
 
 def test_multi_line_text_is_one_value(spark: SparkSession, tmp_path: Path) -> None:
-    mapping = ORDERS + "reviews: {path: r.txt, format: csv, options: {multiLine: true}, columns: "
+    mapping = ORDERS + "reviews: {path: r.txt, format: csv, columns: "
     mapping += "{user_id: who, ts: at, text: said}}"
     source = source_of(
         tmp_path, mapping, o__csv="who,at,paid\n", r__txt='who,at,said\n1,2024-01-01,"good,\nand ""cheap"""\n'
@@ -206,6 +206,106 @@ def test_bad_values_and_corrupt_lines_are_kept_as_text(spark: SparkSession, tmp_
     torn = [row for row in rows if row.unreadable and "row" in row.unreadable]
     assert [row.unreadable for row in torn] == [{"row": "4,2024-05-01"}, {"row": "5,2024-05-01,1,2"}]
     assert all((row.user_id, row.ts, row.amount) == (None, None, None) for row in torn)
+
+
+def torn_and_whole(rows: list[Any]) -> tuple[list[str], list[str]]:
+    """Texts of the lines that could not be taken apart, and the other lines as ``user amount``."""
+    torn = [row.unreadable["row"] for row in rows if row.unreadable and "row" in row.unreadable]
+    assert all(row.user_id is None for row in rows if row.unreadable and "row" in row.unreadable)
+    return sorted(torn), sorted(f"{row.user_id} {row.amount}" for row in rows if row.unreadable is None)
+
+
+EXPORT = """
+transactions:
+  path: "*.csv"
+  format: csv
+  columns: {user_id: customer, order_id: order, ts: at, amount: paid}
+"""
+"""Columns of :data:`HEADER` that a mapping names; the others are of no use to it."""
+HEADER = "at,customer,order,name,paid,list_price"
+
+
+@pytest.mark.parametrize("multi_line", ["true", "false"])
+def test_torn_lines_are_no_rows_where_some_columns_alone_are_mapped(
+    spark: SparkSession, tmp_path: Path, multi_line: str
+) -> None:
+    torn = [
+        "2024-05-01 10:00:00,u1,1,Mug, 5,10.00,12.00",
+        "2024-05-01 10:00:00,u2,2,Cup,7",
+        "2024-05-01 10:00:00,u4",
+        '2024-05-01 10:00:00,u5,5,"Mug, 5",10.00,12.00,',
+        "2024-05-01 10:00:00,u6,6,Mug,1,2,3,4,5,6,7,8,9",
+    ]
+    whole = ["2024-05-01 10:00:00,u3,3,Pot,9.00,9.00", '2024-05-01 10:00:00,u7,7,"15"" screen, flat",70.00,']
+    mapping = EXPORT.replace("format: csv", f"format: csv\n  options: {{multiLine: {multi_line}}}")
+    source = source_of(tmp_path, mapping, a__csv="\n".join([HEADER, *torn, *whole, ""]))
+    assert torn_and_whole(rows_of(spark, source)) == (sorted(torn), ["u3 9.00", "u7 70.00"])
+    # as the ingest reads it to give users their keys
+    ids = source.read(spark, source.deliveries(spark))["raw_transactions"].select("user_id").distinct().collect()
+    assert {row.user_id for row in ids} == {"u3", "u7", None}
+
+
+def test_a_line_break_in_quotes_is_part_of_the_value(spark: SparkSession, tmp_path: Path) -> None:
+    lines = [
+        '2024-05-01 10:00:00,u1,1,"please call\n2024-05-01 10:00:00,u9,9,x,999.00,now",10.00,12.00',
+        '2024-05-01 10:00:00,u2,2,"say ""hi""\n\n",20.00,',
+        '2024-05-01 10:00:00,u3,3,"a, b",30.00,""',
+        '2024-05-01 10:00:00,u4,4,15" screen,40.00,1',
+        '2024-05-01 10:00:00,u5,5,"15" screen",50.00,1',
+    ]
+    for end in ("\n", "\r\n"):
+        content = f"{HEADER}\n" + "\n".join(lines) + "\n"
+        (tmp_path / f"a{len(end)}.csv").write_bytes(content.replace("\n", end).encode())
+    torn, whole = torn_and_whole(rows_of(spark, source_of(tmp_path, EXPORT)))
+    assert not torn
+    assert whole == sorted(2 * [f"u{user} {user}0.00" for user in range(1, 6)])
+
+
+def test_a_quote_that_is_not_closed_neither_forges_nor_swallows_an_order(spark: SparkSession, tmp_path: Path) -> None:
+    order = "2024-05-01 10:00:00,{0},1,{1},{2},1".format
+    broken = [
+        # to the end of the file, in the last column and in another
+        [order("u1", "a", "10.00")[:-1] + '"please call', order("u2", "b", "20.00")],
+        [order("u1", '"please call', "10.00"), order("u2", "b", "20.00")],
+        # to a quote that some other value begins with, and one that stands within another
+        [order("u1", '"please call', "10.00"), order("u2", '"b"', "20.00")],
+        [order("u1", '"please call', "10.00"), order("u2", 'b"c', "20.00")],
+    ]
+    for number, lines in enumerate(broken):
+        good = order(f"good{number}", '"x, y"', "5.00")
+        after = [] if number < 2 else [order(f"after{number}", "z", "6.00")]
+        (tmp_path / f"{number}.csv").write_text("\n".join([HEADER, good, *lines, *after]), encoding="utf-8")
+    torn, whole = torn_and_whole(rows_of(spark, source_of(tmp_path, EXPORT)))
+    assert torn == sorted("\n".join(lines) for lines in broken)
+    assert whole == sorted([*(f"good{number} 5.00" for number in range(4)), "after2 6.00", "after3 6.00"])
+
+
+def test_quotes_escapes_and_separators_are_those_of_the_mapping(spark: SparkSession, tmp_path: Path) -> None:
+    options = "{sep: '\\t', quote: \"'\", escape: '\\'}"
+    mapping = ORDERS.replace("format: csv", f"format: csv\n  options: {options}").replace(
+        "amount: paid", "amount: paid, item_id: thing"
+    )
+    lines = (
+        [r"u1	2024-05-01	1	'it\'s	a", "mug'	x"],
+        [r"u2	2024-05-01	2	'a" + "\n" + r"\\'	x"],
+        ["u3	2024-05-01	3	'a", "b	x"],
+    )
+    content = "\n".join("\n".join(record) for record in lines)
+    source = source_of(tmp_path, mapping, a__csv=f"who	at	paid	thing	more\n{content}\n")
+    rows = rows_of(spark, source)
+    assert torn_and_whole(rows) == (["\n".join(lines[2])], ["u1 1.00", "u2 2.00"])
+    assert {row.item_id for row in rows if row.user_id == "u1"} == {"it's\ta\nmug"}
+
+
+def test_records_are_looked_at_in_files_of_many_megabytes(spark: SparkSession, tmp_path: Path) -> None:
+    review = '"' + 'a ""long"" review,\n' * 2_000 + '"'
+    lines = [f"u{n},2024-05-01,{n}.00,{review if n % 20 == 0 else 'short'}" for n in range(2_000)]
+    lines[777] = 'u777,2024-05-01,"777.00'
+    lines[778] = 'u778,2024-05-01,778.00,"short"'
+    source = source_of(tmp_path, ORDERS, a__csv="\n".join(["who,at,paid,more", *lines]))
+    torn, whole = torn_and_whole(rows_of(spark, source))
+    assert torn == ["\n".join(lines[777:779])]
+    assert len(whole) == 1_998
 
 
 def test_corrupt_json_is_kept_as_text(spark: SparkSession, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ A mapping, with all that it may say (only ``transactions`` must be there)::
     transactions:                # also behaviours, searches, reviews, items, users, rates
       path: "orders/*.csv"       # glob: from this file's folder, absolute, or an object store's address
       format: csv                # csv, json, parquet, delta
-      options: {sep: ";"}        # of Spark's reader; a header and doubled quotes are taken for granted in CSV
+      options: {sep: ";"}        # of Spark's reader; in CSV a header, doubled quotes and quoted line breaks are the defaults
       timezone: Asia/Shanghai    # of this table
       columns:
         user_id: customer                                      # column of the contract: column of the platform
@@ -28,9 +28,13 @@ A mapping, with all that it may say (only ``transactions`` must be there)::
       columns: {user_id: id, segment: {columns: {age: age_bracket, income: income_bracket}}}
 
 Types are never guessed: a value that is not of its column's type becomes NULL and its text stays in ``unreadable``, where a
-line that can't be taken apart stays whole, as ``row``. Blank text is NULL. An encoding that is not a Unicode one
-(``options: {encoding: GBK}``) needs Spark's setting ``spark.sql.legacy.javaCharsets=true``. Files whose names start with ``_``
-or ``.`` are no deliveries. A path may be a folder: all files in it are meant.
+line that can't be taken apart stays whole, as ``row``. In CSV that is a line with too many or too few fields, and one with a
+quote that isn't closed, with all lines up to the next quote that could close it. Blank text is NULL.
+
+A CSV file is read by one task, because a quoted value may have line breaks; ``options: {multiLine: false}`` says that none
+has, and large files are read in parallel. An encoding that is not a Unicode one (``options: {encoding: GBK}``) needs Spark's
+setting ``spark.sql.legacy.javaCharsets=true``. Files whose names start with ``_`` or ``.`` are no deliveries. A path may be a
+folder: all files in it are meant.
 """
 
 from __future__ import annotations
@@ -71,6 +75,10 @@ REQUIRED = {
     "raw_rates": ("currency", "day", "rate"),
 }
 CORRUPT = "_bp_spark_corrupt"
+SPARE_FIELDS = 50
+"""Columns that a CSV file is read with beyond its own: see :func:`_csv_rows`."""
+MAX_CHARACTERS = 20_000_000
+"""Of one CSV value: a quote that isn't closed would make one value of the rest of the file, whatever its size."""
 MICROS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 DATE_AND_TIME = r"^\d{4}-\d\d?-\d\d?([T ]\d\d?:\d\d?(:\d\d?(\.\d+)?)?"
 _NO_TABLE = ("PATH_NOT_FOUND", "DELTA_PATH_DOES_NOT_EXIST", "DELTA_TABLE_NOT_FOUND", "DELTA_MISSING_DELTA_TABLE")
@@ -260,7 +268,10 @@ class FilesSource:
     def _reader(self, spark: SparkSession, mapping: TableMapping) -> Any:
         reader = spark.read.format(mapping.format)
         if mapping.format == "csv":
-            reader = reader.options(header=True, escape='"', mode="PERMISSIVE", columnNameOfCorruptRecord=CORRUPT)
+            quote = _lower_keys(mapping.options).get("quote", '"')
+            reader = reader.options(header=True, escape=quote, multiLine=True, maxCharsPerColumn=MAX_CHARACTERS)
+            # with pruning Spark checks the number of fields only where all columns are asked for
+            reader = reader.options(mode="PERMISSIVE", columnPruning=False, columnNameOfCorruptRecord=CORRUPT)
         return reader.options(**mapping.options)
 
     def _read(self, spark: SparkSession, table: str, names: list[str]) -> DataFrame:
@@ -282,7 +293,7 @@ class FilesSource:
 
     def _layout(self, spark: SparkSession, mapping: TableMapping, address: str) -> str:
         """The same text for files with the same columns, empty for an empty file; only its head or footer is read."""
-        options = {key.lower(): str(value) for key, value in mapping.options.items()}
+        options = _lower_keys(mapping.options)
         if mapping.format == "json":
             return "json"
         with suppress(*UNREACHABLE):
@@ -291,7 +302,15 @@ class FilesSource:
             if options.get("header", "true").lower() == "true":
                 return _first_line(address, options.get("comment"))
         # no header, or a file that Spark alone can reach
-        return str(self._reader(spark, mapping).load(_literal(address)).schema.simpleString())
+        return str(self._schema_of(spark, mapping, address).simpleString())
+
+    def _schema_of(self, spark: SparkSession, mapping: TableMapping, address: str) -> T.StructType:
+        """Columns and types of one file."""
+        reader, literal = self._reader(spark, mapping), _literal(address)
+        if mapping.format == "csv" and literal != address:
+            # to find a header of several lines Spark would take the name for a pattern once more
+            reader = reader.options(multiLine=False)
+        return cast(T.StructType, reader.load(literal).schema)
 
     def _load(self, spark: SparkSession, mapping: TableMapping, names: Sequence[str]) -> DataFrame:
         """Files with the same columns."""
@@ -304,9 +323,8 @@ class FilesSource:
                 df = reader.load(addresses)
                 columns = df.columns
             else:
-                columns = reader.load(addresses[0]).columns
-                fields = [T.StructField(column, T.StringType()) for column in (*columns, CORRUPT)]
-                df = reader.schema(T.StructType(fields)).load(addresses)
+                columns = self._schema_of(spark, mapping, self._address(names[0])).names
+                df = _csv_rows(reader, mapping, columns, addresses)
         _require(columns, mapping, names[0])
         return cast(DataFrame, df)
 
@@ -356,12 +374,78 @@ def _nothing(spark: SparkSession) -> DataFrame:
     return spark.sql("SELECT '' AS nothing")
 
 
+def _lower_keys(options: dict[str, Any]) -> dict[str, str]:
+    return {key.lower(): str(value) for key, value in options.items()}
+
+
+def _csv_rows(reader: Any, mapping: TableMapping, columns: Sequence[str], addresses: list[str]) -> DataFrame:
+    """Rows of CSV files with the same columns; a record that is no row of these columns stays whole as CORRUPT.
+
+    Spark's reader takes what follows an open quote for a value, be it the rest of the file, and says nothing. So each record's
+    own text is looked at. Spark gives it for records with another number of fields than columns: all have, by SPARE_FIELDS.
+    """
+    spare = [f"{CORRUPT}_{number}" for number in range(SPARE_FIELDS)]
+    fields = [T.StructField(name, T.StringType()) for name in (*columns, *spare, CORRUPT)]
+    record = F.col(CORRUPT)
+    torn = F.when(record.isNull(), F.lit(f"<{len(columns) + SPARE_FIELDS} fields>")).when(
+        ~_has_fields(record, mapping, len(columns)), record
+    )
+    df = reader.schema(T.StructType(fields)).load(addresses)
+    return cast(DataFrame, df.select("_metadata", *(_column(name) for name in columns), torn.alias(CORRUPT)))
+
+
+def _has_fields(record: Column, mapping: TableMapping, count: int) -> Column:
+    """Whether the text of a CSV record has that many fields, and all its quotes are closed (RFC 4180)."""
+    options = _lower_keys(mapping.options)
+    separator = _unescaped(options.get("sep", options.get("delimiter", ",")))
+    of_record = F.octet_length(record) - F.octet_length(F.replace(record, F.lit(separator), F.lit("")))
+    plain = of_record == (count - 1) * len(separator.encode())
+    quote = _unescaped(options.get("quote", '"'))
+    if quote in ("", "\0"):
+        return plain
+    return F.when(
+        record.contains(F.lit(quote)), record.rlike(_record_pattern(options, separator, quote, count))
+    ).otherwise(plain)
+
+
+def _record_pattern(options: dict[str, str], separator: str, quote: str, count: int) -> str:
+    """A regular expression of Java that matches a CSV record with quotes in it.
+
+    Groups are possessive: they neither go back nor call themselves, so that a value of megabytes is matched in one pass.
+    """
+    breaks = _unescaped(options.get("linesep", "\r\n"))
+    q, s, b = (_characters(text) for text in (quote, separator, breaks))
+    escape = _characters(_unescaped(options.get("escape", quote)) or quote)
+    blanks = _characters("".join(blank for blank in " \t\r" if blank not in separator))
+
+    def quoted(excluded: str) -> str:
+        escaped = f"{q}{q}" if escape == q else rf"{escape}[\s\S]"
+        within = f"[^{q}{'' if escape == q else escape}{excluded}]*+"
+        return f"{q}{within}(?:{escaped}{within})*+{q}"
+
+    until = f"[^{s}{b}]*+" if len(separator) == 1 else f"(?:(?!{s})[^{b}])*+"
+    before = f"[{blanks}]*+" if options.get("ignoreleadingwhitespace", "").lower() == "true" else ""
+    # a quote within a value on one line, as in "15" screen", is part of it
+    field = f"(?>{before}{quoted('')}[{blanks}]*+(?={s}|\\z)|{before}{quoted(b)}{until}|(?!{before}{q}){until})"
+    return rf"\A{field}(?:{s}{field}){{{count - 1}}}+[\r\n]*\z"
+
+
+def _characters(text: str) -> str:
+    return "".join(rf"\x{{{ord(character):x}}}" for character in text)
+
+
+def _unescaped(text: str) -> str:
+    """A separator or quote as Spark takes it: ``\\t`` may be two characters."""
+    names = {"t": "\t", "r": "\r", "n": "\n", "b": "\b", "f": "\f", '"': '"', "'": "'", "\\": "\\", "u0000": "\0"}
+    return names.get(text[1:], text) if len(text) > 1 and text[0] == "\\" else text
+
+
 def _json_rows(spark: SparkSession, mapping: TableMapping, addresses: list[str]) -> DataFrame:
     """Rows of JSON files, one for an object, one for each object of an array; a line that is neither stays as CORRUPT.
 
     Not by Spark's own reader, which takes the first value of a line and is silent about what follows it.
     """
-    options = {key.lower(): str(value) for key, value in mapping.options.items()}
+    options = _lower_keys(mapping.options)
     of_text = {key: options.pop(key) for key in ("encoding", "linesep") if key in options}
     whole = options.get("multiline", "false")
     if "encoding" in of_text:
