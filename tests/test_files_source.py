@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -154,6 +156,73 @@ transactions:
     assert [rows["7"].ts, rows["9.5"].ts] == [utc(2024, 1, 1, 12), utc(2024, 1, 1)]
     assert rows["d"].ts == utc(2023, 12, 31, 16)
     assert {rows[key].delivery for key in ("7", "9.5")} == {"a.parquet", "b.parquet"}
+
+
+NO_USERS = ["NaN", "nan", "null", "NULL", "None", "\\N", "NA", "0", "0.0", "-1", "", " \t", "\u00a0"]
+IDS = {
+    "17850": ["17850", "17850.0", " 17850.00 ", "17850\t", "\u00a017850\u00a0", "\ufeff17850"],
+    "007": ["007"],
+    "1.5": ["1.5"],
+    "v1.0": ["v1.0"],
+    "00": ["00"],
+    "Anna": ["Anna"],
+    "anna": ["anna"],
+    "10": ["10"],
+}
+"""Id -> how files may have it."""
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
+def test_an_id_is_one_however_a_file_has_it(spark: SparkSession, tmp_path: Path, kind: str) -> None:
+    given = [*NO_USERS, *(text for texts in IDS.values() for text in texts)]
+    rows = {"who": given, "at": ["2024-05-01"] * len(given), "paid": ["1"] * len(given)}
+    if kind == "parquet":
+        pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+        pq.write_table(
+            pa.table({"who": [17850.0, None, float("nan"), 0.0], "at": ["2024-05-01"] * 4, "paid": [1] * 4}),
+            tmp_path / "b.parquet",
+        )
+    elif kind == "json":
+        lines = [json.dumps(dict(zip(rows, row, strict=True))) for row in zip(*rows.values(), strict=True)]
+        (tmp_path / "a.json").write_text("\n".join(lines) + '\n{"who": 17850.0, "at": "2024-05-01", "paid": 1}\n')
+    else:
+        lines = [",".join(f'"{value}"' for value in row) for row in zip(*rows.values(), strict=True)]
+        (tmp_path / "a.csv").write_text("\n".join(["who,at,paid", *lines, ""]))
+    counts = Counter(row.user_id for row in rows_of(spark, source_of(tmp_path, ORDERS.replace("csv", kind))))
+    more = {"parquet": 3, "json": 0, "csv": 0}[kind]
+    extra = {"parquet": 1, "json": 1, "csv": 0}[kind]
+    assert counts == {
+        **{user: len(texts) for user, texts in IDS.items()},
+        "17850": 6 + extra,
+        None: len(NO_USERS) + more,
+    }
+
+
+def test_a_mapping_says_which_odd_texts_are_ids(spark: SparkSession, tmp_path: Path) -> None:
+    mapping = ORDERS.replace(
+        "user_id: who",
+        "user_id: {column: who, lower: true, valid: ['0', NA], values: {'-1': guest}}, order_id: number, line_id: line",
+    )
+    lines = ["ANNA,,0", "anna,NaN,-1", "0,17.0,1.0", "NA,\\N,2", "-1,null,3", "nan,x,4"]
+    text = "\n".join(["who,number,line,at,paid", *(f"{line},2024-05-01,1" for line in lines)])
+    rows = rows_of(spark, source_of(tmp_path, mapping, a__csv=text))
+    found = {row.line_id: (row.user_id, row.order_id) for row in rows}
+    assert found == {
+        "0": ("anna", None),
+        "-1": ("anna", None),
+        "1": ("0", "17"),
+        "2": ("na", None),
+        "3": ("guest", None),
+        "4": (None, "x"),
+    }
+
+
+def test_a_nested_object_is_no_user(spark: SparkSession, tmp_path: Path) -> None:
+    users = ['{"id": 7, "email": "a@b.c"}', "[7]", '"{7"', "7"]
+    text = "".join(f'{{"who": {user}, "at": "2024-05-01", "paid": 1}}\n' for user in users)
+    rows = rows_of(spark, source_of(tmp_path, ORDERS.replace("csv", "json"), a__json=text))
+    assert {row.user_id: row.unreadable for row in rows} == {"7": None, "{7": None, None: {"user_id": "<nested>"}}
+    assert len(rows) == 4
 
 
 def test_delta_gives_the_newest_version_with_its_partitions(spark: SparkSession, tmp_path: Path) -> None:
@@ -456,7 +525,7 @@ rates:
         "2024-05-01 08:00 +08:00",
     ]
     theirs = ["10.03.2024 02:30", "03.11.2024 01:30", "01.05.2024 08:00 +08:00", "01.05.2024 00:00", "2024-05-01 08:00"]
-    text = "".join(f"{n},{a},{b}\n" for n, (a, b) in enumerate(zip(ours, theirs, strict=True)))
+    text = "".join(f"{n},{a},{b}\n" for n, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1))
     source = source_of(tmp_path, mapping, a__csv="who,at,local\n" + text)
     midnight = utc(2024, 5, 1)
     first = [row.ts for row in rows_of(spark, source)]
@@ -472,10 +541,10 @@ def test_named_values_are_renamed_and_others_stay(spark: SparkSession, tmp_path:
     mapping = ORDERS + "behaviours: {path: b.txt, format: csv, columns: {user_id: who, ts: at, "
     mapping += "action: {column: event, values: {view: browse, pv: browse, 加购: cart}}}}"
     events = ["view", "pv", "加购", "click", "dance", ""]
-    text = "who,at,event\n" + "".join(f"{n},2024-05-01,{event}\n" for n, event in enumerate(events))
+    text = "who,at,event\n" + "".join(f"{n},2024-05-01,{event}\n" for n, event in enumerate(events, start=1))
     source = source_of(tmp_path, mapping, a__csv="who,at,paid\n", b__txt=text)
     actions = {row.user_id: row.action for row in rows_of(spark, source, "raw_behaviours")}
-    assert [actions[str(n)] for n in range(6)] == ["browse", "browse", "cart", "click", "dance", None]
+    assert [actions[str(n)] for n in range(1, 7)] == ["browse", "browse", "cart", "click", "dance", None]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ A mapping, with all that it may say (only ``transactions`` must be there)::
       timezone: Asia/Shanghai    # of this table
       columns:
         user_id: customer                                      # column of the contract: column of the platform
+        order_id: {column: number, lower: true, valid: ["NA"]} # in lower case; texts that are ids though they look like none
         ts: {column: time, format: "yyyy/MM/dd HH:mm"}         # or unit: s, ms, us for an epoch; timezone, too
         amount: {column: paid}
         quantity: {value: 1}                                   # the same in all rows
@@ -30,6 +31,9 @@ A mapping, with all that it may say (only ``transactions`` must be there)::
 Types are never guessed: a value that is not of its column's type becomes NULL and its text stays in ``unreadable``, where a
 line that can't be taken apart stays whole, as ``row``. In CSV that is a line with too many or too few fields, and one with a
 quote that isn't closed, with all lines up to the next quote that could close it. Blank text is NULL.
+
+Ids are texts without surrounding blanks, and a whole number is the same id with and without ``.0``. ``nan``, ``null``, ``NA``,
+``\\N`` and the like are no ids, nor are ``0``, ``-1`` and JSON objects ids of users, unless ``valid`` lists them.
 
 A CSV file is read by one task, because a quoted value may have line breaks; ``options: {multiLine: false}`` says that none
 has, and large files are read in parallel. An encoding that is not a Unicode one (``options: {encoding: GBK}``) needs Spark's
@@ -61,7 +65,7 @@ from pyspark.sql import types as T
 from bp_spark.config import Section, parse_yaml
 from bp_spark.errors import ConfigError, DataError
 from bp_spark.failures import SPARK_ERRORS
-from bp_spark.sources.contract import RAW, Delivery, in_contract, text_map
+from bp_spark.sources.contract import BLANKS, RAW, Delivery, in_contract, text_map
 from bp_spark.stores import UNREACHABLE, file_system
 from bp_spark.tables import Table
 
@@ -82,6 +86,10 @@ MAX_CHARACTERS = 20_000_000
 MICROS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 DATE_AND_TIME = r"^\d{4}-\d\d?-\d\d?([T ]\d\d?:\d\d?(:\d\d?(\.\d+)?)?"
 _NO_TABLE = ("PATH_NOT_FOUND", "DELTA_PATH_DOES_NOT_EXIST", "DELTA_TABLE_NOT_FOUND", "DELTA_MISSING_DELTA_TABLE")
+NO_IDS = ("nan", "null", "none", "nil", "undefined", "na", "n/a", "#n/a", "<na>", "\\n")
+"""What programs write where there is no id, in lower case."""
+NO_USERS = ("0", "-1")
+"""What shops write for guests."""
 ZONE_LETTERS = "[VzOXxZ]"
 
 
@@ -125,6 +133,15 @@ class Plain(Given):
 
     values: dict[str, str] = Field(default_factory=dict)
     """Value of the platform -> value of the contract."""
+
+
+class Id(Plain):
+    """An id: NULL where the text stands for none."""
+
+    lower: bool = False
+    """Ids that differ in case only are the same."""
+    valid: tuple[str, ...] = ()
+    """Texts that are ids though they are among :data:`NO_IDS` or :data:`NO_USERS`."""
 
 
 class Day(Given):
@@ -171,7 +188,7 @@ def _model(table: Table) -> Any:
     fields: dict[str, Any] = {}
     for column in table.columns:
         if column.name not in ("delivery", "unreadable"):
-            rule: Any = KIND_OF_RULE.get(column.type, Plain)
+            rule: Any = Id if column.name.endswith("_id") else KIND_OF_RULE.get(column.type, Plain)
             fields[column.name] = (rule, ...) if column.name in REQUIRED[table.name] else (rule | None, None)
     columns = create_model(f"{table.name}_columns", __base__=Section, **fields)
     return create_model(table.name, __base__=TableMapping, columns=(columns, ...))
@@ -332,6 +349,8 @@ class FilesSource:
         mapping = self.tables[table]
         values: dict[str, Column] = {}
         texts: dict[str, Column] = {}
+        ids: dict[str, Column] = {}
+        rules: dict[str, Id] = {}
         for name, rule in mapping.columns:
             if isinstance(rule, Segments):
                 pairs = [part for key, column in rule.columns.items() for part in (F.lit(key), _text(df, column))]
@@ -341,6 +360,12 @@ class FilesSource:
                 values[name] = text
                 if isinstance(rule, Plain) and rule.values:
                     values[name] = F.coalesce(F.try_element_at(_literal_map(rule.values), text), text)
+                if isinstance(rule, Id) and rule.column is not None:
+                    ids[name], rules[name] = values[name], rule
+                    values[name] = _id(name, rule)
+                    if name == "user_id":
+                        nested = _is_nested(_column(f"id of {name}")) & ~_column(f"id of {name}").isin(*rule.valid)
+                        values[name], texts[name] = F.when(~nested, values[name]), F.when(nested, F.lit("<nested>"))
                 elif isinstance(rule, Time | Day):
                     texts[name] = text
                     kind = T.StringType() if rule.column is None else df.schema[rule.column].dataType
@@ -350,7 +375,7 @@ class FilesSource:
                     except ValueError as error:
                         where = f"{table.removeprefix('raw_')}.columns.{name}"
                         raise ConfigError(f"{self.name}: {where}: column {rule.column} {error}") from None
-        return _shaped(df, table, values, texts, self._delivery())
+        return _shaped(_with_ids(df, ids, rules), table, values, texts, self._delivery())
 
     def _delivery(self) -> Column:
         """The name of the delivery that a row came from, as :meth:`deliveries` gives it."""
@@ -510,6 +535,36 @@ def _text(df: DataFrame, column: str) -> Column:
     return F.when(F.trim(text) != "", text)
 
 
+def _with_ids(df: DataFrame, texts: dict[str, Column], rules: dict[str, Id]) -> DataFrame:
+    """Add ``id of NAME`` for each id of these names: its text without blanks, and without the ``.0`` of a whole number.
+
+    In steps, because an expression that stands twice in another one is computed twice.
+    """
+    if not texts:
+        return df
+    ids = {name: F.btrim(text, F.lit(BLANKS)) for name, text in texts.items()}
+    df = df.withColumns({f"id of {name}": F.lower(text) if rules[name].lower else text for name, text in ids.items()})
+    # a column of whole numbers with gaps is written as 17850.0 by pandas
+    number = {name: F.regexp_replace(_column(f"id of {name}"), r"^(-?\d+)\.0+$", "$1") for name in ids}
+    whole = {name: _column(f"id of {name}").endswith("0") & _column(f"id of {name}").contains(".") for name in ids}
+    return df.withColumns(
+        {f"id of {name}": F.when(whole[name], number[name]).otherwise(_column(f"id of {name}")) for name in ids}
+    )
+
+
+def _id(name: str, rule: Id) -> Column:
+    """An id from :func:`_with_ids`; NULL where that is one of the texts that stand for none."""
+    found = _column(f"id of {name}")
+    valid = {text.lower() for text in rule.valid}
+    empty = [text for text in (*NO_IDS, *(NO_USERS if name == "user_id" else ())) if text not in valid]
+    return F.when(~F.lower(found).isin("", *empty), found)
+
+
+def _is_nested(text: Column) -> Column:
+    """Whether a text is a JSON object or array: a customer with all that the platform knows of it."""
+    return (text.startswith("{") & text.endswith("}")) | (text.startswith("[") & text.endswith("]"))
+
+
 def _moment(rule: Time | Day, text: Column, kind: T.DataType, zone: str) -> Column:
     """A time or date from its column's text and type; NULL where it can't be read."""
     if isinstance(rule, Day):
@@ -648,6 +703,6 @@ def _explain(name: str, problem: Any) -> str:
     elif len(parents) == 2:
         known = set(MODELS[parents[0]].model_fields["columns"].annotation.model_fields)
     else:
-        known = {*TableMapping.model_fields, *Time.model_fields, *Plain.model_fields}
+        known = {*TableMapping.model_fields, *Time.model_fields, *Id.model_fields}
     close = difflib.get_close_matches(last, sorted(known), n=1)
     return f"{name}: unknown key {key}" + (f"; did you mean {close[0]}?" if close else "")
