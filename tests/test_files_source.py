@@ -560,7 +560,25 @@ def test_named_values_are_renamed_and_others_stay(spark: SparkSession, tmp_path:
         (("ts: at", "ts: {column: at, timezone: Asia/Bejing}"), r"ts\.timezone: .*time zone"),
         (("ts: at", "ts: {}"), "needs either column or value"),
         (("user_id: who", "user_id: {column: who, unit: s}"), r"unknown key transactions\.columns\.user_id\.unit"),
-        (("format: csv", "format: csv\n  options: {mode: DROPMALFORMED}"), "no row may vanish"),
+        (
+            ("format: csv", "format: csv\n  options: {mode: DROPMALFORMED}"),
+            r"options: .*mode can't be set.*no row may vanish",
+        ),
+        *(
+            (("format: csv", f"format: {kind}\n  options: {{{option}}}"), f"{option.split(':')[0]} can't be set")
+            for kind, option in [
+                ("csv", "comment: '#'"),
+                ("csv", "pathGlobFilter: '*.x'"),
+                ("csv", "modifiedAfter: '2050-01-01'"),
+                ("csv", "columnPruning: true"),
+                ("csv", "unescapedQuoteHandling: SKIP_VALUE"),
+                ("json", "allowComments: true"),
+                ("parquet", "modifiedBefore: '2001-01-01'"),
+                ("parquet", "ignoreCorruptFiles: true"),
+                ("delta", "readChangeFeed: true"),
+            ]
+        ),
+        (("format: csv", "format: csv\n  options: {multiLines: true}"), "did you mean multiLine"),
         (("transactions:", "- transactions:"), "must be a mapping of tables, not a list"),
     ],
 )
@@ -568,6 +586,13 @@ def test_mapping_errors_name_file_and_key(tmp_path: Path, change: tuple[str, str
     with pytest.raises(ConfigError, match=message) as caught:
         source_of(tmp_path, ORDERS.replace(*change))
     assert "shop.yaml" in str(caught.value)
+
+
+def test_no_secret_of_a_store_stands_in_an_error(tmp_path: Path) -> None:
+    options = "{fs.s3a.secret.key: hunter2, comment: x}"
+    with pytest.raises(ConfigError, match="comment can't be set") as caught:
+        source_of(tmp_path, ORDERS.replace("format: csv", f"format: csv\n  options: {options}"))
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_missing_mapping_is_an_error(tmp_path: Path) -> None:

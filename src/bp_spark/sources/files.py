@@ -48,7 +48,7 @@ import io
 import re
 import uuid
 import zoneinfo
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
@@ -56,7 +56,15 @@ from typing import Annotated, Any, Literal, cast
 
 import pyarrow.parquet as pq
 from py4j.protocol import Py4JJavaError
-from pydantic import AfterValidator, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -99,11 +107,33 @@ def _zone(name: str) -> str:
     return name
 
 
-def _harmless(options: dict[str, Any]) -> dict[str, Any]:
-    for key in options:
-        if key.lower() in ("mode", "inferschema", "columnnameofcorruptrecord", "badrecordspath"):
-            raise ValueError(f"{key} can't be set: no row may vanish, no type is guessed")
-    return options
+OPTIONS = {
+    "csv": (
+        *("sep", "delimiter", "quote", "escape", "header", "encoding", "charset", "multiLine", "lineSep", "nullValue"),
+        *("emptyValue", "ignoreLeadingWhiteSpace", "ignoreTrailingWhiteSpace", "maxColumns", "maxCharsPerColumn"),
+    ),
+    "json": (
+        *("encoding", "multiLine", "lineSep", "allowSingleQuotes", "allowUnquotedFieldNames", "allowNonNumericNumbers"),
+        *("allowNumericLeadingZeros", "allowBackslashEscapingAnyCharacter", "allowUnquotedControlChars"),
+    ),
+    "parquet": ("datetimeRebaseMode", "int96RebaseMode"),
+    "delta": ("versionAsOf", "timestampAsOf"),
+}
+"""Options of Spark's readers that a mapping may set: no row may vanish by one, and no type be guessed."""
+_STORES = "fs."
+"""Options of object stores begin so."""
+
+
+def _require_allowed(options: Iterable[str], kind: str) -> None:
+    allowed = {name.lower() for name in OPTIONS[kind]}
+    for name in options:
+        if name.lower() not in allowed and not name.startswith(_STORES):
+            close = difflib.get_close_matches(name, OPTIONS[kind], n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ValueError(
+                f"{name} can't be set, for no row may vanish and no type be guessed; {hint}{kind} takes "
+                f"{', '.join(OPTIONS[kind])}"
+            )
 
 
 Zone = Annotated[str, AfterValidator(_zone)]
@@ -175,9 +205,16 @@ class TableMapping(Section):
 
     path: str
     format: Literal["csv", "json", "parquet", "delta"]
-    options: Annotated[dict[str, Scalar], AfterValidator(_harmless)] = Field(default_factory=dict)
+    options: dict[str, Scalar] = Field(default_factory=dict)
     timezone: Zone | None = None
     columns: Section
+
+    @field_validator("options")
+    @classmethod
+    def _harmless(cls, options: dict[str, Scalar], info: ValidationInfo) -> dict[str, Scalar]:
+        if "format" in info.data:
+            _require_allowed(options, info.data["format"])
+        return options
 
 
 KIND_OF_RULE = {"timestamp": Time, "date": Day, "map<string,string>": Segments}
@@ -317,7 +354,7 @@ class FilesSource:
             if mapping.format == "parquet":
                 return _parquet_schema(address)
             if options.get("header", "true").lower() == "true":
-                return _first_line(address, options.get("comment"))
+                return _first_line(address)
         # no header, or a file that Spark alone can reach
         return str(self._schema_of(spark, mapping, address).simpleString())
 
@@ -645,12 +682,12 @@ def _listed(spark: SparkSession, pattern: str) -> list[tuple[str, str]]:
     ]
 
 
-def _first_line(address: str, comment: str | None) -> str:
-    """First line that is neither blank nor a comment; its bytes as they are, so good for comparing only."""
+def _first_line(address: str) -> str:
+    """First line that is not blank; its bytes as they are, so good for comparing only."""
     files, path = file_system(address)
     with files.open_input_stream(path) as stream:
         for line in io.TextIOWrapper(stream, "ISO-8859-1"):
-            if line.strip() and not (comment and line.startswith(comment)):
+            if line.strip():
                 return line.rstrip("\n")
     return ""
 
@@ -696,7 +733,9 @@ def _explain(name: str, problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{name}: {key} is missing"
     if problem["type"] != "extra_forbidden":
-        return f"{name}: {key}: {problem['msg']} (got {problem['input']!r})"
+        # options may hold what a store is signed in to with
+        got = "" if problem["loc"][-1] == "options" else f" (got {problem['input']!r})"
+        return f"{name}: {key}: {problem['msg']}{got}"
     *parents, last = (str(part) for part in problem["loc"])
     if not parents:
         known: set[str] = set(MAPPING.model_fields)
