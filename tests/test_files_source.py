@@ -476,8 +476,26 @@ def test_a_missing_column_names_file_and_columns(spark: SparkSession, tmp_path: 
     source = source_of(
         tmp_path, ORDERS, a__csv="who,at,paid\n1,2024-05-01,5\n", b__csv="who,at,amount\n1,2024-05-01,5\n"
     )
-    with pytest.raises(DataError, match=r"b\.csv\.paid: column is missing; there are who, at, amount"):
+    with pytest.raises(DataError, match=r"b\.csv\.paid: column is missing; there are 'who', 'at', 'amount'"):
         source.read(spark, source.deliveries(spark))
+
+
+@pytest.mark.parametrize("sep", [",", ";"])
+def test_no_value_of_a_file_without_a_header_stands_in_an_error(spark: SparkSession, tmp_path: Path, sep: str) -> None:
+    source = source_of(tmp_path, ORDERS, a__csv=f"anna@example.com{sep}2024-05-01{sep}5\nu2{sep}2024-05-01{sep}6\n")
+    with pytest.raises(DataError, match=r"a\.csv\.at: column is missing.*header: false") as caught:
+        source.read(spark, source.deliveries(spark))
+    assert "anna" not in str(caught.value)
+    assert "2024" not in str(caught.value)
+
+
+def test_a_header_may_have_line_breaks_in_its_names(spark: SparkSession, tmp_path: Path) -> None:
+    mapping = ORDERS.replace("user_id: who", 'user_id: "who\\nbought"')
+    files = {
+        "a__csv": '"who\nbought",at,paid\n1,2024-05-01,5\n',
+        "b__csv": '"who\nbought",paid,at\n2,6,2024-05-01\n',
+    }
+    assert torn_and_whole(rows_of(spark, source_of(tmp_path, mapping, **files))) == ([], ["1 5.00", "2 6.00"])
 
 
 def test_a_file_of_another_format_is_named(spark: SparkSession, tmp_path: Path) -> None:

@@ -244,8 +244,29 @@ def test_a_platform_of_nothing_but_refused_rows_is_told_so(
     spark: SparkSession, tmp_path: Path, platform: Callable[..., Config]
 ) -> None:
     line = {"user": "u1", "order": "o", "item": "i1", "time": "2024-02-20 10:00:00", "n": 1, "paid": "a lot"}
-    write_night(tmp_path / "platform", 0, transactions=[line, line])
+    broken = [
+        {"user": ""},
+        {"paid": ""},
+        {"time": "2001-01-01", "user": None},
+        {"time": "1970-01-01"},
+        {"time": ""},
+        {"n": "x"},
+    ]
+    write_night(
+        tmp_path / "platform", 0, transactions=[line, line, line, *({**line, "paid": "1", **one} for one in broken)]
+    )
     settings = platform()
-    with pytest.raises(DataError, match="events: holds no rows"):
+    with pytest.raises(DataError, match="events: holds no rows") as caught:
         pipeline.featurize(spark, settings, [AS_OF])
-    assert Lakehouse(spark, settings.tables).read("quarantine").count() == 2
+    most = "amount is unreadable (3 of raw_transactions), user_id is missing (2 of raw_transactions), amount is missing (1 of"
+    assert most in str(caught.value)
+    assert "quarantine show" in str(caught.value)
+    assert "a lot" not in str(caught.value)
+    lakehouse = Lakehouse(spark, settings.tables)
+    assert lakehouse.read("quarantine").count() == 9
+    # a later night of that kind ends well, and says so
+    write_night(tmp_path / "platform", 1, transactions=[{**line, "paid": "1"}])
+    pipeline.featurize(spark, settings, [AS_OF])
+    write_night(tmp_path / "platform", 2, transactions=[line])
+    stages = {stage["stage"]: stage for stage in pipeline.featurize(spark, settings, [AS_OF])}
+    assert "most of them for: amount is unreadable (1 of raw_transactions)" in stages["clean"]["figures"]["note"]

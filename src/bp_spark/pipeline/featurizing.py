@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
@@ -29,6 +30,8 @@ from bp_spark.tables import (
     USER_KEYS,
     Lakehouse,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def featurize(
@@ -192,6 +195,21 @@ def clean(run: Run, rebuild: bool) -> None:
         figures["rows_out"] = figures["events"]
         if first > 1 and done["rules"] != rules:
             figures["note"] = "older rows were judged by other cleaning settings; featurize --rebuild judges them anew"
+        counted: Mapping[str, Any] = figures
+        if 0 < counted["rows"] == counted["quarantine"]:
+            figures["note"] = _refusals(stored)
+            logger.warning("quarantine: %s", figures["note"])
+
+
+def _refusals(rows: DataFrame) -> str:
+    """Say of rows in quarantine, which are all that an ingest brought, why they are there and what to do."""
+    rules = rows.groupBy("source", "rule").count().orderBy(F.desc("count"), "source", "rule").limit(3).collect()
+    told = ", ".join(f"{row['rule']} ({row['count']:,} of {row['source']})" for row in rules)
+    return (
+        f"all rows were refused, most of them for: {told}. `bp-spark quarantine show` tells all rules, docs/data-engineer.md "
+        "what to do about each. After a change of `cleaning` run `bp-spark quarantine replay`; after one of the mapping "
+        "begin anew, with an empty tables.path"
+    )
 
 
 def _add_texts(run: Run, batch: Mapping[str, DataFrame], raw: Mapping[str, DataFrame], *, rebuild: bool) -> None:
@@ -411,5 +429,6 @@ def span(lakehouse: Lakehouse) -> tuple[date, date]:
     """Days of the first and the last event."""
     row = lakehouse.read("events").agg(F.min("event_date"), F.max("event_date")).first()
     if row is None or row[0] is None:
-        raise DataError("events", "holds no rows")
+        refused = lakehouse.exists("quarantine") and not lakehouse.read("quarantine").isEmpty()
+        raise DataError("events", "holds no rows" + (f": {_refusals(lakehouse.read('quarantine'))}" if refused else ""))
     return row[0], row[1]

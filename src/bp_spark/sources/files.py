@@ -658,9 +658,28 @@ def _mapped(mapping: TableMapping) -> set[str]:
 
 
 def _require(columns: Sequence[str], mapping: TableMapping, file: str) -> None:
-    for column in sorted(_mapped(mapping)):
-        if column not in columns:
-            raise DataError(file, f"column is missing; there are {', '.join(columns)}", column=column)
+    """Raise a DataError for a column that the mapping names and the file lacks.
+
+    The first line of a CSV file without a header is a user's row: it is told only where it names a column of the mapping.
+    """
+    mapped = _mapped(mapping)
+    missing = sorted(mapped.difference(columns))
+    if not missing:
+        return
+    has_header = _lower_keys(mapping.options).get("header", "true").lower() == "true"
+    if mapping.format == "csv" and has_header and len(missing) == len(mapped):
+        separator = _lower_keys(mapping.options).get("sep", ",")
+        rule = (
+            f"column is missing, and so are all others of the mapping; the first line has {len(columns)} fields between "
+            f"{separator!r}. For another separator set options: {{sep: ...}}; for a file without a header options: "
+            "{header: false}, and name its columns _c0, _c1, ..."
+        )
+    else:
+        close = difflib.get_close_matches(missing[0], columns, n=1)
+        rule = f"column is missing; there are {', '.join(map(repr, columns))}" + (
+            f"; did you mean {close[0]!r}?" if close else ""
+        )
+    raise DataError(file, rule, column=missing[0])
 
 
 def _listed(spark: SparkSession, pattern: str) -> list[tuple[str, str]]:
@@ -687,6 +706,8 @@ def _first_line(address: str) -> str:
     files, path = file_system(address)
     with files.open_input_stream(path) as stream:
         for line in io.TextIOWrapper(stream, "ISO-8859-1"):
+            if line.count('"') % 2:
+                raise ValueError("a name of a column may go on in the next line")
             if line.strip():
                 return line.rstrip("\n")
     return ""
