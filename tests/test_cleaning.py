@@ -98,6 +98,29 @@ def test_two_equal_lines_of_one_delivery_are_two_and_delivered_again_still_two(s
     assert len(kept(spark, first, again)) == 2
 
 
+UUID, OTHER_UUID = "0a1b2c3d-0000-4000-8000-00000000000a", "0a1b2c3d-0000-4000-8000-00000000000b"
+
+
+@pytest.mark.parametrize(
+    ("files", "count"),
+    [
+        ([f"orders/part-00000-{UUID}-c000.csv", f"orders/part-00001-{UUID}-c000.csv"], 2),
+        ([f"day=1/part-00000-{UUID}.c000.snappy.parquet", f"day=1/part-00000-{UUID}.c001.snappy.parquet"], 2),
+        ([f"orders/part-00000-{UUID}-c000.csv", f"orders/part-00001-{OTHER_UUID}-c000.csv"], 1),
+        ([f"orders/part-00000-{UUID}-c000.csv", f"backup/part-00000-{UUID}-c000.csv"], 1),
+        (["orders/monday.csv", "orders/tuesday.csv"], 1),
+        (["orders/part-1.csv", "orders/part-2.csv"], 1),
+    ],
+)
+def test_equal_lines_in_two_parts_of_one_write_are_two(spark: SparkSession, files: list[str], count: int) -> None:
+    lines = raw_frame(spark, "raw_transactions", *({**GOOD, "delivery": file} for file in files))
+    assert len(kept(spark, lines)) == count
+    # the platform writes all of them again
+    renamed = [file.replace("-4000-", "-4001-") for file in files]
+    again = raw_frame(spark, "raw_transactions", *({**GOOD, "delivery": file} for file in renamed), ingest_id=2)
+    assert len(kept(spark, lines, again)) == count
+
+
 def test_a_third_equal_line_in_a_later_delivery_is_new(spark: SparkSession) -> None:
     first = raw_frame(spark, "raw_transactions", GOOD, GOOD)
     more = raw_frame(spark, "raw_transactions", *[{**GOOD, "delivery": "b"}] * 3, ingest_id=2)

@@ -227,6 +227,21 @@ def test_a_replay_moves_rows_that_are_good_by_now(
     assert pipeline.replay_quarantine(spark, relaxed)[0]["figures"]["events"] == "0"
 
 
+def test_a_mapping_by_another_path_brings_nothing_new(
+    spark: SparkSession, tmp_path: Path, platform: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = {"user": "u1", "order": "o", "item": "i1", "time": "2024-02-20 10:00:00", "n": 1, "paid": "1"}
+    write_night(tmp_path / "platform", 0, transactions=[line])
+    pipeline.featurize(spark, platform(), [AS_OF])
+    (tmp_path / "link.yaml").symlink_to(tmp_path / "platform/source.yaml")
+    monkeypatch.chdir(tmp_path / "platform")
+    for path in ("source.yaml", "../platform/source.yaml", f"{tmp_path}/link.yaml"):
+        stages = {
+            s["stage"]: s for s in pipeline.featurize(spark, platform("lakehouse", f"source.mapping={path}"), [AS_OF])
+        }
+        assert stages["ingest"]["status"] == "unchanged"
+
+
 def test_a_platform_without_a_row_is_refused_and_leaves_no_table(
     spark: SparkSession, tmp_path: Path, platform: Callable[..., Config]
 ) -> None:

@@ -9,7 +9,8 @@ everything at once.
 Duplicates. A line with a ``line_id`` is identified by user, order, day and line; its newest delivery wins, as a correction.
 Without one, the identity is the whole content of the row plus its occurrence number within its delivery: two equal lines of one
 basket in one file are two honest lines (two scans of one article); the same two lines in a second file are a repeated delivery,
-and only the larger count is kept. The day is part of either identity: duplicates are looked for among events of the same days.
+and only the larger count is kept. The part files of one write of Spark are one delivery (:func:`_write_of`). The day is part of
+either identity: duplicates are looked for among events of the same days.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from bp_spark.privacy import BROKEN_TEXT
 from bp_spark.tables import EVENTS, RAW_LOGS
 from bp_spark.texts import normalised, text_id
 
-FORMAT = 2
+FORMAT = 3
 """Raised when events mean something else than before: older ones are then cleaned anew."""
 
 ACTIONS = ("browse", "click", "cart", "favourite", "coupon")
@@ -36,6 +37,7 @@ MONEY = "decimal(18,2)"
 NEW, CHANGED, KNOWN = "new", "changed", "known"
 """What :func:`against_known` says of an event."""
 
+_UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _JSON = {"timestampFormat": "yyyy-MM-dd'T'HH:mm:ss.SSSSSSXXX"}
 _RAW = {table.name: table for table in RAW_LOGS}
 _CONTENT = ("item_id", "ts", "quantity", "amount", "discount", "coupon_discount", "rating", "dwell_s", "own_text")
@@ -285,17 +287,23 @@ def _identified(df: DataFrame) -> DataFrame:
     by_content = F.to_json(F.struct("kind", "user_key", "order_id", *_CONTENT))
     has_line = F.col("line_id").isNotNull()
     identity = F.sha2(F.when(has_line, by_line).otherwise(by_content), 256)
-    same_file = Window.partitionBy("identity", "ingest_id", "delivery").orderBy("ts")
+    same_write = Window.partitionBy("identity", "ingest_id", _write_of("delivery")).orderBy("ts")
     newest = [F.desc(name) for name in ("ingest_id", "delivery", *_CONTENT, "category", "text_id")]
     same_event = Window.partitionBy("identity", "occurrence").orderBy(*newest)
     return (
         df.withColumn("identity", identity)
         .repartition("identity")
-        .withColumn("occurrence", F.when(has_line, F.lit(0)).otherwise(F.row_number().over(same_file)))
+        .withColumn("occurrence", F.when(has_line, F.lit(0)).otherwise(F.row_number().over(same_write)))
         .withColumn("copy", F.row_number().over(same_event))
         .withColumn("ingest_id", F.min("ingest_id").over(Window.partitionBy("identity", "occurrence")))
         .withColumn("event_id", F.sha2(F.concat_ws("/", "identity", "occurrence"), 256))
     )
+
+
+def _write_of(delivery: str) -> Column:
+    """The write that a file is a part of: Spark names the files that its tasks write by their number and the write's UUID."""
+    named = F.regexp_replace(delivery, rf"part-\d+-({_UUID})[^/]*$", "$1")
+    return F.when(F.contains(F.col(delivery), F.lit("part-")), named).otherwise(F.col(delivery))
 
 
 def texts(raw: Mapping[str, DataFrame]) -> DataFrame:

@@ -17,7 +17,7 @@ from bp_spark.config import Config, digest
 from bp_spark.errors import ConfigError, DataError
 from bp_spark.pipeline.run import Run, recorded
 from bp_spark.session import broadcast_few, checkpointed, kept, parallelism
-from bp_spark.sources import open_source
+from bp_spark.sources import open_source, source_digests
 from bp_spark.sources.contract import Delivery
 from bp_spark.tables import (
     DELIVERIES,
@@ -60,10 +60,11 @@ def featurize(
 
 def _ingest(run: Run) -> None:
     config, lakehouse = run.config.source, run.lakehouse
-    source, identity = open_source(config), digest(config)
+    source, identities = open_source(config), source_digests(config)
+    identity = identities[0]
     with run.stage("ingest", identity) as figures:
         before = lakehouse.note("deliveries")
-        known, last = _ingested(lakehouse, identity)
+        known, last = _ingested(lakehouse, *identities)
         fresh = [delivery for delivery in source.deliveries(run.spark) if delivery not in known]
         figures["deliveries"] = len(fresh)
         if not fresh:
@@ -100,12 +101,12 @@ def _ingest(run: Run) -> None:
         lakehouse.append(DELIVERIES, rows, note={"ingest_id": number}, after=claim)
 
 
-def _ingested(lakehouse: Lakehouse, source: str) -> tuple[set[Delivery], int]:
-    """Deliveries of the source that were read, and the number of the last ingest of any (0 for none)."""
+def _ingested(lakehouse: Lakehouse, *sources: str) -> tuple[set[Delivery], int]:
+    """Deliveries of the sources that were read, and the number of the last ingest of any (0 for none)."""
     if not lakehouse.exists("deliveries"):
         return set(), 0
     rows = lakehouse.read("deliveries").collect()
-    known = {Delivery(row["table"], row["name"], row["fingerprint"]) for row in rows if row["source"] == source}
+    known = {Delivery(row["table"], row["name"], row["fingerprint"]) for row in rows if row["source"] in sources}
     return known, max((row["ingest_id"] for row in rows), default=0)
 
 
@@ -165,7 +166,7 @@ def sampled(df: DataFrame, share: float) -> DataFrame:
 def clean(run: Run, rebuild: bool) -> None:
     lakehouse = run.lakehouse
     raw = {table.name: lakehouse.read(table.name) for table in RAW_TABLES if lakehouse.exists(table.name)}
-    _, last = _ingested(lakehouse, "")
+    _, last = _ingested(lakehouse)
     done = lakehouse.note("events")
     first = 1 if rebuild or done.get("format") != cleaning.FORMAT else int(done["through"]) + 1
     if "through" in done and first == 1 and run.config.privacy.retention_days.raw is not None:
