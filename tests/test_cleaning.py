@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from bp_spark import cleaning, config
 from bp_spark.config import CleaningConfig
@@ -64,8 +65,43 @@ def test_each_broken_rule_is_named(spark: SparkSession) -> None:
         "amount is beyond 1e+06": {"amount": "1000000.01"},
         "currency has no rate": {"currency": "XYZ"},
         "quantity is not a finite number": {"quantity": "NaN"},
+        "discount is negative": {"discount": "-0.01"},
+        "coupon_discount is negative": {"coupon_discount": "-1"},
+        "quantity is negative, amount is not": {"quantity": "-2"},
     }
     assert reasons(spark, "raw_transactions", *numbered(*cases.values())) == list(cases)
+
+
+def test_a_refund_gives_back_units_and_reductions(spark: SparkSession) -> None:
+    refund = {"quantity": "-2", "amount": "-9.90", "discount": "-1", "coupon_discount": "-1"}
+    exchange = {"quantity": "-1", "amount": "0"}
+    fee = {"quantity": "1", "amount": "-3"}
+    assert reasons(spark, "raw_transactions", *numbered(refund, exchange, fee)) == [None, None, None]
+
+
+@pytest.mark.parametrize(("policy", "reason"), [("keep", None), ("quarantine", "amount and discount are 0")])
+def test_free_lines_are_kept_or_refused_as_configured(spark: SparkSession, policy: str, reason: str | None) -> None:
+    settings = config.load(overrides=[f"cleaning.free_lines={policy}"]).cleaning
+    rows = numbered({"amount": "0"}, {"amount": "0", "discount": "0"}, {"amount": "0", "discount": "9.90"}, {})
+    assert reasons(spark, "raw_transactions", *rows, settings=settings) == [reason, reason, None, None]
+
+
+def test_amounts_that_money_does_not_keep_whole_are_refused_by_name(spark: SparkSession) -> None:
+    texts = {
+        "0.0045": "amount has more than 2 decimals",
+        "-12.34567": "amount has more than 2 decimals",
+        "1.234": "amount has a point that may part thousands",
+        "-999.999": "amount has a point that may part thousands",
+        "12,50": "amount is unreadable",
+        "(5.00)": "amount is unreadable",
+    }
+    rows = raw_frame(spark, "raw_transactions", *numbered(*({} for _ in texts)))
+    of_row = F.element_at(F.array(*map(F.lit, texts)), F.col("delivery").cast("int") + 1)
+    unread = rows.withColumns(
+        {"amount": F.lit(None).cast("decimal(18,2)"), "unreadable": F.create_map(F.lit("amount"), of_row)}
+    )
+    judged_rows = cleaning.judge({"raw_transactions": unread}, {}, CONFIG)["raw_transactions"]
+    assert [row["rule"] for row in judged_rows.orderBy("delivery").collect()] == list(texts.values())
 
 
 def test_rules_of_actions_searches_and_reviews(spark: SparkSession) -> None:

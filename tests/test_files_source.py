@@ -142,7 +142,7 @@ transactions:
     }
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
     # another file may hold other types and columns in another order
-    other = {"a": pa.array([Decimal("5.555")]), "t": pa.array([datetime(2024, 1, 1, 8)], pa.timestamp("us"))}
+    other = {"a": pa.array([Decimal("5.550")]), "t": pa.array([datetime(2024, 1, 1, 8)], pa.timestamp("us"))}
     other |= {"u": pa.array([9.5]), "o": pa.array(["x"]), "l": pa.array([1]), "more": pa.array([1])}
     pq.write_table(pa.table(other), tmp_path / "b.parquet")
     days = {"u": pa.array(["d"]), "o": pa.array(["x"]), "l": pa.array([1]), "a": pa.array([1])}
@@ -151,7 +151,7 @@ transactions:
     rows = {row.user_id: row for row in rows_of(spark, source_of(tmp_path, mapping))}
     assert [rows["7"].order_id, rows["8"].order_id, rows["9.5"].order_id] == ["123", None, "x"]
     assert [rows["7"].line_id, rows["8"].line_id, rows["9.5"].line_id] == ["0012", None, "1"]
-    assert [rows["7"].amount, rows["8"].amount, rows["9.5"].amount] == [Decimal("0.10"), None, Decimal("5.56")]
+    assert [rows["7"].amount, rows["8"].amount, rows["9.5"].amount] == [Decimal("0.10"), None, Decimal("5.55")]
     assert rows["8"].unreadable == {"amount": "100000000000000000000"}
     assert [rows["7"].ts, rows["9.5"].ts] == [utc(2024, 1, 1, 12), utc(2024, 1, 1)]
     assert rows["d"].ts == utc(2023, 12, 31, 16)
@@ -565,6 +565,74 @@ def test_named_values_are_renamed_and_others_stay(spark: SparkSession, tmp_path:
     assert [actions[str(n)] for n in range(1, 7)] == ["browse", "browse", "cart", "click", "dance", None]
 
 
+PLAIN = {
+    "12.50": "12.50",
+    "-3": "-3.00",
+    "1234.5": "1234.50",
+    "0.30000000000000004": "0.30",
+    "12.299999999999999": "12.30",
+    "1e2": "100.00",
+    "7.5000": "7.50",
+    **dict.fromkeys(["0.0045", "1.005", "12.345678", "1.234", "1.230", "-1.500", "1e-3", "12,50", "1.234,56"]),
+    **dict.fromkeys(["5,00-", "(5.00)", "¥1,234", "1,234", "$5", "--5"]),
+}
+COMMA = {
+    **{
+        "12,50": "12.50",
+        "1.234,56": "1234.56",
+        "1.234": "1234.00",
+        "12.345.678": "12345678.00",
+        "5,00-": "-5.00",
+        "7": "7.00",
+    },
+    **{"€ 1.234,5": "1234.50", "3,10 €": "3.10", "3,10- €": "-3.10"},
+    **dict.fromkeys(["12.50", "1.23", "1,234", "-5,00", "1.2345", "1,2,3", "€", "(5,00)"]),
+}
+YEN = {
+    **{
+        "¥1,234": "1234.00",
+        "(¥1,234)": "-1234.00",
+        "(5.00)": "-5.00",
+        "5.00": "5.00",
+        "1,234.50": "1234.50",
+        "¥12": "12.00",
+    },
+    **dict.fromkeys(["1,23", "-5", "(5", "5)", "¥", "1,2345", "0.0045"]),
+}
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+@pytest.mark.parametrize(
+    ("rule", "amounts"),
+    [
+        ("paid", PLAIN),
+        ("{column: paid, decimal: '.'}", {"1.230": "1.23", "-1.500": "-1.50", "1.234": None, "12,50": None}),
+        ("{column: paid, round: true, decimal: '.'}", {"1.234": "1.23", "0.0045": "0.00", "1.005": "1.01"}),
+        ("{column: paid, decimal: ',', thousands: '.', symbol: '€', negative: trailing}", COMMA),
+        ("{column: paid, thousands: ',', symbol: '¥', negative: parentheses}", YEN),
+    ],
+)
+def test_money_is_what_its_text_says_or_unreadable(
+    spark: SparkSession, tmp_path: Path, kind: str, rule: str, amounts: dict[str, str | None]
+) -> None:
+    texts = list(amounts)
+    if kind == "csv":
+        content = "".join(f'{n},2024-05-01,"{text}"\n' for n, text in enumerate(texts, start=1))
+        content = f"who,at,paid\n{content}"
+    else:
+        content = "".join(
+            json.dumps({"who": n, "at": "2024-05-01", "paid": text}) + "\n" for n, text in enumerate(texts, start=1)
+        )
+    source = source_of(
+        tmp_path, ORDERS.replace("csv", kind).replace("amount: paid", f"amount: {rule}"), **{f"a__{kind}": content}
+    )
+    rows = {texts[int(row.user_id) - 1]: row for row in rows_of(spark, source)}
+    assert {text: None if row.amount is None else str(row.amount) for text, row in rows.items()} == amounts
+    assert {text: row.unreadable for text, row in rows.items()} == {
+        text: None if value else {"amount": text} for text, value in amounts.items()
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -597,6 +665,9 @@ def test_named_values_are_renamed_and_others_stay(spark: SparkSession, tmp_path:
             ]
         ),
         (("format: csv", "format: csv\n  options: {multiLines: true}"), "did you mean multiLine"),
+        (("amount: paid", "amount: {column: paid, decimal: '.', thousands: '.'}"), "two marks"),
+        (("amount: paid", "amount: {column: paid, symbol: '-'}"), r"amount\.symbol"),
+        (("amount: paid", "amount: {column: paid, desimal: ','}"), "did you mean decimal"),
         (("transactions:", "- transactions:"), "must be a mapping of tables, not a list"),
     ],
 )

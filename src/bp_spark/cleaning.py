@@ -24,6 +24,7 @@ from pyspark.sql import functions as F
 
 from bp_spark.config import CleaningConfig
 from bp_spark.privacy import BROKEN_TEXT
+from bp_spark.sources.contract import THOUSAND
 from bp_spark.tables import EVENTS, RAW_LOGS
 from bp_spark.texts import normalised, text_id
 
@@ -37,6 +38,7 @@ MONEY = "decimal(18,2)"
 NEW, CHANGED, KNOWN = "new", "changed", "known"
 """What :func:`against_known` says of an event."""
 
+_AMOUNTS = ("amount", "discount", "coupon_discount")
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _JSON = {"timestampFormat": "yyyy-MM-dd'T'HH:mm:ss.SSSSSSXXX"}
 _RAW = {table.name: table for table in RAW_LOGS}
@@ -71,6 +73,10 @@ def rules(table: str, config: CleaningConfig) -> Sequence[Rule]:
         converted = F.abs(F.col(column) * F.col("rate"))
         return absent_or(column, converted <= config.max_amount, f"is beyond {config.max_amount:g}")
 
+    def not_negative(column: str) -> Rule:
+        # a refund gives its reduction back
+        return absent_or(column, (F.col(column) >= 0) | (F.col("amount") < 0), "is negative")
+
     timed = [
         Rule("user_id is missing", F.col("user_key").isNotNull()),
         Rule("ts is missing", F.col("ts").isNotNull()),
@@ -82,6 +88,11 @@ def rules(table: str, config: CleaningConfig) -> Sequence[Rule]:
         if config.unknown_items == "quarantine"
         else []
     )
+    free_line = (
+        [Rule("amount and discount are 0", (F.col("amount") != 0) | (F.col("discount") != 0))]
+        if config.free_lines == "quarantine"
+        else []
+    )
     own = {
         "raw_transactions": [
             Rule("amount is missing", F.col("amount").isNotNull()),
@@ -90,6 +101,10 @@ def rules(table: str, config: CleaningConfig) -> Sequence[Rule]:
             plausible("discount"),
             plausible("coupon_discount"),
             finite("quantity"),
+            not_negative("discount"),
+            not_negative("coupon_discount"),
+            absent_or("quantity", (F.col("quantity") >= 0) | (F.col("amount") <= 0), "is negative, amount is not"),
+            *free_line,
             *known_item,
         ],
         "raw_behaviours": [
@@ -180,7 +195,12 @@ def _with_rate(df: DataFrame, raw_rates: DataFrame | None, currency: str) -> Dat
 
 
 def _first_broken(rules_of_table: Sequence[Rule]) -> Column:
-    unreadable = F.concat(F.array_min(F.map_keys("unreadable")), F.lit(" is unreadable"))
+    name = F.array_min(F.map_keys("unreadable"))
+    text = F.when(name.isin(*_AMOUNTS), F.try_element_at("unreadable", name))
+    why = F.when(text.rlike(THOUSAND), F.lit(" has a point that may part thousands")).when(
+        text.rlike(r"^\s*[-+]?\d*\.\d{3,}\s*$"), F.lit(" has more than 2 decimals")
+    )
+    unreadable = F.concat(name, F.coalesce(why, F.lit(" is unreadable")))
     broken = (F.when(~F.coalesce(rule.holds, F.lit(False)), F.lit(rule.name)) for rule in rules_of_table)
     return F.coalesce(F.when(F.size("unreadable") > 0, unreadable), *broken)
 
@@ -250,7 +270,7 @@ def _purchases(df: DataFrame) -> DataFrame:
 
     # a log without orders: what a user bought in one moment is one
     order = F.coalesce(F.col("order_id"), F.date_format("ts", "yyyy-MM-dd'T'HH:mm:ss"))
-    money = {name: converted(name) for name in ("amount", "discount", "coupon_discount")}
+    money = {name: converted(name) for name in _AMOUNTS}
     names = ("line_id", "item_id", "quantity")
     return df.select(*_event(F.lit("purchase"), order_id=order, **{name: F.col(name) for name in names}, **money))
 

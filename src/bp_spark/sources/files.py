@@ -14,7 +14,7 @@ A mapping, with all that it may say (only ``transactions`` must be there)::
         user_id: customer                                      # column of the contract: column of the platform
         order_id: {column: number, lower: true, valid: ["NA"]} # in lower case; texts that are ids though they look like none
         ts: {column: time, format: "yyyy/MM/dd HH:mm"}         # or unit: s, ms, us for an epoch; timezone, too
-        amount: {column: paid}
+        amount: {column: paid, decimal: ",", thousands: "."}   # and symbol: "€", negative: trailing (parentheses), round: true
         quantity: {value: 1}                                   # the same in all rows
     behaviours:
       path: clicks.parquet
@@ -34,6 +34,9 @@ quote that isn't closed, with all lines up to the next quote that could close it
 
 Ids are texts without surrounding blanks, and a whole number is the same id with and without ``.0``. ``nan``, ``null``, ``NA``,
 ``\\N`` and the like are no ids, nor are ``0``, ``-1`` and JSON objects ids of users, unless ``valid`` lists them.
+
+Money is a number with a decimal point and no other mark unless the mapping describes them. An amount or discount with more
+decimals than are kept is unreadable, unless ``round`` is set, and so is ``1.234`` in a text while ``decimal`` isn't given.
 
 A CSV file is read by one task, because a quoted value may have line breaks; ``options: {multiLine: false}`` says that none
 has, and large files are read in parallel. An encoding that is not a Unicode one (``options: {encoding: GBK}``) needs Spark's
@@ -73,7 +76,7 @@ from pyspark.sql import types as T
 from bp_spark.config import Section, parse_yaml
 from bp_spark.errors import ConfigError, DataError
 from bp_spark.failures import SPARK_ERRORS
-from bp_spark.sources.contract import BLANKS, RAW, Delivery, in_contract, text_map
+from bp_spark.sources.contract import BLANKS, RAW, THOUSAND, Delivery, in_contract, text_map
 from bp_spark.stores import UNREACHABLE, file_system
 from bp_spark.tables import Table
 
@@ -98,6 +101,9 @@ NO_IDS = ("nan", "null", "none", "nil", "undefined", "na", "n/a", "#n/a", "<na>"
 """What programs write where there is no id, in lower case."""
 NO_USERS = ("0", "-1")
 """What shops write for guests."""
+SCALE = 2
+"""Decimals of money."""
+_NOISE = 1e-6
 ZONE_LETTERS = "[VzOXxZ]"
 
 
@@ -174,6 +180,25 @@ class Id(Plain):
     """Texts that are ids though they are among :data:`NO_IDS` or :data:`NO_USERS`."""
 
 
+class Money(Plain):
+    """A number, with the marks that its text has: ``1.234,50-`` is of ``decimal: ",", thousands: ".", negative: trailing``."""
+
+    decimal: Literal[".", ","] | None = None
+    """A point where it isn't given; given, ``1.234`` is no longer taken for a thousand with a mark."""
+    thousands: Literal[",", ".", "'", " ", "\u00a0"] | None = None
+    symbol: str | None = Field(None, pattern=r"^[^\d()+-]+$")
+    """What may stand before or after the number, as ``€`` or ``EUR``."""
+    negative: Literal["leading", "trailing", "parentheses"] = "leading"
+    round: bool = False
+    """More decimals than are kept are rounded away."""
+
+    @model_validator(mode="after")
+    def _two_marks(self) -> Money:
+        if self.thousands == (self.decimal or "."):
+            raise ValueError("decimal and thousands must be two marks")
+        return self
+
+
 class Day(Given):
     """A date without a time: no zone."""
 
@@ -225,7 +250,8 @@ def _model(table: Table) -> Any:
     fields: dict[str, Any] = {}
     for column in table.columns:
         if column.name not in ("delivery", "unreadable"):
-            rule: Any = Id if column.name.endswith("_id") else KIND_OF_RULE.get(column.type, Plain)
+            kind = Money if column.type.startswith("decimal") else KIND_OF_RULE.get(column.type, Plain)
+            rule: Any = Id if column.name.endswith("_id") else kind
             fields[column.name] = (rule, ...) if column.name in REQUIRED[table.name] else (rule | None, None)
     columns = create_model(f"{table.name}_columns", __base__=Section, **fields)
     return create_model(table.name, __base__=TableMapping, columns=(columns, ...))
@@ -387,6 +413,7 @@ class FilesSource:
         values: dict[str, Column] = {}
         texts: dict[str, Column] = {}
         ids: dict[str, Column] = {}
+        numbers: dict[str, Column] = {}
         rules: dict[str, Id] = {}
         for name, rule in mapping.columns:
             if isinstance(rule, Segments):
@@ -403,6 +430,13 @@ class FilesSource:
                     if name == "user_id":
                         nested = _is_nested(_column(f"id of {name}")) & ~_column(f"id of {name}").isin(*rule.valid)
                         values[name], texts[name] = F.when(~nested, values[name]), F.when(nested, F.lit("<nested>"))
+                if isinstance(rule, Money) and rule.column is not None:
+                    numbers[f"number of {name}"] = _number(values[name], rule)
+                    values[name] = number = _column(f"number of {name}")
+                    texts[name] = text
+                    if table == "raw_transactions" and not rule.round:
+                        is_text = isinstance(df.schema[rule.column].dataType, T.StringType)
+                        values[name] = F.when(_is_exact(number, rule, is_text=is_text), number)
                 elif isinstance(rule, Time | Day):
                     texts[name] = text
                     kind = T.StringType() if rule.column is None else df.schema[rule.column].dataType
@@ -412,6 +446,7 @@ class FilesSource:
                     except ValueError as error:
                         where = f"{table.removeprefix('raw_')}.columns.{name}"
                         raise ConfigError(f"{self.name}: {where}: column {rule.column} {error}") from None
+        df = df.withColumns(numbers) if numbers else df
         return _shaped(_with_ids(df, ids, rules), table, values, texts, self._delivery())
 
     def _delivery(self) -> Column:
@@ -597,6 +632,38 @@ def _id(name: str, rule: Id) -> Column:
     return F.when(~F.lower(found).isin("", *empty), found)
 
 
+def _number(text: Column, rule: Money) -> Column:
+    """A number as Spark reads it, from a text with the marks of a rule; NULL where the text has others."""
+    if rule.thousands is None and rule.symbol is None and rule.negative == "leading" and rule.decimal in (None, "."):
+        return text
+    point, thousands, symbol = (_characters(mark or "") for mark in (rule.decimal or ".", rule.thousands, rule.symbol))
+    whole = rf"(?:\d{{1,3}}(?:{thousands}\d{{3}})+|\d+)" if thousands else r"\d+"
+    digits = rf"{whole}(?:{point}\d+)?"
+    mark = rf"(?:{symbol})?\s*" if symbol else ""
+    number = rf"{digits}\s*{mark}"
+    shape = {
+        "leading": rf"(?:-?\s*{mark}|{mark}-?){number}",
+        "trailing": rf"{mark}{number}-?\s*{mark}",
+        "parentheses": rf"(?:\({mark}{number}\)|{mark}{number})",
+    }[rule.negative]
+    plain = F.regexp_extract(text, digits, 0)
+    if rule.thousands:
+        plain = F.replace(plain, F.lit(rule.thousands), F.lit(""))
+    plain = F.replace(plain, F.lit(rule.decimal or "."), F.lit("."))
+    signed = F.when(text.rlike("[-(]"), F.concat(F.lit("-"), plain)).otherwise(plain)
+    return F.when(text.rlike(rf"\A\s*{shape}\s*\z"), signed)
+
+
+def _is_exact(number: Column, rule: Money, *, is_text: bool) -> Column:
+    """Whether a number has no more decimals than money keeps, and can't be a thousand with a mark for a point."""
+    value = number.try_cast("double")
+    # sums of binary fractions, as 0.30000000000000004, are as exact as they can be
+    rounded = F.abs(value - F.round(value, SCALE)) > _NOISE
+    ambiguous = number.rlike(THOUSAND) if is_text and rule.decimal is rule.thousands is None else F.lit(False)
+    may_be_longer = (F.length(number) - F.instr(number, ".") > SCALE) & number.contains(".")
+    return F.when(may_be_longer | number.contains("e") | number.contains("E"), ~(rounded | ambiguous)).otherwise(True)
+
+
 def _is_nested(text: Column) -> Column:
     """Whether a text is a JSON object or array: a customer with all that the platform knows of it."""
     return (text.startswith("{") & text.endswith("}")) | (text.startswith("[") & text.endswith("]"))
@@ -763,6 +830,6 @@ def _explain(name: str, problem: Any) -> str:
     elif len(parents) == 2:
         known = set(MODELS[parents[0]].model_fields["columns"].annotation.model_fields)
     else:
-        known = {*TableMapping.model_fields, *Time.model_fields, *Id.model_fields}
+        known = {*TableMapping.model_fields, *Time.model_fields, *Id.model_fields, *Money.model_fields}
     close = difflib.get_close_matches(last, sorted(known), n=1)
     return f"{name}: unknown key {key}" + (f"; did you mean {close[0]}?" if close else "")
