@@ -262,6 +262,8 @@ class Peer:
                 plausible("amount"),
                 plausible("discount"),
                 ("quantity is not a finite number", "quantity IS NULL OR abs(quantity) BETWEEN 0 AND 1e15"),
+                ("discount is negative", "discount IS NULL OR discount >= 0 OR amount < 0"),
+                ("quantity is negative, amount is not", "quantity IS NULL OR quantity >= 0 OR amount <= 0"),
                 *known_item,
             ],
             "raw_behaviours": [
@@ -346,6 +348,7 @@ class Peer:
                 *("rating", "dwell_s", "own_text", "category", "item_text_id"),
             )
         )
+        write = "regexp_replace(delivery, 'part-\\d+-([0-9a-f-]{36})[^/]*$', '\\1')"
         return f"""
             CREATE TABLE events AS
             SELECT sha256(identity || '/' || occurrence) AS event_id, user_key, ts, ts::DATE AS event_date, kind, order_id,
@@ -355,7 +358,7 @@ class Peer:
                    row_number() OVER (PARTITION BY identity, occurrence ORDER BY {newest}) AS copy
             FROM (
                 SELECT *, CASE WHEN line_id IS NOT NULL THEN 0 ELSE row_number() OVER (
-                              PARTITION BY identity, ingest_id, delivery ORDER BY ts) END AS occurrence
+                              PARTITION BY identity, ingest_id, {write} ORDER BY ts) END AS occurrence
                 FROM (
                     SELECT *, sha256('{{' || CASE WHEN line_id IS NULL THEN {by_content} ELSE {by_line} END || '}}') AS identity
                     FROM ({logs})
@@ -372,7 +375,8 @@ class Peer:
             SELECT user_key, event_date AS day, CASE kind {codes} END AS kind,
                    CASE WHEN kind = 'purchase' THEN order_id ELSE event_id END AS token, min(ts) AS ts,
                    coalesce(sum(cents(amount)), 0)::BIGINT AS amount,
-                   count_if(kind = 'purchase' AND amount >= 0) AS items,
+                   CASE WHEN count_if(kind = 'purchase' AND amount > 0) > 0
+                        THEN count_if(kind = 'purchase' AND amount >= 0) ELSE 0 END AS items,
                    coalesce(sum(CASE WHEN kind = 'purchase' THEN greatest(-cents(amount), 0) END), 0)::BIGINT AS refunds,
                    coalesce(sum(cents(discount)), 0)::BIGINT AS discount,
                    coalesce(sum(cents(coupon_discount)), 0)::BIGINT AS coupon_discount,

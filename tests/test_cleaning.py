@@ -65,6 +65,9 @@ def test_each_broken_rule_is_named(spark: SparkSession) -> None:
         "amount is beyond 1e+06": {"amount": "1000000.01"},
         "currency has no rate": {"currency": "XYZ"},
         "quantity is not a finite number": {"quantity": "NaN"},
+        "discount is negative": {"discount": "-0.01"},
+        "coupon_discount is negative": {"coupon_discount": "-1"},
+        "quantity is negative, amount is not": {"quantity": "-2"},
     }
     assert reasons(spark, "raw_transactions", *numbered(*cases.values())) == list(cases)
 
@@ -80,6 +83,38 @@ def test_a_time_may_be_a_little_ahead_and_is_held_against_the_time_of_a_replay(s
     replayed = cleaning.judge({"raw_transactions": raw}, {}, CONFIG, F.lit("2024-06-01 00:30:00").cast("timestamp"))
     rules = [row["rule"] for row in replayed["raw_transactions"].orderBy("delivery").collect()]
     assert rules == [None, None, late]
+
+
+def test_a_refund_gives_back_units_and_reductions(spark: SparkSession) -> None:
+    refund = {"quantity": "-2", "amount": "-9.90", "discount": "-1", "coupon_discount": "-1"}
+    exchange = {"quantity": "-1", "amount": "0"}
+    fee = {"quantity": "1", "amount": "-3"}
+    assert reasons(spark, "raw_transactions", *numbered(refund, exchange, fee)) == [None, None, None]
+
+
+@pytest.mark.parametrize(("policy", "reason"), [("keep", None), ("quarantine", "amount and discount are 0")])
+def test_free_lines_are_kept_or_refused_as_configured(spark: SparkSession, policy: str, reason: str | None) -> None:
+    settings = config.load(overrides=[f"cleaning.free_lines={policy}"]).cleaning
+    rows = numbered({"amount": "0"}, {"amount": "0", "discount": "0"}, {"amount": "0", "discount": "9.90"}, {})
+    assert reasons(spark, "raw_transactions", *rows, settings=settings) == [reason, reason, None, None]
+
+
+def test_amounts_that_money_does_not_keep_whole_are_refused_by_name(spark: SparkSession) -> None:
+    texts = {
+        "0.0045": "amount has more than 2 decimals",
+        "-12.34567": "amount has more than 2 decimals",
+        "1.234": "amount has a point that may part thousands",
+        "-999.999": "amount has a point that may part thousands",
+        "12,50": "amount is unreadable",
+        "(5.00)": "amount is unreadable",
+    }
+    rows = raw_frame(spark, "raw_transactions", *numbered(*({} for _ in texts)))
+    of_row = F.element_at(F.array(*map(F.lit, texts)), F.col("delivery").cast("int") + 1)
+    unread = rows.withColumns(
+        {"amount": F.lit(None).cast("decimal(18,2)"), "unreadable": F.create_map(F.lit("amount"), of_row)}
+    )
+    judged_rows = cleaning.judge({"raw_transactions": unread}, {}, CONFIG)["raw_transactions"]
+    assert [row["rule"] for row in judged_rows.orderBy("delivery").collect()] == list(texts.values())
 
 
 def test_rules_of_actions_searches_and_reviews(spark: SparkSession) -> None:
@@ -110,6 +145,29 @@ def test_two_equal_lines_of_one_delivery_are_two_and_delivered_again_still_two(s
     again = raw_frame(spark, "raw_transactions", {**line, "delivery": "b"}, {**line, "delivery": "b"}, ingest_id=2)
     assert len(kept(spark, first)) == 2
     assert len(kept(spark, first, again)) == 2
+
+
+UUID, OTHER_UUID = "0a1b2c3d-0000-4000-8000-00000000000a", "0a1b2c3d-0000-4000-8000-00000000000b"
+
+
+@pytest.mark.parametrize(
+    ("files", "count"),
+    [
+        ([f"orders/part-00000-{UUID}-c000.csv", f"orders/part-00001-{UUID}-c000.csv"], 2),
+        ([f"day=1/part-00000-{UUID}.c000.snappy.parquet", f"day=1/part-00000-{UUID}.c001.snappy.parquet"], 2),
+        ([f"orders/part-00000-{UUID}-c000.csv", f"orders/part-00001-{OTHER_UUID}-c000.csv"], 1),
+        ([f"orders/part-00000-{UUID}-c000.csv", f"backup/part-00000-{UUID}-c000.csv"], 1),
+        (["orders/monday.csv", "orders/tuesday.csv"], 1),
+        (["orders/part-1.csv", "orders/part-2.csv"], 1),
+    ],
+)
+def test_equal_lines_in_two_parts_of_one_write_are_two(spark: SparkSession, files: list[str], count: int) -> None:
+    lines = raw_frame(spark, "raw_transactions", *({**GOOD, "delivery": file} for file in files))
+    assert len(kept(spark, lines)) == count
+    # the platform writes all of them again
+    renamed = [file.replace("-4000-", "-4001-") for file in files]
+    again = raw_frame(spark, "raw_transactions", *({**GOOD, "delivery": file} for file in renamed), ingest_id=2)
+    assert len(kept(spark, lines, again)) == count
 
 
 def test_a_third_equal_line_in_a_later_delivery_is_new(spark: SparkSession) -> None:

@@ -127,6 +127,16 @@ def test_the_newest_tokens_of_a_day_are_kept_oldest_first(spark: SparkSession) -
     assert day["browses"] == 10
 
 
+def test_a_day_without_money_is_no_purchase_day(spark: SparkSession) -> None:
+    gift = {"order_id": "a", "amount": 0.0, "quantity": 1.0, "item_id": "i"}
+    day = one_day(spark, event(**gift), event(**gift, event_id="other"), event(order_id="b", amount=-5.0))
+    assert (day["orders"], day["items"], float(day["spend"]), float(day["refunds"])) == (0, 0, -5.0, 5.0)
+    assert [token["items"] for token in day["tokens"]] == [0, 0]
+    # a gift in an order that is paid is one of its lines
+    day = one_day(spark, event(**gift), event(order_id="a", amount=2.0))
+    assert (day["orders"], day["items"], float(day["spend"])) == (1, 2, 2.0)
+
+
 def test_categories_hold_spend_and_prices(spark: SparkSession) -> None:
     milk = {"order_id": "a", "category": "Food > Milk"}
     day = one_day(

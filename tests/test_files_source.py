@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -83,7 +85,7 @@ transactions:
 
 
 def test_multi_line_text_is_one_value(spark: SparkSession, tmp_path: Path) -> None:
-    mapping = ORDERS + "reviews: {path: r.txt, format: csv, options: {multiLine: true}, columns: "
+    mapping = ORDERS + "reviews: {path: r.txt, format: csv, columns: "
     mapping += "{user_id: who, ts: at, text: said}}"
     source = source_of(
         tmp_path, mapping, o__csv="who,at,paid\n", r__txt='who,at,said\n1,2024-01-01,"good,\nand ""cheap"""\n'
@@ -140,7 +142,7 @@ transactions:
     }
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
     # another file may hold other types and columns in another order
-    other = {"a": pa.array([Decimal("5.555")]), "t": pa.array([datetime(2024, 1, 1, 8)], pa.timestamp("us"))}
+    other = {"a": pa.array([Decimal("5.550")]), "t": pa.array([datetime(2024, 1, 1, 8)], pa.timestamp("us"))}
     other |= {"u": pa.array([9.5]), "o": pa.array(["x"]), "l": pa.array([1]), "more": pa.array([1])}
     pq.write_table(pa.table(other), tmp_path / "b.parquet")
     days = {"u": pa.array(["d"]), "o": pa.array(["x"]), "l": pa.array([1]), "a": pa.array([1])}
@@ -149,11 +151,78 @@ transactions:
     rows = {row.user_id: row for row in rows_of(spark, source_of(tmp_path, mapping))}
     assert [rows["7"].order_id, rows["8"].order_id, rows["9.5"].order_id] == ["123", None, "x"]
     assert [rows["7"].line_id, rows["8"].line_id, rows["9.5"].line_id] == ["0012", None, "1"]
-    assert [rows["7"].amount, rows["8"].amount, rows["9.5"].amount] == [Decimal("0.10"), None, Decimal("5.56")]
+    assert [rows["7"].amount, rows["8"].amount, rows["9.5"].amount] == [Decimal("0.10"), None, Decimal("5.55")]
     assert rows["8"].unreadable == {"amount": "100000000000000000000"}
     assert [rows["7"].ts, rows["9.5"].ts] == [utc(2024, 1, 1, 12), utc(2024, 1, 1)]
     assert rows["d"].ts == utc(2023, 12, 31, 16)
     assert {rows[key].delivery for key in ("7", "9.5")} == {"a.parquet", "b.parquet"}
+
+
+NO_USERS = ["NaN", "nan", "null", "NULL", "None", "\\N", "NA", "0", "0.0", "-1", "", " \t", "\u00a0"]
+IDS = {
+    "17850": ["17850", "17850.0", " 17850.00 ", "17850\t", "\u00a017850\u00a0", "\ufeff17850"],
+    "007": ["007"],
+    "1.5": ["1.5"],
+    "v1.0": ["v1.0"],
+    "00": ["00"],
+    "Anna": ["Anna"],
+    "anna": ["anna"],
+    "10": ["10"],
+}
+"""Id -> how files may have it."""
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
+def test_an_id_is_one_however_a_file_has_it(spark: SparkSession, tmp_path: Path, kind: str) -> None:
+    given = [*NO_USERS, *(text for texts in IDS.values() for text in texts)]
+    rows = {"who": given, "at": ["2024-05-01"] * len(given), "paid": ["1"] * len(given)}
+    if kind == "parquet":
+        pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+        pq.write_table(
+            pa.table({"who": [17850.0, None, float("nan"), 0.0], "at": ["2024-05-01"] * 4, "paid": [1] * 4}),
+            tmp_path / "b.parquet",
+        )
+    elif kind == "json":
+        lines = [json.dumps(dict(zip(rows, row, strict=True))) for row in zip(*rows.values(), strict=True)]
+        (tmp_path / "a.json").write_text("\n".join(lines) + '\n{"who": 17850.0, "at": "2024-05-01", "paid": 1}\n')
+    else:
+        lines = [",".join(f'"{value}"' for value in row) for row in zip(*rows.values(), strict=True)]
+        (tmp_path / "a.csv").write_text("\n".join(["who,at,paid", *lines, ""]))
+    counts = Counter(row.user_id for row in rows_of(spark, source_of(tmp_path, ORDERS.replace("csv", kind))))
+    more = {"parquet": 3, "json": 0, "csv": 0}[kind]
+    extra = {"parquet": 1, "json": 1, "csv": 0}[kind]
+    assert counts == {
+        **{user: len(texts) for user, texts in IDS.items()},
+        "17850": 6 + extra,
+        None: len(NO_USERS) + more,
+    }
+
+
+def test_a_mapping_says_which_odd_texts_are_ids(spark: SparkSession, tmp_path: Path) -> None:
+    mapping = ORDERS.replace(
+        "user_id: who",
+        "user_id: {column: who, lower: true, valid: ['0', NA], values: {'-1': guest}}, order_id: number, line_id: line",
+    )
+    lines = ["ANNA,,0", "anna,NaN,-1", "0,17.0,1.0", "NA,\\N,2", "-1,null,3", "nan,x,4"]
+    text = "\n".join(["who,number,line,at,paid", *(f"{line},2024-05-01,1" for line in lines)])
+    rows = rows_of(spark, source_of(tmp_path, mapping, a__csv=text))
+    found = {row.line_id: (row.user_id, row.order_id) for row in rows}
+    assert found == {
+        "0": ("anna", None),
+        "-1": ("anna", None),
+        "1": ("0", "17"),
+        "2": ("na", None),
+        "3": ("guest", None),
+        "4": (None, "x"),
+    }
+
+
+def test_a_nested_object_is_no_user(spark: SparkSession, tmp_path: Path) -> None:
+    users = ['{"id": 7, "email": "a@b.c"}', "[7]", '"{7"', "7"]
+    text = "".join(f'{{"who": {user}, "at": "2024-05-01", "paid": 1}}\n' for user in users)
+    rows = rows_of(spark, source_of(tmp_path, ORDERS.replace("csv", "json"), a__json=text))
+    assert {row.user_id: row.unreadable for row in rows} == {"7": None, "{7": None, None: {"user_id": "<nested>"}}
+    assert len(rows) == 4
 
 
 def test_delta_gives_the_newest_version_with_its_partitions(spark: SparkSession, tmp_path: Path) -> None:
@@ -206,6 +275,106 @@ def test_bad_values_and_corrupt_lines_are_kept_as_text(spark: SparkSession, tmp_
     torn = [row for row in rows if row.unreadable and "row" in row.unreadable]
     assert [row.unreadable for row in torn] == [{"row": "4,2024-05-01"}, {"row": "5,2024-05-01,1,2"}]
     assert all((row.user_id, row.ts, row.amount) == (None, None, None) for row in torn)
+
+
+def torn_and_whole(rows: list[Any]) -> tuple[list[str], list[str]]:
+    """Texts of the lines that could not be taken apart, and the other lines as ``user amount``."""
+    torn = [row.unreadable["row"] for row in rows if row.unreadable and "row" in row.unreadable]
+    assert all(row.user_id is None for row in rows if row.unreadable and "row" in row.unreadable)
+    return sorted(torn), sorted(f"{row.user_id} {row.amount}" for row in rows if row.unreadable is None)
+
+
+EXPORT = """
+transactions:
+  path: "*.csv"
+  format: csv
+  columns: {user_id: customer, order_id: order, ts: at, amount: paid}
+"""
+"""Columns of :data:`HEADER` that a mapping names; the others are of no use to it."""
+HEADER = "at,customer,order,name,paid,list_price"
+
+
+@pytest.mark.parametrize("multi_line", ["true", "false"])
+def test_torn_lines_are_no_rows_where_some_columns_alone_are_mapped(
+    spark: SparkSession, tmp_path: Path, multi_line: str
+) -> None:
+    torn = [
+        "2024-05-01 10:00:00,u1,1,Mug, 5,10.00,12.00",
+        "2024-05-01 10:00:00,u2,2,Cup,7",
+        "2024-05-01 10:00:00,u4",
+        '2024-05-01 10:00:00,u5,5,"Mug, 5",10.00,12.00,',
+        "2024-05-01 10:00:00,u6,6,Mug,1,2,3,4,5,6,7,8,9",
+    ]
+    whole = ["2024-05-01 10:00:00,u3,3,Pot,9.00,9.00", '2024-05-01 10:00:00,u7,7,"15"" screen, flat",70.00,']
+    mapping = EXPORT.replace("format: csv", f"format: csv\n  options: {{multiLine: {multi_line}}}")
+    source = source_of(tmp_path, mapping, a__csv="\n".join([HEADER, *torn, *whole, ""]))
+    assert torn_and_whole(rows_of(spark, source)) == (sorted(torn), ["u3 9.00", "u7 70.00"])
+    # as the ingest reads it to give users their keys
+    ids = source.read(spark, source.deliveries(spark))["raw_transactions"].select("user_id").distinct().collect()
+    assert {row.user_id for row in ids} == {"u3", "u7", None}
+
+
+def test_a_line_break_in_quotes_is_part_of_the_value(spark: SparkSession, tmp_path: Path) -> None:
+    lines = [
+        '2024-05-01 10:00:00,u1,1,"please call\n2024-05-01 10:00:00,u9,9,x,999.00,now",10.00,12.00',
+        '2024-05-01 10:00:00,u2,2,"say ""hi""\n\n",20.00,',
+        '2024-05-01 10:00:00,u3,3,"a, b",30.00,""',
+        '2024-05-01 10:00:00,u4,4,15" screen,40.00,1',
+        '2024-05-01 10:00:00,u5,5,"15" screen",50.00,1',
+    ]
+    for end in ("\n", "\r\n"):
+        content = f"{HEADER}\n" + "\n".join(lines) + "\n"
+        (tmp_path / f"a{len(end)}.csv").write_bytes(content.replace("\n", end).encode())
+    torn, whole = torn_and_whole(rows_of(spark, source_of(tmp_path, EXPORT)))
+    assert not torn
+    assert whole == sorted(2 * [f"u{user} {user}0.00" for user in range(1, 6)])
+
+
+def test_a_quote_that_is_not_closed_neither_forges_nor_swallows_an_order(spark: SparkSession, tmp_path: Path) -> None:
+    order = "2024-05-01 10:00:00,{0},1,{1},{2},1".format
+    broken = [
+        # to the end of the file, in the last column and in another
+        [order("u1", "a", "10.00")[:-1] + '"please call', order("u2", "b", "20.00")],
+        [order("u1", '"please call', "10.00"), order("u2", "b", "20.00")],
+        # to a quote that some other value begins with, and one that stands within another
+        [order("u1", '"please call', "10.00"), order("u2", '"b"', "20.00")],
+        [order("u1", '"please call', "10.00"), order("u2", 'b"c', "20.00")],
+    ]
+    for number, lines in enumerate(broken):
+        good = order(f"good{number}", '"x, y"', "5.00")
+        after = [] if number < 2 else [order(f"after{number}", "z", "6.00")]
+        (tmp_path / f"{number}.csv").write_text("\n".join([HEADER, good, *lines, *after]), encoding="utf-8")
+    torn, whole = torn_and_whole(rows_of(spark, source_of(tmp_path, EXPORT)))
+    assert torn == sorted("\n".join(lines) for lines in broken)
+    assert whole == sorted([*(f"good{number} 5.00" for number in range(4)), "after2 6.00", "after3 6.00"])
+
+
+def test_quotes_escapes_and_separators_are_those_of_the_mapping(spark: SparkSession, tmp_path: Path) -> None:
+    options = "{sep: '\\t', quote: \"'\", escape: '\\'}"
+    mapping = ORDERS.replace("format: csv", f"format: csv\n  options: {options}").replace(
+        "amount: paid", "amount: paid, item_id: thing"
+    )
+    lines = (
+        [r"u1	2024-05-01	1	'it\'s	a", "mug'	x"],
+        [r"u2	2024-05-01	2	'a" + "\n" + r"\\'	x"],
+        ["u3	2024-05-01	3	'a", "b	x"],
+    )
+    content = "\n".join("\n".join(record) for record in lines)
+    source = source_of(tmp_path, mapping, a__csv=f"who	at	paid	thing	more\n{content}\n")
+    rows = rows_of(spark, source)
+    assert torn_and_whole(rows) == (["\n".join(lines[2])], ["u1 1.00", "u2 2.00"])
+    assert {row.item_id for row in rows if row.user_id == "u1"} == {"it's\ta\nmug"}
+
+
+def test_records_are_looked_at_in_files_of_many_megabytes(spark: SparkSession, tmp_path: Path) -> None:
+    review = '"' + 'a ""long"" review,\n' * 2_000 + '"'
+    lines = [f"u{n},2024-05-01,{n}.00,{review if n % 20 == 0 else 'short'}" for n in range(2_000)]
+    lines[777] = 'u777,2024-05-01,"777.00'
+    lines[778] = 'u778,2024-05-01,778.00,"short"'
+    source = source_of(tmp_path, ORDERS, a__csv="\n".join(["who,at,paid,more", *lines]))
+    torn, whole = torn_and_whole(rows_of(spark, source))
+    assert torn == ["\n".join(lines[777:779])]
+    assert len(whole) == 1_998
 
 
 def test_corrupt_json_is_kept_as_text(spark: SparkSession, tmp_path: Path) -> None:
@@ -307,8 +476,26 @@ def test_a_missing_column_names_file_and_columns(spark: SparkSession, tmp_path: 
     source = source_of(
         tmp_path, ORDERS, a__csv="who,at,paid\n1,2024-05-01,5\n", b__csv="who,at,amount\n1,2024-05-01,5\n"
     )
-    with pytest.raises(DataError, match=r"b\.csv\.paid: column is missing; there are who, at, amount"):
+    with pytest.raises(DataError, match=r"b\.csv\.paid: column is missing; there are 'who', 'at', 'amount'"):
         source.read(spark, source.deliveries(spark))
+
+
+@pytest.mark.parametrize("sep", [",", ";"])
+def test_no_value_of_a_file_without_a_header_stands_in_an_error(spark: SparkSession, tmp_path: Path, sep: str) -> None:
+    source = source_of(tmp_path, ORDERS, a__csv=f"anna@example.com{sep}2024-05-01{sep}5\nu2{sep}2024-05-01{sep}6\n")
+    with pytest.raises(DataError, match=r"a\.csv\.at: column is missing.*header: false") as caught:
+        source.read(spark, source.deliveries(spark))
+    assert "anna" not in str(caught.value)
+    assert "2024" not in str(caught.value)
+
+
+def test_a_header_may_have_line_breaks_in_its_names(spark: SparkSession, tmp_path: Path) -> None:
+    mapping = ORDERS.replace("user_id: who", 'user_id: "who\\nbought"')
+    files = {
+        "a__csv": '"who\nbought",at,paid\n1,2024-05-01,5\n',
+        "b__csv": '"who\nbought",paid,at\n2,6,2024-05-01\n',
+    }
+    assert torn_and_whole(rows_of(spark, source_of(tmp_path, mapping, **files))) == ([], ["1 5.00", "2 6.00"])
 
 
 def test_a_file_of_another_format_is_named(spark: SparkSession, tmp_path: Path) -> None:
@@ -356,7 +543,7 @@ rates:
         "2024-05-01 08:00 +08:00",
     ]
     theirs = ["10.03.2024 02:30", "03.11.2024 01:30", "01.05.2024 08:00 +08:00", "01.05.2024 00:00", "2024-05-01 08:00"]
-    text = "".join(f"{n},{a},{b}\n" for n, (a, b) in enumerate(zip(ours, theirs, strict=True)))
+    text = "".join(f"{n},{a},{b}\n" for n, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1))
     source = source_of(tmp_path, mapping, a__csv="who,at,local\n" + text)
     midnight = utc(2024, 5, 1)
     first = [row.ts for row in rows_of(spark, source)]
@@ -372,10 +559,78 @@ def test_named_values_are_renamed_and_others_stay(spark: SparkSession, tmp_path:
     mapping = ORDERS + "behaviours: {path: b.txt, format: csv, columns: {user_id: who, ts: at, "
     mapping += "action: {column: event, values: {view: browse, pv: browse, 加购: cart}}}}"
     events = ["view", "pv", "加购", "click", "dance", ""]
-    text = "who,at,event\n" + "".join(f"{n},2024-05-01,{event}\n" for n, event in enumerate(events))
+    text = "who,at,event\n" + "".join(f"{n},2024-05-01,{event}\n" for n, event in enumerate(events, start=1))
     source = source_of(tmp_path, mapping, a__csv="who,at,paid\n", b__txt=text)
     actions = {row.user_id: row.action for row in rows_of(spark, source, "raw_behaviours")}
-    assert [actions[str(n)] for n in range(6)] == ["browse", "browse", "cart", "click", "dance", None]
+    assert [actions[str(n)] for n in range(1, 7)] == ["browse", "browse", "cart", "click", "dance", None]
+
+
+PLAIN = {
+    "12.50": "12.50",
+    "-3": "-3.00",
+    "1234.5": "1234.50",
+    "0.30000000000000004": "0.30",
+    "12.299999999999999": "12.30",
+    "1e2": "100.00",
+    "7.5000": "7.50",
+    **dict.fromkeys(["0.0045", "1.005", "12.345678", "1.234", "1.230", "-1.500", "1e-3", "12,50", "1.234,56"]),
+    **dict.fromkeys(["5,00-", "(5.00)", "¥1,234", "1,234", "$5", "--5"]),
+}
+COMMA = {
+    **{
+        "12,50": "12.50",
+        "1.234,56": "1234.56",
+        "1.234": "1234.00",
+        "12.345.678": "12345678.00",
+        "5,00-": "-5.00",
+        "7": "7.00",
+    },
+    **{"€ 1.234,5": "1234.50", "3,10 €": "3.10", "3,10- €": "-3.10"},
+    **dict.fromkeys(["12.50", "1.23", "1,234", "-5,00", "1.2345", "1,2,3", "€", "(5,00)"]),
+}
+YEN = {
+    **{
+        "¥1,234": "1234.00",
+        "(¥1,234)": "-1234.00",
+        "(5.00)": "-5.00",
+        "5.00": "5.00",
+        "1,234.50": "1234.50",
+        "¥12": "12.00",
+    },
+    **dict.fromkeys(["1,23", "-5", "(5", "5)", "¥", "1,2345", "0.0045"]),
+}
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+@pytest.mark.parametrize(
+    ("rule", "amounts"),
+    [
+        ("paid", PLAIN),
+        ("{column: paid, decimal: '.'}", {"1.230": "1.23", "-1.500": "-1.50", "1.234": None, "12,50": None}),
+        ("{column: paid, round: true, decimal: '.'}", {"1.234": "1.23", "0.0045": "0.00", "1.005": "1.01"}),
+        ("{column: paid, decimal: ',', thousands: '.', symbol: '€', negative: trailing}", COMMA),
+        ("{column: paid, thousands: ',', symbol: '¥', negative: parentheses}", YEN),
+    ],
+)
+def test_money_is_what_its_text_says_or_unreadable(
+    spark: SparkSession, tmp_path: Path, kind: str, rule: str, amounts: dict[str, str | None]
+) -> None:
+    texts = list(amounts)
+    if kind == "csv":
+        content = "".join(f'{n},2024-05-01,"{text}"\n' for n, text in enumerate(texts, start=1))
+        content = f"who,at,paid\n{content}"
+    else:
+        content = "".join(
+            json.dumps({"who": n, "at": "2024-05-01", "paid": text}) + "\n" for n, text in enumerate(texts, start=1)
+        )
+    source = source_of(
+        tmp_path, ORDERS.replace("csv", kind).replace("amount: paid", f"amount: {rule}"), **{f"a__{kind}": content}
+    )
+    rows = {texts[int(row.user_id) - 1]: row for row in rows_of(spark, source)}
+    assert {text: None if row.amount is None else str(row.amount) for text, row in rows.items()} == amounts
+    assert {text: row.unreadable for text, row in rows.items()} == {
+        text: None if value else {"amount": text} for text, value in amounts.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -391,7 +646,28 @@ def test_named_values_are_renamed_and_others_stay(spark: SparkSession, tmp_path:
         (("ts: at", "ts: {column: at, timezone: Asia/Bejing}"), r"ts\.timezone: .*time zone"),
         (("ts: at", "ts: {}"), "needs either column or value"),
         (("user_id: who", "user_id: {column: who, unit: s}"), r"unknown key transactions\.columns\.user_id\.unit"),
-        (("format: csv", "format: csv\n  options: {mode: DROPMALFORMED}"), "no row may vanish"),
+        (
+            ("format: csv", "format: csv\n  options: {mode: DROPMALFORMED}"),
+            r"options: .*mode can't be set.*no row may vanish",
+        ),
+        *(
+            (("format: csv", f"format: {kind}\n  options: {{{option}}}"), f"{option.split(':')[0]} can't be set")
+            for kind, option in [
+                ("csv", "comment: '#'"),
+                ("csv", "pathGlobFilter: '*.x'"),
+                ("csv", "modifiedAfter: '2050-01-01'"),
+                ("csv", "columnPruning: true"),
+                ("csv", "unescapedQuoteHandling: SKIP_VALUE"),
+                ("json", "allowComments: true"),
+                ("parquet", "modifiedBefore: '2001-01-01'"),
+                ("parquet", "ignoreCorruptFiles: true"),
+                ("delta", "readChangeFeed: true"),
+            ]
+        ),
+        (("format: csv", "format: csv\n  options: {multiLines: true}"), "did you mean multiLine"),
+        (("amount: paid", "amount: {column: paid, decimal: '.', thousands: '.'}"), "two marks"),
+        (("amount: paid", "amount: {column: paid, symbol: '-'}"), r"amount\.symbol"),
+        (("amount: paid", "amount: {column: paid, desimal: ','}"), "did you mean decimal"),
         (("transactions:", "- transactions:"), "must be a mapping of tables, not a list"),
     ],
 )
@@ -399,6 +675,13 @@ def test_mapping_errors_name_file_and_key(tmp_path: Path, change: tuple[str, str
     with pytest.raises(ConfigError, match=message) as caught:
         source_of(tmp_path, ORDERS.replace(*change))
     assert "shop.yaml" in str(caught.value)
+
+
+def test_no_secret_of_a_store_stands_in_an_error(tmp_path: Path) -> None:
+    options = "{fs.s3a.secret.key: hunter2, comment: x}"
+    with pytest.raises(ConfigError, match="comment can't be set") as caught:
+        source_of(tmp_path, ORDERS.replace("format: csv", f"format: csv\n  options: {options}"))
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_missing_mapping_is_an_error(tmp_path: Path) -> None:

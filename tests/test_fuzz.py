@@ -281,8 +281,9 @@ GOOD_TYPED |= {"query": "x", "clicked_item_id": date(2020, 1, 1), "rating": 4, "
 TYPED_LOGS = {log: {name: st.none() | TYPED[name][1] for name in LOGS[log]} for log in NAMES}
 TYPED_ROW = LOG.flatmap(lambda log: st.tuples(st.just(log), with_some_changed(TYPED_LOGS[log], GOOD_TYPED)))
 KINDS = {
-    "csv": Kind("csv", ANY_ROW, _csv, options={"multiLine": True}),
-    "torn": Kind("csv", st.tuples(LOG, TORN_LINE), _torn),
+    "csv": Kind("csv", ANY_ROW, _csv),
+    # with line breaks in quotes, what follows an open one is part of its row
+    "torn": Kind("csv", st.tuples(LOG, TORN_LINE), _torn, options={"multiLine": False}),
     "json": Kind("json", JSON_LINE, _json, _rows_of_line),
     "parquet": Kind("parquet", TYPED_ROW, _parquet),
 }

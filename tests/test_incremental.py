@@ -238,6 +238,21 @@ def test_a_replay_moves_rows_that_are_good_by_now(
     assert pipeline.replay_quarantine(spark, relaxed)[0]["figures"]["events"] == "0"
 
 
+def test_a_mapping_by_another_path_brings_nothing_new(
+    spark: SparkSession, tmp_path: Path, platform: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = {"user": "u1", "order": "o", "item": "i1", "time": "2024-02-20 10:00:00", "n": 1, "paid": "1"}
+    write_night(tmp_path / "platform", 0, transactions=[line])
+    pipeline.featurize(spark, platform(), [AS_OF])
+    (tmp_path / "link.yaml").symlink_to(tmp_path / "platform/source.yaml")
+    monkeypatch.chdir(tmp_path / "platform")
+    for path in ("source.yaml", "../platform/source.yaml", f"{tmp_path}/link.yaml"):
+        stages = {
+            s["stage"]: s for s in pipeline.featurize(spark, platform("lakehouse", f"source.mapping={path}"), [AS_OF])
+        }
+        assert stages["ingest"]["status"] == "unchanged"
+
+
 def test_a_platform_without_a_row_is_refused_and_leaves_no_table(
     spark: SparkSession, tmp_path: Path, platform: Callable[..., Config]
 ) -> None:
@@ -255,8 +270,29 @@ def test_a_platform_of_nothing_but_refused_rows_is_told_so(
     spark: SparkSession, tmp_path: Path, platform: Callable[..., Config]
 ) -> None:
     line = {"user": "u1", "order": "o", "item": "i1", "time": "2024-02-20 10:00:00", "n": 1, "paid": "a lot"}
-    write_night(tmp_path / "platform", 0, transactions=[line, line])
+    broken = [
+        {"user": ""},
+        {"paid": ""},
+        {"time": "2001-01-01", "user": None},
+        {"time": "1970-01-01"},
+        {"time": ""},
+        {"n": "x"},
+    ]
+    write_night(
+        tmp_path / "platform", 0, transactions=[line, line, line, *({**line, "paid": "1", **one} for one in broken)]
+    )
     settings = platform()
-    with pytest.raises(DataError, match="events: holds no rows"):
+    with pytest.raises(DataError, match="events: holds no rows") as caught:
         pipeline.featurize(spark, settings, [AS_OF])
-    assert Lakehouse(spark, settings.tables).read("quarantine").count() == 2
+    most = "amount is unreadable (3 of raw_transactions), user_id is missing (2 of raw_transactions), amount is missing (1 of"
+    assert most in str(caught.value)
+    assert "quarantine show" in str(caught.value)
+    assert "a lot" not in str(caught.value)
+    lakehouse = Lakehouse(spark, settings.tables)
+    assert lakehouse.read("quarantine").count() == 9
+    # a later night of that kind ends well, and says so
+    write_night(tmp_path / "platform", 1, transactions=[{**line, "paid": "1"}])
+    pipeline.featurize(spark, settings, [AS_OF])
+    write_night(tmp_path / "platform", 2, transactions=[line])
+    stages = {stage["stage"]: stage for stage in pipeline.featurize(spark, settings, [AS_OF])}
+    assert "most of them for: amount is unreadable (1 of raw_transactions)" in stages["clean"]["figures"]["note"]

@@ -9,7 +9,8 @@ everything at once.
 Duplicates. A line with a ``line_id`` is identified by user, order, day and line; its newest delivery wins, as a correction.
 Without one, the identity is the whole content of the row plus its occurrence number within its delivery: two equal lines of one
 basket in one file are two honest lines (two scans of one article); the same two lines in a second file are a repeated delivery,
-and only the larger count is kept. The day is part of either identity: duplicates are looked for among events of the same days.
+and only the larger count is kept. The part files of one write of Spark are one delivery (:func:`_write_of`). The day is part of
+either identity: duplicates are looked for among events of the same days.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from pyspark.sql import functions as F
 
 from bp_spark.config import CleaningConfig
 from bp_spark.privacy import BROKEN_TEXT
+from bp_spark.sources.contract import THOUSAND
 from bp_spark.tables import EVENTS, RAW_LOGS
 from bp_spark.texts import normalised, text_id
 
-FORMAT = 2
+FORMAT = 3
 """Raised when events mean something else than before: older ones are then cleaned anew."""
 
 ACTIONS = ("browse", "click", "cart", "favourite", "coupon")
@@ -36,6 +38,8 @@ MONEY = "decimal(18,2)"
 NEW, CHANGED, KNOWN = "new", "changed", "known"
 """What :func:`against_known` says of an event."""
 
+_AMOUNTS = ("amount", "discount", "coupon_discount")
+_UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _JSON = {"timestampFormat": "yyyy-MM-dd'T'HH:mm:ss.SSSSSSXXX"}
 _RAW = {table.name: table for table in RAW_LOGS}
 _CONTENT = ("item_id", "ts", "quantity", "amount", "discount", "coupon_discount", "rating", "dwell_s", "own_text")
@@ -74,6 +78,10 @@ def rules(table: str, config: CleaningConfig, now: Column | None = None) -> Sequ
         converted = F.abs(F.col(column) * F.col("rate"))
         return absent_or(column, converted <= config.max_amount, f"is beyond {config.max_amount:g}")
 
+    def not_negative(column: str) -> Rule:
+        # a refund gives its reduction back
+        return absent_or(column, (F.col(column) >= 0) | (F.col("amount") < 0), "is negative")
+
     timed = [
         Rule("user_id is missing", F.col("user_key").isNotNull()),
         Rule("ts is missing", F.col("ts").isNotNull()),
@@ -85,6 +93,11 @@ def rules(table: str, config: CleaningConfig, now: Column | None = None) -> Sequ
         if config.unknown_items == "quarantine"
         else []
     )
+    free_line = (
+        [Rule("amount and discount are 0", (F.col("amount") != 0) | (F.col("discount") != 0))]
+        if config.free_lines == "quarantine"
+        else []
+    )
     own = {
         "raw_transactions": [
             Rule("amount is missing", F.col("amount").isNotNull()),
@@ -93,6 +106,10 @@ def rules(table: str, config: CleaningConfig, now: Column | None = None) -> Sequ
             plausible("discount"),
             plausible("coupon_discount"),
             finite("quantity"),
+            not_negative("discount"),
+            not_negative("coupon_discount"),
+            absent_or("quantity", (F.col("quantity") >= 0) | (F.col("amount") <= 0), "is negative, amount is not"),
+            *free_line,
             *known_item,
         ],
         "raw_behaviours": [
@@ -186,7 +203,12 @@ def _with_rate(df: DataFrame, raw_rates: DataFrame | None, currency: str) -> Dat
 
 
 def _first_broken(rules_of_table: Sequence[Rule]) -> Column:
-    unreadable = F.concat(F.array_min(F.map_keys("unreadable")), F.lit(" is unreadable"))
+    name = F.array_min(F.map_keys("unreadable"))
+    text = F.when(name.isin(*_AMOUNTS), F.try_element_at("unreadable", name))
+    why = F.when(text.rlike(THOUSAND), F.lit(" has a point that may part thousands")).when(
+        text.rlike(r"^\s*[-+]?\d*\.\d{3,}\s*$"), F.lit(" has more than 2 decimals")
+    )
+    unreadable = F.concat(name, F.coalesce(why, F.lit(" is unreadable")))
     broken = (F.when(~F.coalesce(rule.holds, F.lit(False)), F.lit(rule.name)) for rule in rules_of_table)
     return F.coalesce(F.when(F.size("unreadable") > 0, unreadable), *broken)
 
@@ -256,7 +278,7 @@ def _purchases(df: DataFrame) -> DataFrame:
 
     # a log without orders: what a user bought in one moment is one
     order = F.coalesce(F.col("order_id"), F.date_format("ts", "yyyy-MM-dd'T'HH:mm:ss"))
-    money = {name: converted(name) for name in ("amount", "discount", "coupon_discount")}
+    money = {name: converted(name) for name in _AMOUNTS}
     names = ("line_id", "item_id", "quantity")
     return df.select(*_event(F.lit("purchase"), order_id=order, **{name: F.col(name) for name in names}, **money))
 
@@ -293,17 +315,23 @@ def _identified(df: DataFrame) -> DataFrame:
     by_content = F.to_json(F.struct("kind", "user_key", "order_id", *_CONTENT))
     has_line = F.col("line_id").isNotNull()
     identity = F.sha2(F.when(has_line, by_line).otherwise(by_content), 256)
-    same_file = Window.partitionBy("identity", "ingest_id", "delivery").orderBy("ts")
+    same_write = Window.partitionBy("identity", "ingest_id", _write_of("delivery")).orderBy("ts")
     newest = [F.desc(name) for name in ("ingest_id", "delivery", *_CONTENT, "category", "text_id")]
     same_event = Window.partitionBy("identity", "occurrence").orderBy(*newest)
     return (
         df.withColumn("identity", identity)
         .repartition("identity")
-        .withColumn("occurrence", F.when(has_line, F.lit(0)).otherwise(F.row_number().over(same_file)))
+        .withColumn("occurrence", F.when(has_line, F.lit(0)).otherwise(F.row_number().over(same_write)))
         .withColumn("copy", F.row_number().over(same_event))
         .withColumn("ingest_id", F.min("ingest_id").over(Window.partitionBy("identity", "occurrence")))
         .withColumn("event_id", F.sha2(F.concat_ws("/", "identity", "occurrence"), 256))
     )
+
+
+def _write_of(delivery: str) -> Column:
+    """The write that a file is a part of: Spark names the files that its tasks write by their number and the write's UUID."""
+    named = F.regexp_replace(delivery, rf"part-\d+-({_UUID})[^/]*$", "$1")
+    return F.when(F.contains(F.col(delivery), F.lit("part-")), named).otherwise(F.col(delivery))
 
 
 def texts(raw: Mapping[str, DataFrame]) -> DataFrame:

@@ -122,6 +122,8 @@ class CleaningConfig(Section):
     max_rating: float = Field(5.0, gt=0, le=1e6)
     unknown_items: Literal["keep", "quarantine"] = "keep"
     """What becomes of rows whose item the source doesn't describe."""
+    free_lines: Literal["keep", "quarantine"] = "keep"
+    """What becomes of order lines of which nothing was paid and nothing taken off: gifts, or corrections of a stock."""
 
 
 class TextsConfig(Section):

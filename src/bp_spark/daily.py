@@ -14,7 +14,7 @@ from pyspark.sql import functions as F
 
 from bp_spark.tables import CATEGORY_DAY, KINDS, TOKEN, USER_DAILY, Column
 
-FORMAT = 2
+FORMAT = 3
 """Raised when a column of ``user_daily`` means something else than before, or is stored otherwise: it is then built anew."""
 
 MONEY = "decimal(18,2)"
@@ -55,10 +55,11 @@ def day_tokens(events: DataFrame) -> DataFrame:
     """One row for each order and day, and for each other event: what histories are made of, and most measures.
 
     An order is split at midnight UTC, so that a token never holds events of two days and the history before a date is the
-    same whatever comes after it. A token whose lines are all refunds is no order.
+    same whatever comes after it. A token whose lines are all refunds or free is no order.
     """
     purchase = F.col("kind") == "purchase"
     bought = purchase & (F.col("amount") >= 0)
+    paid = F.count_if(purchase & (F.col("amount") > 0)) > 0
     code = F.element_at(F.create_map(*(F.lit(part) for pair in CODES.items() for part in pair)), F.col("kind"))
     day = F.col("event_date").alias("day")
     return (
@@ -67,7 +68,7 @@ def day_tokens(events: DataFrame) -> DataFrame:
         .agg(
             F.min("ts").alias("ts"),
             _total(cents("amount")).alias("amount"),
-            F.count_if(bought).alias("items"),
+            F.when(paid, F.count_if(bought)).otherwise(0).cast("bigint").alias("items"),
             _total(F.when(purchase, F.greatest(-cents("amount"), F.lit(0)))).alias("refunds"),
             _total(cents("discount")).alias("discount"),
             _total(cents("coupon_discount")).alias("coupon_discount"),

@@ -20,6 +20,7 @@ _CONFLICT = re.compile(
 )
 _OCCUPIED = "DELTA_CREATE_TABLE_WITH_NON_EMPTY_LOCATION"
 _UNREADABLE = re.compile(r"FAILED_READ_FILE\S* Encountered error while reading file (\S+?)\.?\s")
+_TOO_LONG = re.compile(r"TextParsingException.*exceeds the maximum number of characters")
 _BY_WORKER = re.compile(r"FileReadError: (\S+): ([^\n]*)")
 _LOG = re.compile(r"DELTA_(?:TRUNCATED_TRANSACTION_LOG|LOG_FILE_NOT_FOUND)\S* (\S+): ")
 _GAP = re.compile(r"DELTA_VERSIONS_NOT_CONTIGUOUS\S* ([^\n]*)")
@@ -81,6 +82,8 @@ def _explanation(text: str, table: str) -> BpSparkError | None:
     if _OCCUPIED in text:
         return OccupiedError(table)
     if found := _UNREADABLE.search(text):
+        if _TOO_LONG.search(text):
+            return DataError(found[1], "has a value of too many characters: look for a quote that isn't closed")
         return DataError(found[1], "is damaged or missing and was not read; restore the file, then run again")
     if found := _LOG.search(text):
         return DataError(found[1], "this entry of the table's log is missing; restore the file, then run again")

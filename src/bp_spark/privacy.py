@@ -25,6 +25,7 @@ from pyspark.sql import functions as F
 
 from bp_spark import secret
 from bp_spark.errors import ConfigError
+from bp_spark.sources.contract import BLANKS
 
 Group = TypeVar("Group", bound=Hashable)
 
@@ -61,7 +62,7 @@ class Secret:
         >>> Secret(b"0123456789abcdef0123456789abcdef").key_of(" u1 ")[:16]
         '39536bc0c20e6efc'
         """
-        return hmac.digest(self.value, user_id.strip(" ").encode(), "sha256").hex()
+        return hmac.digest(self.value, user_id.strip(BLANKS).encode(), "sha256").hex()
 
 
 def load_secret(address: str) -> Secret:
@@ -131,9 +132,13 @@ def _next_larger(counts: Mapping[Group, int], part: set[Group], hidden: set[Grou
 
 
 def user_id(column: Column | str) -> Column:
-    """An id as it is keyed: whole text without surrounding spaces; NULL where blank or broken."""
-    trimmed = F.trim(F.make_valid_utf8(column))
+    """An id as it is keyed: whole text without surrounding blanks; NULL where blank or broken."""
+    trimmed = _trimmed(F.make_valid_utf8(column))
     return F.when((F.length(trimmed) > 0) & ~trimmed.rlike(BROKEN_TEXT), trimmed)
+
+
+def _trimmed(column: Column) -> Column:
+    return F.btrim(column, F.lit(BLANKS))
 
 
 def user_key(ids: Column, secret: Secret) -> Column:
@@ -169,7 +174,7 @@ def pseudonymous(df: DataFrame, table: str, secret: Secret, masked: Callable[[Co
     """
     for name in FREE_TEXT.get(table, ()):
         df = df.withColumn(name, masked(F.col(name)))
-    own = F.trim("user_id") if "user_id" in df.columns else F.lit(None).cast("string")
+    own = _trimmed(F.col("user_id")) if "user_id" in df.columns else F.lit(None).cast("string")
 
     def told(name: Column, value: Column) -> Column:
         """An unreadable value without the row's own user id."""
@@ -182,7 +187,7 @@ def pseudonymous(df: DataFrame, table: str, secret: Secret, masked: Callable[[Co
     unreadable = F.transform_values("unreadable", told)
     if "user_id" not in df.columns:
         return df.withColumn("unreadable", unreadable)
-    broken = F.trim(F.make_valid_utf8("user_id")).rlike(BROKEN_TEXT)
+    broken = _trimmed(F.make_valid_utf8("user_id")).rlike(BROKEN_TEXT)
     marked = F.map_concat(
         F.coalesce(unreadable, F.create_map().cast("map<string,string>")),
         F.create_map(F.lit("user_id"), F.lit("<broken text>")),

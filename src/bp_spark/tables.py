@@ -332,8 +332,8 @@ USER_DAILY = Table(
     _columns(
         ("user_key", "string!", "User"),
         ("day", "date!", "UTC day"),
-        ("orders", "bigint!", "Orders; a refund is none"),
-        ("items", "bigint!", "Order lines, without refunds"),
+        ("orders", "bigint!", "Orders; a refund is none, nor is an order of which nothing was paid"),
+        ("items", "bigint!", "Lines of them, without refunds"),
         ("spend", "decimal(18,2)!", "Money paid less refunds"),
         ("refunds", "decimal(18,2)!", "Money paid back, positive"),
         ("discount", "decimal(18,2)!", "Reductions"),

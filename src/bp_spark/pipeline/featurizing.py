@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
@@ -17,7 +18,7 @@ from bp_spark.errors import ConfigError, DataError
 from bp_spark.failures import SPARK_ERRORS, is_feed_gone
 from bp_spark.pipeline.run import Run, recorded
 from bp_spark.session import broadcast_few, checkpointed, kept, parallelism
-from bp_spark.sources import open_source
+from bp_spark.sources import open_source, source_digests
 from bp_spark.sources.contract import Delivery
 from bp_spark.tables import (
     DELIVERIES,
@@ -30,6 +31,8 @@ from bp_spark.tables import (
     USER_KEYS,
     Lakehouse,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def featurize(
@@ -58,10 +61,11 @@ def featurize(
 
 def _ingest(run: Run) -> None:
     config, lakehouse = run.config.source, run.lakehouse
-    source, identity = open_source(config), digest(config)
+    source, identities = open_source(config), source_digests(config)
+    identity = identities[0]
     with run.stage("ingest", identity) as figures:
         before = lakehouse.note("deliveries")
-        known, last = _ingested(lakehouse, identity)
+        known, last = _ingested(lakehouse, *identities)
         fresh = [delivery for delivery in source.deliveries(run.spark) if delivery not in known]
         figures["deliveries"] = len(fresh)
         if not fresh:
@@ -101,12 +105,12 @@ def _ingest(run: Run) -> None:
         lakehouse.append(DELIVERIES, rows, note={"ingest_id": number}, after=claim)
 
 
-def _ingested(lakehouse: Lakehouse, source: str) -> tuple[set[Delivery], int]:
-    """Deliveries of the source that were read, and the number of the last ingest of any (0 for none)."""
+def _ingested(lakehouse: Lakehouse, *sources: str) -> tuple[set[Delivery], int]:
+    """Deliveries of the sources that were read, and the number of the last ingest of any (0 for none)."""
     if not lakehouse.exists("deliveries"):
         return set(), 0
     rows = lakehouse.read("deliveries").collect()
-    known = {Delivery(row["table"], row["name"], row["fingerprint"]) for row in rows if row["source"] == source}
+    known = {Delivery(row["table"], row["name"], row["fingerprint"]) for row in rows if row["source"] in sources}
     return known, max((row["ingest_id"] for row in rows), default=0)
 
 
@@ -176,7 +180,7 @@ def sampled(df: DataFrame, share: float) -> DataFrame:
 def clean(run: Run, rebuild: bool) -> None:
     lakehouse = run.lakehouse
     raw = {table.name: lakehouse.read(table.name) for table in RAW_TABLES if lakehouse.exists(table.name)}
-    _, last = _ingested(lakehouse, "")
+    _, last = _ingested(lakehouse)
     done = _cleaned(run)
     first = 1 if rebuild or done.get("format") != cleaning.FORMAT else int(done["through"]) + 1
     if "through" in done and first == 1 and run.config.privacy.retention_days.raw is not None:
@@ -208,6 +212,21 @@ def clean(run: Run, rebuild: bool) -> None:
             figures["note"] = "Delta cleaned the log of events: cleaned were the ingests after those that events are of"
         elif first > 1 and done["rules"] != rules:
             figures["note"] = "older rows were judged by other cleaning settings; featurize --rebuild judges them anew"
+        counted: Mapping[str, Any] = figures
+        if 0 < counted["rows"] == counted["quarantine"]:
+            figures["note"] = _refusals(stored)
+            logger.warning("quarantine: %s", figures["note"])
+
+
+def _refusals(rows: DataFrame) -> str:
+    """Say of rows in quarantine, which are all that an ingest brought, why they are there and what to do."""
+    rules = rows.groupBy("source", "rule").count().orderBy(F.desc("count"), "source", "rule").limit(3).collect()
+    told = ", ".join(f"{row['rule']} ({row['count']:,} of {row['source']})" for row in rules)
+    return (
+        f"all rows were refused, most of them for: {told}. `bp-spark quarantine show` tells all rules, docs/data-engineer.md "
+        "what to do about each. After a change of `cleaning` run `bp-spark quarantine replay`; after one of the mapping "
+        "begin anew, with an empty tables.path"
+    )
 
 
 def _cleaned(run: Run) -> dict[str, Any]:
@@ -461,5 +480,6 @@ def span(lakehouse: Lakehouse) -> tuple[date, date]:
     """Days of the first and the last event."""
     row = lakehouse.read("events").agg(F.min("event_date"), F.max("event_date")).first()
     if row is None or row[0] is None:
-        raise DataError("events", "holds no rows")
+        refused = lakehouse.exists("quarantine") and not lakehouse.read("quarantine").isEmpty()
+        raise DataError("events", "holds no rows" + (f": {_refusals(lakehouse.read('quarantine'))}" if refused else ""))
     return row[0], row[1]

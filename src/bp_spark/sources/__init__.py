@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bp_spark.config import SourceConfig
+from pathlib import Path
+
+from bp_spark.config import SourceConfig, digest
 from bp_spark.errors import ConfigError
 from bp_spark.sources.contract import Source
 
@@ -22,3 +24,14 @@ def open_source(config: SourceConfig) -> Source:
     if config.mapping is None:
         raise ConfigError("source.mapping: must name the YAML file that describes the files")
     return FilesSource(config.mapping)
+
+
+def source_digests(config: SourceConfig) -> tuple[str, ...]:
+    """Return the identities of a source in ``deliveries``: the one to write first, then those of earlier versions.
+
+    A mapping is the same by whatever path it is named: from another folder, or by a link.
+    """
+    if config.mapping is None:
+        return (digest(config),)
+    resolved = config.model_copy(update={"mapping": str(Path(config.mapping).resolve())})
+    return (digest(resolved), digest(config))

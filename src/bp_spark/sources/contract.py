@@ -29,6 +29,12 @@ RAW = {table.name: _as_delivered(table) for table in RAW_TABLES}
 """Raw tables as sources deliver them."""
 
 
+THOUSAND = r"^\s*[-+]?\d{1,3}\.\d{3}\s*$"
+"""A text such as 1.234, which is a thousand and more in half of the world."""
+BLANKS = " \t\r\n\u00a0\u3000\ufeff"
+"""What may surround an id and is no part of it: a non-breaking space and a byte order mark, too."""
+
+
 @dataclass(frozen=True, order=True)
 class Delivery:
     """One file (or table version) that a platform delivered; a file changed in place is another delivery.

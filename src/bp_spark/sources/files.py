@@ -8,12 +8,13 @@ A mapping, with all that it may say (only ``transactions`` must be there)::
     transactions:                # also behaviours, searches, reviews, items, users, rates
       path: "orders/*.csv"       # glob: from this file's folder, absolute, or an object store's address
       format: csv                # csv, json, parquet, delta
-      options: {sep: ";"}        # of Spark's reader; a header and doubled quotes are taken for granted in CSV
+      options: {sep: ";"}        # of Spark's reader; in CSV a header, doubled quotes and quoted line breaks are the defaults
       timezone: Asia/Shanghai    # of this table
       columns:
         user_id: customer                                      # column of the contract: column of the platform
+        order_id: {column: number, lower: true, valid: ["NA"]} # in lower case; texts that are ids though they look like none
         ts: {column: time, format: "yyyy/MM/dd HH:mm"}         # or unit: s, ms, us for an epoch; timezone, too
-        amount: {column: paid}
+        amount: {column: paid, decimal: ",", thousands: "."}   # and symbol: "€", negative: trailing (parentheses), round: true
         quantity: {value: 1}                                   # the same in all rows
     behaviours:
       path: clicks.parquet
@@ -28,9 +29,19 @@ A mapping, with all that it may say (only ``transactions`` must be there)::
       columns: {user_id: id, segment: {columns: {age: age_bracket, income: income_bracket}}}
 
 Types are never guessed: a value that is not of its column's type becomes NULL and its text stays in ``unreadable``, where a
-line that can't be taken apart stays whole, as ``row``. Blank text is NULL. An encoding that is not a Unicode one
-(``options: {encoding: GBK}``) needs Spark's setting ``spark.sql.legacy.javaCharsets=true``. Files whose names start with ``_``
-or ``.`` are no deliveries. A path may be a folder: all files in it are meant.
+line that can't be taken apart stays whole, as ``row``. In CSV that is a line with too many or too few fields, and one with a
+quote that isn't closed, with all lines up to the next quote that could close it. Blank text is NULL.
+
+Ids are texts without surrounding blanks, and a whole number is the same id with and without ``.0``. ``nan``, ``null``, ``NA``,
+``\\N`` and the like are no ids, nor are ``0``, ``-1`` and JSON objects ids of users, unless ``valid`` lists them.
+
+Money is a number with a decimal point and no other mark unless the mapping describes them. An amount or discount with more
+decimals than are kept is unreadable, unless ``round`` is set, and so is ``1.234`` in a text while ``decimal`` isn't given.
+
+A CSV file is read by one task, because a quoted value may have line breaks; ``options: {multiLine: false}`` says that none
+has, and large files are read in parallel. An encoding that is not a Unicode one (``options: {encoding: GBK}``) needs Spark's
+setting ``spark.sql.legacy.javaCharsets=true``. Files whose names start with ``_`` or ``.`` are no deliveries. A path may be a
+folder: all files in it are meant.
 """
 
 from __future__ import annotations
@@ -40,7 +51,7 @@ import io
 import re
 import uuid
 import zoneinfo
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
@@ -48,7 +59,15 @@ from typing import Annotated, Any, Literal, cast
 
 import pyarrow.parquet as pq
 from py4j.protocol import Py4JJavaError
-from pydantic import AfterValidator, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -57,7 +76,7 @@ from pyspark.sql import types as T
 from bp_spark.config import Section, parse_yaml
 from bp_spark.errors import ConfigError, DataError
 from bp_spark.failures import SPARK_ERRORS
-from bp_spark.sources.contract import RAW, Delivery, in_contract, text_map
+from bp_spark.sources.contract import BLANKS, RAW, THOUSAND, Delivery, in_contract, text_map
 from bp_spark.stores import UNREACHABLE, file_system
 from bp_spark.tables import Table
 
@@ -71,9 +90,20 @@ REQUIRED = {
     "raw_rates": ("currency", "day", "rate"),
 }
 CORRUPT = "_bp_spark_corrupt"
+SPARE_FIELDS = 50
+"""Columns that a CSV file is read with beyond its own: see :func:`_csv_rows`."""
+MAX_CHARACTERS = 20_000_000
+"""Of one CSV value: a quote that isn't closed would make one value of the rest of the file, whatever its size."""
 MICROS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 DATE_AND_TIME = r"^\d{4}-\d\d?-\d\d?([T ]\d\d?:\d\d?(:\d\d?(\.\d+)?)?"
 _NO_TABLE = ("PATH_NOT_FOUND", "DELTA_PATH_DOES_NOT_EXIST", "DELTA_TABLE_NOT_FOUND", "DELTA_MISSING_DELTA_TABLE")
+NO_IDS = ("nan", "null", "none", "nil", "undefined", "na", "n/a", "#n/a", "<na>", "\\n")
+"""What programs write where there is no id, in lower case."""
+NO_USERS = ("0", "-1")
+"""What shops write for guests."""
+SCALE = 2
+"""Decimals of money."""
+_NOISE = 1e-6
 ZONE_LETTERS = "[VzOXxZ]"
 
 
@@ -83,11 +113,33 @@ def _zone(name: str) -> str:
     return name
 
 
-def _harmless(options: dict[str, Any]) -> dict[str, Any]:
-    for key in options:
-        if key.lower() in ("mode", "inferschema", "columnnameofcorruptrecord", "badrecordspath"):
-            raise ValueError(f"{key} can't be set: no row may vanish, no type is guessed")
-    return options
+OPTIONS = {
+    "csv": (
+        *("sep", "delimiter", "quote", "escape", "header", "encoding", "charset", "multiLine", "lineSep", "nullValue"),
+        *("emptyValue", "ignoreLeadingWhiteSpace", "ignoreTrailingWhiteSpace", "maxColumns", "maxCharsPerColumn"),
+    ),
+    "json": (
+        *("encoding", "multiLine", "lineSep", "allowSingleQuotes", "allowUnquotedFieldNames", "allowNonNumericNumbers"),
+        *("allowNumericLeadingZeros", "allowBackslashEscapingAnyCharacter", "allowUnquotedControlChars"),
+    ),
+    "parquet": ("datetimeRebaseMode", "int96RebaseMode"),
+    "delta": ("versionAsOf", "timestampAsOf"),
+}
+"""Options of Spark's readers that a mapping may set: no row may vanish by one, and no type be guessed."""
+_STORES = "fs."
+"""Options of object stores begin so."""
+
+
+def _require_allowed(options: Iterable[str], kind: str) -> None:
+    allowed = {name.lower() for name in OPTIONS[kind]}
+    for name in options:
+        if name.lower() not in allowed and not name.startswith(_STORES):
+            close = difflib.get_close_matches(name, OPTIONS[kind], n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ValueError(
+                f"{name} can't be set, for no row may vanish and no type be guessed; {hint}{kind} takes "
+                f"{', '.join(OPTIONS[kind])}"
+            )
 
 
 Zone = Annotated[str, AfterValidator(_zone)]
@@ -117,6 +169,34 @@ class Plain(Given):
 
     values: dict[str, str] = Field(default_factory=dict)
     """Value of the platform -> value of the contract."""
+
+
+class Id(Plain):
+    """An id: NULL where the text stands for none."""
+
+    lower: bool = False
+    """Ids that differ in case only are the same."""
+    valid: tuple[str, ...] = ()
+    """Texts that are ids though they are among :data:`NO_IDS` or :data:`NO_USERS`."""
+
+
+class Money(Plain):
+    """A number, with the marks that its text has: ``1.234,50-`` is of ``decimal: ",", thousands: ".", negative: trailing``."""
+
+    decimal: Literal[".", ","] | None = None
+    """A point where it isn't given; given, ``1.234`` is no longer taken for a thousand with a mark."""
+    thousands: Literal[",", ".", "'", " ", "\u00a0"] | None = None
+    symbol: str | None = Field(None, pattern=r"^[^\d()+-]+$")
+    """What may stand before or after the number, as ``€`` or ``EUR``."""
+    negative: Literal["leading", "trailing", "parentheses"] = "leading"
+    round: bool = False
+    """More decimals than are kept are rounded away."""
+
+    @model_validator(mode="after")
+    def _two_marks(self) -> Money:
+        if self.thousands == (self.decimal or "."):
+            raise ValueError("decimal and thousands must be two marks")
+        return self
 
 
 class Day(Given):
@@ -150,9 +230,16 @@ class TableMapping(Section):
 
     path: str
     format: Literal["csv", "json", "parquet", "delta"]
-    options: Annotated[dict[str, Scalar], AfterValidator(_harmless)] = Field(default_factory=dict)
+    options: dict[str, Scalar] = Field(default_factory=dict)
     timezone: Zone | None = None
     columns: Section
+
+    @field_validator("options")
+    @classmethod
+    def _harmless(cls, options: dict[str, Scalar], info: ValidationInfo) -> dict[str, Scalar]:
+        if "format" in info.data:
+            _require_allowed(options, info.data["format"])
+        return options
 
 
 KIND_OF_RULE = {"timestamp": Time, "date": Day, "map<string,string>": Segments}
@@ -163,7 +250,8 @@ def _model(table: Table) -> Any:
     fields: dict[str, Any] = {}
     for column in table.columns:
         if column.name not in ("delivery", "unreadable"):
-            rule: Any = KIND_OF_RULE.get(column.type, Plain)
+            kind = Money if column.type.startswith("decimal") else KIND_OF_RULE.get(column.type, Plain)
+            rule: Any = Id if column.name.endswith("_id") else kind
             fields[column.name] = (rule, ...) if column.name in REQUIRED[table.name] else (rule | None, None)
     columns = create_model(f"{table.name}_columns", __base__=Section, **fields)
     return create_model(table.name, __base__=TableMapping, columns=(columns, ...))
@@ -260,7 +348,10 @@ class FilesSource:
     def _reader(self, spark: SparkSession, mapping: TableMapping) -> Any:
         reader = spark.read.format(mapping.format)
         if mapping.format == "csv":
-            reader = reader.options(header=True, escape='"', mode="PERMISSIVE", columnNameOfCorruptRecord=CORRUPT)
+            quote = _lower_keys(mapping.options).get("quote", '"')
+            reader = reader.options(header=True, escape=quote, multiLine=True, maxCharsPerColumn=MAX_CHARACTERS)
+            # with pruning Spark checks the number of fields only where all columns are asked for
+            reader = reader.options(mode="PERMISSIVE", columnPruning=False, columnNameOfCorruptRecord=CORRUPT)
         return reader.options(**mapping.options)
 
     def _read(self, spark: SparkSession, table: str, names: list[str]) -> DataFrame:
@@ -282,16 +373,24 @@ class FilesSource:
 
     def _layout(self, spark: SparkSession, mapping: TableMapping, address: str) -> str:
         """The same text for files with the same columns, empty for an empty file; only its head or footer is read."""
-        options = {key.lower(): str(value) for key, value in mapping.options.items()}
+        options = _lower_keys(mapping.options)
         if mapping.format == "json":
             return "json"
         with suppress(*UNREACHABLE):
             if mapping.format == "parquet":
                 return _parquet_schema(address)
             if options.get("header", "true").lower() == "true":
-                return _first_line(address, options.get("comment"))
+                return _first_line(address)
         # no header, or a file that Spark alone can reach
-        return str(self._reader(spark, mapping).load(_literal(address)).schema.simpleString())
+        return str(self._schema_of(spark, mapping, address).simpleString())
+
+    def _schema_of(self, spark: SparkSession, mapping: TableMapping, address: str) -> T.StructType:
+        """Columns and types of one file."""
+        reader, literal = self._reader(spark, mapping), _literal(address)
+        if mapping.format == "csv" and literal != address:
+            # to find a header of several lines Spark would take the name for a pattern once more
+            reader = reader.options(multiLine=False)
+        return cast(T.StructType, reader.load(literal).schema)
 
     def _load(self, spark: SparkSession, mapping: TableMapping, names: Sequence[str]) -> DataFrame:
         """Files with the same columns."""
@@ -304,9 +403,8 @@ class FilesSource:
                 df = reader.load(addresses)
                 columns = df.columns
             else:
-                columns = reader.load(addresses[0]).columns
-                fields = [T.StructField(column, T.StringType()) for column in (*columns, CORRUPT)]
-                df = reader.schema(T.StructType(fields)).load(addresses)
+                columns = self._schema_of(spark, mapping, self._address(names[0])).names
+                df = _csv_rows(reader, mapping, columns, addresses)
         _require(columns, mapping, names[0])
         return cast(DataFrame, df)
 
@@ -314,6 +412,9 @@ class FilesSource:
         mapping = self.tables[table]
         values: dict[str, Column] = {}
         texts: dict[str, Column] = {}
+        ids: dict[str, Column] = {}
+        numbers: dict[str, Column] = {}
+        rules: dict[str, Id] = {}
         for name, rule in mapping.columns:
             if isinstance(rule, Segments):
                 pairs = [part for key, column in rule.columns.items() for part in (F.lit(key), _text(df, column))]
@@ -323,6 +424,19 @@ class FilesSource:
                 values[name] = text
                 if isinstance(rule, Plain) and rule.values:
                     values[name] = F.coalesce(F.try_element_at(_literal_map(rule.values), text), text)
+                if isinstance(rule, Id) and rule.column is not None:
+                    ids[name], rules[name] = values[name], rule
+                    values[name] = _id(name, rule)
+                    if name == "user_id":
+                        nested = _is_nested(_column(f"id of {name}")) & ~_column(f"id of {name}").isin(*rule.valid)
+                        values[name], texts[name] = F.when(~nested, values[name]), F.when(nested, F.lit("<nested>"))
+                if isinstance(rule, Money) and rule.column is not None:
+                    numbers[f"number of {name}"] = _number(values[name], rule)
+                    values[name] = number = _column(f"number of {name}")
+                    texts[name] = text
+                    if table == "raw_transactions" and not rule.round:
+                        is_text = isinstance(df.schema[rule.column].dataType, T.StringType)
+                        values[name] = F.when(_is_exact(number, rule, is_text=is_text), number)
                 elif isinstance(rule, Time | Day):
                     texts[name] = text
                     kind = T.StringType() if rule.column is None else df.schema[rule.column].dataType
@@ -332,7 +446,8 @@ class FilesSource:
                     except ValueError as error:
                         where = f"{table.removeprefix('raw_')}.columns.{name}"
                         raise ConfigError(f"{self.name}: {where}: column {rule.column} {error}") from None
-        return _shaped(df, table, values, texts, self._delivery())
+        df = df.withColumns(numbers) if numbers else df
+        return _shaped(_with_ids(df, ids, rules), table, values, texts, self._delivery())
 
     def _delivery(self) -> Column:
         """The name of the delivery that a row came from, as :meth:`deliveries` gives it."""
@@ -356,12 +471,78 @@ def _nothing(spark: SparkSession) -> DataFrame:
     return spark.sql("SELECT '' AS nothing")
 
 
+def _lower_keys(options: dict[str, Any]) -> dict[str, str]:
+    return {key.lower(): str(value) for key, value in options.items()}
+
+
+def _csv_rows(reader: Any, mapping: TableMapping, columns: Sequence[str], addresses: list[str]) -> DataFrame:
+    """Rows of CSV files with the same columns; a record that is no row of these columns stays whole as CORRUPT.
+
+    Spark's reader takes what follows an open quote for a value, be it the rest of the file, and says nothing. So each record's
+    own text is looked at. Spark gives it for records with another number of fields than columns: all have, by SPARE_FIELDS.
+    """
+    spare = [f"{CORRUPT}_{number}" for number in range(SPARE_FIELDS)]
+    fields = [T.StructField(name, T.StringType()) for name in (*columns, *spare, CORRUPT)]
+    record = F.col(CORRUPT)
+    torn = F.when(record.isNull(), F.lit(f"<{len(columns) + SPARE_FIELDS} fields>")).when(
+        ~_has_fields(record, mapping, len(columns)), record
+    )
+    df = reader.schema(T.StructType(fields)).load(addresses)
+    return cast(DataFrame, df.select("_metadata", *(_column(name) for name in columns), torn.alias(CORRUPT)))
+
+
+def _has_fields(record: Column, mapping: TableMapping, count: int) -> Column:
+    """Whether the text of a CSV record has that many fields, and all its quotes are closed (RFC 4180)."""
+    options = _lower_keys(mapping.options)
+    separator = _unescaped(options.get("sep", options.get("delimiter", ",")))
+    of_record = F.octet_length(record) - F.octet_length(F.replace(record, F.lit(separator), F.lit("")))
+    plain = of_record == (count - 1) * len(separator.encode())
+    quote = _unescaped(options.get("quote", '"'))
+    if quote in ("", "\0"):
+        return plain
+    return F.when(
+        record.contains(F.lit(quote)), record.rlike(_record_pattern(options, separator, quote, count))
+    ).otherwise(plain)
+
+
+def _record_pattern(options: dict[str, str], separator: str, quote: str, count: int) -> str:
+    """A regular expression of Java that matches a CSV record with quotes in it.
+
+    Groups are possessive: they neither go back nor call themselves, so that a value of megabytes is matched in one pass.
+    """
+    breaks = _unescaped(options.get("linesep", "\r\n"))
+    q, s, b = (_characters(text) for text in (quote, separator, breaks))
+    escape = _characters(_unescaped(options.get("escape", quote)) or quote)
+    blanks = _characters("".join(blank for blank in " \t\r" if blank not in separator))
+
+    def quoted(excluded: str) -> str:
+        escaped = f"{q}{q}" if escape == q else rf"{escape}[\s\S]"
+        within = f"[^{q}{'' if escape == q else escape}{excluded}]*+"
+        return f"{q}{within}(?:{escaped}{within})*+{q}"
+
+    until = f"[^{s}{b}]*+" if len(separator) == 1 else f"(?:(?!{s})[^{b}])*+"
+    before = f"[{blanks}]*+" if options.get("ignoreleadingwhitespace", "").lower() == "true" else ""
+    # a quote within a value on one line, as in "15" screen", is part of it
+    field = f"(?>{before}{quoted('')}[{blanks}]*+(?={s}|\\z)|{before}{quoted(b)}{until}|(?!{before}{q}){until})"
+    return rf"\A{field}(?:{s}{field}){{{count - 1}}}+[\r\n]*\z"
+
+
+def _characters(text: str) -> str:
+    return "".join(rf"\x{{{ord(character):x}}}" for character in text)
+
+
+def _unescaped(text: str) -> str:
+    """A separator or quote as Spark takes it: ``\\t`` may be two characters."""
+    names = {"t": "\t", "r": "\r", "n": "\n", "b": "\b", "f": "\f", '"': '"', "'": "'", "\\": "\\", "u0000": "\0"}
+    return names.get(text[1:], text) if len(text) > 1 and text[0] == "\\" else text
+
+
 def _json_rows(spark: SparkSession, mapping: TableMapping, addresses: list[str]) -> DataFrame:
     """Rows of JSON files, one for an object, one for each object of an array; a line that is neither stays as CORRUPT.
 
     Not by Spark's own reader, which takes the first value of a line and is silent about what follows it.
     """
-    options = {key.lower(): str(value) for key, value in mapping.options.items()}
+    options = _lower_keys(mapping.options)
     of_text = {key: options.pop(key) for key in ("encoding", "linesep") if key in options}
     whole = options.get("multiline", "false")
     if "encoding" in of_text:
@@ -426,6 +607,68 @@ def _text(df: DataFrame, column: str) -> Column:
     return F.when(F.trim(text) != "", text)
 
 
+def _with_ids(df: DataFrame, texts: dict[str, Column], rules: dict[str, Id]) -> DataFrame:
+    """Add ``id of NAME`` for each id of these names: its text without blanks, and without the ``.0`` of a whole number.
+
+    In steps, because an expression that stands twice in another one is computed twice.
+    """
+    if not texts:
+        return df
+    ids = {name: F.btrim(text, F.lit(BLANKS)) for name, text in texts.items()}
+    df = df.withColumns({f"id of {name}": F.lower(text) if rules[name].lower else text for name, text in ids.items()})
+    # a column of whole numbers with gaps is written as 17850.0 by pandas
+    number = {name: F.regexp_replace(_column(f"id of {name}"), r"^(-?\d+)\.0+$", "$1") for name in ids}
+    whole = {name: _column(f"id of {name}").endswith("0") & _column(f"id of {name}").contains(".") for name in ids}
+    return df.withColumns(
+        {f"id of {name}": F.when(whole[name], number[name]).otherwise(_column(f"id of {name}")) for name in ids}
+    )
+
+
+def _id(name: str, rule: Id) -> Column:
+    """An id from :func:`_with_ids`; NULL where that is one of the texts that stand for none."""
+    found = _column(f"id of {name}")
+    valid = {text.lower() for text in rule.valid}
+    empty = [text for text in (*NO_IDS, *(NO_USERS if name == "user_id" else ())) if text not in valid]
+    return F.when(~F.lower(found).isin("", *empty), found)
+
+
+def _number(text: Column, rule: Money) -> Column:
+    """A number as Spark reads it, from a text with the marks of a rule; NULL where the text has others."""
+    if rule.thousands is None and rule.symbol is None and rule.negative == "leading" and rule.decimal in (None, "."):
+        return text
+    point, thousands, symbol = (_characters(mark or "") for mark in (rule.decimal or ".", rule.thousands, rule.symbol))
+    whole = rf"(?:\d{{1,3}}(?:{thousands}\d{{3}})+|\d+)" if thousands else r"\d+"
+    digits = rf"{whole}(?:{point}\d+)?"
+    mark = rf"(?:{symbol})?\s*" if symbol else ""
+    number = rf"{digits}\s*{mark}"
+    shape = {
+        "leading": rf"(?:-?\s*{mark}|{mark}-?){number}",
+        "trailing": rf"{mark}{number}-?\s*{mark}",
+        "parentheses": rf"(?:\({mark}{number}\)|{mark}{number})",
+    }[rule.negative]
+    plain = F.regexp_extract(text, digits, 0)
+    if rule.thousands:
+        plain = F.replace(plain, F.lit(rule.thousands), F.lit(""))
+    plain = F.replace(plain, F.lit(rule.decimal or "."), F.lit("."))
+    signed = F.when(text.rlike("[-(]"), F.concat(F.lit("-"), plain)).otherwise(plain)
+    return F.when(text.rlike(rf"\A\s*{shape}\s*\z"), signed)
+
+
+def _is_exact(number: Column, rule: Money, *, is_text: bool) -> Column:
+    """Whether a number has no more decimals than money keeps, and can't be a thousand with a mark for a point."""
+    value = number.try_cast("double")
+    # sums of binary fractions, as 0.30000000000000004, are as exact as they can be
+    rounded = F.abs(value - F.round(value, SCALE)) > _NOISE
+    ambiguous = number.rlike(THOUSAND) if is_text and rule.decimal is rule.thousands is None else F.lit(False)
+    may_be_longer = (F.length(number) - F.instr(number, ".") > SCALE) & number.contains(".")
+    return F.when(may_be_longer | number.contains("e") | number.contains("E"), ~(rounded | ambiguous)).otherwise(True)
+
+
+def _is_nested(text: Column) -> Column:
+    """Whether a text is a JSON object or array: a customer with all that the platform knows of it."""
+    return (text.startswith("{") & text.endswith("}")) | (text.startswith("[") & text.endswith("]"))
+
+
 def _moment(rule: Time | Day, text: Column, kind: T.DataType, zone: str) -> Column:
     """A time or date from its column's text and type; NULL where it can't be read."""
     if isinstance(rule, Day):
@@ -482,9 +725,28 @@ def _mapped(mapping: TableMapping) -> set[str]:
 
 
 def _require(columns: Sequence[str], mapping: TableMapping, file: str) -> None:
-    for column in sorted(_mapped(mapping)):
-        if column not in columns:
-            raise DataError(file, f"column is missing; there are {', '.join(columns)}", column=column)
+    """Raise a DataError for a column that the mapping names and the file lacks.
+
+    The first line of a CSV file without a header is a user's row: it is told only where it names a column of the mapping.
+    """
+    mapped = _mapped(mapping)
+    missing = sorted(mapped.difference(columns))
+    if not missing:
+        return
+    has_header = _lower_keys(mapping.options).get("header", "true").lower() == "true"
+    if mapping.format == "csv" and has_header and len(missing) == len(mapped):
+        separator = _lower_keys(mapping.options).get("sep", ",")
+        rule = (
+            f"column is missing, and so are all others of the mapping; the first line has {len(columns)} fields between "
+            f"{separator!r}. For another separator set options: {{sep: ...}}; for a file without a header options: "
+            "{header: false}, and name its columns _c0, _c1, ..."
+        )
+    else:
+        close = difflib.get_close_matches(missing[0], columns, n=1)
+        rule = f"column is missing; there are {', '.join(map(repr, columns))}" + (
+            f"; did you mean {close[0]!r}?" if close else ""
+        )
+    raise DataError(file, rule, column=missing[0])
 
 
 def _listed(spark: SparkSession, pattern: str) -> list[tuple[str, str]]:
@@ -506,12 +768,14 @@ def _listed(spark: SparkSession, pattern: str) -> list[tuple[str, str]]:
     ]
 
 
-def _first_line(address: str, comment: str | None) -> str:
-    """First line that is neither blank nor a comment; its bytes as they are, so good for comparing only."""
+def _first_line(address: str) -> str:
+    """First line that is not blank; its bytes as they are, so good for comparing only."""
     files, path = file_system(address)
     with files.open_input_stream(path) as stream:
         for line in io.TextIOWrapper(stream, "ISO-8859-1"):
-            if line.strip() and not (comment and line.startswith(comment)):
+            if line.count('"') % 2:
+                raise ValueError("a name of a column may go on in the next line")
+            if line.strip():
                 return line.rstrip("\n")
     return ""
 
@@ -557,13 +821,15 @@ def _explain(name: str, problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{name}: {key} is missing"
     if problem["type"] != "extra_forbidden":
-        return f"{name}: {key}: {problem['msg']} (got {problem['input']!r})"
+        # options may hold what a store is signed in to with
+        got = "" if problem["loc"][-1] == "options" else f" (got {problem['input']!r})"
+        return f"{name}: {key}: {problem['msg']}{got}"
     *parents, last = (str(part) for part in problem["loc"])
     if not parents:
         known: set[str] = set(MAPPING.model_fields)
     elif len(parents) == 2:
         known = set(MODELS[parents[0]].model_fields["columns"].annotation.model_fields)
     else:
-        known = {*TableMapping.model_fields, *Time.model_fields, *Plain.model_fields}
+        known = {*TableMapping.model_fields, *Time.model_fields, *Id.model_fields, *Money.model_fields}
     close = difflib.get_close_matches(last, sorted(known), n=1)
     return f"{name}: unknown key {key}" + (f"; did you mean {close[0]}?" if close else "")
