@@ -10,6 +10,8 @@ from pyspark.sql import functions as F
 
 from bp_spark import cleaning, config
 from bp_spark.config import CleaningConfig
+from bp_spark.errors import ConfigError
+from bp_spark.pipeline.featurizing import first_to_clean
 from histories import raw_frame, sorted_rows
 
 CONFIG = config.load().cleaning
@@ -289,3 +291,17 @@ def test_every_kind_becomes_an_event_with_its_text(spark: SparkSession) -> None:
     assert text_of["search"] == text_of["purchase"] != text_of["review"]
     known = {row["text"] for row in cleaning.texts({**raw, "raw_items": items}).collect()}
     assert known == {"red shoes", "fine"}
+
+
+def test_where_raw_rows_are_not_all_kept_an_older_format_is_gone_on_with_if_it_can_be() -> None:
+    def noted(number: int) -> dict[str, object]:
+        return {"format": number, "through": 7, "rules": "some"}
+
+    assert first_to_clean({}, rebuild=False, all_kept=True) == first_to_clean({}, rebuild=False, all_kept=False) == 1
+    for kept in (True, False):
+        assert first_to_clean(noted(cleaning.FORMAT), rebuild=False, all_kept=kept) == 8
+    assert first_to_clean(noted(2), rebuild=False, all_kept=True) == 1
+    assert first_to_clean(noted(2), rebuild=False, all_kept=False) == 8
+    for done, rebuild in ((noted(1), False), (noted(2), True), (noted(cleaning.FORMAT), True)):
+        with pytest.raises(ConfigError, match="can't be derived from them anew"):
+            first_to_clean(done, rebuild=rebuild, all_kept=False)

@@ -30,6 +30,9 @@ from bp_spark.texts import normalised, text_id
 
 FORMAT = 3
 """Raised when events mean something else than before: older ones are then cleaned anew."""
+COMPATIBLE = (2,)
+"""Older formats that new events may be added to, where raw rows are not all kept. In 2, equal lines in two part files of one
+write were one event."""
 
 ACTIONS = ("browse", "click", "cart", "favourite", "coupon")
 LOGS = tuple(table.name for table in RAW_LOGS)

@@ -182,12 +182,7 @@ def clean(run: Run, rebuild: bool) -> None:
     raw = {table.name: lakehouse.read(table.name) for table in RAW_TABLES if lakehouse.exists(table.name)}
     _, last = _ingested(lakehouse)
     done = _cleaned(run)
-    first = 1 if rebuild or done.get("format") != cleaning.FORMAT else int(done["through"]) + 1
-    if "through" in done and first == 1 and run.config.privacy.retention_days.raw is not None:
-        raise ConfigError(
-            "privacy.retention_days.raw: older raw rows are gone, so that events can't be derived from them anew (--rebuild, "
-            "or a version of bp-spark that cleans otherwise)"
-        )
+    first = first_to_clean(done, rebuild=rebuild, all_kept=run.config.privacy.retention_days.raw is None)
     rules = digest(run.config.cleaning)
     with run.stage("clean", digest(rules, first, last)) as figures:
         if first > last:
@@ -216,6 +211,27 @@ def clean(run: Run, rebuild: bool) -> None:
         if 0 < counted["rows"] == counted["quarantine"]:
             figures["note"] = _refusals(stored)
             logger.warning("quarantine: %s", figures["note"])
+
+
+def first_to_clean(done: Mapping[str, Any], *, rebuild: bool, all_kept: bool) -> int:
+    """Return the number of the first ingest to clean.
+
+    Args:
+        done: what the newest cleaning noted.
+        all_kept: whether raw rows are kept for ever.
+
+    Raises:
+        ConfigError: events must be derived from all raw rows, and these are not all kept.
+    """
+    goes_on = done.get("format") == cleaning.FORMAT or (not all_kept and done.get("format") in cleaning.COMPATIBLE)
+    if goes_on and not rebuild:
+        return int(done["through"]) + 1
+    if "through" in done and not all_kept:
+        raise ConfigError(
+            "privacy.retention_days.raw: older raw rows are gone, so that events can't be derived from them anew (--rebuild, "
+            "or a version of bp-spark that cleans otherwise)"
+        )
+    return 1
 
 
 def _refusals(rows: DataFrame) -> str:
