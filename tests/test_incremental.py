@@ -251,6 +251,11 @@ def test_a_mapping_by_another_path_brings_nothing_new(
             s["stage"]: s for s in pipeline.featurize(spark, platform("lakehouse", f"source.mapping={path}"), [AS_OF])
         }
         assert stages["ingest"]["status"] == "unchanged"
+    # the platform's folder is moved, times and all
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "platform").rename(tmp_path / "moved")
+    moved = platform("lakehouse", f"source.mapping={tmp_path}/moved/source.yaml")
+    assert pipeline.featurize(spark, moved, [AS_OF])[0]["status"] == "unchanged"
 
 
 def test_a_platform_without_a_row_is_refused_and_leaves_no_table(

@@ -29,9 +29,9 @@ def open_source(config: SourceConfig) -> Source:
 def source_digests(config: SourceConfig) -> tuple[str, ...]:
     """Return the identities of a source in ``deliveries``: the one to write first, then those of earlier versions.
 
-    A mapping is the same by whatever path it is named: from another folder, or by a link.
+    A mapping is known by its file's name: named from another folder, by a link, or moved with its files, it is the same.
     """
     if config.mapping is None:
         return (digest(config),)
-    resolved = config.model_copy(update={"mapping": str(Path(config.mapping).resolve())})
-    return (digest(resolved), digest(config))
+    named = config.model_copy(update={"mapping": Path(config.mapping).resolve().name})
+    return (digest(named), digest(config))
