@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import DeltaTable
 
 from bp_spark.errors import DataError
 from bp_spark.stores import file_system
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
 
 
 def read(table: DeltaTable, files: Sequence[str]) -> list[pq.FileMetaData]:

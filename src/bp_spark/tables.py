@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from deltalake import DeltaTable
-from deltalake.exceptions import DeltaError
 from pyarrow import fs
 from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import Column as SparkColumn
@@ -882,6 +880,10 @@ class Lakehouse:
         Raises:
             DataError: a footer is damaged: see :mod:`bp_spark.footers`.
         """
+        # a logged model is loaded where deltalake is not installed
+        from deltalake import DeltaTable
+        from deltalake.exceptions import DeltaError
+
         try:
             table = DeltaTable(self.location(name), version=version)
             chosen = [(column, "=", value) for column, value in (where or {}).items()]
