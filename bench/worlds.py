@@ -132,7 +132,7 @@ def orders(world: World, seed: int) -> pd.DataFrame:
     else:
         rate = rng.gamma(world.rate_shape, world.rate / world.rate_shape, USERS)
         count = rng.poisson(rate[:, None] * np.exp(log_rate) * lift * there)
-    # everybody has ordered when coming: a user without an order is nobody's user
+    # each user's first week has an order: the platform knows nobody without one
     count[np.arange(USERS), start] = np.maximum(count[np.arange(USERS), start], 1)
     user, when = np.nonzero(count)
     user, when = (np.repeat(of, count[user, when]) for of in (user, when))

@@ -39,6 +39,17 @@ reviews:
 KINDS = ("browse", "click", "cart", "favourite", "coupon", "search", "review")
 
 
+def clock_at(moment: datetime) -> type[datetime]:
+    """A ``datetime`` for which it is always that moment."""
+
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return moment
+
+    return Stopped
+
+
 def random_events(seed: int, users: int = 12, days: int = 120, around: date = AS_OF) -> pd.DataFrame:
     """EVENTS of some users in the ``days`` before and the 30 days after ``around``, some at its very midnight."""
     rng = np.random.default_rng(seed)

@@ -19,7 +19,7 @@ from bp_spark.config import Config
 from bp_spark.errors import DataError
 from bp_spark.pipeline import featurizing
 from bp_spark.tables import Lakehouse
-from histories import WRITTEN_TEXTS, sorted_rows, write_night
+from histories import WRITTEN_TEXTS, clock_at, sorted_rows, write_night
 
 pytestmark = pytest.mark.slow
 
@@ -213,13 +213,8 @@ def test_a_replay_moves_rows_that_are_good_by_now(
     rows += [{**line, "time": "2024-02-25 10:00:00", "paid": "7"}]
     write_night(tmp_path / "platform", 0, transactions=rows, items=items())
 
-    class SetBack(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime(2024, 2, 21, tzinfo=UTC)
-
     with monkeypatch.context() as patch:
-        patch.setattr(featurizing, "datetime", SetBack)
+        patch.setattr(featurizing, "datetime", clock_at(datetime(2024, 2, 21, tzinfo=UTC)))
         pipeline.featurize(spark, strict, [AS_OF])
     assert pipeline.quarantine_by_rule(spark, strict) == [
         ("raw_transactions", "amount is beyond 10", 1),

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
@@ -19,6 +18,7 @@ from pyspark.sql import SparkSession
 
 from bp_spark.errors import DataError, PlatformError
 from bp_spark.pipeline import run as running
+from histories import clock_at
 
 
 def _data(table: Path) -> Path:
@@ -141,13 +141,8 @@ def test_a_clock_set_back_does_not_make_an_older_run_the_newest(
 ) -> None:
     assert unscored.score(spark).written
 
-    class SetBack(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime(2001, 1, 1, tzinfo=UTC)
-
     with monkeypatch.context() as patch:
-        patch.setattr(running, "datetime", SetBack)
+        patch.setattr(running, "datetime", clock_at(datetime(2001, 1, 1, tzinfo=UTC)))
         assert unscored.score(spark, unscored.other).written
     # by the clocks the first run is the newest, by the table the second is
     assert unscored.score(spark).written

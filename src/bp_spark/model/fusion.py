@@ -8,7 +8,7 @@ one user alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from datetime import date
 from statistics import NormalDist
@@ -247,11 +247,7 @@ class Fusion:
         if self.recency is None:
             return by_spend
         inputs = _activity_inputs(by_spend, *(np.asarray(predictions[name], np.float64) for name in (ACTIVE, SILENT)))
-        total = np.zeros(len(logs))
-        # column by column, as in _stacked_log
-        for column, weight in zip(inputs.T, self.recency, strict=True):
-            total += weight * column
-        return expit(total)
+        return expit(_weighted(inputs, self.recency))
 
     def expected(self, root: np.ndarray) -> np.ndarray:
         """Calibrated expected spend, float64 [rows], of the stack's root, float64 [rows]."""
@@ -332,11 +328,16 @@ def _stacking_weights(roots: np.ndarray, target: np.ndarray, recency: np.ndarray
 
 def _stacked_log(roots: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """log1p of the stack, float64 [rows]."""
-    total = np.zeros(len(roots))
-    # Member by member and not by a matrix product: BLAS sums in an order that depends on the number of rows.
-    for column, weight in zip(roots.T, weights, strict=True):
+    return np.log1p(_weighted(roots, weights) ** 2)
+
+
+def _weighted(values: np.ndarray, weights: Iterable[float]) -> np.ndarray:
+    """Weighted sum of the columns of ``values`` [rows, columns], float64 [rows]."""
+    total = np.zeros(len(values))
+    # Column by column and not by a matrix product: BLAS sums in an order that depends on the number of rows.
+    for column, weight in zip(values.T, weights, strict=True):
         total += weight * column
-    return np.log1p(total**2)
+    return total
 
 
 def _fit_calibration(mean: np.ndarray, spend: np.ndarray, recency: np.ndarray) -> Curve:

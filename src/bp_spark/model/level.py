@@ -295,23 +295,18 @@ def _sd(errors: np.ndarray, horizon: int) -> float:
 
 def _before(index: np.ndarray, weeks: int) -> np.ndarray:
     """Log mean index of so many weeks before each date, the newest date first; NaN where there are fewer."""
-    return _log_means(index, weeks)
-
-
-def _after(index: np.ndarray, weeks: int) -> np.ndarray:
-    """Log mean index of so many weeks from each date on, the newest date first; NaN where they aren't over."""
-    means = np.full(len(index) + 1, np.nan)
-    means[weeks:] = _log_means(index, weeks)[: max(0, len(index) + 1 - weeks)]
-    return means
-
-
-def _log_means(index: np.ndarray, weeks: int) -> np.ndarray:
-    """Log mean of ``weeks`` values from each place on, float64 [weeks + 1]; NaN where there are fewer."""
     total = np.concatenate([[0.0], np.cumsum(index)])
     means = np.full(len(index) + 1, np.nan)
     if weeks <= len(index):
         means[: len(index) + 1 - weeks] = (total[weeks:] - total[: len(total) - weeks]) / weeks
     return np.log(np.where(means > 0, means, np.nan))
+
+
+def _after(index: np.ndarray, weeks: int) -> np.ndarray:
+    """Log mean index of so many weeks from each date on, the newest date first; NaN where they aren't over."""
+    means = np.full(len(index) + 1, np.nan)
+    means[weeks:] = _before(index, weeks)[: max(0, len(index) + 1 - weeks)]
+    return means
 
 
 def _shares(spent: np.ndarray, fitted: np.ndarray) -> np.ndarray:

@@ -175,7 +175,9 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
     horizons = _fit_horizons(run, out_of_fold, fusion)
     said = {str(name): reference[name].to_numpy() for name in reference}
     steady = fusion.steady(said)
-    fusion = replace(fusion, level=level.towards(float(steady["expected_spend"].mean()) * users.count()))
+    # the predictions may be of a sample; without a forecast nobody needs to be counted
+    total = float(steady["expected_spend"].mean()) * users.count() if level.forecast else 0.0
+    fusion = replace(fusion, level=level.towards(total))
     fused, by_horizon = fusion.moved(steady), horizons.apply(steady["expected_spend"], said)
     predictions = reference.assign(
         fused=fused["expected_spend"],

@@ -379,7 +379,7 @@ class FilesSource:
         with suppress(*UNREACHABLE):
             if mapping.format == "parquet":
                 return _parquet_schema(address)
-            if options.get("header", "true").lower() == "true":
+            if _has_header(options):
                 return _first_line(address)
         # no header, or a file that Spark alone can reach
         return str(self._schema_of(spark, mapping, address).simpleString())
@@ -475,6 +475,16 @@ def _lower_keys(options: dict[str, Any]) -> dict[str, str]:
     return {key.lower(): str(value) for key, value in options.items()}
 
 
+def _has_header(options: dict[str, str]) -> bool:
+    """Whether the first line of a CSV file names its columns."""
+    return options.get("header", "true").lower() == "true"
+
+
+def _separator(options: dict[str, str]) -> str:
+    """What parts the fields of a CSV file, as the mapping writes it."""
+    return options.get("sep", options.get("delimiter", ","))
+
+
 def _csv_rows(reader: Any, mapping: TableMapping, columns: Sequence[str], addresses: list[str]) -> DataFrame:
     """Rows of CSV files with the same columns; a record that is no row of these columns stays whole as CORRUPT.
 
@@ -494,7 +504,7 @@ def _csv_rows(reader: Any, mapping: TableMapping, columns: Sequence[str], addres
 def _has_fields(record: Column, mapping: TableMapping, count: int) -> Column:
     """Whether the text of a CSV record has that many fields, and all its quotes are closed (RFC 4180)."""
     options = _lower_keys(mapping.options)
-    separator = _unescaped(options.get("sep", options.get("delimiter", ",")))
+    separator = _unescaped(_separator(options))
     of_record = F.octet_length(record) - F.octet_length(F.replace(record, F.lit(separator), F.lit("")))
     plain = of_record == (count - 1) * len(separator.encode())
     quote = _unescaped(options.get("quote", '"'))
@@ -733,9 +743,9 @@ def _require(columns: Sequence[str], mapping: TableMapping, file: str) -> None:
     missing = sorted(mapped.difference(columns))
     if not missing:
         return
-    has_header = _lower_keys(mapping.options).get("header", "true").lower() == "true"
-    if mapping.format == "csv" and has_header and len(missing) == len(mapped):
-        separator = _lower_keys(mapping.options).get("sep", ",")
+    options = _lower_keys(mapping.options)
+    if mapping.format == "csv" and _has_header(options) and len(missing) == len(mapped):
+        separator = _separator(options)
         rule = (
             f"column is missing, and so are all others of the mapping; the first line has {len(columns)} fields between "
             f"{separator!r}. For another separator set options: {{sep: ...}}; for a file without a header options: "
