@@ -43,14 +43,15 @@ from scipy import stats
 
 from bench import Usage, publish
 from bench.duckdb_peer import Peer
-from bp_spark import config, pipeline
-from bp_spark.aggregates import SEQUENCE_COLUMNS
-from bp_spark.config import Config
-from bp_spark.features import CATEGORY_BUCKETS, catalogue
-from bp_spark.privacy import make_secret
-from bp_spark.session import get_session
-from bp_spark.sources.synthetic import LOGS, MAX_DELAY, SPOILS, SyntheticConfig, generate
-from bp_spark.tables import RAW_TABLES, Lakehouse
+from bp_spark import pipeline
+from bp_spark.core import config
+from bp_spark.core.config import Config
+from bp_spark.core.session import get_session
+from bp_spark.features.aggregates import SEQUENCE_COLUMNS
+from bp_spark.features.catalogue import CATEGORY_BUCKETS, catalogue
+from bp_spark.ingest.pseudonyms import make_secret
+from bp_spark.ingest.sources.synthetic import LOGS, MAX_DELAY, SPOILS, SyntheticConfig, generate
+from bp_spark.lakehouse.tables import RAW_TABLES, Lakehouse
 
 EVENTS_PER_USER_YEAR = 53.6
 FIRST_DAY = date(2024, 1, 1)

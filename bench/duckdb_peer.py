@@ -18,12 +18,22 @@ from pathlib import Path
 
 import duckdb
 
-from bp_spark.aggregates import ACTIVITY, SEQUENCE_COLUMNS, WEEKDAYS, Aggregate, Decayed, Largest, Newest, Oldest, Total
-from bp_spark.cleaning import ACTIONS
-from bp_spark.config import Config
-from bp_spark.daily import CODES
-from bp_spark.features import CATEGORY_BUCKETS, catalogue, ticked
-from bp_spark.tables import RAW_LOGS
+from bp_spark.core.config import Config
+from bp_spark.features.aggregates import (
+    ACTIVITY,
+    SEQUENCE_COLUMNS,
+    WEEKDAYS,
+    Aggregate,
+    Decayed,
+    Largest,
+    Newest,
+    Oldest,
+    Total,
+)
+from bp_spark.features.catalogue import CATEGORY_BUCKETS, catalogue, quantize_recency
+from bp_spark.features.user_daily import CODES
+from bp_spark.ingest.cleaning import ACTIONS
+from bp_spark.lakehouse.tables import RAW_LOGS
 
 SUMS = {
     # raw column of tokens -> measure of a day, where it is only added up
@@ -239,7 +249,7 @@ class Peer:
         return [items, rates, *views, f"CREATE TABLE quarantine AS {refused}"]
 
     def _rule(self, log: str) -> str:
-        """SQL of the first broken rule, as :func:`bp_spark.cleaning.rules` has them."""
+        """SQL of the first broken rule, as :func:`bp_spark.ingest.cleaning.rules` has them."""
         config = self.config.cleaning
         actions = ", ".join(f"'{action}'" for action in ACTIONS)
         timed = [
@@ -455,9 +465,10 @@ class Peer:
         aggregates = ", ".join(f"{aggregate_sql(what)} AS {name}" for name, what in features.aggregates.items())
         columns = ", ".join(f"({dialect(f.expression)})::FLOAT AS {f.name}" for f in features.features)
         sequences = ", ".join(f"coalesce({column.name}, []) AS {column.name}" for column in SEQUENCE_COLUMNS)
+        age = dialect(quantize_recency("age", self.config.features.recency_precision_bits))
         return f"""
             WITH clocks AS MATERIALIZED (
-                SELECT user_key, last + ({dialect(ticked("age", self.config.features.silence_digits))})::INT AS seen_on
+                SELECT user_key, last + ({age})::INT AS seen_on
                 FROM (SELECT user_key, max(day) AS last, DATE '{as_of}' - last AS age
                       FROM daily WHERE day < DATE '{as_of}' GROUP BY user_key)
             ),

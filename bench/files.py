@@ -27,13 +27,14 @@ from pathlib import Path
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from bp_spark import cleaning, config, privacy
-from bp_spark.session import get_session
-from bp_spark.sources.contract import Delivery
-from bp_spark.sources.files import FilesSource
+from bp_spark.core import config
+from bp_spark.core.session import get_session
+from bp_spark.ingest import cleaning, pseudonyms
+from bp_spark.ingest.sources.contract import Delivery
+from bp_spark.ingest.sources.files import FilesSource
 
 OUT = Path("build/bench/files.jsonl")
-SECRET = privacy.Secret(b"of the benchmark of files, 32 bytes and more")
+SECRET = pseudonyms.Secret(b"of the benchmark of files, 32 bytes and more")
 HEADER = "at,customer,order,line,name,paid,list_price\n"
 COLUMNS = {"user_id": "customer", "order_id": "order", "ts": "at", "amount": "paid"}
 DAY = "2024-05-01 10:00:00"
@@ -152,11 +153,11 @@ def outcome(spark: SparkSession, folder: Path, case: Case) -> Outcome:
         fresh = [delivery for delivery in source.deliveries(spark) if delivery not in known]
         known.update(fresh)
         rows = source.read(spark, fresh)["raw_transactions"]
-        stored = privacy.pseudonymous(rows, "raw_transactions", SECRET, privacy.mask)
+        stored = pseudonyms.pseudonymous(rows, "raw_transactions", SECRET, pseudonyms.mask)
         added = {"ingest_id": F.lit(number).cast("bigint"), "ingested_at": F.lit(datetime(2024, 6, 1, tzinfo=UTC))}
         nights.append(stored.withColumns(added))
     raw = reduce(DataFrame.unionByName, nights).localCheckpoint()
-    judged = cleaning.judge({"raw_transactions": raw}, {}, config.load().cleaning)
+    judged = cleaning.validate({"raw_transactions": raw}, {}, config.load().cleaning)
     events = cleaning.events(judged).localCheckpoint()
     refused = cleaning.quarantine(judged).count()
     users = {SECRET.key_of(user): user for user in case.spend}

@@ -32,13 +32,13 @@ import torch
 from safetensors.torch import save_file
 
 from bench import publish
-from bp_spark import config
-from bp_spark.config import SIZES, Config
+from bp_spark.core import config
+from bp_spark.core.config import SIZES, Config
 from bp_spark.model.history import HistoryEncoder
 from bp_spark.model.inputs import HISTORY_COLUMNS, InputSpec
 from bp_spark.model.network import SpendNetwork, TransformerMember
-from bp_spark.training.finetune import Job, train_rank
 from bp_spark.training.loader import Columns, RowGroup, Snapshot
+from bp_spark.training.tasks.finetune import Job, train_rank
 
 OUT = Path("build/bench/gpu.json")
 TEXTS, TEXT_SIZE = 10_000, 384

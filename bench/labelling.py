@@ -6,8 +6,8 @@ number of labels; and how much better than random choice that is, seed by seed, 
 
 The pool is the users of one date, a horizon before the test date, but the holdout; their labels are what they really spent, and
 are hidden until they are asked for. From a few random ones on, a batch is added at a time. The ensemble, two boosters and a
-ridge regression, is fitted anew on the labels so far; it says who is asked next, by :func:`bp_spark.labelling.disagreement` and
-:func:`bp_spark.labelling.diverse`, as ``bp-spark select-labels`` does.
+ridge regression, is fitted anew on the labels so far; it says who is asked next, by `disagreement` and
+`diverse` of `bp_spark.scoring.active_learning`, as ``bp-spark select-labels`` does.
 """
 
 from __future__ import annotations
@@ -29,21 +29,27 @@ from sklearn.linear_model import Ridge
 from tqdm import tqdm
 
 from bench import publish
-from bp_spark import config, evaluation, features, labelling
-from bp_spark.features import Catalogue
+from bp_spark.core import config
+from bp_spark.core.session import get_session
+from bp_spark.evaluation import metrics
+from bp_spark.features import catalogue as features
+from bp_spark.features import job as feature_job
+from bp_spark.features.catalogue import Catalogue
+from bp_spark.lakehouse.run import Run
 from bp_spark.model.columns import Columns, stack
-from bp_spark.model.members import LinearMember, Member, SqrtTreesMember, TreesMember, predict_all
-from bp_spark.pipeline import featurizing, training
-from bp_spark.pipeline.run import Run
-from bp_spark.session import get_session
+from bp_spark.model.members.base import Member, predict_all
+from bp_spark.model.members.linear import LinearMember
+from bp_spark.model.members.trees import SqrtTreesMember, TreesMember
+from bp_spark.scoring import active_learning
+from bp_spark.training import job as training_job
 
 OUT = Path("build/bench/labelling.json")
 STEP, MOST, SEEDS = 50, 600, 20
 RANDOM, DISAGREEMENT, DIVERSE = "random", "disagreement", "disagreement + diversity"
 METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "spearman": evaluation.spearman,
-    "gini": evaluation.normalised_gini,
-    "mae": evaluation.mae,
+    "spearman": metrics.spearman,
+    "gini": metrics.normalised_gini,
+    "mae": metrics.mae,
 }
 ROUNDS = 150
 BOOSTER = {
@@ -69,10 +75,10 @@ def run(settings: config.Config, seeds: int, most: int = MOST, test_date: date |
     spark = get_session(settings, "bp-spark bench")
     line = Run(spark, settings)
     horizon = timedelta(days=settings.labels.horizon_days)
-    test_date = test_date or featurizing.span(line.lakehouse)[1] - horizon
+    test_date = test_date or feature_job.span(line.lakehouse)[1] - horizon
     pool_date = test_date - horizon
-    featurizing.write_features(line, [pool_date, test_date])
-    pool, test = (training.test_rows(line, day).orderBy("user_key").toPandas() for day in (pool_date, test_date))
+    feature_job.write_features(line, [pool_date, test_date])
+    pool, test = (training_job.test_rows(line, day).orderBy("user_key").toPandas() for day in (pool_date, test_date))
     pool = pool[pool["seen"]].reset_index(drop=True)
     spark.stop()
     return {
@@ -116,7 +122,7 @@ def simulate(
                 if len(known) + STEP > min(most, len(pool)):
                     break
                 free = np.setdiff1d(np.arange(len(pool)), known)
-                apart = labelling.disagreement(_said(members, pool.iloc[free]), {m.name: 1.0 for m in members})
+                apart = active_learning.disagreement(_said(members, pool.iloc[free]), {m.name: 1.0 for m in members})
                 known = np.concatenate([known, choose(free, apart, rng)])
     everyone = [_judged(fit(pool, catalogue, seed), test) for seed in range(min(seeds, 5))]
     table = pd.DataFrame(figures)
@@ -153,7 +159,7 @@ def _sqrt_trees(values: np.ndarray, spend: np.ndarray, catalogue: Catalogue, see
 
 
 def _linear(columns: Columns, spend: np.ndarray) -> LinearMember:
-    values = stack(columns, training.RFM, np.float64)
+    values = stack(columns, training_job.RFM, np.float64)
     logs = np.sign(values) * np.log1p(np.abs(values))
     means = np.nan_to_num(np.nanmean(logs, axis=0))
     filled, target = np.where(np.isnan(logs), means, logs), np.log1p(spend)
@@ -162,7 +168,7 @@ def _linear(columns: Columns, spend: np.ndarray) -> LinearMember:
     said = np.exp(np.minimum(ridge.predict(filled), ceiling)).sum()
     smearing = float(np.exp(target).sum() / said)
     return LinearMember(
-        training.RFM, tuple(means), tuple(ridge.coef_), float(ridge.intercept_), smearing=smearing, ceiling=ceiling
+        training_job.RFM, tuple(means), tuple(ridge.coef_), float(ridge.intercept_), smearing=smearing, ceiling=ceiling
     )
 
 
@@ -184,8 +190,8 @@ def _judged(members: Sequence[Member], test: pd.DataFrame) -> dict[str, float]:
 
 def _diverse(pool: pd.DataFrame, catalogue: Catalogue, free: np.ndarray, apart: np.ndarray, count: int) -> np.ndarray:
     most = np.argsort(-apart, kind="stable")[:count]
-    points = labelling.standardised(pool.iloc[free[most]], catalogue)
-    return free[most[labelling.diverse(points, apart[most], STEP)]]
+    points = active_learning.standardised(pool.iloc[free[most]], catalogue)
+    return free[most[active_learning.diverse(points, apart[most], STEP)]]
 
 
 def _curve(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -27,16 +27,18 @@ from pyspark.sql import functions as F
 from tqdm import tqdm
 
 from bench import publish
-from bp_spark import config, labels
-from bp_spark.errors import ConfigError
-from bp_spark.evaluation import normalised_gini, spearman
+from bp_spark.core import config
+from bp_spark.core.errors import ConfigError
+from bp_spark.core.session import get_session
+from bp_spark.evaluation.metrics import normalised_gini, spearman
+from bp_spark.features import job as feature_job
+from bp_spark.features import labels
+from bp_spark.lakehouse.run import Run
 from bp_spark.model.inputs import InputSpec
 from bp_spark.model.network import TransformerMember
-from bp_spark.pipeline import featurizing, training
-from bp_spark.pipeline.run import Run
-from bp_spark.session import get_session
-from bp_spark.training.finetune import finetune
+from bp_spark.training import job as training_job
 from bp_spark.training.loader import snapshot
+from bp_spark.training.tasks.finetune import finetune
 
 OUT = Path("build/bench/pretraining.json")
 SHARES = (0.1, 0.25, 0.5, 1.0)
@@ -62,16 +64,16 @@ def run(
         )
     spark = get_session(settings, "bp-spark bench")
     line = Run(spark, settings)
-    first, last = featurizing.span(line.lakehouse)
+    first, last = feature_job.span(line.lakehouse)
     test_date = test_date or last - timedelta(days=settings.labels.horizon_days)
     dates = labels.cutoffs(first, test_date, settings.labels)
-    featurizing.write_features(line, [*dates, test_date])
-    rows = line.lakehouse.read("training_set", training.write_training_set(line, dates, test_date))
-    vocabulary = training.write_vocabulary(line, test_date, folder)
+    feature_job.write_features(line, [*dates, test_date])
+    rows = line.lakehouse.read("training_set", training_job.write_training_set(line, dates, test_date))
+    vocabulary = training_job.write_vocabulary(line, test_date, folder)
     clock = time.monotonic()
-    encoder, _ = training.pretrain_encoder(line, test_date, vocabulary, fold=0, epochs=None)
+    encoder, _ = training_job.pretrain_encoder(line, test_date, vocabulary, fold=0, epochs=None)
     seconds = time.monotonic() - clock
-    test = training.test_rows(line, test_date).toPandas()
+    test = training_job.test_rows(line, test_date).toPandas()
 
     spec = InputSpec.of(settings.features)
     location, version = line.lakehouse.location("training_set"), line.lakehouse.version("training_set")

@@ -2,12 +2,12 @@
 
 In: sizes. Out: ``build/bench/score.json``, also on standard output, with these figures of one run on one machine:
 
-- ``contest``: users a second of the network alone, by :func:`bp_spark.scoring.score` and by the peers of
+- ``contest``: users a second of the network alone, by :func:`bp_spark.scoring.prediction.score` and by the peers of
   :mod:`bench.score_peers`, and of plain torch without Spark, the limit; alternating, medians; at histories of 20 events in the
   mean and at the cap. Whole Spark jobs are timed, from the plan to the last row; torch has its rows in memory. ``whole`` is the
   whole bundle (network, trees, purchase process, fusion, reasons).
-- ``prediction_udf_ratio``: users a second of :func:`bp_spark.scoring.prediction_udf` over those of
-  :func:`bp_spark.scoring.score`, of the same network and rows.
+- ``prediction_udf_ratio``: users a second of :func:`bp_spark.scoring.prediction.prediction_udf` over those of
+  :func:`bp_spark.scoring.prediction.score`, of the same network and rows.
 - ``growth``: of each number of users, a full night from features to ``scores``, and the peak memory of the driver and of the
   largest Python worker.
 - ``nights``: a night with a share of the users changed, over a full one.
@@ -45,25 +45,29 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from bench import Usage, publish, score_peers
-from bp_spark import config, parquet, pipeline, scoring
-from bp_spark.aggregates import SEQUENCE_COLUMNS
-from bp_spark.config import Config, FusionConfig
-from bp_spark.features import catalogue, input_digest, user_features_table
-from bp_spark.model import bundle as bundles
-from bp_spark.model.btyd import BtydMember
-from bp_spark.model.bundle import Bundle
+from bp_spark import pipeline
+from bp_spark.core import config
+from bp_spark.core.config import Config, FusionConfig
+from bp_spark.core.session import MODEL_MODULES, get_session
+from bp_spark.features.aggregates import SEQUENCE_COLUMNS
+from bp_spark.features.catalogue import catalogue, input_digest, user_features_table
+from bp_spark.lakehouse import parquet
+from bp_spark.lakehouse.tables import Lakehouse
 from bp_spark.model.columns import from_arrow
 from bp_spark.model.curve import Curve
 from bp_spark.model.explanation import Explanation
-from bp_spark.model.fusion import Fusion
 from bp_spark.model.history import HistoryEncoder
 from bp_spark.model.horizons import EXPECTED, Horizons, Ratio
 from bp_spark.model.inputs import HISTORY_COLUMNS, InputSpec
 from bp_spark.model.level import Level
-from bp_spark.model.members import Member, SqrtTreesMember, TreesMember
+from bp_spark.model.members.base import Member
+from bp_spark.model.members.btyd import BtydMember
+from bp_spark.model.members.trees import SqrtTreesMember, TreesMember
 from bp_spark.model.network import SpendNetwork, TransformerMember
-from bp_spark.session import MODEL_MODULES, get_session
-from bp_spark.tables import Lakehouse
+from bp_spark.model.stack import CalibratedStack
+from bp_spark.registry import bundle as bundles
+from bp_spark.registry.bundle import Bundle
+from bp_spark.scoring import prediction
 
 OUT = Path("build/bench/score.json")
 NIGHT = date(2024, 10, 1)
@@ -164,7 +168,7 @@ def make_bundles(folder: Path, settings: Config, texts: int) -> dict[str, Bundle
     columns = {name: values[:, place] for place, name in enumerate(features.names)}
     said = {name: frame[name].to_numpy() for name in members}
     for name, chosen in (("network", ("transformer",)), ("whole", tuple(members))):
-        fusion = replace(Fusion.fit(frame, FusionConfig(members=chosen)), level=RISING)
+        fusion = replace(CalibratedStack.fit(frame, FusionConfig(members=chosen)), level=RISING)
         explanation = Explanation.fit(
             {column: some[:2000] for column, some in columns.items()},
             said,
@@ -213,14 +217,14 @@ def contest(
 
     def by_files(bundle: str) -> DataFrame:
         """As a night does it."""
-        return scoring.score(rows, made[bundle], NIGHT, 0, places=parquet.places(rows, *scoring.KEPT))
+        return prediction.score(rows, made[bundle], NIGHT, 0, places=parquet.row_locations(rows, *prediction.KEPT))
 
     frames: dict[str, Callable[[], DataFrame]] = {
         "bp-spark": lambda: by_files("network"),
         "bp-spark, whole bundle": lambda: by_files("whole"),
-        "bp-spark, features by Spark": lambda: scoring.score(rows, made["network"], NIGHT, 0),
+        "bp-spark, features by Spark": lambda: prediction.score(rows, made["network"], NIGHT, 0),
         "bp-spark, pandas UDF": lambda: rows.select(
-            "user_key", scoring.prediction_udf(spark, made["network"])(F.struct(*made["network"].required_columns))
+            "user_key", prediction.prediction_udf(spark, made["network"])(F.struct(*made["network"].required_columns))
         ),
         "predict_batch_udf": lambda: score_peers.predict_batch(rows, folder, cap),
         "mlflow spark_udf": lambda: score_peers.mlflow_spark_udf(
@@ -262,7 +266,7 @@ def contest(
 def _seconds(spark: SparkSession, settings: Config, frame: Callable[[], DataFrame]) -> float:
     """Of a whole job whose rows go nowhere."""
     clock = time.monotonic()
-    with scoring.sized(spark, settings.scoring):
+    with prediction.sized(spark, settings.scoring):
         frame().write.format("noop").mode("overwrite").save()
     return time.monotonic() - clock
 

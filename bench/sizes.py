@@ -21,14 +21,14 @@ import numpy as np
 import torch
 
 from bench import publish
-from bp_spark import config
-from bp_spark.config import SIZES, Config
-from bp_spark.features import catalogue
+from bp_spark.core import config
+from bp_spark.core.config import SIZES, Config
+from bp_spark.features.catalogue import catalogue
+from bp_spark.ingest.texts import model_folder
 from bp_spark.model.history import HistoryEncoder
 from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate
 from bp_spark.model.network import SpendNetwork
 from bp_spark.model.text_history import TextHistoryEncoder, adapted, tokenise
-from bp_spark.texts import model_folder
 
 OUT = Path("build/bench/sizes.json")
 TEXTS = tuple(f"{brand} {thing}" for brand in ("fresh", "frozen", "organic") for thing in ("milk", "bread", "fruit"))

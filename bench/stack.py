@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CHECKS = {
-    "feeds_equal": ("tests/test_loader.py", "not integration"),
+    "feeds_equal": ("tests/training/test_loader.py", "not integration"),
     "connect_rows_equal": ("tests/test_connect.py", "integration"),
     "wheel_demo_ok": ("tests/test_package.py", "integration"),
 }

@@ -29,12 +29,12 @@ from safetensors.numpy import save_file
 
 from bench import publish
 from bench.score import users
-from bp_spark import config
-from bp_spark.config import Config
+from bp_spark.core import config
+from bp_spark.core.config import Config
+from bp_spark.core.session import get_session
 from bp_spark.model.inputs import HISTORY_COLUMNS, InputSpec
-from bp_spark.session import get_session
-from bp_spark.training.finetune import finetune, label_columns
 from bp_spark.training.loader import Feed, Snapshot, snapshot
+from bp_spark.training.tasks.finetune import finetune, label_columns
 
 OUT = Path("build/bench/training.json")
 GOALS = {"speed_up": 1.7, "feed": 3.0}

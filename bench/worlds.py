@@ -8,7 +8,7 @@ Poisson process at a rate of their own (gamma), and leave after an exponential t
 Colombo 1987). The calendar, the trend and what an order costs differ by world. The Complete Journey is there, too.
 
 - ``worlds.total_error_median``, ``worlds.total_error_worst``: of all users together, |expected / spent - 1|.
-- ``worlds.decile_mape_median``: see :func:`bp_spark.evaluation.decile_mape`.
+- ``worlds.decile_mape_median``: see :func:`bp_spark.evaluation.metrics.decile_mape`.
 - ``worlds.coverage_min``, ``worlds.coverage_max``: share of users whose spend lies in their interval.
 - ``worlds.rank_losses``: worlds in which a single member, linear regression, or the same weeks of the year before rank users
   surely better (Spearman, in 95 % of paired resamples).
@@ -37,12 +37,15 @@ import pandas as pd
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from bp_spark import bootstrap, config, evaluation, labels, pipeline
-from bp_spark.config import Config
-from bp_spark.pipeline.featurizing import span
-from bp_spark.pipeline.run import recorded
-from bp_spark.pipeline.training import fit_as_of
-from bp_spark.session import MODEL_MODULES, get_session
+from bp_spark import pipeline
+from bp_spark.core import config
+from bp_spark.core.config import Config
+from bp_spark.core.session import MODEL_MODULES, get_session
+from bp_spark.evaluation import bootstrap, metrics
+from bp_spark.features import labels
+from bp_spark.features.job import span
+from bp_spark.lakehouse.run import recorded
+from bp_spark.training.job import fit_as_of
 
 OUT = Path("build/bench/worlds.json")
 TEST_DATE = date(2024, 10, 6)
@@ -193,7 +196,7 @@ def figures(spark: SparkSession, settings: Config, test_date: date) -> dict[str,
     table = bootstrap.compare(users, [*peers, "fused"], resamples=settings.evaluation.resamples)
     table = table[table["population"] == "all"]
     spent = float(users["label_spend"].clip(lower=0).sum())
-    own = evaluation.evaluate(
+    own = metrics.evaluate(
         users["label_spend"].to_numpy(),
         users["fused"].to_numpy(),
         **{name: users[name].to_numpy() for name in ("low", "high", "p_active")},
@@ -208,8 +211,8 @@ def figures(spark: SparkSession, settings: Config, test_date: date) -> dict[str,
         "users": float(len(users)),
         "p_active_error": _worst_band(users["p_active"].to_numpy(), active, by_band),
         "p_active_error_by_spend": _worst_band(by_spend, active, by_band),
-        "auc_by_spend": evaluation.auc(active, by_spend),
-        "brier_by_spend": evaluation.brier(active, by_spend),
+        "auc_by_spend": metrics.auc(active, by_spend),
+        "brier_by_spend": metrics.brier(active, by_spend),
         "total_error": float(users["fused"].sum()) / spent - 1,
         "total_error_steady": float(users["fused"].sum()) / fitted.fusion.factor() / spent - 1,
         "same_weeks_total": float(users[SAME_WEEKS].sum()) / spent - 1,

@@ -11,7 +11,7 @@ if [ -n "${bp_spark_python}" ] && [ -x "${bp_spark_python}" ]; then
   export PATH="$(dirname "${bp_spark_python}"):${PATH}"
 fi
 if [ -z "${JAVA_HOME:-}" ] && ! command -v java >/dev/null 2>&1 && [ -x "${bp_spark_python}" ]; then
-  JAVA_HOME="$("${bp_spark_python}" -c 'from bp_spark.session import java_home; print(java_home())' 2>/dev/null || true)"
+  JAVA_HOME="$("${bp_spark_python}" -c 'from bp_spark.core.session import java_home; print(java_home())' 2>/dev/null || true)"
   [ -n "${JAVA_HOME}" ] && export JAVA_HOME
 fi
 unset bp_spark_python

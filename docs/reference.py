@@ -1,6 +1,6 @@
 """The reference pages of this folder, written from the code: ``python docs/reference.py``, or ``make reference``.
 
-In: the declared tables, ``conf/default.yaml`` with the types of :mod:`bp_spark.config`, the ``bp-spark`` command. Out:
+In: the declared tables, ``conf/default.yaml`` with the types of :mod:`bp_spark.core.config`, the ``bp-spark`` command. Out:
 :data:`PAGES`. ``docs/features.md`` is written by ``bp-spark features``.
 """
 
@@ -13,11 +13,12 @@ from typing import Any
 
 import typer
 
-from bp_spark import cli, config
-from bp_spark.config import Config
-from bp_spark.features import catalogue, user_features_table
-from bp_spark.labels import pretraining_set_table, training_set_table
-from bp_spark.tables import SCORES, SCORES_LATEST, SHARED_TABLES, Column, Table
+from bp_spark.cli import app
+from bp_spark.core import config
+from bp_spark.core.config import Config
+from bp_spark.features.catalogue import catalogue, user_features_table
+from bp_spark.features.labels import pretraining_set_table, training_set_table
+from bp_spark.lakehouse.tables import SCORES, SCORES_LATEST, SHARED_TABLES, Column, Table
 
 FOLDER = Path(__file__).parent
 DEFAULTS = FOLDER.parent / "conf/default.yaml"
@@ -37,7 +38,7 @@ def tables() -> str:
     features = set(catalogue(config.load().features).names)
     found = all_tables()
     parts = [
-        _head("Tables", "bp_spark/tables.py"),
+        _head("Tables", "bp_spark/lakehouse/tables.py"),
         "Delta tables of the namespace `bp`; their comments are in the tables, too (`DESCRIBE TABLE`). *Always* says which "
         "columns are never NULL.",
         _table(["table", "what it holds"], [[f"[`{t.name}`](#{t.name})", t.comment] for t in found]),
@@ -82,9 +83,9 @@ def configuration() -> str:
 
 def commands() -> str:
     """The page of the command: arguments and options of each subcommand, with its examples."""
-    group: Any = typer.main.get_command(cli.app)
+    group: Any = typer.main.get_command(app.app)
     parts = [
-        _head("The command", "bp_spark/cli.py"),
+        _head("The command", "bp_spark/cli/app.py"),
         "`bp-spark COMMAND --help` says the same. Each command takes settings as `section.key=value` "
         "([all of them](configuration.md)) and, but for `demo`, a file of settings by `--config`.",
         _table(["option before the command", "what it does"], [_option(p) for p in group.params]),

@@ -24,12 +24,12 @@ from pyspark.sql import SparkSession
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
-from bp_spark import config
-from bp_spark.config import Config
-from bp_spark.session import MODEL_MODULES, get_session
-from bp_spark.tables import Lakehouse
-from clusters import TEST_SETTINGS
-from histories import SECRET
+from bp_spark.core import config
+from bp_spark.core.config import Config
+from bp_spark.core.session import MODEL_MODULES, get_session
+from bp_spark.lakehouse.tables import Lakehouse
+from tests.support.clusters import TEST_SETTINGS
+from tests.support.histories import SECRET
 
 hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
@@ -42,13 +42,13 @@ os.environ["BP_SPARK_SECRET"] = SECRET.value.decode()
 MOST_SECONDS = 60
 SLOW = {
     "tests/faults/": "two nights of a platform, which all tests of faults share, and nights that are stopped and gone on with",
-    "tests/test_pipeline.py": "all stages on real data, and six more trainings",
+    "tests/training/test_pipeline.py": "all stages on real data, and six more trainings",
     "tests/test_cluster.py": "three jobs on a cluster of processes, each of which starts a driver and two executors",
-    "tests/test_erasing.py": "users forgotten and keys rotated in all tables, with every file read to prove it",
+    "tests/governance/test_erasure.py": "users forgotten and keys rotated in all tables, with every file read to prove it",
     "tests/test_bench.py": "five nights of two platforms, and the same features in DuckDB",
     "tests/test_connect.py": "two nights and a user forgotten, in Spark Connect and in a classic session",
-    "tests/test_incremental.py": "four nights, a rebuild, and all of them at once",
-    "tests/test_training.py": "two ranks, seven times",
+    "tests/features/test_incremental.py": "four nights, a rebuild, and all of them at once",
+    "tests/training/test_finetune.py": "two ranks, seven times",
     "tests/test_notebooks.py": "all notebooks, one after the other",
     "tests/test_fuzz.py": "ten thousand cases in make test-thorough",
     "tests/test_image.py": "the steps of the image, and a cluster started from it",

@@ -18,9 +18,9 @@ from pyspark.sql import SparkSession
 
 from bench import Usage, ablation, data, gpu, labelling, sizes, stack, suite, worlds
 from bench.duckdb_peer import MACROS, dialect
-from bp_spark import config
-from bp_spark.aggregates import SEQUENCE_COLUMNS
-from bp_spark.features import catalogue
+from bp_spark.core import config
+from bp_spark.features.aggregates import SEQUENCE_COLUMNS
+from bp_spark.features.catalogue import catalogue
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,11 +18,11 @@ from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from bp_spark import scoring
-from bp_spark.model import bundle as bundles
-from bp_spark.sources.completejourney import data_folder
-from clusters import Cluster
-from small_package import household_ids, write_small_package
+from bp_spark.ingest.sources.completejourney import data_folder
+from bp_spark.registry import bundle as bundles
+from bp_spark.scoring import prediction
+from tests.support.clusters import Cluster
+from tests.support.small_package import household_ids, write_small_package
 
 DAY = "2017-10-03"
 WORKERS = 2
@@ -126,7 +126,7 @@ def test_a_night_outlives_one_of_its_workers(night: Night, spark: SparkSession) 
     assert night.killed
     bundle = bundles.load(night.bundle)
     users = spark.read.format("delta").load(str(night.tables / "user_features")).filter(F.col("as_of_date") == DAY)
-    local = scoring.score(users, bundle, date.fromisoformat(DAY), 0).select("user_key", "expected_spend").toPandas()
+    local = prediction.score(users, bundle, date.fromisoformat(DAY), 0).select("user_key", "expected_spend").toPandas()
     there = _rows(night.tables / "scores", "user_key", "expected_spend").set_index("user_key").sort_index()
     pd.testing.assert_frame_equal(local.set_index("user_key").sort_index(), there, rtol=1e-5)
 
@@ -144,7 +144,7 @@ def _executors(cluster: Cluster) -> list[psutil.Process]:
 
 def _has_python_worker(executor: psutil.Process) -> bool:
     with suppress(psutil.Error):
-        return any("bp_spark.daemon" in " ".join(child.cmdline()) for child in executor.children(recursive=True))
+        return any("bp_spark.core.daemon" in " ".join(child.cmdline()) for child in executor.children(recursive=True))
     return False
 
 

@@ -21,19 +21,19 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark import pipeline
-from bp_spark.config import Config, FusionConfig
-from bp_spark.errors import ConflictError, DataError, PlatformError
-from bp_spark.failures import explained
-from bp_spark.model import bundle as bundles
-from bp_spark.model.btyd import FEATURES, BtydMember
-from bp_spark.model.fusion import Fusion
+from bp_spark.core.config import Config, FusionConfig
+from bp_spark.core.errors import ConflictError, DataError, PlatformError
+from bp_spark.core.session import DELTA_SETTINGS, get_session, is_connect, java_home, persisted, spark_jars
+from bp_spark.core.spark_errors import translate
+from bp_spark.lakehouse.tables import SCORES_LATEST, Lakehouse
 from bp_spark.model.horizons import Horizons
-from bp_spark.session import DELTA_SETTINGS, get_session, is_connect, java_home, kept, spark_jars
-from bp_spark.tables import SCORES_LATEST, Lakehouse
-from clusters import SHORT, TEST_SETTINGS
-from histories import WRITTEN_TEXTS, sorted_rows, write_night
-from test_incremental import settings_in
-from training_rows import write_language_model
+from bp_spark.model.members.btyd import FEATURES, BtydMember
+from bp_spark.model.stack import CalibratedStack
+from bp_spark.registry import bundle as bundles
+from tests.features.test_incremental import settings_in
+from tests.support.clusters import SHORT, TEST_SETTINGS
+from tests.support.histories import WRITTEN_TEXTS, sorted_rows, write_night
+from tests.support.training_rows import write_language_model
 
 pytestmark = pytest.mark.integration
 
@@ -89,7 +89,7 @@ def write_platform(folder: Path) -> None:
     rng = np.random.default_rng(1)
     frame = pd.DataFrame({"btyd": rng.gamma(2, 20, 500), "label_spend": rng.gamma(2, 20, 500)})
     member = BtydMember(90, 0.8, 20.0, 0.5, 3.0, 4.0, 3.0, 30.0)
-    fusion = Fusion.fit(frame, FusionConfig(members=("btyd",)))
+    fusion = CalibratedStack.fit(frame, FusionConfig(members=("btyd",)))
     how: dict[str, Any] = {"inputs": {"tabular": FEATURES}, "lineage": {}, "metrics": {}}
     bundle = bundles.write(folder / "bundles/small", [member], fusion, Horizons(90, ()), **how)
     bundles.promote(folder / "bundles", bundle)
@@ -154,7 +154,7 @@ def refusals(spark: SparkSession, settings: Config) -> list[str]:
 
     def damaged() -> None:
         Path(lakehouse.read("runs").inputFiles()[0].removeprefix("file:")).unlink()
-        with explained():
+        with translate():
             lakehouse.read("runs").collect()
 
     for ask in (
@@ -213,7 +213,7 @@ def test_nights_in_spark_connect_are_those_of_a_classic_session(
 ) -> None:
     write_platform(tmp_path)
     write_night(tmp_path / "platform", 0, **deliveries(0))
-    environment = {**os.environ, "SPARK_REMOTE": server}
+    environment = {**os.environ, "SPARK_REMOTE": server, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, __file__, str(tmp_path)]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-5000:]
@@ -249,7 +249,7 @@ def main(folder: Path) -> None:
     assert is_connect(spark)
     for key, value in TEST_SETTINGS.items():
         spark.conf.set(key, value)
-    with kept(spark.range(3)) as rows:
+    with persisted(spark.range(3)) as rows:
         assert rows.count() == 3
     print(json.dumps({"nights": nights(spark, settings), "refusals": refusals(spark, settings)}))
 

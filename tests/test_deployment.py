@@ -18,7 +18,7 @@ from databricks.bundles.experiments import MlflowExperiment
 from databricks.bundles.jobs import DataSecurityMode, Job, JobRunAs
 from databricks.bundles.registered_models import RegisteredModel
 
-from bp_spark import config, session
+from bp_spark.core import config, session
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

@@ -26,10 +26,12 @@ from pyspark.sql import SparkSession
 from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import StructType
 
-from bp_spark import cli, config, scoring
-from bp_spark.config import Config
-from bp_spark.sources.files import FilesSource
-from bp_spark.tables import SCORES
+from bp_spark.cli import app
+from bp_spark.core import config
+from bp_spark.core.config import Config
+from bp_spark.ingest.sources.files import FilesSource
+from bp_spark.lakehouse.tables import SCORES
+from bp_spark.registry.predictions import PREDICTION_COLUMNS
 from docs import reference
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +39,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^( *)```([\w-]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=.*", re.DOTALL)
-COMMANDS: Any = typer.main.get_command(cli.app)
+COMMANDS: Any = typer.main.get_command(app.app)
 MAKE = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 FOREIGN_YAML = {"deployment.md"}
 """Pages with YAML of other programs."""
@@ -251,7 +253,7 @@ def views(spark: SparkSession) -> Iterator[SparkSession]:
     tables = reference.all_tables()
     for table in tables:
         spark.createDataFrame([], table.schema).createOrReplaceTempView(table.name)
-    predictions = StructType([SCORES.schema[name] for name in scoring.ANSWERS])
+    predictions = StructType([SCORES.schema[name] for name in PREDICTION_COLUMNS])
     spark.udf.register("predict_spend", lambda _: None, predictions)
     yield spark
     spark.sql("DROP TEMPORARY FUNCTION predict_spend")

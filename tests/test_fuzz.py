@@ -29,12 +29,14 @@ from hypothesis import strategies as st
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from bp_spark import cleaning, config, daily, privacy
-from bp_spark.config import Config
-from bp_spark.errors import BpSparkError, ConfigError
-from bp_spark.sources.files import FilesSource
-from bp_spark.tables import RAW_LOGS, TEXT_EMBEDDINGS, TEXTS
-from histories import SECRET, sorted_rows
+from bp_spark.core import config
+from bp_spark.core.config import Config
+from bp_spark.core.errors import BpSparkError, ConfigError
+from bp_spark.features import user_daily
+from bp_spark.ingest import cleaning, pseudonyms
+from bp_spark.ingest.sources.files import FilesSource
+from bp_spark.lakehouse.tables import RAW_LOGS, TEXT_EMBEDDINGS, TEXTS
+from tests.support.histories import SECRET, sorted_rows
 
 pytestmark = pytest.mark.slow
 
@@ -358,7 +360,7 @@ def _imbalance(spark: SparkSession, folder: Path, rows: Sequence[Row]) -> str | 
         source = platform(folder / name, kind, [row for row in rows if row[0] == name])
         added = {"ingest_id": F.lit(number).cast("bigint"), "ingested_at": F.lit(datetime(2024, 6, 1, tzinfo=UTC))}
         read = source.read(spark, source.deliveries(spark))
-        stored = {table: privacy.pseudonymous(df, table, SECRET, privacy.mask) for table, df in read.items()}
+        stored = {table: pseudonyms.pseudonymous(df, table, SECRET, pseudonyms.mask) for table, df in read.items()}
         delivered.append({table: df.withColumns(added) for table, df in stored.items()})
     raw = {
         name: reduce(DataFrame.unionByName, [each[name] for each in delivered]).localCheckpoint()
@@ -371,7 +373,7 @@ def _imbalance(spark: SparkSession, folder: Path, rows: Sequence[Row]) -> str | 
             if found.get(number, 0) != count:
                 return f"{name} of {log}: {count} rows delivered, {found.get(number, 0)} read"
     settings = config.load().cleaning
-    judged = cleaning.judge({name: raw[name] for name in cleaning.LOGS}, raw, settings)
+    judged = cleaning.validate({name: raw[name] for name in cleaning.LOGS}, raw, settings)
     judged = {name: df.localCheckpoint() for name, df in judged.items()}
     refused = cleaning.quarantine(judged).localCheckpoint()
     events = cleaning.events(judged).localCheckpoint()
@@ -387,7 +389,7 @@ def _imbalance(spark: SparkSession, folder: Path, rows: Sequence[Row]) -> str | 
     if kept > repeated:
         return f"{kept} events and {repeated} duplicates of rows that came twice each"
     nothing_known = [spark.createDataFrame([], table.schema) for table in (TEXTS, TEXT_EMBEDDINGS)]
-    days = daily.user_daily(events.filter("copy = 1"), *nothing_known, tokens_kept=4).localCheckpoint()
+    days = user_daily.user_daily(events.filter("copy = 1"), *nothing_known, tokens_kept=4).localCheckpoint()
     spent = (copies[True]["money"] if kept else None) or 0
     if (stored := days.agg(F.sum("spend")).collect()[0][0] or 0) != spent:
         return f"{spent} spent, {stored} in user_daily"

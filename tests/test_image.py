@@ -22,7 +22,7 @@ from pathlib import Path
 import pyspark
 import pytest
 
-from clusters import BIN, ROOT, SHORT, UNCOMPILED, Cluster, bare_environment, free_ports
+from tests.support.clusters import BIN, ROOT, SHORT, UNCOMPILED, Cluster, bare_environment, free_ports
 
 SITE = Path(pyspark.__file__).parents[1]
 OWN = ("bp_spark", "__editable__")
@@ -208,8 +208,8 @@ def test_a_jar_that_is_not_the_locked_one_is_refused(maven: Path, prefix: Path, 
 def test_the_project_is_in_the_image_and_no_file_of_the_checkout_was_touched(
     prefix: Path, checkout_before: dict[Path, int]
 ) -> None:
-    installed = next(prefix.glob("venv/lib/*/site-packages/bp_spark/cli.py"))
-    assert installed.read_bytes() == (ROOT / "src/bp_spark/cli.py").read_bytes()
+    installed = next(prefix.glob("venv/lib/*/site-packages/bp_spark/cli/app.py"))
+    assert installed.read_bytes() == (ROOT / "src/bp_spark/cli/app.py").read_bytes()
     assert not installed.is_symlink()
     assert left_by_setuptools() == checkout_before
     assert {path.name for path in (prefix / "jobs").iterdir()} == {path.name for path in (ROOT / "jobs").glob("*.py")}

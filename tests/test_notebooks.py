@@ -18,13 +18,13 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from pyspark.sql import SparkSession
 
-from clusters import TEST_SETTINGS
-from small_package import household_ids, small_settings, write_small_package
+from tests.support.clusters import TEST_SETTINGS
+from tests.support.small_package import household_ids, small_settings, write_small_package
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PROMOTE = """
-from bp_spark.model import bundle
+from bp_spark.registry import bundle
 bundle.promote(shop.settings.bundles, trained.bundle)
 """
 MOST_SHOWN = 600_000

@@ -15,8 +15,8 @@ import pyspark
 import pytest
 
 from bp_spark import __version__, cli
-from clusters import ROOT, bare_environment
-from small_package import household_ids, small_settings, write_small_package
+from tests.support.clusters import ROOT, bare_environment
+from tests.support.small_package import household_ids, small_settings, write_small_package
 
 SITE = Path(pyspark.__file__).parents[1]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bp_spark import texts
-from bp_spark.errors import PlatformError
+from bp_spark.core.errors import PlatformError
+from bp_spark.ingest import texts
 
 ROOT = Path(__file__).parents[1]
 UNPICKLE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "jsonpickle", "marshal", "shelve"}

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING
 
+from bp_spark.core.version import __version__
+
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
     from bp_spark.shop import Shop
 
-__version__ = "0.1.0"
 # not `open`: a star import would take the place of Python's own
 __all__ = ["__version__", "open_demo"]
 
@@ -42,7 +43,7 @@ def open(
         shop.table("scores_latest").show()
         ```
     """
-    from bp_spark import config
+    from bp_spark.core import config
     from bp_spark.shop import Shop
 
     return Shop(config.load(None if settings is None else str(settings), overrides), spark)

@@ -13,15 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bp_spark import config, extras
-from bp_spark.config import Config, parse_date
-from bp_spark.errors import ConfigError
+from bp_spark.core import config, extras
+from bp_spark.core.config import Config, parse_date
+from bp_spark.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
+    from bp_spark.lakehouse.tables import Lakehouse
     from bp_spark.pipeline import ReportResult, ScoreResult, TrainResult
-    from bp_spark.tables import Lakehouse
 
 Day = str | date
 """A date, or its text as YYYY-MM-DD."""
@@ -66,7 +66,7 @@ class Shop:
             PlatformError: The extra `spark` or a usable Java is missing, or the session has no Delta Lake.
         """
         extras.require("spark", "a session")
-        from bp_spark.session import MODEL_MODULES, get_session, prepare
+        from bp_spark.core.session import MODEL_MODULES, get_session, prepare
 
         if self._given is not None:
             return prepare(self._given)
@@ -250,19 +250,19 @@ class Shop:
             ```
         """
         extras.require("spark", "a prediction")
-        from bp_spark import scoring
-        from bp_spark.model import bundle as bundles
-        from bp_spark.model import signing
+        from bp_spark.registry import bundle as bundles
+        from bp_spark.registry import signing
+        from bp_spark.scoring import prediction
 
         folder = bundle or bundles.current(self.settings.bundles)
         loaded = bundles.load(folder, signing.public_key(self.settings.signing))
-        predict: Callable[..., Column] = scoring.prediction_udf(self.spark, loaded, name)
+        predict: Callable[..., Column] = prediction.prediction_udf(self.spark, loaded, name)
         return predict
 
     @cached_property
     def _lakehouse(self) -> Lakehouse:
         spark = self.spark
-        from bp_spark.tables import Lakehouse
+        from bp_spark.lakehouse.tables import Lakehouse
 
         return Lakehouse(spark, self.settings.tables)
 
@@ -274,7 +274,7 @@ def open_demo(overrides: Sequence[str] = (), spark: SparkSession | None = None) 
     kind, _, place = settings.privacy.secret.partition(":")
     if kind == "file":
         extras.require("spark", "the demo")
-        from bp_spark.privacy import make_secret
+        from bp_spark.ingest.pseudonyms import make_secret
 
         # holdout and folds go by user keys: with a secret of its own each demo would come to figures of its own
         make_secret(Path(place), DEMO_SECRET)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-if "bp_spark.daemon" in sys.orig_argv:
+if "bp_spark.core.daemon" in sys.orig_argv:
     import coverage
     from pyspark import daemon
 

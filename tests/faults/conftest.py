@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import Scored, World, copied, new_platform, purchase, small_bundle, tables
 from pyspark.sql import SparkSession
 
-from histories import write_night
-from training_rows import write_language_model
+from tests.support.harness import Scored, World, copied, new_platform, purchase, small_bundle, tables
+from tests.support.histories import write_night
+from tests.support.training_rows import write_language_model
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

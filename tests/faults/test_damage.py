@@ -13,12 +13,12 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
-from harness import Scored, World, assert_same_tables, copied, forget_cached, tables
 from pyspark.sql import SparkSession
 
-from bp_spark.errors import DataError, PlatformError
-from bp_spark.pipeline import run as running
-from histories import clock_at
+from bp_spark.core.errors import DataError, PlatformError
+from bp_spark.lakehouse import run as running
+from tests.support.harness import Scored, World, assert_same_tables, copied, forget_cached, tables
+from tests.support.histories import clock_at
 
 
 def _data(table: Path) -> Path:

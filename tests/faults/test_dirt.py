@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import AS_OF, Platform, another, new_platform, purchase, tables
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from bp_spark import config
-from bp_spark.config import TablesConfig
-from bp_spark.errors import ConfigError
-from bp_spark.tables import Column, Lakehouse, Table
-from histories import SECRET, write_night
+from bp_spark.core import config
+from bp_spark.core.config import TablesConfig
+from bp_spark.core.errors import ConfigError
+from bp_spark.lakehouse.tables import Column, Lakehouse, Table
+from tests.support.harness import AS_OF, Platform, another, new_platform, purchase, tables
+from tests.support.histories import SECRET, write_night
 
 INJECTIONS = [
     "'; DROP TABLE events; --",

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import (
+from pyspark.sql import SparkSession
+
+import bp_spark
+from bp_spark import pipeline
+from bp_spark.core.config import TrainingConfig
+from bp_spark.core.errors import PlatformError
+from bp_spark.scoring import prediction
+from bp_spark.training.distributed import run_ranks
+from tests.support.harness import (
     AS_OF,
     Killed,
     Scored,
@@ -23,13 +31,6 @@ from harness import (
     killed_before_each_commit,
     tables,
 )
-from pyspark.sql import SparkSession
-
-import bp_spark
-from bp_spark import pipeline, scoring
-from bp_spark.config import TrainingConfig
-from bp_spark.errors import PlatformError
-from bp_spark.training.distributed import run_ranks
 
 WRITES = [
     ("deliveries", 0),
@@ -103,10 +104,10 @@ def test_a_night_stopped_between_its_tables_is_made_whole_by_the_next_run(
 FIRST_NIGHT = """
 import os, sys, time
 from pathlib import Path
-from harness import AS_OF, Platform
+from tests.support.harness import AS_OF, Platform
 from bp_spark import pipeline
-from bp_spark.session import get_session
-from bp_spark.tables import Lakehouse
+from bp_spark.core.session import get_session
+from bp_spark.lakehouse.tables import Lakehouse
 
 platform, lakehouse = Platform(Path(sys.argv[1])), sys.argv[2]
 settings = platform.config(lakehouse)
@@ -141,7 +142,7 @@ def test_a_driver_killed_in_the_middle_of_a_write_of_the_first_night(
     raw = lakehouse / "bp/raw_transactions"
     # the first night alone: as it was before the second was delivered
     first = world.first_night(tmp_path)
-    places = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(bp_spark.__file__).parents[1])]
+    places = [str(Path(__file__).parents[2]), str(Path(bp_spark.__file__).parents[1])]
     process = subprocess.Popen(
         [sys.executable, "-c", FIRST_NIGHT, str(first.folder), str(lakehouse)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
@@ -171,7 +172,7 @@ def test_a_python_worker_killed_while_it_scores_costs_the_run_and_no_row(
         os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "_answer_batch", killed)
+        patch.setattr(prediction, "_answer_batch", killed)
         with pytest.raises(PlatformError, match="a Python worker was killed"):
             unscored.score(spark)
     # the table is there, without a row

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import World, assert_same_tables
 from pyspark.sql import DataFrame, SparkSession
 
-from aged_logs import age_log
-from bp_spark.session import with_settings
-from bp_spark.tables import Lakehouse
+from bp_spark.core.session import with_settings
+from bp_spark.lakehouse.tables import Lakehouse
+from tests.support.aged_logs import age_log
+from tests.support.harness import World, assert_same_tables
 
 KEEPS_SOME = "privacy.retention_days.raw=36500"
 """Raw rows are not all kept, so that events can't be derived from them anew."""

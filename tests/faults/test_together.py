@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 from delta.exceptions import DeltaConcurrentModificationException
-from harness import Scored, World, Write, another, assert_same_tables, copied, hooked, tables
 from pyspark.sql import SparkSession
 
 from bp_spark import pipeline
-from bp_spark.config import TablesConfig
-from bp_spark.errors import BpSparkError, ConflictError
-from bp_spark.tables import Column, Lakehouse, Table
-from histories import SECRET
+from bp_spark.core.config import TablesConfig
+from bp_spark.core.errors import BpSparkError, ConflictError
+from bp_spark.lakehouse.tables import Column, Lakehouse, Table
+from tests.support.harness import Scored, World, Write, another, assert_same_tables, copied, hooked, tables
+from tests.support.histories import SECRET
 
 NUMBERS = Table("numbers", "Numbers", (Column("n", "bigint", "Number"),), key=("n",))
 

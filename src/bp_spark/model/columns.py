@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from bp_spark.errors import BundleError
+from bp_spark.core.errors import BundleError
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import xgboost
 
-from bp_spark.errors import BundleError
+from bp_spark.core.errors import BundleError
 from bp_spark.model.columns import Columns, stack
-from bp_spark.model.fusion import Fusion
-from bp_spark.model.members import Member, SqrtTreesMember, TreesMember
+from bp_spark.model.members.base import Member
+from bp_spark.model.members.trees import SqrtTreesMember, TreesMember
+from bp_spark.model.stack import CalibratedStack
 
 SEQUENCE = "recent events"
 """The group of what no tabular feature tells: order and content of the last events."""
@@ -73,7 +74,7 @@ class Explanation:
         predictions: Mapping[str, np.ndarray],
         users: np.ndarray,
         members: Sequence[Member],
-        fusion: Fusion,
+        fusion: CalibratedStack,
         groups: Mapping[str, str],
         *,
         seed: int,
@@ -122,7 +123,11 @@ class Explanation:
         return cls(features, tuple(groups.values()), fitted(np.ones(len(target), bool)), r_squared)
 
     def __call__(
-        self, columns: Columns, predictions: Mapping[str, np.ndarray], members: Mapping[str, Member], fusion: Fusion
+        self,
+        columns: Columns,
+        predictions: Mapping[str, np.ndarray],
+        members: Mapping[str, Member],
+        fusion: CalibratedStack,
     ) -> tuple[np.ndarray, np.ndarray, float]:
         """Take predictions apart.
 
@@ -192,7 +197,7 @@ class Explanation:
         return explanation
 
 
-def _without_trees(fusion: Fusion, members: Sequence[Member]) -> dict[str, float]:
+def _without_trees(fusion: CalibratedStack, members: Sequence[Member]) -> dict[str, float]:
     """Weight of each member of the stack that is no boosted trees."""
     trees = {member.name for member in members if isinstance(member, TreesMember)}
     weighed = zip(fusion.members, fusion.weights, strict=True)

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from bp_spark.config import NetworkConfig
-from bp_spark.errors import BundleError, ConfigError
+from bp_spark.core.config import NetworkConfig
+from bp_spark.core.errors import BundleError, ConfigError
 from bp_spark.model.inputs import HOURS, KINDS, NUMERIC_FEATURES, WEEKDAYS, Batch
 
 ENCODER_FILE = "encoder.safetensors"

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from sklearn.isotonic import isotonic_regression
 
-from bp_spark.errors import BundleError
-from bp_spark.labels import of_days
+from bp_spark.core.errors import BundleError
+from bp_spark.features.labels import of_days
 from bp_spark.model.curve import Curve, as_json, curve_from_json
-from bp_spark.model.fusion import groups
+from bp_spark.model.stack import groups
 
 LABEL = "label_spend"
 NETWORK = "transformer"
@@ -99,7 +99,7 @@ class Horizons:
 
         Args:
             expected: calibrated spend over the main horizon.
-            predictions: of members; see :func:`bp_spark.model.members.predict_all`.
+            predictions: of members; see :func:`bp_spark.model.members.base.predict_all`.
 
         Raises:
             BundleError: predictions of the network are missing.

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bp_spark.config import FeaturesConfig
-from bp_spark.errors import DataError
-from bp_spark.features import catalogue
+from bp_spark.core.config import FeaturesConfig
+from bp_spark.core.errors import DataError
+from bp_spark.features.catalogue import catalogue
 from bp_spark.model.columns import Columns, ragged, stack
 
 HISTORY_COLUMNS = (

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from bp_spark.config import FusionConfig
-from bp_spark.errors import BundleError
+from bp_spark.core.config import FusionConfig
+from bp_spark.core.errors import BundleError
 from bp_spark.model.curve import Curve, as_json, curve_from_json, floats
 
 WEEKS_A_YEAR = 52
@@ -68,7 +68,7 @@ class WeeklySpend:
 
     @classmethod
     def of(cls, rows: Iterable[tuple[int, int, int]], first: date, end: date) -> Self:
-        """Gather rows of :func:`bp_spark.labels.weekly_spend`.
+        """Gather rows of :func:`bp_spark.features.labels.weekly_spend`.
 
         Args:
             rows: week of the first order, week of the spend, cents.

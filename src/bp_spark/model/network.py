@@ -23,9 +23,9 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bp_spark.config import NetworkConfig
-from bp_spark.errors import BundleError
-from bp_spark.labels import of_days
+from bp_spark.core.config import NetworkConfig
+from bp_spark.core.errors import BundleError
+from bp_spark.features.labels import of_days
 from bp_spark.model.columns import Columns
 from bp_spark.model.history import HistoryEncoder, read_tensors, require_same_tensors
 from bp_spark.model.inputs import Batch, InputSpec, read
@@ -374,7 +374,7 @@ class TransformerMember:
         return self._each(columns, self.network.to_money)
 
     def predict_horizons(self, columns: Columns) -> dict[str, np.ndarray]:
-        """Expected spend over each horizon; see :meth:`bp_spark.model.members.HorizonsMember.predict_horizons`.
+        """Expected spend over each horizon; see :meth:`bp_spark.model.members.base.HorizonsMember.predict_horizons`.
 
         Raises:
             DataError: ``columns`` lacks one that the network reads.

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bp_spark.config import NetworkConfig, PretrainingConfig
+from bp_spark.core.config import NetworkConfig, PretrainingConfig
 from bp_spark.model.history import HistoryEncoder
 from bp_spark.model.inputs import AGE, AMOUNT, GAP, HISTORY_COLUMNS, KINDS, Batch, InputSpec, collate
 

@@ -23,11 +23,11 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 from transformers import logging as transformers_logging
 from transformers.pytorch_utils import Conv1D
 
-from bp_spark.config import NetworkConfig
-from bp_spark.errors import BundleError, ConfigError
+from bp_spark.core.config import NetworkConfig
+from bp_spark.core.errors import BundleError, ConfigError
+from bp_spark.lakehouse.tables import KINDS
 from bp_spark.model.history import pooled
 from bp_spark.model.inputs import AGE, AMOUNT, Batch
-from bp_spark.tables import KINDS
 
 AMOUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000)
 """An amount is written as the least of these that is not below it."""

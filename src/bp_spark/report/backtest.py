@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bp_spark.bootstrap import CONFIDENCE
-from bp_spark.evaluation import TITLES, format_figure
+from bp_spark.evaluation.bootstrap import CONFIDENCE
+from bp_spark.evaluation.metrics import TITLES, format_figure
 from bp_spark.report import page
 from bp_spark.report.page import FAINT, Chart, Markup, Section
 
@@ -30,7 +30,7 @@ class Fold:
 
     Attributes:
         test_date: the as-of date of the predictions.
-        table: see :func:`bp_spark.bootstrap.compare`.
+        table: see :func:`bp_spark.evaluation.bootstrap.compare`.
         figures: title -> chart.
     """
 

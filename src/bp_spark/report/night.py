@@ -17,9 +17,9 @@ import pandas as pd
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from bp_spark import __version__
-from bp_spark.evaluation import POPULATIONS, TITLES, format_figure
-from bp_spark.privacy import withheld
+from bp_spark.core.version import __version__
+from bp_spark.evaluation.metrics import POPULATIONS, TITLES, format_figure
+from bp_spark.ingest.pseudonyms import withheld
 from bp_spark.report import page
 from bp_spark.report.page import FAINT, INK, SERIES, Chart, Markup, Section
 from bp_spark.report.population import BEST_FIRST, BIN, GONE, NEW, by_level, by_risk

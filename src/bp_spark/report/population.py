@@ -1,6 +1,6 @@
 """A night's tables -> the few figures that are shown of it: as many rows as there are groups, not users.
 
-What is read by people then leaves out groups of few users; see :func:`bp_spark.privacy.withheld`.
+What is read by people then leaves out groups of few users; see :func:`bp_spark.ingest.pseudonyms.withheld`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import pandas as pd
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from bp_spark.model.fusion import LEVELS, RISKS
-from bp_spark.privacy import withheld
+from bp_spark.ingest.pseudonyms import withheld
+from bp_spark.model.stack import LEVELS, RISKS
 
 BEST_FIRST = tuple(reversed(LEVELS))
 

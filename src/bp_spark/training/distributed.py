@@ -21,8 +21,8 @@ import torch.distributed as dist
 from pyspark.sql import SparkSession
 from torch import Tensor
 
-from bp_spark.config import TrainingConfig
-from bp_spark.errors import PlatformError
+from bp_spark.core.config import TrainingConfig
+from bp_spark.core.errors import PlatformError
 
 P = ParamSpec("P")
 T = TypeVar("T")

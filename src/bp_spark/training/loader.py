@@ -24,9 +24,9 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 from pyarrow import fs
 
-from bp_spark import footers
-from bp_spark.errors import DataError
-from bp_spark.stores import file_system
+from bp_spark.core.errors import DataError
+from bp_spark.core.stores import file_system
+from bp_spark.lakehouse import footers
 
 Columns = dict[str, np.ndarray]
 """Column name to values, one per row. An array column is an object array of one-dimensional arrays, empty where it is NULL, a
@@ -337,7 +337,8 @@ def _concat(tables: Sequence[Columns]) -> Columns:
 
 
 def _address(uri: str) -> str:
-    """A file as :func:`bp_spark.tables.file_system` takes it: the path of a local one, without the escapes of a URI."""
+    """A file as :func:`bp_spark.lakehouse.tables.file_system` takes it: the path of a local one, without the escapes
+    of a URI."""
     if "://" in uri and not uri.startswith("file://"):
         return uri
     return unquote(uri.removeprefix("file://"))

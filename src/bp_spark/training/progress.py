@@ -55,7 +55,7 @@ class TrainingOutcome:
         epochs: epochs run, over all resumptions.
         best_epoch: the epoch (from 1) of the best validation loss.
         best_validation_loss: that loss.
-        history: figures of each epoch; see :func:`bp_spark.training.loop.run_epochs`.
+        history: figures of each epoch; see :func:`bp_spark.training.fit.run_epochs`.
         seconds: of the call, from starting the ranks to the saved network.
     """
 

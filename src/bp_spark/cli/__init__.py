@@ -1,0 +1,5 @@
+"""The ``bp-spark`` command."""
+
+from bp_spark.cli.app import main
+
+__all__ = ["main"]

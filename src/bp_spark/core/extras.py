@@ -1,0 +1,49 @@
+"""The optional parts of the package, ``bp-spark[spark]`` and ``bp-spark[train]``, and the error that names a missing one.
+
+A platform that has its own Spark takes the package without ``spark``; a machine that only scores does without ``train``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+
+from bp_spark.core.errors import PlatformError
+
+EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "spark": ("pyspark", "py4j", "delta"),
+    "train": ("petastorm", "optuna", "peft", "tensorboard"),
+}
+"""Extra -> the modules that it brings and that the code can't do without."""
+
+
+def require(extra: str, purpose: str) -> None:
+    """Check that an extra is installed, before any work begins.
+
+    Args:
+        extra: a key of :data:`EXTRAS`.
+        purpose: what needs it, as the beginning of a sentence.
+
+    Raises:
+        PlatformError: a module of the extra is missing.
+    """
+    missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
+    if missing:
+        raise _error(extra, f"{purpose} needs {', '.join(missing)}")
+
+
+def explain(error: ModuleNotFoundError) -> PlatformError | None:
+    """Return the error that names the extra of a module that was not found; ``None`` if it belongs to none.
+
+    >>> print(explain(ModuleNotFoundError("No module named 'pyspark'", name="pyspark")))
+    this needs pyspark, which is not installed: pip install 'bp-spark[spark]'
+    """
+    module = (error.name or "").partition(".")[0]
+    for extra, modules in EXTRAS.items():
+        if module in modules:
+            return _error(extra, f"this needs {module}")
+    return None
+
+
+def _error(extra: str, what: str) -> PlatformError:
+    return PlatformError(f"{what}, which is not installed: pip install 'bp-spark[{extra}]'")

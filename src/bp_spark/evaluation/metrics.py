@@ -1,0 +1,341 @@
+"""How good predictions are: per-user predictions and real spend in, metrics and tables for people out.
+
+All metrics are of money over the horizon; spend below 0 (net refunds) counts as 0, as it does in fitting.
+What a metric can't tell of the data at hand (one user, nobody spends, all predictions equal) is NaN, never a
+warning.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+from rich.table import Table
+
+from bp_spark.core.errors import DataError
+
+POPULATIONS = ("all", "seen", "unseen")
+"""``seen``: users some model was fitted on, at earlier dates; ``unseen``: users held out of all fitting."""
+
+TITLES = {
+    "spearman": "Spearman ↑",
+    "gini": "norm. Gini ↑",
+    "decile_mape": "decile MAPE ↓",
+    "mae": "MAE ↓",
+    "rmse": "RMSE ↓",
+    "rmse_log1p": "RMSE log1p ↓",
+    "top_decile_capture": "top-10 % capture ↑",
+    "coverage": "coverage",
+    "interval_width": "interval width ↓",
+    "brier": "Brier ↓",
+    "auc": "AUC ↑",
+    "bracket_spearman": "Spearman with bracket ↑",
+    "bracket_auc": "AUC of upper half ↑",
+}
+"""Every metric, in the order of tables, and the way to go."""
+
+
+def spearman(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Spearman's rank correlation, ties at their mean rank; NaN where either side is constant."""
+    return _correlation(_ranks(truth), _ranks(predicted))
+
+
+def normalised_gini(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Gini coefficient of the prediction's gain chart, divided by that of the truth's own.
+
+    With users ordered by falling prediction and ``c_i`` the share of all spend held by the first ``i`` of
+    ``n``, ``gini = 2 * Σ c_i / n - 1``; the result is ``gini(predicted) / gini(truth)``: 1 for a perfect
+    order, about 0 for none. This is the measure of Wang, Liu and Miao (2019), "A deep probabilistic model for
+    customer lifetime value prediction" (google/lifetime_value, ``gini_from_gain``), except that tied
+    predictions share their spend evenly, so that the result doesn't depend on the order of rows.
+
+    Returns:
+        NaN where all spend is equal (no order is better than another) or nobody spends.
+    """
+    if not truth.size or truth.sum() <= 0 or truth.min() == truth.max():
+        return math.nan
+
+    def gini(order_by: np.ndarray) -> float:
+        gain = np.cumsum(_by_falling(order_by, truth)) / truth.sum()
+        return float(2 * gain.mean() - 1)
+
+    return gini(predicted) / gini(truth)
+
+
+def decile_mape(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Mean absolute percentage error of mean prediction against mean spend, over deciles of the prediction.
+
+    As ``decile_stats`` of google/lifetime_value: ``mean_d |pred_mean_d - label_mean_d| / label_mean_d``. Two
+    borders are made definite: equal predictions stay in one decile (so there may be fewer than ten), and a
+    decile where nobody spends, whose error would be infinite, counts with ``pred_mean_d`` relative to the
+    mean spend of all.
+
+    Returns:
+        A fraction, 0.1 for 10 %; NaN where nobody spends.
+    """
+    if not truth.size or truth.sum() <= 0:
+        return math.nan
+    edges = np.unique(np.quantile(predicted, np.arange(1, 10) / 10))
+    decile = np.unique(np.searchsorted(edges, predicted, side="left"), return_inverse=True)[1]
+    rows = np.bincount(decile)
+    labelled, said = np.bincount(decile, truth) / rows, np.bincount(decile, predicted) / rows
+    return float(np.mean(np.abs(said - labelled) / np.where(labelled > 0, labelled, truth.mean())))
+
+
+def mae(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Mean absolute error, in money."""
+    return _mean(np.abs(predicted - truth))
+
+
+def rmse(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Root mean squared error, in money."""
+    return math.sqrt(_mean((predicted - truth) ** 2))
+
+
+def rmse_log1p(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Root mean squared error of ``log1p``; predictions below 0 count as 0."""
+    return math.sqrt(_mean((np.log1p(np.maximum(predicted, 0.0)) - np.log1p(truth)) ** 2))
+
+
+def top_decile_capture(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Share of all real spend held by the tenth of users (rounded up) predicted highest.
+
+    NaN where nobody spends. Users tied at the border share their spend evenly.
+    """
+    if not truth.size or truth.sum() <= 0:
+        return math.nan
+    top = math.ceil(truth.size / 10)
+    return float(_by_falling(predicted, truth)[:top].sum() / truth.sum())
+
+
+def coverage(truth: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
+    """Share of users whose spend lies in ``low``..``high``, ends included."""
+    return _mean((low <= truth) & (truth <= high))
+
+
+def interval_width(low: np.ndarray, high: np.ndarray) -> float:
+    """Mean of ``high - low``, in money."""
+    return _mean(high - low)
+
+
+def brier(active: np.ndarray, p_active: np.ndarray) -> float:
+    """Brier score: mean squared error of a probability (Brier 1950). ``active`` is boolean."""
+    return _mean((p_active - active) ** 2)
+
+
+def auc(active: np.ndarray, p_active: np.ndarray) -> float:
+    """Area under the ROC curve: chance that an active user ranks above an inactive one, ties half.
+
+    NaN unless both kinds are there.
+    """
+    positive = int(active.sum())
+    negative = active.size - positive
+    if not positive or not negative:
+        return math.nan
+    above = _ranks(p_active)[active].sum() - positive * (positive + 1) / 2
+    return float(above / (positive * negative))
+
+
+POINT_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "spearman": spearman,
+    "gini": normalised_gini,
+    "decile_mape": decile_mape,
+    "mae": mae,
+    "rmse": rmse,
+    "rmse_log1p": rmse_log1p,
+    "top_decile_capture": top_decile_capture,
+}
+"""Metrics of an expected spend."""
+
+
+def evaluate(
+    truth: np.ndarray,
+    predicted: np.ndarray,
+    *,
+    low: np.ndarray | None = None,
+    high: np.ndarray | None = None,
+    p_active: np.ndarray | None = None,
+) -> dict[str, float]:
+    """All metrics that the given predictions allow.
+
+    Args:
+        truth: real spend, ``[users]``; below 0 counts as 0.
+        predicted: expected spend, ``[users]``.
+        low: lower end of the interval, with ``high``.
+        high: upper end of the interval, with ``low``.
+        p_active: probability of any spend.
+
+    Returns:
+        Metric name to value, in the order of :data:`TITLES`.
+
+    Raises:
+        DataError: arrays differ in length or hold NaN or infinite values.
+
+    >>> evaluate(np.array([0.0, 10.0, 30.0]), np.array([1.0, 12.0, 25.0]))["spearman"]
+    1.0
+    """
+    given = {"label_spend": truth, "predicted": predicted, "low": low, "high": high, "p_active": p_active}
+    arrays = {name: np.asarray(values, np.float64) for name, values in given.items() if values is not None}
+    truth, predicted = arrays["label_spend"], arrays["predicted"]
+    for name, values in arrays.items():
+        if values.shape != truth.shape or values.ndim != 1:
+            raise DataError("predictions", f"must be {truth.shape}, not {values.shape}", column=name)
+        if not np.isfinite(values).all():
+            raise DataError("predictions", "must be finite", column=name, count=int((~np.isfinite(values)).sum()))
+    truth = np.maximum(truth, 0.0)
+    metrics = {name: metric(truth, predicted) for name, metric in POINT_METRICS.items()}
+    if "low" in arrays and "high" in arrays:
+        metrics["coverage"] = coverage(truth, arrays["low"], arrays["high"])
+        metrics["interval_width"] = interval_width(arrays["low"], arrays["high"])
+    if "p_active" in arrays:
+        metrics["brier"] = brier(truth > 0, arrays["p_active"])
+        metrics["auc"] = auc(truth > 0, arrays["p_active"])
+    return metrics
+
+
+def metrics_table(frame: pd.DataFrame, members: Sequence[str]) -> pd.DataFrame:
+    """Metrics of every member on all, seen and unseen users.
+
+    Args:
+        frame: a row per user: ``user_key``, ``label_spend``, ``seen`` (bool) and a column of expected spend
+            per member; where ``low`` and ``high``, or ``p_active`` are there, they belong to the member
+            ``fused``.
+        members: the members' columns, in the order of the result.
+
+    Returns:
+        Long table ``member, population, metric, value, users``; populations without users have no rows.
+
+    Raises:
+        DataError: a column is missing, or see :func:`evaluate`.
+    """
+    rows = []
+    for population, part in populations(frame, members).items():
+        users = part["user_key"].nunique()
+        for member in members:
+            extra = [n for n in ("low", "high", "p_active") if n in part.columns] if member == "fused" else []
+            metrics = evaluate(
+                part["label_spend"].to_numpy(),
+                part[member].to_numpy(),
+                **{name: part[name].to_numpy() for name in extra},
+            )
+            rows += [(member, population, metric, value, users) for metric, value in metrics.items()]
+    return pd.DataFrame(rows, columns=["member", "population", "metric", "value", "users"])
+
+
+def populations(frame: pd.DataFrame, members: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """The rows of each of :data:`POPULATIONS` that has any.
+
+    Raises:
+        DataError: ``user_key``, ``label_spend``, ``seen`` or a member's column is missing.
+    """
+    for name in ("user_key", "label_spend", "seen", *members):
+        if name not in frame.columns:
+            raise DataError("predictions", "column is missing", column=name)
+    seen = frame["seen"].to_numpy(dtype=bool)
+    parts = {"all": frame, "seen": frame[seen], "unseen": frame[~seen]}
+    return {population: part for population, part in parts.items() if not part.empty}
+
+
+def bracket_order(texts: Sequence[str | None]) -> np.ndarray:
+    """Place of each bracket among those given, by the numbers in its text: ``float64[users]``, NaN without a number.
+
+    ``Under 15K`` < ``15-24K`` < ``250K+``: by the lower end, then by the upper one; K and M are thousands and
+    millions, also of the number before a dash, and commas part thousands.
+
+    >>> bracket_order(["250K+", "15-24K", None, "Under 15K", "15-24K"]).tolist()
+    [2.0, 1.0, nan, 0.0, 1.0]
+    """
+    ends = {text: _bracket_ends(text) for text in {text for text in texts if isinstance(text, str)}}
+    places = {key: place for place, key in enumerate(sorted({key for key in ends.values() if key is not None}))}
+    found = (ends[text] if isinstance(text, str) else None for text in texts)
+    return np.array([math.nan if key is None else places[key] for key in found], np.float64)
+
+
+def upper_half(order: np.ndarray) -> np.ndarray:
+    """Users in the upper brackets, boolean: parted where the halves are nearest to equal, a bracket on one side.
+
+    Raises:
+        DataError: there are fewer than two brackets.
+    """
+    places, users = np.unique(order, return_counts=True)
+    if len(places) < 2:
+        raise DataError("raw_users", "needs users of two brackets at least to compare", column="segment")
+    border = places[1 + int(np.argmin(np.abs(np.cumsum(users)[:-1] - len(order) / 2)))]
+    return order >= border
+
+
+_NUMBER = re.compile(r"(\d[\d,]*(?:\.\d+)?)\s*([kKmM]?)(?![A-Za-z])")
+_BELOW = re.compile(r"under|below|less|up to|<", re.IGNORECASE)
+_ABOVE = re.compile(r"\+|over|above|more|>", re.IGNORECASE)
+_SCALES = {"": 1.0, "k": 1e3, "m": 1e6}
+
+
+def _bracket_ends(text: str) -> tuple[float, float] | None:
+    found = _NUMBER.findall(text)
+    if not found:
+        return None
+    values, scale = [], ""
+    for digits, suffix in reversed(found):
+        scale = suffix.lower() or scale
+        values.append(float(digits.replace(",", "")) * _SCALES[scale])
+    low, high = values[-1], values[0]
+    if len(values) == 1 and _BELOW.search(text):
+        low = -math.inf
+    if len(values) == 1 and _ABOVE.search(text):
+        high = math.inf
+    return low, high
+
+
+def render(table: pd.DataFrame, title: str | None = None) -> Table:
+    """A :func:`metrics_table` for the terminal: members as rows, metrics as columns, a block a population."""
+    names = [name for name in TITLES if name in set(table["metric"])]
+    drawn = Table(title=title)
+    drawn.add_column("users")
+    drawn.add_column("member")
+    for name in names:
+        drawn.add_column(TITLES[name], justify="right")
+    values = table.set_index(["population", "member", "metric"])["value"].to_dict()
+    for population in POPULATIONS:
+        block = table[table["population"] == population]
+        heading = "" if block.empty else f"{population} ({int(block['users'].iloc[0]):,})"
+        for member in block["member"].unique():
+            cells = [format_figure(name, values.get((population, member, name))) for name in names]
+            drawn.add_row(heading, str(member), *cells)
+            heading = ""
+        drawn.add_section()
+    return drawn
+
+
+def format_figure(metric: str, value: float | None) -> str:
+    """A figure as people read it: money with two digits, else four; a dash for what the data can't tell."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:,.2f}" if metric in ("mae", "rmse", "interval_width") else f"{value:.4f}"
+
+
+def _by_falling(order_by: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """``values`` by falling ``order_by``, those of a tie replaced by their mean."""
+    tie = np.unique(-order_by, return_inverse=True)[1]
+    rows = np.bincount(tie)
+    return np.repeat(np.bincount(tie, values) / rows, rows)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    tie = np.unique(values, return_inverse=True)[1]
+    rows = np.bincount(tie)
+    return (np.cumsum(rows) - (rows - 1) / 2)[tie] if values.size else values
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    if not a.size:
+        return math.nan
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(np.clip((a @ b) / scale, -1.0, 1.0)) if scale > 0 else math.nan
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.mean(values)) if values.size else math.nan

@@ -1,0 +1,364 @@
+"""Raw tables -> ``events``, ``quarantine`` and ``texts``: every raw row ends in exactly one of events, duplicates, quarantine.
+
+A rule is declared as a name and the condition that a good row meets; a row goes to quarantine with the first rule it breaks.
+
+Point in time. What one ingest brings is judged and described by what was known by then: its own time bounds its timestamps, and
+items and exchange rates count from the ingest that brought them. So cleaning night by night gives the same events as cleaning
+everything at once.
+
+Duplicates. A line with a ``line_id`` is identified by user, order, day and line; its newest delivery wins, as a correction.
+Without one, the identity is the whole content of the row plus its occurrence number within its delivery: two equal lines of one
+basket in one file are two honest lines (two scans of one article); the same two lines in a second file are a repeated delivery,
+and only the larger count is kept. The part files of one write of Spark are one delivery (:func:`_write_of`). The day is part of
+either identity: duplicates are looked for among events of the same days.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+
+from bp_spark.core.config import CleaningConfig
+from bp_spark.ingest.pseudonyms import BROKEN_TEXT
+from bp_spark.ingest.sources.contract import THOUSAND
+from bp_spark.ingest.texts import normalised, text_id
+from bp_spark.lakehouse.tables import EVENTS, RAW_LOGS
+
+FORMAT = 3
+"""Raised when events mean something else than before: older ones are then cleaned anew."""
+COMPATIBLE = (2,)
+"""Older formats that new events may be added to, where raw rows are not all kept. In 2, equal lines in two part files of one
+write were one event."""
+
+ACTIONS = ("browse", "click", "cart", "favourite", "coupon")
+LOGS = tuple(table.name for table in RAW_LOGS)
+MONEY = "decimal(18,2)"
+
+NEW, CHANGED, KNOWN = "new", "changed", "known"
+"""What :func:`against_known` says of an event."""
+
+_AMOUNTS = ("amount", "discount", "coupon_discount")
+_UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_JSON = {"timestampFormat": "yyyy-MM-dd'T'HH:mm:ss.SSSSSSXXX"}
+_RAW = {table.name: table for table in RAW_LOGS}
+_CONTENT = ("item_id", "ts", "quantity", "amount", "discount", "coupon_discount", "rating", "dwell_s", "own_text")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule's name, as it stands in quarantine, and the condition that good rows meet (NULL counts as broken)."""
+
+    name: str
+    holds: Column
+
+
+def rules(table: str, config: CleaningConfig, now: Column | None = None) -> Sequence[Rule]:
+    """The rules of a raw table, in the order in which they are tried, on rows with the columns of :func:`_judgeable`.
+
+    Args:
+        now: by when a timestamp must be over; by default the time of the row's ingest.
+    """
+    latest = (F.col("ingested_at") if now is None else now) + F.expr(f"INTERVAL {config.ahead_minutes} MINUTES")
+
+    def present(column: str) -> Rule:
+        return Rule(f"{column} is missing", F.length(F.trim(F.col(column))) > 0)
+
+    def absent_or(column: str, condition: Column, rule: str) -> Rule:
+        return Rule(f"{column} {rule}", F.col(column).isNull() | condition)
+
+    def finite(column: str) -> Rule:
+        return absent_or(column, F.abs(column).between(0, 1e15), "is not a finite number")
+
+    def whole_text(column: str) -> Rule:
+        return absent_or(column, ~F.col(column).rlike(BROKEN_TEXT), "is broken text")
+
+    def plausible(column: str) -> Rule:
+        # converted: what a rate makes of it has to fit into its column too
+        converted = F.abs(F.col(column) * F.col("rate"))
+        return absent_or(column, converted <= config.max_amount, f"is beyond {config.max_amount:g}")
+
+    def not_negative(column: str) -> Rule:
+        # a refund gives its reduction back
+        return absent_or(column, (F.col(column) >= 0) | (F.col("amount") < 0), "is negative")
+
+    timed = [
+        Rule("user_id is missing", F.col("user_key").isNotNull()),
+        Rule("ts is missing", F.col("ts").isNotNull()),
+        Rule("ts is in the future", F.col("ts") <= latest),
+        Rule(f"ts is before {config.first_day}", F.col("ts") >= F.lit(config.first_day).cast("timestamp")),
+    ]
+    known_item = (
+        [Rule("item is unknown", F.col("item_id").isNull() | F.col("item_known"))]
+        if config.unknown_items == "quarantine"
+        else []
+    )
+    free_line = (
+        [Rule("amount and discount are 0", (F.col("amount") != 0) | (F.col("discount") != 0))]
+        if config.free_lines == "quarantine"
+        else []
+    )
+    own = {
+        "raw_transactions": [
+            Rule("amount is missing", F.col("amount").isNotNull()),
+            Rule("currency has no rate", F.col("rate").isNotNull()),
+            plausible("amount"),
+            plausible("discount"),
+            plausible("coupon_discount"),
+            finite("quantity"),
+            not_negative("discount"),
+            not_negative("coupon_discount"),
+            absent_or("quantity", (F.col("quantity") >= 0) | (F.col("amount") <= 0), "is negative, amount is not"),
+            *free_line,
+            *known_item,
+        ],
+        "raw_behaviours": [
+            Rule("action is unknown", F.col("action").isin(*ACTIONS)),
+            absent_or("dwell_s", F.col("dwell_s").between(0, 86_400), "is not within a day"),
+            *known_item,
+        ],
+        "raw_searches": [present("query"), whole_text("query")],
+        "raw_reviews": [
+            Rule("rating and text are missing", F.coalesce("rating", F.length("text")).isNotNull()),
+            absent_or("rating", F.col("rating").between(0, config.max_rating), f"is beyond 0..{config.max_rating:g}"),
+            whole_text("text"),
+            *known_item,
+        ],
+    }
+    return [*timed, *own[table]]
+
+
+def validate(
+    raw: Mapping[str, DataFrame], known: Mapping[str, DataFrame], config: CleaningConfig, now: Column | None = None
+) -> dict[str, DataFrame]:
+    """Raw rows of each log with ``rule``, the first one broken or NULL, and what cleaning knows of them beside.
+
+    Args:
+        raw: log -> rows to judge; any of RAW_LOGS.
+        known: ``raw_items`` and ``raw_rates``, whole, where the platform has them.
+        now: see :func:`rules`.
+    """
+    return {
+        name: _judgeable(raw[name], name, known, config).withColumn("rule", _first_broken(rules(name, config, now)))
+        for name in LOGS
+        if name in raw
+    }
+
+
+def _judgeable(df: DataFrame, table: str, known: Mapping[str, DataFrame], config: CleaningConfig) -> DataFrame:
+    """Add ``rate`` to transactions, and ``category``, ``item_text`` and ``item_known`` to all that name an item."""
+    if table == "raw_transactions":
+        df = df.transform(lambda rows: _with_rate(rows, known.get("raw_rates"), config.currency))
+    item = "clicked_item_id" if table == "raw_searches" else "item_id"
+    if "raw_items" not in known:
+        nothing = F.lit(None).cast("string")
+        return df.withColumns({"category": nothing, "item_text": nothing, "item_known": F.lit(False)})
+    items = _item_versions(known["raw_items"])
+    at = df["ingest_id"]
+    same = (df[item] == items["_item_id"]) & (at >= items["_from"]) & (at < items["_to"])
+    described = df.join(items, same, "left").withColumn("item_known", F.col("_item_id").isNotNull())
+    return described.drop("_item_id", "_from", "_to")
+
+
+def _item_versions(raw_items: DataFrame) -> DataFrame:
+    """What was known of each item from one ingest (``_from``) to before another (``_to``)."""
+    newest = Window.partitionBy("item_id", "ingest_id").orderBy(F.desc("delivery"), F.desc("title"), F.desc("category"))
+    later = Window.partitionBy("item_id").orderBy("ingest_id")
+    forever = F.lit(2**62)
+    return (
+        raw_items.filter(F.col("item_id").isNotNull())
+        .withColumn("n", F.row_number().over(newest))
+        .filter("n = 1")
+        .select(
+            F.col("item_id").alias("_item_id"),
+            F.col("ingest_id").alias("_from"),
+            F.coalesce(F.lead("ingest_id").over(later), forever).alias("_to"),
+            F.nullif(F.trim("category"), F.lit("")).alias("category"),
+            _item_text().alias("item_text"),
+        )
+    )
+
+
+def _item_text() -> Column:
+    """The text that describes an item: its title, else the narrowest part of its category."""
+    leaf = F.element_at(F.split("category", " > "), -1)
+    return normalised(F.coalesce(F.col("title"), leaf))
+
+
+def _with_rate(df: DataFrame, raw_rates: DataFrame | None, currency: str) -> DataFrame:
+    """Add ``rate`` into the platform's currency, 1 for its own: of those known by the row's ingest the newest by its day."""
+    own = F.coalesce(F.col("currency"), F.lit(currency)) == currency
+    if raw_rates is None:
+        return df.withColumn("rate", F.when(own, F.lit(1).cast("decimal(18,8)")))
+    entry = F.struct("day", "ingest_id", "delivery", "rate")
+    rates = (
+        raw_rates.filter((F.col("rate") > 0) & F.col("day").isNotNull())
+        .groupBy(F.col("currency").alias("_currency"))
+        .agg(F.array_sort(F.collect_list(entry)).alias("_rates"))
+    )
+    usable = F.filter("_rates", lambda r: (r["day"] <= F.to_date("ts")) & (r["ingest_id"] <= F.col("ingest_id")))
+    rate = F.when(own, F.lit(1).cast("decimal(18,8)")).otherwise(F.get(usable["rate"], F.size(usable) - 1))
+    joined = df.join(F.broadcast(rates), df["currency"] == rates["_currency"], "left")
+    return joined.withColumn("rate", rate).drop("_currency", "_rates")
+
+
+def _first_broken(rules_of_table: Sequence[Rule]) -> Column:
+    name = F.array_min(F.map_keys("unreadable"))
+    text = F.when(name.isin(*_AMOUNTS), F.try_element_at("unreadable", name))
+    why = F.when(text.rlike(THOUSAND), F.lit(" has a point that may part thousands")).when(
+        text.rlike(r"^\s*[-+]?\d*\.\d{3,}\s*$"), F.lit(" has more than 2 decimals")
+    )
+    unreadable = F.concat(name, F.coalesce(why, F.lit(" is unreadable")))
+    broken = (F.when(~F.coalesce(rule.holds, F.lit(False)), F.lit(rule.name)) for rule in rules_of_table)
+    return F.coalesce(F.when(F.size("unreadable") > 0, unreadable), *broken)
+
+
+def quarantine(judged: Mapping[str, DataFrame]) -> DataFrame:
+    """Rows of QUARANTINE: the judged rows that broke a rule, as they came."""
+    return _union(
+        [
+            df.filter(F.col("rule").isNotNull()).select(
+                F.lit(name).alias("source"),
+                F.col("rule"),
+                F.to_json(F.struct(*_RAW[name].schema.names), {"ignoreNullFields": "false", **_JSON}).alias("row"),
+                F.col("ingest_id"),
+            )
+            for name, df in judged.items()
+        ]
+    )
+
+
+def from_quarantine(rows: DataFrame, table: str) -> DataFrame:
+    """Rows of a raw table as they went into quarantine."""
+    row = F.from_json("row", _RAW[table].schema, _JSON)
+    return rows.filter(F.col("source") == table).select(row.alias("row")).select("row.*")
+
+
+def events(judged: Mapping[str, DataFrame]) -> DataFrame:
+    """The good rows as EVENTS with ``copy``, which numbers the deliveries of one event from 1: the first is the event."""
+    good = _union([_EVENT_OF[name](df.filter(F.col("rule").isNull())) for name, df in judged.items()])
+    return good.transform(_identified).select(*EVENTS.schema.names, "copy")
+
+
+def against_known(fresh: DataFrame, known: DataFrame) -> DataFrame:
+    """Add ``state`` to fresh events: ``new``, ``changed`` (a correction of a known one) or ``known`` (delivered again).
+
+    Args:
+        fresh: EVENTS, each event once.
+        known: EVENTS of at least the days in ``fresh``.
+    """
+    content = F.xxhash64(*(name for name in EVENTS.schema.names if name != "ingest_id"))
+    seen = known.select("event_id", "event_date", content.alias("_content"), F.col("ingest_id").alias("_first"))
+    state = F.when(F.col("_content").isNull(), NEW).when(F.col("_content") == content, KNOWN).otherwise(CHANGED)
+    joined = fresh.join(seen, ["event_id", "event_date"], "left").withColumn("state", state)
+    return joined.withColumn("ingest_id", F.coalesce("_first", "ingest_id")).select(*EVENTS.schema.names, "state")
+
+
+def _event(kind: Column, **columns: Column) -> list[Column]:
+    given = {
+        "user_key": F.col("user_key"),
+        "ts": F.col("ts"),
+        "event_date": F.to_date("ts"),
+        "kind": kind,
+        "category": F.col("category"),
+        "ingest_id": F.col("ingest_id"),
+        **columns,
+    }
+    given["text_id"] = text_id(F.coalesce(columns.get("own_text", F.lit(None)), F.col("item_text")))
+    types = {field.name: field.dataType for field in EVENTS.schema.fields}
+    wanted = [name for name in EVENTS.schema.names if name != "event_id"]
+    selected = [given.get(name, F.lit(None)).cast(types[name]).alias(name) for name in wanted]
+    extra = {name: columns.get(name, F.lit(None)).cast("string").alias(name) for name in ("line_id", "own_text")}
+    return [*selected, *extra.values(), F.coalesce(F.col("delivery"), F.lit("")).alias("delivery")]
+
+
+def _purchases(df: DataFrame) -> DataFrame:
+    def converted(column: str) -> Column:
+        return (F.col(column) * F.col("rate")).cast(MONEY)
+
+    # a log without orders: what a user bought in one moment is one
+    order = F.coalesce(F.col("order_id"), F.date_format("ts", "yyyy-MM-dd'T'HH:mm:ss"))
+    money = {name: converted(name) for name in _AMOUNTS}
+    names = ("line_id", "item_id", "quantity")
+    return df.select(*_event(F.lit("purchase"), order_id=order, **{name: F.col(name) for name in names}, **money))
+
+
+def _behaviours(df: DataFrame) -> DataFrame:
+    return df.select(*_event(F.col("action"), item_id=F.col("item_id"), dwell_s=F.col("dwell_s")))
+
+
+def _searches(df: DataFrame) -> DataFrame:
+    return df.select(*_event(F.lit("search"), item_id=F.col("clicked_item_id"), own_text=normalised(F.col("query"))))
+
+
+def _reviews(df: DataFrame) -> DataFrame:
+    text = normalised(F.col("text"))
+    columns = {"item_id": F.col("item_id"), "rating": F.col("rating"), "own_text": text}
+    # a review without words is not described by its item's title
+    return df.withColumn("item_text", F.lit(None).cast("string")).select(*_event(F.lit("review"), **columns))
+
+
+_EVENT_OF = {
+    "raw_transactions": _purchases,
+    "raw_behaviours": _behaviours,
+    "raw_searches": _searches,
+    "raw_reviews": _reviews,
+}
+
+
+def _identified(df: DataFrame) -> DataFrame:
+    """Add ``event_id`` and ``copy``, which numbers the deliveries of one event from 1, the newest first.
+
+    ``ingest_id`` becomes that of the first of them.
+    """
+    by_line = F.to_json(F.struct("kind", "user_key", "order_id", "event_date", "line_id"))
+    by_content = F.to_json(F.struct("kind", "user_key", "order_id", *_CONTENT))
+    has_line = F.col("line_id").isNotNull()
+    identity = F.sha2(F.when(has_line, by_line).otherwise(by_content), 256)
+    same_write = Window.partitionBy("identity", "ingest_id", _write_of("delivery")).orderBy("ts")
+    newest = [F.desc(name) for name in ("ingest_id", "delivery", *_CONTENT, "category", "text_id")]
+    same_event = Window.partitionBy("identity", "occurrence").orderBy(*newest)
+    return (
+        df.withColumn("identity", identity)
+        .repartition("identity")
+        .withColumn("occurrence", F.when(has_line, F.lit(0)).otherwise(F.row_number().over(same_write)))
+        .withColumn("copy", F.row_number().over(same_event))
+        .withColumn("ingest_id", F.min("ingest_id").over(Window.partitionBy("identity", "occurrence")))
+        .withColumn("event_id", F.sha2(F.concat_ws("/", "identity", "occurrence"), 256))
+    )
+
+
+def _write_of(delivery: str) -> Column:
+    """The write that a file is a part of: Spark names the files that its tasks write by their number and the write's UUID."""
+    named = F.regexp_replace(delivery, rf"part-\d+-({_UUID})[^/]*$", "$1")
+    return F.when(F.contains(F.col(delivery), F.lit("part-")), named).otherwise(F.col(delivery))
+
+
+def texts(raw: Mapping[str, DataFrame]) -> DataFrame:
+    """Every normalised text of items, queries and reviews: ``text``, ``ingest_id`` of the ingest that brought it."""
+    source = {
+        "raw_items": _item_text(),
+        "raw_searches": normalised(F.col("query")),
+        "raw_reviews": normalised(F.col("text")),
+    }
+    found = [raw[name].select(text.alias("text"), "ingest_id") for name, text in source.items() if name in raw]
+    nothing = raw[next(iter(raw))].select(F.lit(None).cast("string").alias("text"), "ingest_id").limit(0)
+    return _union([nothing, *found]).filter(F.col("text").isNotNull())
+
+
+def brands(raw_items: DataFrame) -> DataFrame:
+    """Normalised brand names: ``brand``, ``known_from``, the first ingest that brought it."""
+    brand = normalised(F.col("brand"))
+    return (
+        raw_items.select(brand.alias("brand"), "ingest_id")
+        .filter("brand IS NOT NULL")
+        .groupBy("brand")
+        .agg(F.min("ingest_id").alias("known_from"))
+    )
+
+
+def _union(frames: Sequence[DataFrame]) -> DataFrame:
+    return reduce(DataFrame.unionByName, frames)

@@ -1,0 +1,59 @@
+"""Footers of Parquet files, held against what Delta's log says of these files.
+
+Pages have checksums, footers have none: a bit that is flipped in one can hide rows from every reader. The log knows the size of
+each file and how many rows were written to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bp_spark.core.errors import DataError
+from bp_spark.core.stores import file_system
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
+
+
+def read(table: DeltaTable, files: Sequence[str]) -> list[pq.FileMetaData]:
+    """Return the footers of some files of a Delta table's version, in their order.
+
+    Args:
+        files: their addresses.
+
+    Raises:
+        DataError: a footer is damaged, or does not say what the log says.
+        OSError: a file can't be read from here.
+    """
+    if not files:
+        return []
+    actions = pa.table(table.get_add_actions(flatten=True)).select(["path", "size_bytes", "num_records"]).to_pylist()
+    # by name: names are unique, and paths are escaped
+    logged = {row["path"].rpartition("/")[2]: (row["size_bytes"], row["num_records"]) for row in actions}
+    store = file_system(files[0])[0]
+
+    def footer(address: str) -> pq.FileMetaData:
+        with store.open_input_file(file_system(address)[1]) as file:
+            size = file.size()
+            try:
+                metadata = pq.read_metadata(file)
+                rows = {metadata.num_rows, sum(metadata.row_group(n).num_rows for n in range(metadata.num_row_groups))}
+            except (ValueError, OSError, pa.ArrowException) as error:
+                raise DataError(address, "its footer is damaged; restore the file, then run again") from error
+        logged_size, logged_rows = logged[address.rpartition("/")[2]]
+        if size != logged_size or (logged_rows is not None and rows != {logged_rows}):
+            told = " or ".join(f"{count:,}" for count in sorted(rows))
+            raise DataError(
+                address,
+                f"has {size:,} bytes and {told} rows by its footer, and {logged_size:,} bytes and {logged_rows} rows by the "
+                "table's log: it is damaged; restore the file, then run again",
+            )
+        return metadata
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(footer, files))

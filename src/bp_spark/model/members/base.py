@@ -1,0 +1,139 @@
+"""What every member of a bundle offers: predictions from columns, and plain files (JSON, safetensors; nothing is unpickled)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, Self, runtime_checkable
+
+import numpy as np
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from bp_spark.core.errors import BundleError, DataError
+from bp_spark.model.columns import Columns
+
+TABLE = "training_set"
+LABEL = "label_spend"
+SPLIT = "split"
+KEY = ("user_key", "as_of_date")
+
+
+class Member(Protocol):
+    """A fitted model of a user's spend. Rows are independent: a row's answer depends on that row only."""
+
+    @property
+    def name(self) -> str:
+        """Short name, unique in a bundle: ``linear``, ``btyd``, ``trees``, ``sqrt_trees``, ``transformer``."""
+        ...
+
+    def predict(self, columns: Columns) -> np.ndarray:
+        """Expected spend, ``float64[rows]``, finite and >= 0, in the currency of the labels.
+
+        Args:
+            columns: one array of ``rows`` values per input column; NaN is a missing value.
+
+        Raises:
+            BundleError: a column the member needs is missing.
+        """
+        ...
+
+    def set_threads(self, threads: int) -> None:
+        """Use that many threads in predictions from now on, where a prediction can use several."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the member's files, each named after it, into an existing folder."""
+        ...
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            BundleError: a file is missing, cut short or not this member's; the message names it.
+        """
+        ...
+
+
+@runtime_checkable
+class HorizonsMember(Protocol):
+    """A member that tells of other horizons too."""
+
+    def predict_horizons(self, columns: Columns) -> dict[str, np.ndarray]:
+        """As :meth:`Member.predict`, for each horizon: under the member's name for the main one, else under that of
+        :func:`bp_spark.features.labels.of_days`.
+        """
+        ...
+
+
+@runtime_checkable
+class ActivityMember(Protocol):
+    """A member that tells whether a user will buy at all, too."""
+
+    def predict_activity(self, columns: Columns) -> dict[str, np.ndarray]:
+        """Return :data:`bp_spark.model.columns.ACTIVE` and :data:`bp_spark.model.columns.SILENT`, ``float64[rows]`` each."""
+        ...
+
+
+def predict_all(members: Iterable[Member], columns: Columns) -> dict[str, np.ndarray]:
+    """What members say, ``float64[rows]`` each: by name, by name and days (``transformer_30d``) of other horizons, and
+    those of :class:`ActivityMember`.
+
+    Raises:
+        BundleError: a column a member needs is missing.
+    """
+    said: dict[str, np.ndarray] = {}
+    for member in members:
+        if isinstance(member, HorizonsMember):
+            said |= member.predict_horizons(columns)
+        else:
+            said[member.name] = member.predict(columns)
+        if isinstance(member, ActivityMember):
+            said |= member.predict_activity(columns)
+    return said
+
+
+def spend() -> Column:
+    """Spend over the horizon, never below 0, as a double."""
+    return F.greatest(F.col(LABEL).cast("double"), F.lit(0.0))
+
+
+def signed_log(name: str) -> Column:
+    """``sign(v) * log1p(|v|)`` of a column."""
+    value = F.col(name).cast("double")
+    return F.signum(value) * F.log1p(F.abs(value))
+
+
+def require(df: DataFrame, names: Iterable[str]) -> None:
+    """Make sure that the training set has these columns.
+
+    Raises:
+        DataError: one is missing; the message names it.
+    """
+    for name in names:
+        if name not in df.columns:
+            raise DataError(TABLE, "column is missing", column=name)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write what :func:`read_json` reads; floats come back bit for bit."""
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a member's file.
+
+    Raises:
+        BundleError: the file can't be read or holds no JSON object.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BundleError(f"{path}: can't be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: not JSON or cut short ({error})") from None
+    if not isinstance(document, dict):
+        raise BundleError(f"{path}: must hold a JSON object, not a {type(document).__name__}")
+    return document

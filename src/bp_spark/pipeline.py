@@ -1,0 +1,53 @@
+"""The stages, end to end: what the jobs, the ``bp-spark`` command and notebooks call.
+
+Each function takes a session and a configuration, reads tables, writes tables, and returns what a person wants to know of
+the run. A stage whose inputs are unchanged is skipped; every stage leaves a row in ``runs``.
+"""
+
+from bp_spark.evaluation.job import DriftResult, FairnessResult, check_drift, fairness
+from bp_spark.features.job import featurize, quarantine_by_rule, replay_quarantine
+from bp_spark.governance.erasure import forget, retain, rotate_keys
+from bp_spark.report.job import ReportResult, report
+from bp_spark.scoring.active_learning_job import SelectResult, add_labels, select_labels
+from bp_spark.scoring.counterfactual_job import what_if
+from bp_spark.scoring.job import ScoreResult, score
+from bp_spark.scoring.lineage import Origin, Reproduction, explain_run, explain_score, reproduce
+from bp_spark.scoring.profiles_job import profile
+from bp_spark.training.backtest import BacktestResult, backtest
+from bp_spark.training.job import TrainResult, train
+from bp_spark.training.language import adapt_language
+from bp_spark.training.search_job import SearchResult, search
+
+__all__ = [
+    "BacktestResult",
+    "DriftResult",
+    "FairnessResult",
+    "Origin",
+    "ReportResult",
+    "Reproduction",
+    "ScoreResult",
+    "SearchResult",
+    "SelectResult",
+    "TrainResult",
+    "adapt_language",
+    "add_labels",
+    "backtest",
+    "check_drift",
+    "explain_run",
+    "explain_score",
+    "fairness",
+    "featurize",
+    "forget",
+    "profile",
+    "quarantine_by_rule",
+    "replay_quarantine",
+    "report",
+    "reproduce",
+    "retain",
+    "rotate_keys",
+    "score",
+    "search",
+    "select_labels",
+    "train",
+    "what_if",
+]

@@ -1,0 +1,203 @@
+"""Features of one date and a bundle -> rows of ``scores``, computed on the executors from Arrow batches.
+
+A score depends on nothing but the bundle and the user's features, so a user whose features are those of an earlier night
+keeps that night's score, and only the others are computed. The bundle travels as one archive, which every executor unpacks
+once; its Python workers map the same files into memory.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from pyspark import SparkFiles, TaskContext
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import to_arrow_schema
+from pyspark.sql.types import StructField, StructType
+
+from bp_spark.core.config import ScoringConfig
+from bp_spark.core.errors import BundleError
+from bp_spark.core.session import with_settings
+from bp_spark.core.version import __version__
+from bp_spark.lakehouse import parquet
+from bp_spark.lakehouse.tables import SCORES
+from bp_spark.model.columns import from_arrow
+from bp_spark.registry import bundle as bundles
+from bp_spark.registry.bundle import Bundle
+from bp_spark.registry.predictions import PREDICTION_COLUMNS, as_frame, fit_to_task, predict
+
+KEPT = ("user_key", "input_digest")
+"""Columns of ``user_features`` that SCORES has too."""
+ROWS_AT_ONCE = 65_536
+"""Rows of an Arrow batch at most, however narrow they are."""
+
+_archives: dict[tuple[str, str, str], Path] = {}
+_loaded: dict[str, Bundle] = {}
+
+
+def score(
+    users: DataFrame,
+    bundle: Bundle,
+    score_date: date,
+    features_version: int,
+    run_id: str | None = None,
+    places: DataFrame | None = None,
+    batch_mb: int = ScoringConfig().batch_mb,
+) -> DataFrame:
+    """Compute the score of every row of ``users``, or of those at ``places``.
+
+    Args:
+        users: rows of ``user_features`` of one date.
+        bundle: the model.
+        features_version: Delta version of ``user_features``, recorded with each score.
+        run_id: run that computes them, recorded too.
+        places: KEPT and where in its file each row lies, of ``users`` or some of them, as
+        :func:`bp_spark.lakehouse.parquet.row_locations`
+            gives them: the workers then read the features themselves, and raise FileReadError where they can't.
+        batch_mb: megabytes of features that a worker reads at once, where it reads them itself.
+
+    Returns:
+        Rows of SCORES.
+
+    Raises:
+        BundleError: ``users`` lacks a column that the bundle reads.
+    """
+    bundle.check_inputs(users.columns)
+    name, digest = distribute(users.sparkSession, bundle), bundle.digest
+    features = users.select(*dict.fromkeys(bundle.required_columns))
+    inputs = users.select(*KEPT, *features.columns) if places is None else places
+    read: Callable[[Iterable[pa.RecordBatch]], Iterable[pa.RecordBatch]] = iter
+    if places is not None:
+        schema = to_arrow_schema(features.schema)
+        read = partial(parquet.read, schema=schema, batch_bytes=batch_mb << 20, most_rows=ROWS_AT_ONCE)
+
+    def computed(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+        loaded = load_once(name, digest)
+        for batch in read(batches):
+            yield _answer_batch(loaded, batch, score_date)
+
+    return inputs.mapInArrow(computed, _schema(*KEPT, *PREDICTION_COLUMNS)).withColumns(
+        {
+            "score_date": F.lit(score_date),
+            "bundle_digest": F.lit(digest),
+            "run_id": F.lit(run_id).cast("string"),
+            "features_version": F.lit(features_version).cast("bigint"),
+            "code_version": F.lit(__version__),
+            "computed_on": F.lit(score_date),
+            "scored_at": F.current_timestamp(),
+        }
+    )
+
+
+@contextmanager
+def sized(spark: SparkSession, config: ScoringConfig) -> Iterator[None]:
+    """For the block, Spark cuts tasks and Arrow batches by bytes, as configured."""
+    settings = {
+        "spark.sql.files.maxPartitionBytes": f"{config.partition_mb}MB",
+        "spark.sql.execution.arrow.maxBytesPerBatch": f"{config.batch_mb}MB",
+        "spark.sql.execution.arrow.maxRecordsPerBatch": str(ROWS_AT_ONCE),
+        # above 100 columns Spark would build every row whole before it asks whether the user changed
+        "spark.sql.codegen.maxFields": "1000",
+    }
+    with with_settings(spark, settings):
+        yield
+
+
+def prediction_udf(spark: SparkSession, bundle: Bundle, name: str | None = None, on: date | None = None) -> Any:
+    """Return an iterator pandas UDF from a struct of ``user_features`` to a struct of PREDICTION_COLUMNS.
+
+    :func:`score` gives the same answers without the way through pandas. The bundle goes to each executor once; a Python worker
+    loads it once and shares the memory of its weights with the other workers of the machine.
+
+    Args:
+        bundle: the model.
+        name: what SQL calls the function; without one it isn't registered. ``predict_spend(struct(*))`` is computed from
+            the columns that the bundle reads and ignores the others.
+        on: the date from which the spend counts; by default that of the bundle's training.
+    """
+    folder, digest, inputs = distribute(spark, bundle), bundle.digest, tuple(dict.fromkeys(bundle.required_columns))
+    schema = _schema(*PREDICTION_COLUMNS)
+
+    @F.pandas_udf(schema)  # type: ignore[call-overload]
+    def answer(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        loaded = load_once(folder, digest)
+        for batch in batches:
+            yield as_frame(predict(loaded, {column: batch[column].to_numpy() for column in inputs}, on))
+
+    return answer if name is None else spark.udf.register(name, answer)
+
+
+def _schema(*names: str) -> StructType:
+    """Those columns of SCORES, as Python gives them: Spark takes none for NOT NULL."""
+    return StructType([StructField(name, SCORES.schema[name].dataType) for name in names])
+
+
+def _answer_batch(bundle: Bundle, batch: pa.RecordBatch, score_date: date) -> pa.RecordBatch:
+    """``user_key``, ``input_digest`` and PREDICTION_COLUMNS; users with the same features are computed once."""
+    inputs = batch.select([name for name in batch.schema.names if name not in KEPT])
+    first, place = _distinct(batch.column("input_digest"))
+    if len(first) < batch.num_rows:
+        said = predict(bundle, from_arrow(inputs.take(pa.array(first))), score_date)
+        said = {name: array.take(pa.array(place)) for name, array in said.items()}
+    else:
+        said = predict(bundle, from_arrow(inputs), score_date)
+    return pa.RecordBatch.from_pydict(
+        {"user_key": batch.column("user_key"), "input_digest": batch.column("input_digest"), **said}
+    )
+
+
+def _distinct(digests: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the first user with each digest, and for each user where among these the own one is."""
+    if digests.null_count:
+        # features of an older version have none: nobody is known to be like another
+        everyone = np.arange(len(digests))
+        return everyone, everyone
+    _, first, place = np.unique(digests.to_numpy(), return_index=True, return_inverse=True)
+    return first, place
+
+
+# --- the bundle on the executors ---------------------------------------------------------------------------------------
+
+
+def distribute(spark: SparkSession, bundle: Bundle) -> str:
+    """Send the bundle to executors, present and future, once a session; returns the name of its folder there."""
+    name = f"bp-spark-bundle-{bundle.digest[:32]}"
+    # of a Spark Connect session, what it was sent is its own
+    key = (str(spark.conf.get("spark.app.id")), str(getattr(spark, "session_id", "")), name)
+    if key not in _archives:
+        # executors that start later fetch it too: it stays for as long as this process
+        folder = Path(tempfile.mkdtemp(prefix="bp-spark-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        _archives[key] = folder / f"{name}.zip"
+        with zipfile.ZipFile(_archives[key], "w", zipfile.ZIP_STORED) as archive:
+            for path in sorted(bundle.folder.iterdir()):
+                archive.write(path, path.name)
+        spark.addArtifact(f"{_archives[key]}#{name}", archive=True)
+    return name
+
+
+def load_once(name: str, digest: str) -> Bundle:
+    """The bundle, verified as any bundle is and loaded by the first task of this worker process."""
+    if digest not in _loaded:
+        _loaded.clear()
+        bundle = bundles.load(SparkFiles.get(name))
+        if bundle.digest != digest:
+            raise BundleError(f"{bundle.folder}: is bundle {bundle.digest[:12]}, not the one sent, {digest[:12]}")
+        _loaded[digest] = bundle
+        # a worker collects garbage after each task: without this it would look at all objects of all libraries each time
+        gc.freeze()
+    fit_to_task(_loaded[digest], TaskContext.get())
+    return _loaded[digest]

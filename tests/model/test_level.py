@@ -1,0 +1,153 @@
+"""The platform's level: a season is found where there is one, kept out where there is none, and never from later days."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import date, timedelta
+
+import numpy as np
+import pytest
+
+from bp_spark.core.config import FusionConfig
+from bp_spark.core.errors import BundleError
+from bp_spark.model.curve import Curve
+from bp_spark.model.level import Level, WeeklySpend
+
+END = date(2024, 1, 1)
+HORIZON_DAYS, HORIZON = 91, 13
+CUTOFF_AGES = [90 + 14 * step for step in range(8)]
+
+
+def platform(weeks: int, season: float, seed: int, growth: float = 0.0) -> tuple[WeeklySpend, float]:
+    """A shop of 1,500 users up to END, and what they spend in the horizon after it."""
+    rng = np.random.default_rng(seed)
+    users, week = 1500, np.arange(weeks + HORIZON)
+    start = rng.integers(0, weeks, users)
+    stays = rng.exponential(120, users)
+    calendar = np.exp(season * np.sin(2 * np.pi * week / 52.18) + growth * week / 52)
+    there = (week >= start[:, None]) & (week < (start + stays)[:, None])
+    orders = rng.poisson(rng.gamma(0.8, 0.2, users)[:, None] * calendar * there)
+    spend = orders * rng.gamma(3, 10, users)[:, None]
+    first = np.where(orders.any(axis=1), orders.argmax(axis=1), weeks + HORIZON)
+    known = first < weeks
+    rows = [
+        (weeks - 1 - int(first[user]), weeks - 1 - int(when), round(100 * float(spend[user, when])))
+        for user, when in zip(*np.nonzero(spend[:, :weeks] * known[:, None]), strict=True)
+    ]
+    weekly = WeeklySpend.of(rows, END - timedelta(weeks=weeks), END)
+    return weekly, float(spend[known, weeks:].sum())
+
+
+def steady_forecast(weekly: WeeklySpend) -> float:
+    """What users spent in the last quarter, times what followed a quarter at the cutoffs that members learn from."""
+    spent = weekly.cohorts
+    ratios = []
+    for age in CUTOFF_AGES:
+        back = round(age / 7)
+        after = spent[back:, back - HORIZON : back].sum()
+        ratios.append(after / spent[:, back : back + HORIZON].sum())
+    return float(spent[:, :HORIZON].sum() * np.mean(ratios))
+
+
+def fitted(weekly: WeeklySpend) -> Level:
+    return Level.fit(weekly, HORIZON_DAYS, CUTOFF_AGES, FusionConfig())
+
+
+def test_a_strong_season_of_three_years_is_found_and_brings_the_total_near_what_is_spent() -> None:
+    steady, seasonal = [], []
+    for seed in range(5):
+        weekly, spent = platform(156, season=0.5, seed=seed)
+        expected = steady_forecast(weekly)
+        level = fitted(weekly).towards(expected)
+        assert level.evidence > 0.7
+        steady.append(abs(np.log(expected / spent)))
+        seasonal.append(abs(np.log(expected * level.factor() / spent)))
+    assert np.mean(steady) > 0.2
+    assert np.mean(seasonal) < np.mean(steady) / 3
+
+
+def test_without_a_season_the_factor_stays_near_one() -> None:
+    for seed in range(5):
+        weekly, spent = platform(156, season=0.0, seed=seed)
+        # members that know the total need no help
+        assert abs(np.log(fitted(weekly).towards(spent).factor())) < 0.05
+
+
+@pytest.mark.parametrize("weeks", [0, 1, 11, 13, 14, 40, 60, 80])
+def test_less_than_two_years_tell_of_no_season_but_of_an_unsure_level(weeks: int) -> None:
+    weekly, spent = platform(weeks, season=0.5, seed=1) if weeks else (WeeklySpend.of([], END, END), 1.0)
+    level = fitted(weekly).towards(spent)
+    assert (level.evidence, level.forecast, level.factor()) == (0.0, 0.0, 1.0)
+    assert 0 < level.sd < 1
+    assert weeks < 60 or level.sd > 0.15
+
+
+def test_a_season_makes_the_level_unsure_where_it_is_not_followed() -> None:
+    weekly, _ = platform(156, season=0.5, seed=2)
+    steady = Level.fit(weekly, HORIZON_DAYS, CUTOFF_AGES, FusionConfig(season=False))
+    assert (steady.evidence, steady.factor()) == (0.0, 1.0)
+    assert steady.sd > 2 * fitted(weekly).sd
+
+
+def test_the_effects_of_age_and_calendar_are_told_apart() -> None:
+    weeks = 60
+    size, calendar = np.linspace(5, 1, weeks), 1 + 0.3 * np.sin(np.arange(weeks))
+    by_age = np.exp(-np.arange(weeks) / 10)
+    cohorts = np.array(
+        [[size[f] * by_age[f - w] * calendar[w] if f >= w else 0.0 for w in range(weeks)] for f in range(weeks)]
+    )
+    parts = WeeklySpend(END, cohorts).decomposed()
+    fit = parts.size[:, None] * parts.calendar * parts.by_age[np.abs(np.subtract.outer(range(weeks), range(weeks)))]
+    np.testing.assert_allclose(np.tril(fit), cohorts, rtol=1e-3, atol=1e-6)
+    detrended = np.log(parts.calendar / calendar)
+    line = np.polyval(np.polyfit(np.arange(weeks), detrended, 1), np.arange(weeks))
+    # a trend of the calendar can't be told from one of the ages
+    np.testing.assert_allclose(detrended, line, atol=0.01)
+
+
+def test_the_factor_follows_the_calendar_and_is_held_beyond_what_is_known() -> None:
+    weekly, _ = platform(156, season=0.5, seed=3)
+    level = fitted(weekly).towards(steady_forecast(weekly))
+    by_week = [level.factor(END + timedelta(weeks=week)) for week in range(40)]
+    assert by_week[0] == level.factor() == level.factor(END)
+    assert max(by_week) / min(by_week) > 1.5
+    last = END + timedelta(days=int(level.log_factor.x[-1]))
+    assert level.factor(last) == level.factor(last + timedelta(days=400))
+
+
+def test_the_factor_reaches_no_further_than_seasons_have() -> None:
+    weekly, spent = platform(156, season=0.5, seed=3)
+    level = fitted(weekly)
+    assert 0.5 < level.reach < np.log(3)
+    assert level.towards(spent / 100).factor() == pytest.approx(np.exp(level.reach))
+
+
+def test_the_order_of_rows_changes_no_bit() -> None:
+    rng = np.random.default_rng(3)
+    rows = [
+        (int(f), int(w), int(c))
+        for f, w, c in zip(rng.integers(0, 90, 500), rng.integers(0, 90, 500), rng.integers(1, 10**9, 500), strict=True)
+    ]
+    first = END - timedelta(weeks=70)
+    one, other = WeeklySpend.of(rows, first, END), WeeklySpend.of(rows[::-1], first, END)
+    assert one.cohorts.tobytes() == other.cohorts.tobytes()
+    assert one.cohorts.shape == (70, 70)
+
+
+def test_a_stray_row_of_long_ago_costs_no_more_than_eight_years() -> None:
+    assert WeeklySpend.of([(2800, 2800, 5), (3, 2, 7)], date(1970, 1, 1), END).cohorts.shape == (416, 416)
+
+
+def test_a_level_comes_back_from_json_bit_for_bit_and_a_broken_one_is_refused() -> None:
+    level = Level("2024-01-01", 0.7, 1234.5, 0.4, Curve((0.0, 7.0), (0.1, 1 / 3)), 0.06)
+    assert Level.from_json(level.to_json()) == level
+    for change in (
+        {"sd": -1},
+        {"evidence": 2},
+        {"as_of": "soon"},
+        {"log_factor": {"x": [1, 1], "y": [0, 0]}},
+        {"more": 1},
+    ):
+        with pytest.raises(BundleError, match="level: malformed"):
+            Level.from_json(level.to_json() | change)
+    assert replace(level, forecast=0.0).towards(10.0).factor() == 1.0
