@@ -20,6 +20,11 @@ def publish(figures: Mapping[str, Any], out: Path) -> None:
     print(text)
 
 
+def say(figure: str, value: float) -> None:
+    """Print a figure as a line of JSON on standard output."""
+    print(json.dumps({"figure": figure, "value": value}), flush=True)
+
+
 class Usage:
     """What this process and all below it (Spark's Java, Python workers) use in the block.
 

@@ -2,7 +2,7 @@
 
 In: :data:`CASES`, small files after faults that were reported in public, with what is right for each: the spend of each user,
 and how many rows are in quarantine. They are read, pseudonymised and cleaned by the functions that ingest and clean call,
-without tables between them. Out: ``build/bench/files.jsonl``, also on standard output, one figure a line:
+without tables between them. Out: a line of JSON a figure on standard output:
 
 - ``files.cases``; ``files.right``: cases that come to what is right;
 - ``files.silent_wrong``: cases whose spend is another one while no more rows than right are in quarantine;
@@ -13,7 +13,6 @@ Cases that are not right are named on standard error.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -27,13 +26,13 @@ from pathlib import Path
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from bench import say
 from bp_spark.core import config
 from bp_spark.core.session import get_session
 from bp_spark.ingest import cleaning, pseudonyms
 from bp_spark.ingest.sources.contract import Delivery
 from bp_spark.ingest.sources.files import FilesSource
 
-OUT = Path("build/bench/files.jsonl")
 SECRET = pseudonyms.Secret(b"of the benchmark of files, 32 bytes and more")
 HEADER = "at,customer,order,line,name,paid,list_price\n"
 COLUMNS = {"user_id": "customer", "order_id": "order", "ts": "at", "amount": "paid"}
@@ -186,17 +185,12 @@ def figures(outcomes: Mapping[str, Outcome]) -> dict[str, int]:
 
 def main() -> None:
     """Run all cases."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=OUT)
-    out = parser.parse_args().out
     spark = get_session(config.load(), "bench-files")
     with tempfile.TemporaryDirectory() as folder:
         outcomes = {name: outcome(spark, Path(folder) / str(n), case) for n, (name, case) in enumerate(CASES.items())}
     spark.stop()
-    lines = [json.dumps({"figure": name, "value": value}) for name, value in figures(outcomes).items()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    for name, value in figures(outcomes).items():
+        say(name, value)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ Out: one JSON line a figure on standard output, 1 or 0 each; what failed, on sta
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
+
+from bench import say
 
 ROOT = Path(__file__).parents[1]
 CHECKS = {
@@ -39,7 +40,7 @@ def main() -> None:
     found = {}
     for figure, (tests, marked) in CHECKS.items():
         found[figure] = passes(tests, marked)
-        print(json.dumps({"figure": f"stack.{figure}", "value": int(found[figure])}), flush=True)
+        say(f"stack.{figure}", int(found[figure]))
     sys.exit(not all(found.values()))
 
 

@@ -15,7 +15,6 @@ Raises ``SystemExit`` with the output of a part that failed: the time of a suite
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -25,14 +24,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import say
+
 ROOT = Path(__file__).parents[1]
 PARTS = ("test", "integrations", "fast", "coverage")
 PYTEST = (sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
-
-
-def say(figure: str, value: float) -> None:
-    """Print one figure of the suite."""
-    print(json.dumps({"figure": f"suite.{figure}", "value": round(value, 2)}), flush=True)
 
 
 def run(*command: str, **variables: str) -> tuple[float, str]:
@@ -64,16 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seconds = 0.0
     if "test" in parts:
         seconds, said = run("make", "test")
-        say("seconds", seconds)
-        say("tests", int(re.findall(r"(\d+) passed", said)[-1]))
+        say("suite.seconds", round(seconds, 2))
+        say("suite.tests", round(int(re.findall(r"(\d+) passed", said)[-1]), 2))
     if "integrations" in parts:
         more, _ = run("make", "check-integrations")
         if seconds:
-            say("ci_seconds", seconds + more)
+            say("suite.ci_seconds", round(seconds + more, 2))
     if "fast" in parts:
-        say("fast_seconds", run("make", "test-fast")[0])
+        say("suite.fast_seconds", round(run("make", "test-fast")[0], 2))
     if "coverage" in parts:
-        say("coverage_percent", coverage_percent())
+        say("suite.coverage_percent", round(coverage_percent(), 2))
 
 
 if __name__ == "__main__":

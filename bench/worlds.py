@@ -37,6 +37,7 @@ import pandas as pd
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
+from bench import say
 from bp_spark import pipeline
 from bp_spark.core import config
 from bp_spark.core.config import Config
@@ -288,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.out.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
         print(name, {key: round(value, 4) for key, value in found.items()}, file=sys.stderr, flush=True)
     for figure, value in summary({name: known[name]["figures"] for name in chosen}).items():
-        print(json.dumps({"figure": f"worlds.{figure}", "value": round(value, 4)}), flush=True)
+        say(f"worlds.{figure}", round(value, 4))
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ from bp_spark.model.horizons import Horizons
 from bp_spark.model.members.btyd import FEATURES, BtydMember
 from bp_spark.model.stack import CalibratedStack
 from bp_spark.registry import bundle as bundles
-from tests.features.test_incremental import settings_in
 from tests.support.clusters import SHORT, TEST_SETTINGS
 from tests.support.histories import WRITTEN_TEXTS, sorted_rows, write_night
+from tests.support.platforms import settings_in
 from tests.support.training_rows import write_language_model
 
 pytestmark = pytest.mark.integration

@@ -15,7 +15,7 @@ from bp_spark.cli.doctor import Finding
 from bp_spark.core import config, session
 from bp_spark.core.config import Config
 from bp_spark.core.errors import PlatformError
-from tests.core.test_session import fake_java
+from tests.support.java import fake_java
 
 
 def script(path: Path, text: str) -> Path:

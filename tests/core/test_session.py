@@ -25,18 +25,10 @@ from bp_spark.core import daemon, scratch, session
 from bp_spark.core.config import Config, TablesConfig
 from bp_spark.core.errors import PlatformError
 from bp_spark.core.session import checkpointed
+from tests.support.java import fake_java
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-
-
-def fake_java(home: Path, version: str) -> Path:
-    """A Java home whose ``java`` only tells its version, on standard error as Java does."""
-    java = home / "bin" / "java"
-    java.parent.mkdir(parents=True)
-    java.write_text(f"#!/bin/sh\necho 'openjdk version \"{version}\" 2025-04-15' >&2\n")
-    java.chmod(0o755)
-    return home
 
 
 @pytest.fixture

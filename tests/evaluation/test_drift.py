@@ -18,7 +18,6 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from scipy.stats import ks_2samp
 
-from bench.score import users
 from bp_spark import pipeline
 from bp_spark.cli import app
 from bp_spark.core import config
@@ -33,6 +32,7 @@ from bp_spark.model.stack import CalibratedStack
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry.bundle import Bundle
 from tests.support.histories import rows_of
+from tests.support.random_users import users
 
 pytestmark = pytest.mark.slow
 

@@ -15,37 +15,18 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark import pipeline
-from bp_spark.core import config
 from bp_spark.core.config import Config
 from bp_spark.core.errors import DataError
 from bp_spark.features import job
 from bp_spark.lakehouse.tables import Lakehouse
-from tests.support.histories import WRITTEN_TEXTS, clock_at, sorted_rows, write_night
+from tests.support.histories import clock_at, sorted_rows, write_night
+from tests.support.platforms import DERIVED, MAPPING, settings_in
 
 pytestmark = pytest.mark.slow
 
 FIRST = date(2024, 2, 1)
 NIGHTS = 4
 AS_OF = FIRST + timedelta(days=40 + NIGHTS)
-MAPPING = (
-    """
-timezone: UTC
-transactions:
-  path: "transactions/*.json"
-  format: json
-  columns: {user_id: user, order_id: order, line_id: line, item_id: item, ts: time, quantity: n, amount: paid}
-behaviours:
-  path: "behaviours/*.json"
-  format: json
-  columns: {user_id: user, ts: time, action: action, item_id: item}
-items:
-  path: "items/*.json"
-  format: json
-  columns: {item_id: item, title: title, category: category, brand: brand}
-"""
-    + WRITTEN_TEXTS
-)
-DERIVED = ("events", "quarantine", "texts", "user_daily", "user_features")
 
 
 def random_night(rng: np.random.Generator, night: int, before: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -91,23 +72,6 @@ def random_night(rng: np.random.Generator, night: int, before: list[dict[str, An
         "searches": searches,
         "reviews": reviews,
     }
-
-
-def settings_in(folder: Path, lakehouse: str = "lakehouse", *overrides: str) -> Config:
-    """Settings of the platform whose files lie in ``folder/platform``, with its tables beside them."""
-    return config.load(
-        overrides=[
-            "source.kind=files",
-            f"source.mapping={folder}/platform/source.yaml",
-            f"tables.path={folder}/{lakehouse}",
-            f"bundles={folder}/bundles",
-            f"training.work_dir={folder}/work",
-            # few columns: to plan the rest would be most of the time
-            "features.windows=[30, 90]",
-            "texts.max_tokens=8",
-            *overrides,
-        ]
-    )
 
 
 def new_platform(folder: Path) -> Path:

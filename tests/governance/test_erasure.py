@@ -25,9 +25,9 @@ from bp_spark.governance import erasure, residue_scan
 from bp_spark.ingest import pseudonyms
 from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.tables import GIVEN_LABELS, LABEL_REQUESTS, MARKET_SEGMENTS, SCORES, USER_PROFILE, Lakehouse
-from tests.features.test_incremental import DERIVED, MAPPING
-from tests.scoring.test_profiles import frame
 from tests.support.histories import SECRET, sorted_rows, write_night
+from tests.support.platforms import DERIVED, MAPPING
+from tests.support.rows import frame
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,7 @@ from bp_spark.model.network import TransformerMember
 from bp_spark.registry import tracking
 from bp_spark.registry.bundle import Bundle
 from bp_spark.registry.predictions import PREDICTION_COLUMNS, as_frame, predict
-from tests.model.test_network import make_network
+from tests.support.networks import make_network
 from tests.support.trained_bundles import fitted_members, write_bundle
 from tests.support.training_rows import SPEC, make_rows
 

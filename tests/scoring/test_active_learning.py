@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from bench.score import NIGHT, users
 from bp_spark import pipeline
 from bp_spark.core import config
 from bp_spark.core.config import Config, FusionConfig, LabellingConfig
@@ -32,6 +31,7 @@ from bp_spark.registry.bundle import Bundle
 from bp_spark.scoring import active_learning
 from bp_spark.training import job
 from tests.support.histories import AS_OF, SECRET, embeddings_frame, events_frame, random_events, rows_of, texts_frame
+from tests.support.random_users import NIGHT, users
 
 pytestmark = pytest.mark.slow
 

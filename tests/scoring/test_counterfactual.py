@@ -10,7 +10,6 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from bench.score import NIGHT, make_bundles, users
 from bp_spark.core import config
 from bp_spark.core.config import Config
 from bp_spark.core.errors import DataError
@@ -20,6 +19,7 @@ from bp_spark.registry.bundle import Bundle
 from bp_spark.scoring import counterfactual
 from bp_spark.scoring.compare import TOLERANCE
 from tests.support.histories import AS_OF, embeddings_frame, events_frame, random_events, texts_frame
+from tests.support.random_users import NIGHT, make_bundles, users
 
 USER = "user3"
 EVENING = datetime(AS_OF.year, AS_OF.month, AS_OF.day, 19, tzinfo=UTC) - timedelta(days=1)

@@ -18,7 +18,6 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from bench.score import NIGHT, make_bundles, users
 from bp_spark import __version__, pipeline
 from bp_spark.core import config
 from bp_spark.core.config import Config
@@ -31,6 +30,7 @@ from bp_spark.registry import bundle as bundles
 from bp_spark.registry.bundle import Bundle
 from bp_spark.registry.predictions import REASONS, fit_to_task
 from bp_spark.scoring import prediction
+from tests.support.random_users import NIGHT, make_bundles, users
 
 pytestmark = pytest.mark.slow
 

@@ -6,8 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
-from decimal import Decimal
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pandas as pd
 import polars as pl
 import pytest
 from deltalake import DeltaTable
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark import pipeline
@@ -37,6 +36,7 @@ from bp_spark.lakehouse.tables import (
     Table,
 )
 from bp_spark.scoring import profiles
+from tests.support.rows import frame
 
 pytestmark = pytest.mark.slow
 
@@ -55,18 +55,6 @@ CATALOGUE = catalogue(FeaturesConfig(windows=(30,)))
 
 def ago(days: int) -> date:
     return DAY - timedelta(days=days)
-
-
-def frame(spark: SparkSession, table: Table, *rows: dict[str, Any]) -> DataFrame:
-    """Rows of a table from some of their values; of the others those that can't be NULL are zero or empty."""
-    empty: dict[str, Any] = {"double": 0.0, "date": DAY, "timestamp": datetime(2024, 3, 10, tzinfo=UTC), "string": ""}
-    empty["decimal(18,2)"] = Decimal(0)
-
-    def nothing(kind: str, nullable: bool) -> Any:
-        return None if nullable else [] if kind.startswith("array") else empty.get(kind, 0)
-
-    blank = {f.name: nothing(f.dataType.simpleString(), f.nullable) for f in table.schema}
-    return spark.createDataFrame([tuple({**blank, **row}.values()) for row in rows], table.schema)
 
 
 def score(user: str, day: date, value: float, **more: Any) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from bp_spark.training.loader import Snapshot, snapshot
 from bp_spark.training.progress import CHECKPOINT_FILE, TENSORBOARD_FOLDER, WeightAverage
 from bp_spark.training.tasks import finetune as module
 from bp_spark.training.tasks.finetune import Job, finetune, inputs_digest, train_rank
+from tests.support.ranks import as_rank, free_port
 from tests.support.training_rows import SPEC, make_rows, write_language_model, write_table, write_texts
 
 pytestmark = pytest.mark.slow
@@ -67,31 +67,6 @@ def assert_equal_weights(one: Path, other: Path, tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=tolerance, msg=name)
-
-
-def as_rank(rank: int, ranks: int) -> None:
-    """Pretend that torchrun started this process; a new port for each process group."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-    )
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
-@pytest.fixture
-def single_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
-        monkeypatch.setenv(name, "")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    as_rank(0, 1)
 
 
 @pytest.fixture(scope="module")

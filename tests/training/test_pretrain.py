@@ -27,8 +27,8 @@ from bp_spark.training.loader import Snapshot, snapshot
 from bp_spark.training.tasks import finetune
 from bp_spark.training.tasks import pretrain as module
 from bp_spark.training.tasks.pretrain import ENCODER_FOLDER, Job, inputs_digest, pretrain_rank
+from tests.support.ranks import as_rank, free_port
 from tests.support.training_rows import SPEC, TEXT_IDS, arrays, make_rows, write_table, write_texts
-from tests.training.test_finetune import as_rank, free_port, single_rank  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -230,7 +230,7 @@ def test_two_ranks_of_unequal_shares_finish_and_tell_the_same(folder: Path) -> N
     assert encoder(folder / "two ranks")
 
 
-def test_a_resumed_run_ends_like_an_undisturbed_one(folder: Path, single_rank: None) -> None:  # noqa: F811
+def test_a_resumed_run_ends_like_an_undisturbed_one(folder: Path, single_rank: None) -> None:
     progress = pretrain_rank(job(folder, "undisturbed"))
     assert [row["epoch"] for row in progress.history] == [1, 2, 3]
     last = progress.history[-1]
@@ -242,7 +242,7 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(folder: Path, single_rank: N
     assert_equal_encoders(folder / "stopped", folder / "undisturbed", 1e-6)
 
 
-def test_histories_teach_what_spend_of_the_next_order_depends_on(tmp_path: Path, single_rank: None) -> None:  # noqa: F811
+def test_histories_teach_what_spend_of_the_next_order_depends_on(tmp_path: Path, single_rank: None) -> None:
     write_table(tmp_path / "table", make_rows(400, seed=3))
     write_table(tmp_path / "table", make_rows(100, seed=4), split="valid")
     write_texts(tmp_path / "texts.safetensors")
@@ -257,14 +257,14 @@ def test_histories_teach_what_spend_of_the_next_order_depends_on(tmp_path: Path,
     assert best["valid_loss_next_days"] < 0.7 * first["valid_loss_next_days"]
 
 
-def test_a_loss_that_is_not_finite_is_an_error(folder: Path, single_rank: None) -> None:  # noqa: F811
+def test_a_loss_that_is_not_finite_is_an_error(folder: Path, single_rank: None) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit, "mean_losses", lambda *args: [math.nan] * len(PARTS))
         with pytest.raises(ConfigError, match=r"pretraining\.learning_rate"):
             pretrain_rank(job(folder, "wild"))
 
 
-def test_fine_tuning_starts_from_the_encoder_and_takes_no_other(folder: Path, single_rank: None) -> None:  # noqa: F811
+def test_fine_tuning_starts_from_the_encoder_and_takes_no_other(folder: Path, single_rank: None) -> None:
     run = job(folder, "for fine-tuning", "pretraining.max_epochs=1")
     pretrain_rank(run)
     initial = run.run_dir / ENCODER_FOLDER

@@ -1,0 +1,48 @@
+"""A platform whose deliveries are JSON files, and its settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bp_spark.core import config
+from bp_spark.core.config import Config
+from tests.support.histories import WRITTEN_TEXTS
+
+MAPPING = (
+    """
+timezone: UTC
+transactions:
+  path: "transactions/*.json"
+  format: json
+  columns: {user_id: user, order_id: order, line_id: line, item_id: item, ts: time, quantity: n, amount: paid}
+behaviours:
+  path: "behaviours/*.json"
+  format: json
+  columns: {user_id: user, ts: time, action: action, item_id: item}
+items:
+  path: "items/*.json"
+  format: json
+  columns: {item_id: item, title: title, category: category, brand: brand}
+"""
+    + WRITTEN_TEXTS
+)
+
+
+DERIVED = ("events", "quarantine", "texts", "user_daily", "user_features")
+
+
+def settings_in(folder: Path, lakehouse: str = "lakehouse", *overrides: str) -> Config:
+    """Settings of the platform whose files lie in ``folder/platform``, with its tables beside them."""
+    return config.load(
+        overrides=[
+            "source.kind=files",
+            f"source.mapping={folder}/platform/source.yaml",
+            f"tables.path={folder}/{lakehouse}",
+            f"bundles={folder}/bundles",
+            f"training.work_dir={folder}/work",
+            # few columns: to plan the rest would be most of the time
+            "features.windows=[30, 90]",
+            "texts.max_tokens=8",
+            *overrides,
+        ]
+    )
