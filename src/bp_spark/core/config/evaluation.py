@@ -28,17 +28,19 @@ class EvaluationConfig(Section):
 
     max_users: Positive = Field(
         200_000,
-        description="Users brought to the driver for exact metrics and calibration. A larger platform is sampled by hash.",
+        description="Users brought to the driver for exact metrics and calibration. A larger platform is sampled by "
+        "hash.",
     )
     resamples: Positive = Field(500, description="Resamples of users behind each interval and comparison.")
     margin: Fraction = Field(
         0.002,
-        description="Share of the promoted bundle's normalised Gini and MAE by which a new one may surely be worse and still "
-        "be promoted. With many users every difference is certain, however small.",
+        description="Share of the promoted bundle's normalised Gini and MAE by which a new one may surely be worse and "
+        "still be promoted. With many users every difference is certain, however small.",
     )
     external_segment: str | None = Field(
         None,
-        description="Segment of `raw_users` with an ordered bracket, such as income, to compare scores with. Null: none.",
+        description="Segment of `raw_users` with an ordered bracket, such as income, to compare scores with. Null: "
+        "none.",
     )
     reports: Folder = Field("reports", description="Folder of the reports of backtests and nights.")
 
@@ -48,14 +50,14 @@ class DriftConfig(Section):
 
     max_users: Positive = Field(
         200_000,
-        description="Largest number of users of a night, and of rows of the training set, whose features are counted into "
-        "bins. Also of users of a past night whose spend is compared with its scores. More are sampled by hash.",
+        description="Largest number of users of a night, and of rows of the training set, whose features are counted "
+        "into bins. Also of users of a past night whose spend is compared with its scores. More are sampled by hash.",
     )
     max_psi: float = Field(
         0.25,
         gt=0,
-        description="Largest population stability index of a feature or the score against training. Above 0.25 is by custom a "
-        "large shift.",
+        description="Largest population stability index of a feature or the score against training. Above 0.25 is by "
+        "custom a large shift.",
     )
     max_ks: float = Field(0.3, gt=0, le=1, description="Largest Kolmogorov-Smirnov distance against training.")
     max_psi_night: float = Field(
@@ -89,7 +91,8 @@ class DriftConfig(Section):
         0.05,
         gt=0,
         lt=1,
-        description="How far Spearman's correlation and the normalised Gini may be below the bundle's on its test date.",
+        description="How far Spearman's correlation and the normalised Gini may be below the bundle's on its test "
+        "date.",
     )
 
 
@@ -112,6 +115,6 @@ class FairnessConfig(Section):
     max_ratio: float = Field(1.25, gt=1, description="Largest ratio of a group's figure to that of all others.")
     watched: tuple[FairnessFigure, ...] = Field(
         ("relative_error", "calibration", "coverage", "top_found"),
-        description="Figures whose ratio must lie between the two. By default not the score and levels, because groups that "
-        "spend more score higher.",
+        description="Figures whose ratio must lie between the two. By default not the score and levels, because groups "
+        "that spend more score higher.",
     )

@@ -54,8 +54,8 @@ class NetworkConfig(Section):
 
     backbone: Literal["events", "text"] = Field(
         "events",
-        description="What reads a history. `events`: an encoder of events, trained from scratch. `text`: a language model, "
-        "tuned.",
+        description="What reads a history. `events`: an encoder of events, trained from scratch. `text`: a language "
+        "model, tuned.",
     )
     size: Literal["tiny", "base", "large"] = Field(
         "tiny", description="Sets each of the five sizes below that is missing or null; see docs/sizes.md."
@@ -85,8 +85,8 @@ class NetworkConfig(Section):
     pooling: Literal["attention", "mean"] = Field("attention", description="How a history becomes one vector.")
     loss: Literal["ziln", "tweedie", "mse"] = Field(
         "tweedie",
-        description="Loss of spend. `ziln`: zero-inflated lognormal (Wang et al. 2019). `tweedie`: compound Poisson-gamma with "
-        "a log link. `mse`: squared error of log1p spend.",
+        description="Loss of spend. `ziln`: zero-inflated lognormal (Wang et al. 2019). `tweedie`: compound "
+        "Poisson-gamma with a log link. `mse`: squared error of log1p spend.",
     )
     tweedie_power: float = Field(
         1.5, gt=1, lt=2, description="Variance power of the `tweedie` loss, between 1 (Poisson) and 2 (gamma)."
@@ -100,8 +100,8 @@ class NetworkConfig(Section):
     horizons_weight: float = Field(
         0.0,
         ge=0,
-        description="Weight in the training loss of each of `labels.other_horizons`, for example 0.1. 0: a ratio by expected "
-        "spend gives them instead.",
+        description="Weight in the training loss of each of `labels.other_horizons`, for example 0.1. 0: a ratio by "
+        "expected spend gives them instead.",
     )
 
     @model_validator(mode="before")
@@ -161,6 +161,6 @@ class FusionConfig(Section):
     coverage: float = Field(0.9, gt=0, lt=1, description="Share of users whose spend should fall inside `low`..`high`.")
     season: bool = Field(
         True,
-        description="Whether the same weeks of the year before move everyone's expected spend, as far as they foretold past "
-        "weeks.",
+        description="Whether the same weeks of the year before move everyone's expected spend, as far as they foretold "
+        "past weeks.",
     )

@@ -22,8 +22,9 @@ class TrackingConfig(Section):
     uri: str | None = Field(
         "sqlite:///tracking/mlflow.db",
         pattern=r"^(sqlite:///[^?]+|https?://[^@?]+|databricks(://[^@?]+)?)$",
-        description="`sqlite:///` and the path of a file, `http(s)://` of a server, or `databricks`. Null: neither record nor "
-        "registry. No password: MLflow reads `MLFLOW_TRACKING_USERNAME`, `_PASSWORD` and `_TOKEN` from the environment.",
+        description="`sqlite:///` and the path of a file, `http(s)://` of a server, or `databricks`. Null: neither "
+        "record nor registry. No password: MLflow reads `MLFLOW_TRACKING_USERNAME`, `_PASSWORD` and `_TOKEN` from the "
+        "environment.",
     )
     experiment: str = Field("bp-spark", min_length=1, description="Name of the experiment that holds all runs.")
     model: str = Field(
@@ -36,7 +37,8 @@ class TrackingConfig(Section):
     )
     artifacts: Folder = Field(
         "tracking/artifacts",
-        description="Folder of the bundles of a SQLite store, fixed by the experiment's first run. A server has its own place.",
+        description="Folder of the bundles of a SQLite store, fixed by the experiment's first run. A server has its "
+        "own place.",
     )
 
 
@@ -52,5 +54,6 @@ class SigningConfig(Section):
     )
     public_key: SecretAddress | None = Field(
         None,
-        description="Address of the key that must match a bundle's signature before it is loaded. Null: any bundle is loaded.",
+        description="Address of the key that must match a bundle's signature before it is loaded. Null: any bundle is "
+        "loaded.",
     )

@@ -30,8 +30,8 @@ class LabellingConfig(Section):
 
     candidates_per_label: Positive = Field(
         2,
-        description="Number of users to consider for each requested label: those on whom the members disagree most. Those who "
-        "differ most from each other are picked. 1: disagreement alone decides.",
+        description="Number of users to consider for each requested label: those on whom the members disagree most. "
+        "Those who differ most from each other are picked. 1: disagreement alone decides.",
     )
     max_spend: float = Field(
         1_000_000.0,
@@ -47,14 +47,14 @@ class ScoringConfig(Section):
     batch_mb: Positive = Field(8, description="Megabytes of Arrow data handed to Python at once.")
     partition_mb: Positive = Field(
         32,
-        description="Megabytes of compressed features that one task reads, or one file where files are larger. Small enough "
-        "that no task holds the whole night.",
+        description="Megabytes of compressed features that one task reads, or one file where files are larger. Small "
+        "enough that no task holds the whole night.",
     )
     reader: FeatureReader = Field(
         "files",
-        description="What brings features to the model. `files`: its workers read the table's Parquet files themselves, "
-        "several times cheaper than through Spark. Where they can't, Spark reads them after all. `spark`: always Spark, for "
-        "executors that have no access of their own to the store.",
+        description="What brings features to the model. `files`: its workers read the table's Parquet files "
+        "themselves, several times cheaper than through Spark. Where they can't, Spark reads them after all. `spark`: "
+        "always Spark, for executors that have no access of their own to the store.",
     )
 
 
@@ -129,8 +129,8 @@ class ProfilesConfig(Section):
     purchase_weight: float = Field(
         0.6,
         ge=0,
-        description="Weight, in the interest in a category, of its share of the user's spend. The three weights are relative to "
-        "each other.",
+        description="Weight, in the interest in a category, of its share of the user's spend. The three weights are "
+        "relative to each other.",
     )
     click_weight: float = Field(
         0.25,
@@ -153,12 +153,14 @@ class ProfilesConfig(Section):
     )
     dormant_days: Positive = Field(
         90,
-        description="Users are dormant if their last purchase or visit was more days ago than this. In between, they are cooling.",
+        description="Users are dormant if their last purchase or visit was more days ago than this. In between, they "
+        "are cooling.",
     )
     prior_purchases: float = Field(
         2.0,
         gt=0,
-        description="Weight of the population's rhythm beside the user's own in the expected next purchase, in purchases.",
+        description="Weight of the population's rhythm beside the user's own in the expected next purchase, in "
+        "purchases.",
     )
     likely_active: float = Field(
         0.5, ge=0, le=1, description="Least `p_active` of users for whom a next purchase is expected."
@@ -169,7 +171,8 @@ class ProfilesConfig(Section):
     )
     volatility_borders: tuple[float, float] = Field(
         (1.5, 2.5),
-        description="Ratios of weekly spend's standard deviation to its mean, from which it is one and two points of risk.",
+        description="Ratios of weekly spend's standard deviation to its mean, from which it is one and two points of "
+        "risk.",
     )
     region_segment: str | None = Field(
         None, description="Segment of `raw_users` that holds the region. Null: all users are in one."

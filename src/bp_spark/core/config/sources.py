@@ -17,8 +17,8 @@ class SourceConfig(Section):
 
     kind: Literal["completejourney", "files"] = Field(
         "completejourney",
-        description="`completejourney`: the data set of the Python package. `files`: CSV, JSON, Parquet or Delta files, as "
-        "`mapping` describes them.",
+        description="`completejourney`: the data set of the Python package. `files`: CSV, JSON, Parquet or Delta "
+        "files, as `mapping` describes them.",
     )
     mapping: str | None = Field(
         None, description="YAML file that says what each column of each file holds. Only for `files`."
@@ -55,7 +55,8 @@ class CleaningConfig(Section):
     )
     free_lines: Literal["keep", "quarantine"] = Field(
         "keep",
-        description="What to do with order lines without a payment and without a reduction: gifts, or corrections of a stock.",
+        description="What to do with order lines without a payment and without a reduction: gifts, or corrections of a "
+        "stock.",
     )
 
 
@@ -78,7 +79,8 @@ class TextsConfig(Section):
     )
     vocabulary: Positive = Field(
         100_000,
-        description="Number of texts that a bundle carries: the most frequent ones of the past. All others are unknown to it.",
+        description="Number of texts that a bundle carries: the most frequent ones of the past. All others are unknown "
+        "to it.",
     )
 
 

@@ -18,8 +18,8 @@ class TablesConfig(Section):
     path: str | None = Field(
         "lakehouse",
         pattern="^[^`]+$",
-        description="Folder or object-store prefix of path-based tables, without a backtick, which Delta takes for the end of "
-        "a path. Null: the metastore manages the tables.",
+        description="Folder or object-store prefix of path-based tables, without a backtick, which Delta takes for the "
+        "end of a path. Null: the metastore manages the tables.",
     )
 
     @field_validator("path")

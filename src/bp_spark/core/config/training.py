@@ -62,8 +62,8 @@ class PretrainingConfig(Section):
     temperature: float = Field(
         0.1,
         gt=0,
-        description="Temperature of the choice of an event's text among those of the batch. The lower it is, the more the "
-        "nearest wrong texts count.",
+        description="Temperature of the choice of an event's text among those of the batch. The lower it is, the more "
+        "the nearest wrong texts count.",
     )
 
 
@@ -75,12 +75,13 @@ class TrainingConfig(Section):
     )
     launcher: Literal["driver", "cluster"] = Field(
         "driver",
-        description="`driver`: all ranks run on the driver's machine. `cluster`: each rank is a barrier task on the executors.",
+        description="`driver`: all ranks run on the driver's machine. `cluster`: each rank is a barrier task on the "
+        "executors.",
     )
     feed: Literal["petastorm", "arrow"] = Field(
         "petastorm",
-        description="What reads the training set's files. `petastorm`: Petastorm. `arrow`: pyarrow alone. The rows are the "
-        "same.",
+        description="What reads the training set's files. `petastorm`: Petastorm. `arrow`: pyarrow alone. The rows are "
+        "the same.",
     )
     batch_size: Positive = Field(256, description="Rows of one step over all ranks.")
     max_epochs: Positive = Field(40, description="Largest number of passes over the training rows.")
@@ -97,13 +98,14 @@ class TrainingConfig(Section):
     average_epochs: float = Field(
         1.0,
         ge=0,
-        description="Epochs after which a step's share in the running average of weights has halved. The average is validated "
-        "and saved. 0: no average.",
+        description="Epochs after which a step's share in the running average of weights has halved. The average is "
+        "validated and saved. 0: no average.",
     )
     refit: bool = Field(
         True,
-        description="Whether `train` without a test date fits a bundle that was good enough once more, as of the day after the "
-        "last event. The bundle that scores has then learned from the newest horizon, too. It takes as long again.",
+        description="Whether `train` without a test date fits a bundle that was good enough once more, as of the day "
+        "after the last event. The bundle that scores has then learned from the newest horizon, too. It takes as long "
+        "again.",
     )
     seed: int = Field(7, description="Random seed of initial weights, order of rows and dropout.")
     work_dir: Folder = Field(
@@ -145,8 +147,9 @@ class SearchConfig(Section):
             "network.loss": SearchRange(choices=("ziln", "tweedie")),
             "training.learning_rate": SearchRange(low=1e-4, high=3e-3, log=True),
         },
-        description="Settings to try, of the sections trees, linear, network, pretraining, training and fusion. Each has "
-        "`choices`, or numbers from `low` to `high`, both included. `log: true` draws them evenly by their logarithm.",
+        description="Settings to try, of the sections trees, linear, network, pretraining, training and fusion. Each "
+        "has `choices`, or numbers from `low` to `high`, both included. `log: true` draws them evenly by their "
+        "logarithm.",
     )
     trials: Positive = Field(20, description="Largest number of trials. The first one has the settings as they are.")
     metric: Literal["spearman", "gini", "decile_mape", "mae", "rmse", "rmse_log1p"] = Field(
