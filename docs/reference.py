@@ -1,49 +1,57 @@
-"""The reference pages of this folder, written from the code: ``python docs/reference.py``, or ``make reference``.
+"""Write the reference pages and the file of default settings from the code: ``python docs/reference.py``, ``make reference``.
 
-In: the declared tables, ``conf/default.yaml`` with the types of :mod:`bp_spark.core.config`, the ``bp-spark`` command. Out:
-:data:`PAGES`. ``docs/features.md`` is written by ``bp-spark features``.
+The sources are the declared tables, the sections of :mod:`bp_spark.core.config` and the ``bp-spark`` command. :data:`FILES`
+lists what is written. ``bp-spark features`` writes ``docs/features.md``.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
+import json
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from bp_spark.cli import app
-from bp_spark.core import config
-from bp_spark.core.config import Config
+from bp_spark.core.config import Config, Section, subsection
 from bp_spark.features.catalogue import catalogue, user_features_table
 from bp_spark.features.labels import pretraining_set_table, training_set_table
 from bp_spark.lakehouse.tables import SCORES, SCORES_LATEST, SHARED_TABLES, Column, Table
 
-FOLDER = Path(__file__).parent
-DEFAULTS = FOLDER.parent / "conf/default.yaml"
-SETTING = re.compile(r"^( *)([\w.]+):(?: (.+?))?(?:  # (.+))?$")
+ROOT = Path(__file__).parents[1]
+WIDTH = 120
+"""Characters of the longest comment line in the file of settings."""
 
 
 def all_tables() -> list[Table]:
-    """Every table, with the columns that it has under the default settings."""
-    defaults = config.load()
+    """Return every table, with the columns that it has under the default settings."""
+    defaults = Config()
     features = user_features_table(defaults.features)
     training = training_set_table(defaults.features, defaults.labels.other_horizons)
     return [*SHARED_TABLES, features, training, pretraining_set_table()]
 
 
 def tables() -> str:
-    """The page of the tables: what a row is, its key, how it is laid out, every column."""
-    features = set(catalogue(config.load().features).names)
-    found = all_tables()
+    """Return the page of the tables: what a row is, its key, how it is laid out, every column."""
+    features = set(catalogue(Config().features).names)
+    tables = all_tables()
     parts = [
         _head("Tables", "bp_spark/lakehouse/tables.py"),
         "Delta tables of the namespace `bp`; their comments are in the tables, too (`DESCRIBE TABLE`). *Always* says which "
         "columns are never NULL.",
-        _table(["table", "what it holds"], [[f"[`{t.name}`](#{t.name})", t.comment] for t in found]),
+        _table(["table", "what it holds"], [[f"[`{table.name}`](#{table.name})", table.comment] for table in tables]),
     ]
-    for table in found:
+    for table in tables:
         facts = [f"Key: {_names(table.key)}."] if table.key else []
         facts += [f"Partitioned by {_names(table.partition_by)}."] if table.partition_by else []
         facts += ["Delta keeps a feed of its changes."] if table.change_feed else []
@@ -51,48 +59,190 @@ def tables() -> str:
         if table.name == SCORES_LATEST.name:
             parts.append(f"Its columns are those of [`{SCORES.name}`](#{SCORES.name}).")
             continue
-        shown = [column for column in table.stored_columns if column.name not in features]
-        if len(shown) < len(table.stored_columns):
+        listed_columns = [column for column in table.stored_columns if column.name not in features]
+        if len(listed_columns) < len(table.stored_columns):
             parts.append("Beside these columns, a `float` for each of the [features](features.md).")
-        parts.append(_table(["column", "type", "always", "what it is"], [_column(column) for column in shown]))
+        parts.append(_table(["column", "type", "always", "what it is"], [_column(column) for column in listed_columns]))
     return _page(parts)
 
 
+# --- settings ----------------------------------------------------------------------------------------------------------
+
+
+class Setting(NamedTuple):
+    """A setting, or a section, which has no field."""
+
+    key: str
+    text: str
+    schema: Mapping[str, Any]
+    field: FieldInfo | None
+
+    @property
+    def default(self) -> Any:
+        """The default; ``None``, too, for what follows from other settings."""
+        assert self.field is not None
+        return None if self.field.default_factory else self.field.default
+
+
+def settings(section: type[Section] = Config, prefix: str = "") -> Iterator[Setting]:
+    """Yield each section and setting, in the order of the code, a section before its settings.
+
+    Args:
+        section: where to look.
+        prefix: put before each key.
+    """
+    schema = section.model_json_schema()
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        if nested := subsection(field.annotation):
+            yield Setting(key, _plain(inspect.getdoc(nested) or ""), {}, None)
+            yield from settings(nested, f"{key}.")
+        else:
+            yield Setting(key, field.description or "", schema["properties"][name], field)
+
+
+def described_settings(section: type[Section] = Config) -> tuple[int, int]:
+    """Return how many settings have exactly one description in the code, and how many settings there are.
+
+    A docstring below a field with a ``description`` is a second one.
+
+    Args:
+        section: where to look.
+    """
+    all_settings = [setting for setting in settings(section) if setting.field is not None]
+    docstrings = _docstrings_below_fields(section)
+    return sum(bool(setting.text) and setting.key not in docstrings for setting in all_settings), len(all_settings)
+
+
+def default_file() -> str:
+    """Return the file of settings: each with its default, below its description as a comment."""
+    lines = [
+        "# Every setting with its default, written from the code by `make reference`. Change settings in a copy, given with",
+        "# --config, or on the command line as section.key=value.",
+    ]
+    for setting in settings():
+        depth = setting.key.count(".")
+        indent = "  " * depth
+        if not depth:
+            lines.append("")
+        text = setting.text if setting.field is None else _with_choices(setting)
+        lines += textwrap.wrap(
+            text, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ", break_on_hyphens=False
+        )
+        name = setting.key.rpartition(".")[2]
+        if setting.field is None:
+            lines.append(f"{indent}{name}:")
+        elif isinstance(setting.default, dict):
+            lines.append(f"{indent}{name}:")
+            lines += [f"{indent}  {key}: {_yaml(value)}" for key, value in setting.default.items()]
+        else:
+            lines.append(f"{indent}{name}: {_yaml(setting.default)}")
+    return "\n".join(lines) + "\n"
+
+
 def configuration() -> str:
-    """The page of the settings: default, values and meaning of each."""
-    schema = Config.model_json_schema()
+    """Return the page of the settings: default, values and description of each."""
+    head = ["setting", "default", "values", "what it is"]
     parts = [
-        _head("Settings", "conf/default.yaml"),
+        _head("Settings", "bp_spark/core/config"),
         "Give a file of your own with `--config`, or any of these as `section.key=value`, the value in YAML syntax. An unknown "
         "key or a wrong value is an error that names it (exit code 2).",
     ]
     rows: list[list[str]] = []
-    for key, default, meaning in settings(DEFAULTS.read_text(encoding="utf-8")):
-        described = _described(schema, key)
-        if "properties" in described:
-            parts += [_table(["setting", "default", "values", "what it is"], rows)] if rows else []
+    for setting in settings():
+        is_section, depth = setting.field is None, setting.key.count(".")
+        if rows and (is_section or not depth):
+            parts.append(_table(head, rows))
             rows = []
-            parts += [f"## {key}" if "." not in key else f"### {key}", meaning]
+        text = re.sub(r"\bdocs/([\w-]+\.md)", r"[docs/\1](\1)", setting.text)
+        if is_section:
+            parts += [f"##{'#' * depth} {setting.key}", text]
         else:
-            if "." not in key:
-                parts += [_table(["setting", "default", "values", "what it is"], rows), "## Others"]
-                rows = []
-            rows.append([f"`{key}`", f"`{default}`" if default else "see the file", _values(described), meaning])
-    return _page([*parts, _table(["setting", "default", "values", "what it is"], rows)])
+            parts += [] if depth else ["## Others"]
+            default = "see the file" if isinstance(setting.default, dict) else f"`{_yaml(setting.default)}`"
+            rows.append([f"`{setting.key}`", default, _values(setting.schema), text])
+    return _page([*parts, _table(head, rows)])
+
+
+def _plain(docstring: str) -> str:
+    return " ".join(docstring.replace("``", "`").split())
+
+
+def _docstrings_below_fields(section: type[Section], prefix: str = "") -> set[str]:
+    """Return the keys of the fields that a text follows in the source."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    assert isinstance(definition, ast.ClassDef)
+    keys = {
+        f"{prefix}{statement.target.id}"
+        for statement, following in pairwise(definition.body)
+        if isinstance(statement, ast.AnnAssign)
+        and isinstance(statement.target, ast.Name)
+        and isinstance(following, ast.Expr)
+        and isinstance(following.value, ast.Constant)
+    }
+    for name, field in section.model_fields.items():
+        if nested := subsection(field.annotation):
+            keys |= _docstrings_below_fields(nested, f"{prefix}{name}.")
+    return keys
+
+
+def _with_choices(setting: Setting) -> str:
+    """Return the description, and the choices that a setting has unless the description names each of them."""
+    choices = setting.schema.get("enum") or setting.schema.get("items", {}).get("enum") or []
+    if all(f"`{choice}`" in setting.text for choice in choices):
+        return setting.text
+    return f"{setting.text} {'One' if 'enum' in setting.schema else 'Any'} of: {', '.join(choices)}."
+
+
+def _yaml(value: Any) -> str:
+    """Return a value as YAML on one line."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(exclude_defaults=True)
+    if isinstance(value, float):
+        # YAML takes 5e-05 for a text
+        return f"{Decimal(repr(value)):f}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_yaml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_yaml, value))}]"
+    if isinstance(value, str) and " " in value:
+        return json.dumps(value, ensure_ascii=False)
+    return yaml.safe_dump(value, allow_unicode=True, width=1000).removesuffix("\n").removesuffix("\n...")
+
+
+def _values(schema: Mapping[str, Any]) -> str:
+    """Return what values a setting takes, in words."""
+    if "anyOf" in schema:
+        return " or ".join(_values(alternative) for alternative in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    kind = schema.get("type", "object")
+    if kind == "array":
+        parts = schema.get("prefixItems") or [schema["items"]]
+        return f"list of: {', '.join(_values(part) for part in parts)}"
+    if kind == "object":
+        return "mapping"
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {schema[bound]:g}" for bound, sign in signs.items() if bound in schema]
+    words = {"null": "`null`", "string": schema.get("format", "text"), "boolean": "`true`, `false`"}
+    return f"{words.get(kind, kind)} {', '.join(bounds)}".strip()
+
+
+# --- the command -------------------------------------------------------------------------------------------------------
 
 
 def commands() -> str:
-    """The page of the command: arguments and options of each subcommand, with its examples."""
+    """Return the page of the command: arguments and options of each subcommand, with its examples."""
     group: Any = typer.main.get_command(app.app)
     parts = [
         _head("The command", "bp_spark/cli/app.py"),
         "`bp-spark COMMAND --help` says the same. Each command takes settings as `section.key=value` "
         "([all of them](configuration.md)) and, but for `demo`, a file of settings by `--config`.",
-        _table(["option before the command", "what it does"], [_option(p) for p in group.params]),
+        _table(["option before the command", "what it does"], [_option(parameter) for parameter in group.params]),
     ]
     for name, command in group.commands.items():
-        said, _, example = (command.help or "").partition("Example: ")
-        parts += [f"## {name}", _unwrapped(said)]
+        purpose, _, example = (command.help or "").partition("Example: ")
+        parts += [f"## {name}", _unwrapped(purpose)]
         if example:
             lines = re.split(r", then ", " ".join(example.split()))
             parts.append(
@@ -103,78 +253,25 @@ def commands() -> str:
     return _page(parts)
 
 
-def settings(text: str) -> Iterator[tuple[str, str, str]]:
-    """Each setting and section of a commented YAML file: dotted key, default as written, meaning.
-
-    Keys inside of a setting's own value, as those of ``search.space``, are no settings.
-    """
-    known = set(config._all_keys(Config))
-    above: list[str] = []
-    comment: list[str] = []
-    for line in text.splitlines():
-        if line.lstrip().startswith("#"):
-            comment.append(line.lstrip("# "))
-        elif found := SETTING.match(line):
-            indent, name, default, remark = found.groups()
-            above = [*above[: len(indent) // 2], name]
-            if (key := ".".join(above)) in known:
-                yield key, default or "", " ".join(comment) or remark or ""
-            comment = []
-        else:
-            comment = []
+def _option(parameter: Any) -> list[str]:
+    # an argument has no name but that of the Python parameter
+    name = ", ".join(f"`{each}`" if each.startswith("-") else f"`{each.upper()}`" for each in parameter.opts)
+    return [name, (parameter.help or "completion of the shell") + (" Required." if parameter.required else "")]
 
 
-PAGES: Mapping[str, Callable[[], str]] = {
-    "tables.md": tables,
-    "configuration.md": configuration,
-    "commands.md": commands,
-}
-"""Page -> what writes it."""
+def _unwrapped(text: str) -> str:
+    return "\n\n".join(" ".join(part.split()) for part in text.strip().split("\n\n"))
 
 
-def _described(schema: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """JSON schema of a setting; of a section, with its ``properties``."""
-    found: Mapping[str, Any] = schema
-    for part in key.split("."):
-        found = found["properties"][part]
-        if "$ref" in found:
-            found = schema["$defs"][found["$ref"].rpartition("/")[2]]
-    return found
-
-
-def _values(described: Mapping[str, Any]) -> str:
-    if "anyOf" in described:
-        return " or ".join(_values(one) for one in described["anyOf"])
-    if "enum" in described:
-        return ", ".join(f"`{value}`" for value in described["enum"])
-    kind = described.get("type", "object")
-    if kind == "array":
-        parts = described.get("prefixItems") or [described["items"]]
-        return f"list of: {', '.join(_values(part) for part in parts)}"
-    if kind == "object":
-        return "mapping"
-    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    said = [f"{sign} {described[bound]:g}" for bound, sign in bounds.items() if bound in described]
-    words = {"null": "`null`", "string": described.get("format", "text"), "boolean": "`true`, `false`"}
-    return f"{words.get(kind, kind)} {', '.join(said)}".strip()
+# --- Markdown ----------------------------------------------------------------------------------------------------------
 
 
 def _column(column: Column) -> list[str]:
     return [f"`{column.name}`", f"`{column.type}`", "yes" if column.required else "", column.comment]
 
 
-def _option(parameter: Any) -> list[str]:
-    # an argument's only name is that of the Python parameter
-    name = ", ".join(f"`{one}`" if one.startswith("-") else f"`{one.upper()}`" for one in parameter.opts)
-    return [name, (parameter.help or "completion of the shell") + (" Required." if parameter.required else "")]
-
-
 def _names(columns: tuple[str, ...]) -> str:
     return ", ".join(f"`{column}`" for column in columns)
-
-
-def _unwrapped(text: str) -> str:
-    return "\n\n".join(" ".join(part.split()) for part in text.strip().split("\n\n"))
 
 
 def _head(title: str, origin: str) -> str:
@@ -190,6 +287,15 @@ def _page(parts: list[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+FILES: Mapping[str, Callable[[], str]] = {
+    "docs/tables.md": tables,
+    "docs/configuration.md": configuration,
+    "docs/commands.md": commands,
+    "src/bp_spark/conf/default.yaml": default_file,
+}
+"""File, relative to the checkout -> the function that returns its text."""
+
+
 if __name__ == "__main__":
-    for name, page in PAGES.items():
-        (FOLDER / name).write_text(page(), encoding="utf-8")
+    for path, content in FILES.items():
+        (ROOT / path).write_text(content(), encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +12,12 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from bp_spark.core import config, secret
 from bp_spark.core.config import Config, digest
 from bp_spark.core.errors import ConfigError
+from docs import reference
 
 CONF = Path(__file__).parents[2] / "conf"
 JSON = st.recursive(
@@ -50,14 +51,26 @@ def test_the_default_file_lists_all_keys_with_the_defaults_of_the_code() -> None
     assert config.load(CONF / "default.yaml") == Config()
 
 
-def test_the_default_file_explains_each_key() -> None:
-    lines = (CONF / "default.yaml").read_text(encoding="utf-8").splitlines()
-    bare = [
-        line
-        for before, line in zip(["", *lines], lines, strict=False)
-        if re.match(r" *\w+:", line) and "#" not in line and not before.lstrip().startswith("#")
-    ]
-    assert not bare
+def test_every_setting_has_exactly_one_description() -> None:
+    with_one_description, all_settings = reference.described_settings()
+    assert with_one_description == all_settings == len(keys(Config().model_dump()))
+
+
+def test_every_section_has_a_docstring() -> None:
+    assert all(setting.text for setting in reference.settings() if setting.field is None)
+
+
+class Described(config.Section):
+    """Settings with one, two and no descriptions."""
+
+    once: int = Field(1, description="The only one.")
+    twice: int = Field(2, description="The first.")
+    """The second."""
+    never: int = 3
+
+
+def test_a_missing_and_a_second_description_are_noticed() -> None:
+    assert reference.described_settings(Described) == (1, 3)
 
 
 def test_the_demo_writes_under_its_own_folder_and_adds_only_the_bracket_of_its_data() -> None:
@@ -333,6 +346,58 @@ def test_an_override_of_another_form_is_refused(override: str, message: str) -> 
 def test_an_override_below_a_value_of_the_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="bundles is a value, not a section"):
         config.load(written(tmp_path, "bundles: here\n"), ["bundles.folder=x"])
+
+
+# --- settings that were renamed ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("old", "new"), config.RENAMED.items())
+def test_a_renamed_setting_exists_by_its_new_name_only_and_stays_in_its_section(old: str, new: str) -> None:
+    assert new in config.all_keys()
+    assert old not in config.all_keys()
+    assert old.rpartition(".")[0] == new.rpartition(".")[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides"),
+    [
+        ("features:\n  silence_digits: 3\n", []),
+        ("", ["features.silence_digits=3"]),
+        ("", ["features={silence_digits: 3}"]),
+        ("features:\n  silence_digits: 2\n", ["features.silence_digits=3"]),
+        ("features:\n  silence_digits: 2\n", ["features.recency_precision_bits=3"]),
+        ("features:\n  recency_precision_bits: 2\n", ["features.silence_digits=3"]),
+    ],
+)
+def test_the_old_name_of_a_setting_is_accepted_with_a_warning_that_names_the_new_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str, overrides: list[str]
+) -> None:
+    caplog.set_level(logging.WARNING, "bp_spark")
+    assert config.load(written(tmp_path, content), overrides).features.recency_precision_bits == 3
+    assert "features.silence_digits is now called features.recency_precision_bits" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides"),
+    [
+        ("features:\n  silence_digits: 3\n  recency_precision_bits: 3\n", []),
+        ("", ["features.silence_digits=3", "features.recency_precision_bits=3"]),
+        ("", ["features={silence_digits: 3, recency_precision_bits: 3}"]),
+    ],
+)
+def test_the_old_and_the_new_name_of_a_setting_together_are_refused(
+    tmp_path: Path, content: str, overrides: list[str]
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"silence_digits is the old name of features\.recency_precision_bits: give the"
+    ):
+        config.load(written(tmp_path, content), overrides)
+
+
+def test_a_file_with_current_names_brings_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "bp_spark")
+    config.load(CONF / "default.yaml", ["features.recency_precision_bits=3"])
+    assert not caplog.records
 
 
 # --- digest and dates --------------------------------------------------------------------------------------------------
