@@ -14,7 +14,7 @@ unexport PYTHONPATH PYTHONHOME SPARK_HOME SPARK_CONF_DIR PYSPARK_PYTHON PYSPARK_
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-spark40 test-thorough check-integrations bench-suite bench-files bench-data bench-score bench-training bench-pretraining bench-labels bench-ablation bench-sizes bench-gpu bench-stack bench-worlds notebooks browser lint format lock audit sbom clean check-airflow docs reference
+.PHONY: help install demo test test-fast test-spark40 test-thorough check-integrations bench-suite bench-files bench-data bench-score bench-training bench-pretraining bench-labels bench-ablation bench-sizes bench-gpu bench-stack bench-worlds bench-house notebooks browser lint format lock audit sbom clean check-airflow docs reference
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -104,10 +104,13 @@ bench-stack: install ## Connect beside classic, the wheel's demo, both feeds: 1 
 bench-worlds: install ## how right the money is on shops of all kinds, goes on where it was stopped: JSON to standard output
 	$(BIN)/python -m bench.worlds
 
+bench-house: install ## lines, packages, circles of imports, settings described once: JSON to standard output
+	$(BIN)/python -m bench.house
+
 docs: install ## the documentation as a site, build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-reference: install ## the pages of docs/ that are written from the code
+reference: install ## what is written from the code: pages of docs/ and the file of default settings
 	$(BIN)/python docs/reference.py
 	$(BIN)/bp-spark features > docs/features.md
 

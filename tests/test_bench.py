@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
 
-from bench import Usage, ablation, data, gpu, labelling, sizes, stack, suite, worlds
+from bench import Usage, ablation, data, gpu, house, labelling, sizes, stack, suite, worlds
 from bench.duckdb_peer import MACROS, dialect
 from bp_spark.core import config
 from bp_spark.features.aggregates import SEQUENCE_COLUMNS
@@ -253,3 +253,15 @@ def test_the_figures_of_worlds_are_of_all_of_them() -> None:
 def test_a_stack_agrees_only_where_its_tests_ran_and_passed(tmp_path: Path, test: str, told: bool) -> None:
     (tmp_path / "test_it.py").write_text(f"import pytest\n\ndef test_it():\n    {test}\n")
     assert stack.passes(str(tmp_path / "test_it.py"), "not integration") is told
+
+
+def test_circles_of_imports_are_counted_once_each() -> None:
+    assert house.cycles({"a": ["b"], "b": ["c"], "c": []}) == 0
+    assert house.cycles({"a": ["b"], "b": ["a"], "c": ["a", "d"], "d": ["c"]}) == 2
+
+
+def test_no_package_imports_in_a_circle_and_each_setting_is_described_once() -> None:
+    figures = house.measure()
+    assert figures["import_cycles"] == 0
+    assert figures["settings_with_one_description"] == figures["settings"] > 170
+    assert figures["source_lines"] > 10 * figures["largest_module_lines"]

@@ -419,7 +419,7 @@ VALUE = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEY_OR_VALUE, inner, max_size=3),
     max_leaves=5,
 )
-KEYS = sorted(config._all_keys(Config))
+KEYS = sorted(config.all_keys(Config))
 KEY = st.one_of(st.sampled_from(KEYS), st.sampled_from(KEYS).map(lambda key: f"{key}s"), st.text(max_size=8), HOSTILE)
 WORD = st.sampled_from(
     [
