@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bp_spark import __version__, pipeline
-from bp_spark.cli import app as cli
+from bp_spark.cli import app, common, render
 from bp_spark.core import extras
 from bp_spark.core.errors import BpSparkError, DataError, PlatformError
 from tests.support.clusters import bare_environment
@@ -56,7 +56,7 @@ def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.Compl
     ],
 )
 def test_help_teaches_each_command(command: str) -> None:
-    result = CliRunner().invoke(cli.app, [command, "--help"])
+    result = CliRunner().invoke(app.app, [command, "--help"])
     assert result.exit_code == 0
     assert "KEY=VALUE" in result.output
 
@@ -71,8 +71,8 @@ def test_the_shell_completes_commands_and_options() -> None:
 
 
 def test_the_version_and_the_settings_are_printed() -> None:
-    assert CliRunner().invoke(cli.app, ["--version"]).output == f"{__version__}\n"
-    printed = CliRunner().invoke(cli.app, ["settings"]).output
+    assert CliRunner().invoke(app.app, ["--version"]).output == f"{__version__}\n"
+    printed = CliRunner().invoke(app.app, ["settings"]).output
     assert printed == (ROOT / "conf/default.yaml").read_text(encoding="utf-8")
 
 
@@ -82,7 +82,7 @@ def test_a_command_without_its_extra_ends_with_the_name_of_the_extra(
 ) -> None:
     hidden = f"import sys; sys.modules.update(dict.fromkeys({extras.EXTRAS[extra]}))"
     # the command names the missing extra before it asks for a session
-    code = f"{hidden}\nfrom bp_spark.cli import app\napp._session = lambda *_: None\napp.main()"
+    code = f"{hidden}\nfrom bp_spark.cli import app, common\ncommon.start_session = lambda *_: None\napp.main()"
     result = run(sys.executable, "-c", code, *command, cwd=tmp_path)
     assert result.returncode == PlatformError.exit_code
     assert result.stderr.strip().splitlines()[-1].endswith(f"which is not installed: pip install 'bp-spark[{extra}]'")
@@ -143,12 +143,12 @@ def test_an_error_is_one_object_where_lines_are_asked_for_as_json() -> None:
 def test_a_job_ends_with_the_exit_code_that_the_documentation_gives_its_error(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def app(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error("table", "rule") if error is DataError else error("rule")
 
-    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(app, "app", fail)
     with pytest.raises(SystemExit) as ended:
-        cli.main("score", [])
+        app.main("score", [])
     table = re.findall(r"^\| (\d) \| .+ \| (?:`(\w+)`)? *\|$", (ROOT / "docs/ops.md").read_text(encoding="utf-8"), re.M)
     assert (str(ended.value.code), error.__name__ if issubclass(error, BpSparkError) else "") in table
     assert len(table) == len({code for code, _ in table}) == len(BpSparkError.__subclasses__()) + 2
@@ -159,10 +159,10 @@ def test_a_file_of_ids_is_read_with_or_without_a_byte_order_mark(
     start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[str] = []
-    monkeypatch.setattr(cli, "_session", lambda *_: None)
+    monkeypatch.setattr(common, "start_session", lambda *_: None)
     monkeypatch.setattr(pipeline, "forget", lambda spark, settings, ids: given.extend(ids) or [])
     (tmp_path / "gone.txt").write_bytes(f"{start}u1\r\nline\u2028separator\r\n".encode())
-    assert CliRunner().invoke(cli.app, ["forget", "--file", str(tmp_path / "gone.txt")]).exit_code == 0
+    assert CliRunner().invoke(app.app, ["forget", "--file", str(tmp_path / "gone.txt")]).exit_code == 0
     assert [one for one in given if one] == ["u1", "line\u2028separator"]
 
 
@@ -176,7 +176,7 @@ def test_what_people_typed_is_shown_as_it_is_and_commands_no_terminal(capsys: py
         {"k\x9b": ["[b]"]},
         "小明 naïve",
     ]
-    cli._print(cli._rows_table([f"c{number}[/]" for number in range(len(typed))], [typed]))
+    render.show(render.rows_table([f"c{number}[/]" for number in range(len(typed))], [typed]))
     shown = capsys.readouterr().out
     for text in (
         "[red]x[/red]",

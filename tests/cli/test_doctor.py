@@ -46,7 +46,7 @@ def test_a_missing_secret_warns_and_a_short_one_fails(settings: Config, monkeypa
     monkeypatch.setenv("BP_SPARK_SECRET", "too short")
     found = doctor.secret(settings)
     assert found.status == "fail"
-    assert "32 bytes" in found.found
+    assert "32 bytes" in found.detail
     assert "too short" not in repr(found)
 
 
@@ -59,7 +59,7 @@ def test_a_java_without_the_vector_module_warns(
     )
     monkeypatch.setenv("JAVA_HOME", str(home))
     found = doctor.java(settings)
-    assert (found.status, "17 in" in found.found, bool(found.remedy)) == ("warn", True, True)
+    assert (found.status, "17 in" in found.detail, bool(found.remedy)) == ("warn", True, True)
 
 
 def test_no_java_fails_with_what_to_install(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +87,7 @@ def test_packages_other_than_the_pins_are_named(settings: Config, monkeypatch: p
     found = doctor.pins(settings)
     installed = importlib.metadata.version("pyspark")
     assert found.status == "fail"
-    assert found.found == f"pyspark {installed} is not ==4.1.0; not-there-at-all is missing"
+    assert found.detail == f"pyspark {installed} is not ==4.1.0; not-there-at-all is missing"
     monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "17.3")
     assert doctor.pins(settings).status == "warn"
 
@@ -98,11 +98,11 @@ def test_only_the_extras_that_are_installed_are_asked_for(settings: Config, monk
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: asked + absent)
     found = doctor.pins(settings)
     assert found.status == "ok"
-    assert found.found.startswith("all 2 that")
-    assert found.found.endswith("without the extras train, demo")
+    assert found.detail.startswith("all 2 that")
+    assert found.detail.endswith("without the extras train, demo")
     # one package of it, and it is chosen
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: [*asked, *absent, "optuna; extra == 'train'"])
-    assert doctor.pins(settings).found == "not-there is missing"
+    assert doctor.pins(settings).detail == "not-there is missing"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_another_python_for_the_workers_fails(
     monkeypatch.setenv("PYSPARK_PYTHON", str(script(tmp_path / "python", told)))
     found = doctor.worker_python(settings)
     assert found.status == "fail"
-    assert said in found.found
+    assert said in found.detail
     assert sys.executable in found.remedy
 
 
@@ -154,7 +154,7 @@ def test_delta_jars_are_found_in_spark_and_in_the_cache_else_announced(
             (folder / f"{prefix}{name}-{version}.jar").touch()
         found = doctor.delta_jars(settings)
         assert found.status == "ok"
-        assert str(folder) in found.found
+        assert str(folder) in found.detail
 
 
 def test_a_delta_of_another_spark_fails(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_a_delta_of_another_spark_fails(settings: Config, monkeypatch: pytest.Mo
     found = doctor.delta_jars(settings)
     assert (found.status, found.remedy) == ("fail", "pip install delta-spark==4.0.1")
     monkeypatch.setattr(session.pyspark, "__version__", "5.0.0")
-    assert "Spark 5.0.0 is not supported" in doctor.delta_jars(settings).found
+    assert "Spark 5.0.0 is not supported" in doctor.delta_jars(settings).detail
 
 
 def test_a_folder_that_cannot_be_made_fails_with_the_one_above_it(
@@ -176,7 +176,7 @@ def test_a_folder_that_cannot_be_made_fails_with_the_one_above_it(
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
     found = list(doctor.folders(config.load(overrides=[f"tables.path={tmp_path}/new/lakehouse"])))
     assert [one.status for one in found] == ["fail"] * 3
-    assert found[0].found == f"{tmp_path} can't be written (Permission denied)"
+    assert found[0].detail == f"{tmp_path} can't be written (Permission denied)"
 
 
 def test_a_session_that_does_not_start_is_a_finding(settings: Config) -> None:
@@ -184,7 +184,7 @@ def test_a_session_that_does_not_start_is_a_finding(settings: Config) -> None:
         raise PlatformError("no Delta Lake\nand a page of trace")
 
     (found,) = doctor.in_session(settings, start)
-    assert (found.status, found.found) == ("fail", "no Delta Lake")
+    assert (found.status, found.detail) == ("fail", "no Delta Lake")
 
 
 @pytest.mark.parametrize("scheme", ["nowhere", "s3a"])
@@ -194,8 +194,8 @@ def test_an_address_that_spark_has_no_connector_for_is_told_with_the_remedy(
     elsewhere = config.load(overrides=[f"tables.path={scheme}://bucket/lakehouse"])
     found = list(doctor.in_session(elsewhere, lambda: spark))[-1]
     assert (found.check, found.status) == ("Delta table", "fail")
-    assert f"can't read {scheme} addresses" in found.found
-    assert "conf/object-stores.md" in found.found
+    assert f"can't read {scheme} addresses" in found.detail
+    assert "conf/object-stores.md" in found.detail
 
 
 def test_one_failure_ends_the_command_with_code_5(
