@@ -35,7 +35,8 @@ from bp_spark.registry.predictions import PREDICTION_COLUMNS
 from docs import reference
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SITE_PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *SITE_PAGES]
 FENCE = re.compile(r"^( *)```([\w-]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=.*", re.DOTALL)
@@ -108,7 +109,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_site_builds_without_a_warning_and_has_every_page(site: Path) -> None:
-    assert {page.stem for page in site.glob("*.html")} >= {page.stem for page in PAGES} - {"README"}
+    assert {page.stem for page in site.glob("*.html")} >= {page.stem for page in SITE_PAGES}
     assert not list(site.rglob("*.py"))
 
 
