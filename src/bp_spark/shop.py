@@ -77,7 +77,7 @@ class Shop:
 
         Args:
             *as_of: Dates to build features for, from events before them.
-            rebuild: Derive all tables anew from the raw tables, as after a change of rules.
+            rebuild: Derive all tables again from the raw tables, as after a change of rules.
 
         Returns:
             The stages that ran, as rows of the table `runs`.

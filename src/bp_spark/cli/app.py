@@ -76,7 +76,8 @@ def common_options(
     log_format: Annotated[
         LogFormat,
         typer.Option(
-            envvar="BP_SPARK_LOG_FORMAT", help="Format of the lines on standard error; jobs read the variable."
+            envvar="BP_SPARK_LOG_FORMAT",
+            help="Format of the lines on standard error; jobs take it from the environment.",
         ),
     ] = LogFormat.text,
     version: Annotated[

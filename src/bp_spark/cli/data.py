@@ -28,7 +28,7 @@ def featurize(
     rebuild: Annotated[
         bool,
         typer.Option(
-            "--rebuild", help="Derive all tables anew from the raw tables, as after a change of cleaning rules."
+            "--rebuild", help="Derive all tables again from the raw tables, as after a change of cleaning rules."
         ),
     ] = False,
     config_file: ConfigOption = None,

@@ -153,8 +153,8 @@ def add_labels(
     """Store labels from a survey or a reviewer: what users will spend over the horizon from a date on.
 
     If one line breaks a rule, nothing of the file is stored. Lines without a spend are skipped. A newer label of the
-    same user and date replaces the older one. Later trainings learn from a label until its horizon is over; from then
-    on the real spend is known.
+    same user and date replaces the older one. Trainings with a later test date learn from a label until its horizon
+    is over; from then on the real spend is known.
 
     Example: bp-spark add-labels questions.csv
     """
