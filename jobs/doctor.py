@@ -1,4 +1,4 @@
-"""Is the cluster fit for a night? See --help."""
+"""Check whether the cluster is fit for a night. See --help."""
 
 from bp_spark.jobs.doctor import main
 

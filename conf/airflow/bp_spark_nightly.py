@@ -22,8 +22,8 @@ SETTINGS = "/etc/bp-spark/night.yaml"
 SUBMIT = f"{HOME}/venv/bin/spark-submit --master spark://master:7077"
 TIMEZONE = "UTC"
 
-# Exit codes of a job (README) that a second try can't mend: settings, data, bundle. 1, 5, 6 and 7 (another run wrote the same
-# table meanwhile) are tried again: a stage that is repeated goes on from where it stopped and leaves no row twice.
+# Exit codes of a job (docs/ops.md) that a second try can't mend: settings, data, bundle. 1, 5, 6 and 7 (another run wrote
+# the same table meanwhile) are tried again: a repeated stage goes on from where it stopped and leaves no row twice.
 FINAL = {2: "settings", 3: "data", 4: "bundle"}
 
 

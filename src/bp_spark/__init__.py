@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from bp_spark.shop import Shop
 
-# not `open`: a star import would take the place of Python's own
+# `open` is left out: a star import would replace Python's own.
 __all__ = ["__version__", "open_demo"]
 
 
@@ -24,12 +24,12 @@ def open(
 ) -> Shop:
     """Open a platform: its settings, tables and stages in one object.
 
-    Nothing is read or started yet but the settings: Spark starts at the first use.
+    Only the settings are read. Spark starts at the first use.
 
     Args:
         settings: YAML file with any subset of the settings; without one, the defaults. `bp-spark settings` prints them all.
         overrides: Settings as `section.key=value`, applied last.
-        spark: Session to work in. Without one, the active session (Databricks, a notebook) or else a local one is taken.
+        spark: Session to work in; by default the active one (Databricks, a notebook), else a new local one.
 
     Raises:
         ConfigError: The file can't be read, a setting is unknown, or a value has the wrong type or range.
@@ -50,7 +50,7 @@ def open(
 
 
 def open_demo(overrides: Sequence[str] = (), spark: SparkSession | None = None) -> Shop:
-    """Open the platform of `bp-spark demo`: public data of a grocer; all it writes is in `demo/` of the working folder.
+    """Open the platform of `bp-spark demo`: public data of a grocer, with all tables in `demo/` of the working folder.
 
     Needs `pip install 'bp-spark[demo]'`. The environment variable `BP_SPARK_SETTINGS` may hold more settings, as a shell
     splits them.

@@ -1,7 +1,7 @@
 """The stages, end to end: what the jobs, the ``bp-spark`` command and notebooks call.
 
-Each function takes a session and a configuration, reads tables, writes tables, and returns what a person wants to know of
-the run. A stage whose inputs are unchanged is skipped; every stage leaves a row in ``runs``.
+Each function takes a session and the settings, reads tables, writes tables, and returns a summary of the run. A stage
+whose inputs are unchanged is skipped. Every stage leaves a row in ``runs``.
 """
 
 from bp_spark.evaluation.job import DriftResult, FairnessResult, check_drift, fairness

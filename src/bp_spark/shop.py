@@ -1,6 +1,6 @@
 """The Python API: settings, Spark session, tables and stages of a platform in one object, over :mod:`bp_spark.pipeline`.
 
-Spark and the models are imported when they are first used, so that ``import bp_spark`` takes no time.
+Spark and the models are imported at their first use, so that ``import bp_spark`` takes no time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DEMO_SETTINGS = "BP_SPARK_SETTINGS"
 class Shop:
     """A platform: what `bp_spark.open` returns.
 
-    All that the pipeline offers beside these methods takes the attributes `spark` and `settings`, as in
+    The other functions of the pipeline take the attributes `spark` and `settings`, as in
     `bp_spark.pipeline.backtest(shop.spark, shop.settings)`.
 
     Attributes:
@@ -54,13 +54,13 @@ class Shop:
 
     def __init__(self, settings: Config, spark: SparkSession | None = None) -> None:
         self.settings = settings
-        self._given = spark
+        self._given_session = spark
 
     @cached_property
     def spark(self) -> SparkSession:
-        """The Spark session: the one that was given, the active one, or a local one that starts at the first use.
+        """Return the Spark session: the given one, the active one, or a local one that starts now.
 
-        Its time zone is set to UTC.
+        The time zone of the session is set to UTC.
 
         Raises:
             PlatformError: The extra `spark` or a usable Java is missing, or the session has no Delta Lake.
@@ -68,16 +68,16 @@ class Shop:
         extras.require("spark", "a session")
         from bp_spark.core.session import MODEL_MODULES, get_session, prepare
 
-        if self._given is not None:
-            return prepare(self._given)
+        if self._given_session is not None:
+            return prepare(self._given_session)
         return get_session(self.settings, worker_imports=MODEL_MODULES)
 
     def featurize(self, *as_of: Day, rebuild: bool = False) -> list[dict[str, Any]]:
-        """Ingest what the source has delivered, clean it, and write `user_features` for the dates.
+        """Ingest new deliveries, clean them, and write `user_features` for the dates.
 
         Args:
             *as_of: Dates to build features for, from events before them.
-            rebuild: Derive everything anew from the raw tables, as after a change of rules.
+            rebuild: Derive all tables again from the raw tables, as after a change of rules.
 
         Returns:
             The stages that ran, as rows of the table `runs`.
@@ -92,14 +92,14 @@ class Shop:
         """
         from bp_spark import pipeline
 
-        return pipeline.featurize(self.spark, self.settings, [_day(one) for one in as_of], rebuild)
+        return pipeline.featurize(self.spark, self.settings, [_day(day) for day in as_of], rebuild)
 
     def train(self, test_date: Day | None = None) -> TrainResult:
-        """Fit all members on past dates, evaluate the bundle at a date that it never saw, and promote or refuse it.
+        """Fit all members on past dates, evaluate the bundle at a date that it has not seen, and promote or refuse it.
 
         Args:
-            test_date: Evaluation date; nothing from it on is learned from. By default the newest date whose whole horizon
-                has been seen, and a bundle that passes is then fitted anew with all that is known.
+            test_date: Evaluation date; the training sees nothing from that date on. By default the newest date whose
+                horizon is over. A bundle that passes there is then fitted again, with all data up to now.
 
         Returns:
             The bundle, its metrics (a pandas DataFrame), whether it was promoted and why, and the stages.
@@ -120,20 +120,20 @@ class Shop:
         return pipeline.train(self.spark, self.settings, None if test_date is None else _day(test_date))
 
     def score(self, score_date: Day, bundle: str | Path | None = None, full: bool = False) -> ScoreResult:
-        """Score every user of a date into the table `scores`; that date only is replaced.
+        """Score every user of a date into the table `scores`; only that date is replaced.
 
         The command `bp-spark score` also writes the profiles and checks for drift.
 
         Args:
-            score_date: Date to score; `featurize` must have been run for it.
+            score_date: Date to score; run `featurize` for it first.
             bundle: Folder of a bundle, or its address in the registry as `models:/NAME@ALIAS`; by default the promoted one.
-            full: Compute every score, whatever earlier nights came to.
+            full: Compute every score, and carry none forward from an earlier night.
 
         Returns:
-            How many users, how many of them were computed, users and money by level, the bundle, and the stages.
+            The number of users and of computed scores, users and money by level, the bundle, and the stages.
 
         Raises:
-            BundleError: No bundle is promoted, or it can't be trusted or doesn't fit the features.
+            BundleError: No bundle is promoted, it can't be trusted, or it doesn't fit the features.
             DataError: There are no features of that date.
 
         Example:
@@ -202,14 +202,14 @@ class Shop:
         return self._lakehouse.read(name, version)
 
     def sql(self, query: str) -> DataFrame:
-        """Return what a SQL query comes to, as a Spark DataFrame.
+        """Return the result of a SQL query, as a Spark DataFrame.
 
         Args:
-            query: Tables are named by the namespace, as `bp.scores_latest`, wherever they lie.
+            query: SQL that names tables by the namespace, as `bp.scores_latest`, wherever they are stored.
 
         Raises:
-            AnalysisException: Spark's own, of a query that doesn't fit the tables.
-            ConfigError: In this session the names belong to tables that lie elsewhere.
+            AnalysisException: The query doesn't fit the tables (Spark's own error).
+            ConfigError: In this session the names belong to the tables of another platform.
 
         Example:
             ```python
@@ -217,12 +217,12 @@ class Shop:
             ```
         """
         if self.settings.tables.path is not None:
-            self._claim_names(self.settings.tables.path)
+            self._reserve_names(self.settings.tables.path)
             self._lakehouse.register()
         return self.spark.sql(query)
 
-    def _claim_names(self, path: str) -> None:
-        """A name stands for one table of a session: a second platform would silently read the tables of the first."""
+    def _reserve_names(self, path: str) -> None:
+        """Refuse a namespace that names another platform's tables in this session, which queries would read silently."""
         namespace = self.settings.tables.namespace
         key = f"bp_spark.names.{namespace}"
         owner = self.spark.conf.get(key, path)
@@ -231,14 +231,15 @@ class Shop:
         self.spark.conf.set(key, path)
 
     def prediction_udf(self, name: str = "predict_spend", bundle: str | Path | None = None) -> Callable[..., Column]:
-        """Make a model a function of Spark: for your own columns, joins and what-if queries.
+        """Return a model as a function of Spark, for your own columns, joins and what-if queries.
 
         Args:
-            name: What SQL calls it.
+            name: Name of the function in SQL.
             bundle: Folder of a bundle; by default the promoted one.
 
         Returns:
-            The function, registered for SQL: from a struct of `user_features` to a struct of what `scores` has as columns.
+            The function, registered for SQL. It takes a struct of `user_features` and returns a struct of the predictions in
+                `scores`.
 
         Raises:
             BundleError: No bundle is promoted, or it can't be trusted.
@@ -269,17 +270,17 @@ class Shop:
 
 def open_demo(overrides: Sequence[str] = (), spark: SparkSession | None = None) -> Shop:
     """Open the demo's platform, with its settings and its public secret; see :func:`bp_spark.open_demo`."""
-    given = shlex.split(os.environ.get(DEMO_SETTINGS, ""))
-    settings = config.load(config.DEMO_FILE, [*given, *overrides])
-    kind, _, place = settings.privacy.secret.partition(":")
+    environment_overrides = shlex.split(os.environ.get(DEMO_SETTINGS, ""))
+    settings = config.load(config.DEMO_FILE, [*environment_overrides, *overrides])
+    kind, _, path = settings.privacy.secret.partition(":")
     if kind == "file":
         extras.require("spark", "the demo")
         from bp_spark.ingest.pseudonyms import make_secret
 
-        # holdout and folds go by user keys: with a secret of its own each demo would come to figures of its own
-        make_secret(Path(place), DEMO_SECRET)
+        # Holdout and folds depend on user keys: with a random secret, each demo would have other figures.
+        make_secret(Path(path), DEMO_SECRET)
     return Shop(settings, spark)
 
 
-def _day(given: Day) -> date:
-    return parse_date(given) if isinstance(given, str) else given
+def _day(day: Day) -> date:
+    return parse_date(day) if isinstance(day, str) else day

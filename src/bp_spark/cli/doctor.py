@@ -1,7 +1,7 @@
-"""Is this machine fit for a night? Settings in; findings out, each with its remedy.
+"""Check whether a machine is fit for a night: settings in, findings out, each with its remedy.
 
-What can be asked without Spark comes first; then a session is started, writes a Delta table where tables belong, reads it back
-through a Python worker, and removes it. Nothing else is written, and no secret is shown.
+Checks that need no Spark come first. Then a session starts, asks its Python workers for their versions, and writes, reads and
+removes a Delta table where the tables belong. Nothing else is written, and no secret is shown.
 """
 
 from __future__ import annotations
@@ -36,11 +36,15 @@ from bp_spark.registry import signing
 
 PACKAGE = "bp-spark"
 EXTRAS = ("spark", "train", "demo")
-"""Extras whose packages are held to what the package asks for; ``dev`` is the developers' own."""
+"""Extras whose packages are checked; ``dev`` is left to developers."""
 PYTHONS = ((3, 11), (3, 13))
 """The oldest and the newest Python that the lock files are resolved for."""
-# Beside the heap: Spark's own memory, and what one machine's Python workers share (docs/capacity.md).
 BESIDE_HEAP = 2 * 2**30
+"""Bytes beside the heap: Spark's own memory, and what the Python workers of a machine share (docs/capacity.md)."""
+FREE_DISK = 2**30
+"""Free bytes of a disk below which a folder is a warning."""
+TRIAL_ROWS = 3
+"""Rows of the Delta table that is written, read and removed."""
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _UNITS = {"": 2**20, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _IVY_JARS = ".ivy2.5.2/jars"
@@ -50,29 +54,30 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check came to.
+    """The result of a check.
 
     Attributes:
-        check: what was looked at.
-        status: ``ok``; ``warn``: some commands, or a night's speed, suffer; ``fail``: a night can't run.
-        found: what is there, in words; never a secret.
-        remedy: what to do about it, where something is to be done.
+        check: Name of the check.
+        status: ``ok``; ``warn``: some commands or a night's speed suffer; ``fail``: a night can't run.
+        detail: State of the machine in words; never a secret.
+        remedy: What to do about it; empty where nothing is to be done.
     """
 
     check: str
     status: Status
-    found: str
+    detail: str
     remedy: str = ""
 
 
 def examine(config: Config, start: Callable[[], SparkSession]) -> Iterator[Finding]:
-    """All findings, one after the other; those of the session last.
+    """Yield all findings, one after the other; those of the session come last.
 
     Args:
-        start: gives the session to try; see :func:`bp_spark.core.session.get_session`.
+        config: Settings of the night.
+        start: Starts the session to try; see :func:`bp_spark.core.session.get_session`.
     """
-    alone = (java, python, pins, worker_python, delta_jars, secret, signing_key, language_model, torch_devices)
-    for check in alone:
+    without_spark = (java, python, pins, worker_python, delta_jars, secret, signing_key, language_model, torch_devices)
+    for check in without_spark:
         yield check(config)
     if not _submitted():
         yield memory(session.driver_memory())
@@ -81,64 +86,71 @@ def examine(config: Config, start: Callable[[], SparkSession]) -> Iterator[Findi
 
 
 def java(_: Config) -> Finding:
-    """A Java that Spark runs on, with the module that MLlib computes fastest with."""
+    """Check for a Java that Spark runs on, with the vector module that MLlib computes fastest with."""
     try:
         home = session.installed_java()
     except BpSparkError as error:
         return Finding("Java", "fail", str(error), "install a JDK 17 and set JAVA_HOME")
-    found = f"{session.java_version(home)} in {home}"
+    detail = f"{session.java_version(home)} in {home}"
     if session.has_vector_module(home):
-        return Finding("Java", "ok", found)
+        return Finding("Java", "ok", detail)
     return Finding(
-        "Java", "warn", f"{found}, without {session.VECTOR_MODULE}", "install a whole JDK 17: training is faster"
+        "Java", "warn", f"{detail}, without {session.VECTOR_MODULE}", "install a whole JDK 17: training is faster"
     )
 
 
 def python(_: Config) -> Finding:
-    """A Python that the pins are resolved for."""
-    found = f"{sys.version.split()[0]} in {sys.executable}"
+    """Check for a Python that the lock files are resolved for."""
+    detail = f"{sys.version.split()[0]} in {sys.executable}"
     oldest, newest = PYTHONS
     if oldest <= sys.version_info[:2] <= newest:
-        return Finding("Python", "ok", found)
-    return Finding("Python", _others_own(), found, "install with Python 3.11, 3.12 or 3.13")
+        return Finding("Python", "ok", detail)
+    return Finding("Python", _status_of_mismatch(), detail, "install with Python 3.11, 3.12 or 3.13")
 
 
 def pins(_: Config) -> Finding:
-    """Installed packages against what this package asks for (``pyproject.toml``).
+    """Compare the installed packages with the requirements of this package (``pyproject.toml``).
 
-    An extra counts as chosen where any of its packages is installed; of the others nothing is asked.
+    An extra is checked if at least one of its packages is installed.
     """
     try:
-        asked = importlib.metadata.requires(PACKAGE) or []
+        requirements = importlib.metadata.requires(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         return Finding("packages", "fail", f"{PACKAGE} is not installed", "make install")
-    by_extra = {extra: _asked_by(extra, asked) for extra in ("", *EXTRAS)}
-    left_out = [extra for extra in EXTRAS if not any(map(_installed, by_extra[extra]))]
-    needed = [one for extra, packages in by_extra.items() if extra not in left_out for one in packages]
-    wrong = []
-    for one in needed:
-        version = _installed(one)
+    by_extra = {extra: _required_by(extra, requirements) for extra in ("", *EXTRAS)}
+    absent_extras = [extra for extra in EXTRAS if not any(map(_installed_version, by_extra[extra]))]
+    needed = [package for extra, packages in by_extra.items() if extra not in absent_extras for package in packages]
+    mismatches = []
+    for package in needed:
+        version = _installed_version(package)
         if version is None:
-            wrong.append(f"{one.name} is missing")
-        elif not one.specifier.contains(version, prereleases=True):
-            wrong.append(f"{one.name} {version} is not {one.specifier}")
-    if wrong:
-        return Finding("packages", _others_own(), "; ".join(wrong), "make install, or pip install 'bp-spark[demo]'")
-    without = f"; without the extra{'s' if len(left_out) > 1 else ''} {', '.join(left_out)}" if left_out else ""
-    found = f"all {len(needed)} that {PACKAGE} {__version__} asks for, as it asks{without}"
-    return Finding("packages", "ok", found)
+            mismatches.append(f"{package.name} is missing")
+        elif not package.specifier.contains(version, prereleases=True):
+            mismatches.append(f"{package.name} {version} is not {package.specifier}")
+    if mismatches:
+        return Finding(
+            "packages", _status_of_mismatch(), "; ".join(mismatches), "make install, or pip install 'bp-spark[demo]'"
+        )
+    plural = "s" if len(absent_extras) > 1 else ""
+    without = f"; without the extra{plural} {', '.join(absent_extras)}" if absent_extras else ""
+    detail = f"all {len(needed)} that {PACKAGE} {__version__} asks for, as it asks{without}"
+    return Finding("packages", "ok", detail)
 
 
-def _asked_by(extra: str, requirements: Iterable[str]) -> list[Requirement]:
-    """The packages that an extra brings, ``""`` for those of every installation; not the package itself."""
-    every, chosen = {"extra": ""}, {"extra": extra}
-    parsed = [one for one in map(Requirement, requirements) if one.name != PACKAGE]
+def _required_by(extra: str, requirements: Iterable[str]) -> list[Requirement]:
+    """Return the packages that only this extra brings; for ``""``, those of every installation."""
+    no_extra, with_extra = {"extra": ""}, {"extra": extra}
+    packages = [package for package in map(Requirement, requirements) if package.name != PACKAGE]
     if not extra:
-        return [one for one in parsed if one.marker is None or one.marker.evaluate(every)]
-    return [one for one in parsed if one.marker and one.marker.evaluate(chosen) and not one.marker.evaluate(every)]
+        return [package for package in packages if package.marker is None or package.marker.evaluate(no_extra)]
+    return [
+        package
+        for package in packages
+        if package.marker and package.marker.evaluate(with_extra) and not package.marker.evaluate(no_extra)
+    ]
 
 
-def _installed(package: Requirement) -> str | None:
+def _installed_version(package: Requirement) -> str | None:
     """Return the version of a package, or ``None`` if it is not installed."""
     try:
         return importlib.metadata.version(package.name)
@@ -147,72 +159,81 @@ def _installed(package: Requirement) -> str | None:
 
 
 def worker_python(_: Config) -> Finding:
-    """The Python of Spark's workers: the same as this one, with the package."""
-    named = os.environ.get("PYSPARK_PYTHON")
-    if named is None:
+    """Check that Spark's workers run the same Python version as this process, with the package."""
+    interpreter = os.environ.get("PYSPARK_PYTHON")
+    if interpreter is None:
         return Finding(
             "PYSPARK_PYTHON", "ok", "not set: local sessions take this Python, spark-submit asks conf/spark-env.sh"
         )
     remedy = f"export PYSPARK_PYTHON={sys.executable}, or unset it"
-    ask = f"import sys, {PACKAGE.replace('-', '_')}; print('%d.%d' % sys.version_info[:2])"
+    code = f"import sys, {PACKAGE.replace('-', '_')}; print('%d.%d' % sys.version_info[:2])"
     try:
-        told = subprocess.run([named, "-c", ask], capture_output=True, text=True, timeout=120, check=False)
+        process = subprocess.run([interpreter, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     except (OSError, subprocess.SubprocessError) as error:
-        return Finding("PYSPARK_PYTHON", "fail", f"{named} does not run ({error})", remedy)
-    if told.returncode:
-        return Finding("PYSPARK_PYTHON", "fail", f"{named} has no package {PACKAGE}", remedy)
-    own = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    if told.stdout.strip() != own:
-        return Finding("PYSPARK_PYTHON", "fail", f"{named} is {told.stdout.strip()}, this Python is {own}", remedy)
-    return Finding("PYSPARK_PYTHON", "ok", named)
+        return Finding("PYSPARK_PYTHON", "fail", f"{interpreter} does not run ({error})", remedy)
+    if process.returncode:
+        return Finding("PYSPARK_PYTHON", "fail", f"{interpreter} has no package {PACKAGE}", remedy)
+    worker_version, own_version = process.stdout.strip(), f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if worker_version != own_version:
+        detail = f"{interpreter} is {worker_version}, this Python is {own_version}"
+        return Finding("PYSPARK_PYTHON", "fail", detail, remedy)
+    return Finding("PYSPARK_PYTHON", "ok", interpreter)
 
 
-def memory(said: str) -> Finding:
-    """The driver's heap, as Spark writes sizes, against the memory that this machine, or container, gives."""
-    heap, there = memory_bytes(said), machine_memory()
+def memory(heap_size: str) -> Finding:
+    """Compare the driver's heap with the memory of this machine or container.
+
+    Args:
+        heap_size: A size as Spark writes it, as ``4g``.
+    """
+    heap, available = memory_bytes(heap_size), machine_memory()
     setting = "--driver-memory of spark-submit" if _submitted() else "BP_SPARK_DRIVER_MEMORY"
     if heap is None:
-        return Finding("memory", "fail", f"a driver heap of {said!r} is no size", f"write {setting} as 4g or 4096m")
-    found = f"driver heap {said} of {there / 2**30:.1f} GiB"
-    smaller = f"{setting}: {max(1, (there - BESIDE_HEAP) // 2**30)}g"
-    if heap > there:
-        return Finding("memory", "fail", found, smaller)
-    if heap + BESIDE_HEAP > there:
-        return Finding("memory", "warn", f"{found}: little is left for Python workers", smaller)
-    return Finding("memory", "ok", found)
+        return Finding(
+            "memory", "fail", f"a driver heap of {heap_size!r} is no size", f"write {setting} as 4g or 4096m"
+        )
+    detail = f"driver heap {heap_size} of {available / 2**30:.1f} GiB"
+    smaller = f"{setting}: {max(1, (available - BESIDE_HEAP) // 2**30)}g"
+    if heap > available:
+        return Finding("memory", "fail", detail, smaller)
+    if heap + BESIDE_HEAP > available:
+        return Finding("memory", "warn", f"{detail}: little is left for Python workers", smaller)
+    return Finding("memory", "ok", detail)
 
 
-def memory_bytes(said: str) -> int | None:
-    """Bytes of a size as Spark writes it, without a unit MiB; ``None`` for what is no size.
+def memory_bytes(size: str) -> int | None:
+    """Return the bytes of a size as Spark writes it, or ``None`` if the text is no size.
+
+    A number without a unit counts MiB.
 
     >>> memory_bytes("4g"), memory_bytes("512m"), memory_bytes("many")
     (4294967296, 536870912, None)
     """
-    match = re.fullmatch(r"(\d+)([kmgt]?)b?", said.strip().lower())
+    match = re.fullmatch(r"(\d+)([kmgt]?)b?", size.strip().lower())
     return int(match[1]) * _UNITS[match[2]] if match else None
 
 
 def machine_memory() -> int:
-    """Bytes of memory of this machine, or of its container where that has less."""
+    """Return the bytes of memory of this machine, or of its container where that has less."""
     bounds = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for limit in map(Path, _CGROUP_LIMITS):
-        if limit.exists() and (said := limit.read_text().strip()).isdigit():
-            bounds.append(int(said))
+        if limit.exists() and (container_bytes := limit.read_text().strip()).isdigit():
+            bounds.append(int(container_bytes))
     return min(bounds)
 
 
 def delta_jars(_: Config) -> Finding:
-    """Delta's jars: on this machine, or to be fetched by the first session."""
+    """Check whether Delta's jars are on this machine; otherwise the first session fetches them."""
     if _on_databricks():
         return Finding("Delta jars", "ok", "the runtime's own")
     try:
         wanted = session.delta_package().rpartition(":")[2]
     except BpSparkError as error:
         return Finding("Delta jars", "fail", str(error))
-    installed = _installed(Requirement("delta-spark"))
+    installed = _installed_version(Requirement("delta-spark"))
     if installed not in (None, wanted):
-        found = f"the package delta-spark is {installed}, Spark {pyspark.__version__} goes with {wanted}"
-        return Finding("Delta jars", "fail", found, f"pip install delta-spark=={wanted}")
+        detail = f"the package delta-spark is {installed}, Spark {pyspark.__version__} goes with {wanted}"
+        return Finding("Delta jars", "fail", detail, f"pip install delta-spark=={wanted}")
     for folder in (session.spark_jars(), Path.home() / _IVY_JARS):
         if session.has_delta_jars(folder):
             return Finding("Delta jars", "ok", f"{session.delta_package()} in {folder}")
@@ -225,19 +246,19 @@ def delta_jars(_: Config) -> Finding:
 
 
 def secret(config: Config) -> Finding:
-    """The secret of user keys; how long, never what."""
+    """Check the secret of user keys; only its length and address are shown."""
     address = config.privacy.secret
     try:
-        found = pseudonyms.load_secret(address)
+        user_secret = pseudonyms.load_secret(address)
     except BpSparkError as error:
-        there = address.startswith("env:") and os.environ.get(address.removeprefix("env:"))
+        is_set = address.startswith("env:") and os.environ.get(address.removeprefix("env:"))
         remedy = "needed to featurize, forget and rotate keys, not to train or score"
-        return Finding("secret", "fail" if there else "warn", str(error), remedy)
-    return Finding("secret", "ok", f"{len(found.value)} bytes at {address}")
+        return Finding("secret", "fail" if is_set else "warn", str(error), remedy)
+    return Finding("secret", "ok", f"{len(user_secret.value)} bytes at {address}")
 
 
 def signing_key(config: Config) -> Finding:
-    """The keys of bundles, where any are set."""
+    """Check the keys that sign and verify bundles, where any are set."""
     try:
         keys = [signing.private_key(config.signing), signing.public_key(config.signing)]
     except BpSparkError as error:
@@ -247,7 +268,7 @@ def signing_key(config: Config) -> Finding:
 
 
 def language_model(config: Config) -> Finding:
-    """The model that reads texts, on this machine."""
+    """Check that the language model that reads texts is on this machine."""
     try:
         folder = texts.model_folder(config.texts.model)
     except BpSparkError as error:
@@ -258,21 +279,24 @@ def language_model(config: Config) -> Finding:
 
 
 def torch_devices(config: Config) -> Finding:
-    """What torch computes on."""
+    """Check that torch can be imported, and that there are enough GPUs for the ranks, if any."""
     try:
         import torch
     except (ImportError, OSError) as error:
         return Finding("torch", "fail", f"can't be imported: {error}", "make install")
     gpus, ranks = torch.cuda.device_count(), config.training.processes
-    found = f"{torch.__version__}, {torch.get_num_threads()} threads, {gpus or 'no'} GPU{'s' if gpus > 1 else ''}"
+    detail = f"{torch.__version__}, {torch.get_num_threads()} threads, {gpus or 'no'} GPU{'s' if gpus > 1 else ''}"
     if 0 < gpus < ranks and config.training.launcher == "driver":
         remedy = f"training.processes={gpus}: with fewer GPUs than ranks all compute on the CPU"
-        return Finding("torch", "warn", f"{found} for {ranks} ranks", remedy)
-    return Finding("torch", "ok", found)
+        return Finding("torch", "warn", f"{detail} for {ranks} ranks", remedy)
+    return Finding("torch", "ok", detail)
 
 
 def folders(config: Config) -> Iterator[Finding]:
-    """Write access to local folders, and room on their disks; one in an object store is tried by :func:`in_session`."""
+    """Check write access to local folders and room on their disks.
+
+    Folders in an object store are left to :func:`in_session`.
+    """
     for name, folder in (
         ("tables.path", config.tables.path),
         ("bundles", config.bundles),
@@ -280,21 +304,21 @@ def folders(config: Config) -> Iterator[Finding]:
     ):
         if folder is None or "://" in folder:
             continue
-        there = _nearest(Path(folder))
+        existing = _nearest(Path(folder))
         try:
-            with tempfile.TemporaryFile(dir=there):
-                free = shutil.disk_usage(there).free
+            with tempfile.TemporaryFile(dir=existing):
+                free = shutil.disk_usage(existing).free
         except OSError as error:
             remedy = f"give the jobs' user write access, or set {name}"
-            yield Finding(name, "fail", f"{there} can't be written ({error.strerror})", remedy)
+            yield Finding(name, "fail", f"{existing} can't be written ({error.strerror})", remedy)
             continue
-        status: Status = "ok" if free > 2**30 else "warn"
+        status: Status = "ok" if free > FREE_DISK else "warn"
         remedy = "" if status == "ok" else "make room"
         yield Finding(name, status, f"{Path(folder).absolute()}: {free / 2**30:,.1f} GiB free", remedy)
 
 
 def in_session(config: Config, start: Callable[[], SparkSession]) -> Iterator[Finding]:
-    """A session starts, its Python workers are fit, and a Delta table is written, read and removed where tables belong."""
+    """Check that a session starts, that its Python workers are fit, and that it can write a Delta table where tables belong."""
     try:
         spark = start()
     except Exception as error:
@@ -307,64 +331,66 @@ def in_session(config: Config, start: Callable[[], SparkSession]) -> Iterator[Fi
     yield from (_guarded("Python workers", _workers, spark), _guarded("Delta table", _round_trip, spark, config))
 
 
-def _guarded(check: str, of: Callable[..., Finding], *arguments: Any) -> Finding:
+def _guarded(check: str, run_check: Callable[..., Finding], *arguments: Any) -> Finding:
+    """Run a check, and make a finding of any error."""
     try:
         with translate():
-            return of(*arguments)
+            return run_check(*arguments)
     except Exception as error:
         return Finding(check, "fail", _first_line(error), "see the lines of Spark above")
 
 
 def _workers(spark: SparkSession) -> Finding:
-    """Which Python and package the executors have."""
+    """Compare the Python and the package of the executors with those of the driver."""
     tasks = session.parallelism(spark)
 
     def versions(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         for _ in batches:
             yield pd.DataFrame({"python": [sys.version.split()[0]], "package": [__version__]})
 
-    asked = spark.range(tasks, numPartitions=tasks).mapInPandas(versions, "python string, package string")
-    found = sorted({(row["python"], row["package"]) for row in asked.collect()})
-    said = "; ".join(f"Python {python}, {PACKAGE} {package}" for python, package in found)
-    own = (sys.version.split()[0], __version__)
-    if found == [own]:
-        return Finding("Python workers", "ok", said)
-    return Finding(
-        "Python workers", "fail", f"{said}; the driver has {own[0]}, {own[1]}", "the same environment everywhere"
-    )
+    rows = spark.range(tasks, numPartitions=tasks).mapInPandas(versions, "python string, package string")
+    worker_versions = sorted({(row["python"], row["package"]) for row in rows.collect()})
+    detail = "; ".join(f"Python {python}, {PACKAGE} {package}" for python, package in worker_versions)
+    own_versions = (sys.version.split()[0], __version__)
+    if worker_versions == [own_versions]:
+        return Finding("Python workers", "ok", detail)
+    detail = f"{detail}; the driver has {', '.join(own_versions)}"
+    return Finding("Python workers", "fail", detail, "the same environment everywhere")
 
 
 def _round_trip(spark: SparkSession, config: Config) -> Finding:
+    """Write a Delta table where tables belong, read it and remove it."""
     root = tempfile.gettempdir() if config.tables.path is None else config.tables.path
     if "://" not in root:
         root = str(_nearest(Path(root)))
     folder = f"{root.rstrip('/')}/.{PACKAGE}-doctor-{uuid.uuid4().hex}"
     try:
-        spark.range(3).write.format("delta").save(folder)
+        spark.range(TRIAL_ROWS).write.format("delta").save(folder)
         rows: DataFrame = spark.read.format("delta").load(folder)
         count = rows.count()
     finally:
-        # where Spark alone can sign in to the store, the three rows stay
+        # Where only Spark can sign in to the store, the rows stay.
         with suppress(*UNREACHABLE):
             remove_folder(folder)
-    if count != 3:
+    if count != TRIAL_ROWS:
         remedy = "all machines must see the same folder: a shared file system or an object store"
-        return Finding("Delta table", "fail", f"3 rows written to {root}, {count} read", remedy)
+        return Finding("Delta table", "fail", f"{TRIAL_ROWS} rows written to {root}, {count} read", remedy)
     return Finding("Delta table", "ok", f"written, read and removed in {root}")
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
-    return next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
+    """Return the folder, or the nearest one above it that exists."""
+    path = folder.absolute()
+    return next(candidate for candidate in (path, *path.parents) if candidate.is_dir())
 
 
 def _submitted() -> bool:
-    """Whether spark-submit started this process, and chose the heap."""
+    """Return whether spark-submit started this process, and so chose the heap."""
     return "PYSPARK_GATEWAY_PORT" in os.environ
 
 
-def _others_own() -> Status:
-    """Of what differs: Databricks brings its own Python, Spark and Delta (conf/databricks)."""
+def _status_of_mismatch() -> Status:
+    """Return the status of a version that differs: Databricks brings its own Python, Spark and Delta (conf/databricks)."""
     return "warn" if _on_databricks() else "fail"
 
 

@@ -1,0 +1,178 @@
+"""Commands of a night: score, profile, check, report; and the demo, which runs the whole line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bp_spark.cli import common, render
+from bp_spark.cli.common import ConfigOption, Overrides
+from bp_spark.core import config, extras
+from bp_spark.core.errors import DriftError
+from bp_spark.shop import DEMO_DATE, open_demo
+
+FAIRNESS_ROWS = 200
+"""Rows of the fairness report that are printed at most."""
+
+
+def score(
+    date: Annotated[str, typer.Option(help="Date YYYY-MM-DD to score; run featurize for it first.")],
+    bundle: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of a model bundle, or models:/NAME@ALIAS of the registry; by default the promoted bundle."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    full: Annotated[bool, typer.Option("--full", help="Compute every score, and carry none forward.")] = False,
+    config_file: ConfigOption = None,
+) -> None:
+    """Score every user of a date, update the profiles, and check for drift.
+
+    Only that date of the table scores is replaced. A user whose features did not change keeps the score that the same
+    bundle gave on an earlier night. A broken drift threshold is a warning here, and the scores stay.
+
+    Example: bp-spark score --date 2017-10-03
+    """
+    settings = common.load_settings(config_file, overrides)
+    day = config.parse_date(date)
+    from bp_spark import pipeline
+
+    spark = common.start_session(settings, "score")
+    result = pipeline.score(spark, settings, day, bundle, full)
+    profile_stages = pipeline.profile(spark, settings)
+    drift_result = pipeline.check_drift(spark, settings, day)
+    render.show(render.stage_table("score", [*result.stages, *profile_stages, *drift_result.stages]))
+    render.show(render.levels_table(result.levels, f"Users of {day} by level", settings))
+    outcome = (
+        f"scored, {result.computed:,} of them computed and the others carried forward"
+        if result.written
+        else "were scored already, with the same bundle on the same features: nothing changed"
+    )
+    render.show(f"{result.users:,} users {outcome} (bundle {result.bundle.digest[:12]})")
+
+
+def profile(
+    date: Annotated[
+        str | None, typer.Option(help="Scored date YYYY-MM-DD; by default the newest one.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Write the profiles of all users, and the tables made from them, as of a scored date.
+
+    The tables are user_profile, category_affinity, risk_control, customer_service and market_segments. score writes
+    them, too. Use this command after a change of the settings profiles, or for another date. A table whose inputs are
+    unchanged stays as it is.
+
+    Example: bp-spark profile profiles.region_segment=region privacy.smallest_group=20
+    """
+    settings = common.load_settings(config_file, overrides)
+    day = None if date is None else config.parse_date(date)
+    from bp_spark import pipeline
+
+    stages = pipeline.profile(common.start_session(settings, "profile"), settings, day)
+    render.show(render.stage_table("profile", stages))
+
+
+def drift(
+    date: Annotated[str, typer.Option(help="Scored date YYYY-MM-DD.")],
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Compare a night with the training and with the night before, and past scores with real spend.
+
+    All figures go to the table drift. The thresholds are settings of the section drift. The command ends with code 8
+    if a figure is beyond its threshold.
+
+    Example: bp-spark drift --date 2017-10-03 drift.max_psi=0.2
+    """
+    settings = common.load_settings(config_file, overrides)
+    day = config.parse_date(date)
+    from bp_spark import pipeline
+
+    result = pipeline.check_drift(common.start_session(settings, "drift"), settings, day)
+    render.show(render.stage_table("drift", result.stages))
+    render.show_drift(result)
+    if result.broken:
+        thresholds = sum(row["threshold"] is not None for row in result.rows)
+        raise DriftError(f"drift of {day}: {len(result.broken):,} of {thresholds:,} thresholds are broken")
+
+
+def fairness(
+    date: Annotated[str, typer.Option(help="Scored date YYYY-MM-DD.")],
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Report scores and errors by segment of users (age, income, ...), with 90 % intervals.
+
+    Each group stands beside all other users. Errors are those of the newest night up to the date whose horizon is
+    over. All figures go to the table fairness. A figure that is surely beyond a threshold of the section fairness is
+    a warning.
+
+    Example: bp-spark fairness --date 2017-10-03
+    """
+    settings = common.load_settings(config_file, overrides)
+    day = config.parse_date(date)
+    from pyspark.sql import functions as F
+
+    from bp_spark import pipeline
+
+    result = pipeline.fairness(common.start_session(settings, "fairness"), settings, day)
+    render.show(render.stage_table("fairness", result.stages))
+    errors = f"errors of {result.measured}" if result.measured else "no night's horizon is over yet, so without errors"
+    columns = (
+        *("segment", "group", "users", "small", "metric", "value", "low", "high"),
+        *("ratio", "ratio_low", "ratio_high"),
+    )
+    ordered = result.report.orderBy(F.desc("broken"), "segment", "group", "metric")
+    rows = [list(row) for row in ordered.select(*columns).limit(FAIRNESS_ROWS).collect()]
+    title = f"{result.broken:,} figures break their thresholds and come first; scores of {day}, {errors}"
+    render.show(render.rows_table(columns, rows, title=title))
+
+
+def report(
+    date: Annotated[str, typer.Option(help="Date YYYY-MM-DD of a scored night.")],
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; by default night-DATE.html in evaluation.reports.")
+    ] = None,
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Write the page of a night: one HTML file with its charts, and without any user.
+
+    It shows what ran, the scores beside those of the night before, reasons, data quality, drift, fairness and the
+    model. Groups of few users are left out.
+
+    Example: bp-spark report --date 2017-10-03
+    """
+    settings = common.load_settings(config_file, overrides)
+    day = config.parse_date(date)
+    from bp_spark import pipeline
+
+    result = pipeline.report(common.start_session(settings, "report"), settings, day, output)
+    render.show(render.levels_table(result.levels, f"Users of {day} by level", settings))
+    render.show(f"Report: {result.page.absolute()}")
+
+
+def demo(overrides: Overrides = None) -> None:
+    """Run the whole line on real data: train, evaluate at 2017-10-03 and score 2,469 households of the Complete Journey."""
+    # A missing package must be named before the first minutes of work, not after them.
+    extras.require("train", "the demo")
+    shop = open_demo(overrides or ())
+    feature_stages = shop.featurize(DEMO_DATE)
+    training = shop.train(DEMO_DATE)
+    scoring = shop.score(DEMO_DATE)
+    profile_stages = shop.profile()
+    stages = [*feature_stages, *training.stages, *scoring.stages, *profile_stages]
+    render.show(render.stage_table("demo", stages))
+    render.show_training(training)
+    columns = ("user_key", "score", "level", "expected_spend", "low", "high", "p_active", "risk_level", "reasons")
+    examples = shop.table("scores_latest").orderBy("user_key").select(*columns).limit(render.EXAMPLE_ROWS)
+    rows = [list(row) for row in examples.collect()]
+    render.show(render.rows_table(columns, rows, title=f"Ten of {scoring.users:,} scores"))
+    path = shop.settings.tables.path
+    query = f'bp-spark sql "SELECT * FROM bp.scores_latest" tables.path={path}'  # noqa: S608
+    render.show(f"Tables are in {path}; look around: {query}")
