@@ -512,11 +512,11 @@ def publish(
     Example: bp-spark publish --bundle bundles/20171003-0123456789ab
     """
     settings = _settings(config_file, overrides)
-    from bp_spark.registry import bundle as bundles
-    from bp_spark.registry import signing, tracking
+    from bp_spark.registry import publishing
+    from bp_spark.registry.bundle import load_promoted
 
-    found = bundles.load(bundle or bundles.current(settings.bundles), signing.public_key(settings.signing))
-    published = tracking.publish(settings, found)
+    found = load_promoted(settings, bundle)
+    published = publishing.publish(settings, found)
     model, alias = settings.tracking.model, settings.tracking.alias
     _print(f"{found.folder} is version {published.version} of {model}; {alias} is {published.promoted or 'none'}")
 

@@ -617,7 +617,7 @@ class SearchConfig(Section):
 
 
 class TrackingConfig(Section):
-    """The registry of bundles and the record of trainings and trials, in MLflow; see :mod:`bp_spark.registry.tracking`."""
+    """The registry of bundles and the record of trainings and trials, in MLflow; see :mod:`bp_spark.registry.publishing`."""
 
     uri: str | None = Field(
         "sqlite:///tracking/mlflow.db", pattern=r"^(sqlite:///[^?]+|https?://[^@?]+|databricks(://[^@?]+)?)$"
