@@ -20,13 +20,13 @@ from bp_spark.model.history import HistoryEncoder
 from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, empty_user
 from bp_spark.model.losses import band_loss, log_mse_loss, tweedie_loss, ziln_loss
 from bp_spark.model.members.base import predict_all
+from bp_spark.model.members.transformer import TransformerMember
 from bp_spark.model.network import (
     DESCRIPTION_FILE,
     WEIGHTS_FILE,
     LabelStatistics,
     SpendNetwork,
     Statistics,
-    TransformerMember,
 )
 from tests.support.training_rows import SPEC, TEXT_IDS, arrays, make_rows, take
 

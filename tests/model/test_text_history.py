@@ -17,7 +17,8 @@ from bp_spark.core.config import HistoryTextConfig, NetworkConfig
 from bp_spark.core.errors import BundleError, ConfigError
 from bp_spark.lakehouse.tables import KINDS
 from bp_spark.model.inputs import Batch, collate
-from bp_spark.model.network import DESCRIPTION_FILE, WEIGHTS_FILE, SpendNetwork, TransformerMember
+from bp_spark.model.members.transformer import TransformerMember
+from bp_spark.model.network import DESCRIPTION_FILE, WEIGHTS_FILE, SpendNetwork
 from bp_spark.model.text_history import AGES, AMOUNTS, TextHistoryEncoder, TokenTable, adapted, tokenise
 from tests.support.training_rows import SPEC, TEXT_IDS, TEXTS, make_rows, take, write_language_model
 

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from packaging.requirements import Requirement
 
 from bp_spark.core import config, session
-from bp_spark.model.network import TransformerMember
+from bp_spark.model.members.transformer import TransformerMember
 from bp_spark.registry import logged_model, publishing
 from bp_spark.registry.bundle import Bundle
 from bp_spark.registry.predictions import PREDICTION_COLUMNS, as_frame, predict

@@ -482,7 +482,7 @@ def _transformer_fit(
 ) -> Fit:
     """Pre-trains and fine-tunes. Who is predicted out of fold isn't pre-trained on either: later events tell of labels."""
     # torch takes seconds to import: a platform without a sequence model doesn't pay for it
-    from bp_spark.model.network import TransformerMember
+    from bp_spark.model.members.transformer import TransformerMember
 
     config, lakehouse = run.config, run.lakehouse
     labelled = lakehouse.location("training_set"), version

@@ -23,7 +23,7 @@ def load_member(name: str, folder: Path) -> Member:
             return kind.load(folder)
     if name == "transformer":
         # torch takes seconds to import: bundles without a sequence model don't pay for it.
-        from bp_spark.model.network import TransformerMember
+        from bp_spark.model.members.transformer import TransformerMember
 
         return TransformerMember.load(folder)
     raise BundleError(f"{folder}: unknown member {name!r}")
