@@ -208,7 +208,7 @@ def _fit_horizons(run: Run, out_of_fold: pd.DataFrame, fusion: CalibratedStack) 
     """Ratios of other horizons; a stage, for one that no cutoff has seen whole is left out and people must see that."""
     config = run.config.labels
     with run.stage("fit horizons") as figures:
-        expected = fusion.steady({name: out_of_fold[name].to_numpy() for name in fusion.inputs})["expected_spend"]
+        expected = fusion.steady(fusion.inputs_from(out_of_fold))["expected_spend"]
         horizons = Horizons.fit(out_of_fold, expected, config.horizon_days, config.other_horizons)
         for days in config.other_horizons:
             rows = int(out_of_fold[labels.of_days("label_spend", days)].notna().sum())
@@ -733,7 +733,7 @@ def _fused(run: Run, bundle: Bundle, test_date: date) -> pd.DataFrame:
     users = test_rows(run, test_date)
     bundle.check_inputs(users.columns)
     says = predicted(users, list(bundle.members.values()), run.config)
-    answers = bundle.fusion.apply({name: says[name].to_numpy() for name in bundle.fusion.inputs}, test_date)
+    answers = bundle.fusion.apply(bundle.fusion.inputs_from(says), test_date)
     return says[["user_key", "label_spend"]].assign(fused=answers["expected_spend"])
 
 

@@ -73,7 +73,7 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
             with TemporaryDirectory(dir=folder) as place:
                 _, out_of_fold, _ = cross_fit(trial, rows, day, vocabulary, Path(place), version=version, refit=False)
             fusion = CalibratedStack.fit(out_of_fold, trial.config.fusion)
-            said = fusion.apply({name: out_of_fold[name].to_numpy() for name in fusion.inputs})["expected_spend"]
+            said = fusion.apply(fusion.inputs_from(out_of_fold))["expected_spend"]
             return metrics.evaluate(out_of_fold["label_spend"].to_numpy(), said)[config.search.metric]
 
         now = {key: reduce(getattr, key.split("."), config) for key in config.search.space}
