@@ -53,7 +53,7 @@ def batch(rows: dict[str, np.ndarray]) -> Batch:
 
 def sentences(rows: dict[str, np.ndarray], user: int) -> list[list[str]]:
     """Events of a user in words, each part of an event by itself, written one by one."""
-    known = dict(zip(TEXT_IDS.tolist(), TEXTS, strict=True))
+    texts_by_id = dict(zip(TEXT_IDS.tolist(), TEXTS, strict=True))
     written = []
     for kind, amount, age, text in zip(
         *(rows[name][user] for name in ("seq_kind", "seq_amount", "seq_age_days", "seq_text_id")), strict=True
@@ -61,7 +61,7 @@ def sentences(rows: dict[str, np.ndarray], user: int) -> list[list[str]]:
         price = next((str(edge) for edge in AMOUNTS if amount <= edge), "1000000")
         when = next((word for word, days in AGES.items() if age <= days), "years")
         worth = "" if amount == 0 else "refund" if amount < 0 else price
-        written.append([KINDS[kind - 1], worth, when, known.get(int(text), "")])
+        written.append([KINDS[kind - 1], worth, when, texts_by_id.get(int(text), "")])
     return written
 
 

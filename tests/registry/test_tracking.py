@@ -1,5 +1,4 @@
-"""The registry and the record, in a real MLflow store: what a bundle becomes there, which one the alias names, what is said
-where there is no store."""
+"""The registry and the record, in a real MLflow store: versions of bundles, the alias, and errors where there is no store."""
 
 from __future__ import annotations
 
@@ -302,7 +301,7 @@ def test_a_store_that_is_not_there_is_told_before_anything_is_trained(tmp_path: 
 
 
 class Overloaded(BaseHTTPRequestHandler):
-    """A server that has no time for anybody, and how often it said so."""
+    """A server that refuses every request, and how often it did."""
 
     asked = 0
 

@@ -256,11 +256,11 @@ class SpendNetwork(nn.Module):
             main = main + self.config.bands_weight * band_loss(logits, labels[:, 0], self.band_edges)
         losses = [main]
         for head, of_head, spend in zip(self.heads[1:], self._of_heads(outputs)[1:], labels.T[1:], strict=True):
-            known = ~spend.isnan()
+            has_label = ~spend.isnan()
             # Unknown labels take 0 and are multiplied by 0: a masked NaN would still give NaN gradients. And a head without
             # any label in a batch must stay in the graph, or DDP would wait for it.
-            loss = head.loss(of_head, torch.where(known, spend, 0.0))
-            losses.append(self.config.horizons_weight * known * loss)
+            loss = head.loss(of_head, torch.where(has_label, spend, 0.0))
+            losses.append(self.config.horizons_weight * has_label * loss)
         return torch.stack(losses, dim=1)
 
     def expected_spend(self, batch: Batch) -> Tensor:
