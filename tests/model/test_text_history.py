@@ -74,7 +74,7 @@ def test_histories_are_written_like_event_by_event_and_the_newest_are_kept(folde
         ages = np.sort(rng.choice([*AGES.values(), 0.1, 8.0, 400.0], len(events)))[::-1]
         rows["seq_age_days"][user] = ages.astype(np.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids, seen = network(folder).history.written(batch(rows))
+    ids, seen = network(folder).history.tokens_of(batch(rows))
     assert ids.shape[1] <= CAP
     assert (seen[:, 1:] <= seen[:, :-1]).all()
     start, end = ([2], [3]) if tokenizer.cls_token else ([0], [])
@@ -100,7 +100,7 @@ def test_the_newest_event_is_read_however_little_room_there_is(folder: Path) -> 
     least = int(str(refused.value).split("least ")[1].split(",")[0])
     tight = network(folder, TINY.model_copy(update={"text": HistoryTextConfig(max_tokens=least)}))
     rows = make_rows(40)
-    _, seen = tight.history.written(batch(rows))
+    _, seen = tight.history.tokens_of(batch(rows))
     without_events = int(seen.sum(dim=1).min())
     assert (seen.sum(dim=1) > without_events).tolist() == [len(kinds) > 0 for kinds in rows["seq_kind"]]
     assert seen.shape[1] <= least
@@ -135,7 +135,7 @@ def test_only_low_rank_changes_and_the_layers_on_top_are_trained(folder: Path) -
     language = {name: p for name, p in net.named_parameters() if name.startswith("history.language.")}
     assert {name for name in language if name in trained} == {name for name in language if ".lora_" in name}
     matrices = [p for n, p in language.items() if n.endswith("base_layer.weight")]
-    assert len(matrices) == {"bert": 2 * 6, "gpt2": 2 * 4}[net.history.described()["language"]["model_type"]]
+    assert len(matrices) == {"bert": 2 * 6, "gpt2": 2 * 4}[net.history.bundle_description()["language"]["model_type"]]
     changes = sum(p.numel() for name, p in trained.items() if name in language)
     assert changes == sum(2 * sum(p.shape) for p in matrices)
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)

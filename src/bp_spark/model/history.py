@@ -107,15 +107,15 @@ class HistoryEncoder(nn.Module):
         return twin
 
     def take_texts(self, table: Tensor) -> None:
-        """Look up texts in the table of :meth:`carried`, float32 [V + 1, size]: for scoring, not for training."""
+        """Look up texts in the table of :meth:`bundle_tensors`, float32 [V + 1, size]: for scoring, not for training."""
         self.text_embeddings = table
         self.text = nn.Identity()
 
-    def carried(self) -> dict[str, Tensor]:
+    def bundle_tensors(self) -> dict[str, Tensor]:
         """Return the tensors that a bundle holds beside the state of a merged encoder."""
         return {"texts": self.text_embeddings}
 
-    def described(self) -> dict[str, Any]:
+    def bundle_description(self) -> dict[str, Any]:
         """Return nothing: the network's sizes are enough to make an encoder like this one."""
         return {}
 

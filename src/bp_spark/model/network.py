@@ -26,7 +26,7 @@ from bp_spark.core.errors import BundleError
 from bp_spark.model.history import HistoryEncoder, read_tensors, require_same_tensors
 from bp_spark.model.inputs import Batch, InputSpec
 from bp_spark.model.losses import band_loss, log_mse_loss, tweedie_loss, ziln_loss, ziln_parameters
-from bp_spark.model.text_history import TextHistoryEncoder, restored
+from bp_spark.model.text_history import TextHistoryEncoder, restore_text_encoder
 
 WEIGHTS_FILE = "transformer.safetensors"
 DESCRIPTION_FILE = "transformer.json"
@@ -291,7 +291,7 @@ class SpendNetwork(nn.Module):
         history = self.history.merged()
         tensors = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(_HISTORY)}
         tensors |= {f"{_HISTORY}{name}": tensor for name, tensor in history.state_dict().items()}
-        tensors |= {"vocabulary_ids": self.vocabulary_ids, **history.carried()}
+        tensors |= {"vocabulary_ids": self.vocabulary_ids, **history.bundle_tensors()}
         written = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(written, str(folder / WEIGHTS_FILE))
         description = {
@@ -301,7 +301,7 @@ class SpendNetwork(nn.Module):
             "other_horizons": list(self.other_horizons),
             "vocabulary": len(self.vocabulary_ids),
             "parameters": self.parameter_count,
-            **history.described(),
+            **history.bundle_description(),
         }
         text = json.dumps(description, indent=2, sort_keys=True) + "\n"
         (folder / DESCRIPTION_FILE).write_text(text, encoding="utf-8")
@@ -347,7 +347,7 @@ def _restored_history(
 ) -> History:
     """Return the history encoder of a bundle, and remove its tensors that are no state from ``tensors``."""
     if config.backbone == "text":
-        return restored(config, description["vocabulary"], description.get("language"), tensors, path)
+        return restore_text_encoder(config, description["vocabulary"], description.get("language"), tensors, path)
     texts, expected = tensors.pop("texts", torch.zeros(0)), (description["vocabulary"] + 1, config.hidden_size)
     if texts.shape != expected:
         raise BundleError(f"{path}: texts must be of shape {expected}, found {tuple(texts.shape)}")

@@ -138,7 +138,7 @@ class TextHistoryEncoder(nn.Module):
 
     Args:
         config: sizes and pooling.
-        language: the language model, of :func:`adapted` or :func:`restored`.
+        language: the language model, of :func:`adapted` or :func:`restore_text_encoder`.
         table: the parts of events in tokens.
 
     Raises:
@@ -175,12 +175,12 @@ class TextHistoryEncoder(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return one vector for each user, [B, hidden_size]."""
-        ids, seen = self.written(batch)
+        ids, seen = self.tokens_of(batch)
         states = self.language(input_ids=ids, attention_mask=seen.long()).last_hidden_state
         vectors: Tensor = self.project(pooled(states, seen, self.pooling_score))
         return vectors
 
-    def written(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def tokens_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Write histories as tokens, oldest event first; the oldest events are left out where there is no room.
 
         Returns:
@@ -222,12 +222,12 @@ class TextHistoryEncoder(nn.Module):
         twin.language = twin.language.merge_and_unload().requires_grad_(False)  # type: ignore[operator]
         return twin
 
-    def carried(self) -> dict[str, Tensor]:
-        """Return the tensors that a bundle holds beside the state of a merged encoder; see :func:`restored`."""
+    def bundle_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that a bundle holds beside the state of a merged encoder; see :func:`restore_text_encoder`."""
         weights = {f"{_LANGUAGE}{name}": tensor for name, tensor in self.language.state_dict().items()}
         return {"tokens": self.tokens, "token_lengths": self.lengths, **weights}
 
-    def described(self) -> dict[str, Any]:
+    def bundle_description(self) -> dict[str, Any]:
         """Return the language model's configuration as plain JSON."""
         config: dict[str, Any] = json.loads(self.language.config.to_json_string(use_diff=False))  # type: ignore
         return {"language": {key: value for key, value in config.items() if key != "_name_or_path"}}
@@ -259,7 +259,7 @@ def adapted(folder: str, config: NetworkConfig) -> nn.Module:
         return get_peft_model(model, low_rank)
 
 
-def restored(
+def restore_text_encoder(
     config: NetworkConfig, vocabulary: int, language: Any, tensors: dict[str, Tensor], path: Path
 ) -> TextHistoryEncoder:
     """Return the encoder of a bundle's tensors; the encoder's own layers are still untrained.
@@ -267,8 +267,8 @@ def restored(
     Args:
         config: sizes and pooling.
         vocabulary: number of texts.
-        language: the language model's configuration, of :meth:`TextHistoryEncoder.described`.
-        tensors: of the bundle; those of :meth:`TextHistoryEncoder.carried` are removed.
+        language: the language model's configuration, of :meth:`TextHistoryEncoder.bundle_description`.
+        tensors: of the bundle; those of :meth:`TextHistoryEncoder.bundle_tensors` are removed.
         path: file of the tensors, for the message.
 
     Raises:
