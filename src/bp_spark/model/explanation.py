@@ -3,9 +3,9 @@
 The stack is a weighted sum of the members' root predictions, so each member has its share of it.
 
 - *Boosted trees* are taken apart exactly, by TreeSHAP (Lundberg et al. 2020).
-- *The other members* (the network, the purchase process, the linear model) are imitated together by small boosted trees over
-  the same features, whose Shapley values stand for them. The rest, which these trees don't predict, belongs to one group of its
-  own, the order and content of the last events. So nothing is lost.
+- *The other members* are the network, the purchase process and the linear model. Small boosted trees over the same features
+  imitate them together, and the Shapley values of these trees stand for them. The rest, which these trees don't predict,
+  belongs to one group of its own: the order and content of the last events. So nothing is lost.
 
 Contributions pass from a sum over trees to a root prediction, and from the stack to calibrated money, by the rescale rule
 (Shrikumar et al. 2017, "Learning important features through propagating activation differences"): each keeps its share of the

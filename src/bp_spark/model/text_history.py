@@ -53,7 +53,6 @@ _START, _END, _TEXT_ROW = len(_WORDS), len(_WORDS) + 1, len(_WORDS) + 2
 _SMALLEST = 1e-6
 _EVENT_TOKENS = 8
 """Mean tokens of an event with its text, for an estimate of a history's length."""
-_MATRIX = 2
 _LANGUAGE = "language."
 
 
@@ -62,8 +61,8 @@ class TokenTable:
     """The parts of events in tokens.
 
     Attributes:
-        tokens: int32 [R, W], padded with 0. Rows are the words of kinds, amounts and ages, the start and the end of a history,
-            no text, then the V texts of the vocabulary in its order.
+        tokens: int32 [R, W], padded with 0. First the words of kinds, amounts and ages, then the start and the end of a
+            history. An empty row for no text follows, then the V texts of the vocabulary in its order.
         lengths: int32 [R], tokens of each row.
     """
 
@@ -71,7 +70,7 @@ class TokenTable:
     lengths: Tensor
 
     def __post_init__(self) -> None:
-        if self.tokens.ndim != _MATRIX or self.lengths.shape != self.tokens.shape[:1] or self.texts < 0:
+        if self.tokens.ndim != 1 + self.lengths.ndim or self.lengths.shape != self.tokens.shape[:1] or self.texts < 0:
             raise ValueError("must have a length for each row, and a row for each word")
 
     @property

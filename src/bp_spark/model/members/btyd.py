@@ -1,7 +1,7 @@
 """Buy till you die: expected spend from purchase days and their mean spend alone, the classic baseline of the field.
 
-:func:`fit_btyd` takes ``frequency`` (x), ``active_span_days`` (t_x), ``tenure_days`` (T) and ``monetary_value`` of the training
-users, as counts on the driver, and returns a :class:`BtydMember` of seven numbers.
+:func:`fit_btyd` reads ``frequency`` (x), ``active_span_days`` (t_x), ``tenure_days`` (T) and ``monetary_value`` of the training
+users. Counts of them come to the driver. The result is a :class:`BtydMember` of seven numbers.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class BtydMember:
     def purchase_days(self, x: np.ndarray, t_x: np.ndarray, T: np.ndarray) -> np.ndarray:
         """Return the expected purchase days in the horizon, ``float64[rows]``, by equation 10.
 
-        They are at most the mean rate times the horizon (nobody drops out), and at most ``E[1 / p]``, the mean number of
-        purchases that a living customer has left. The smaller of the two stands in where the series fails.
+        They have two bounds: the mean rate times the horizon, as if nobody dropped out, and ``E[1 / p]``, the mean number of
+        purchases that a living customer has left. The smaller bound stands in where the series fails.
         """
         share = self.horizon_days / (self.alpha + T + self.horizon_days)
         # At a = 1 numerator and denominator both vanish; 1e-6 beside it the quotient is good to about six digits.

@@ -192,7 +192,7 @@ class SqrtTreesMember(TreesMember):
     """Gradient-boosted trees with the squared error of the square root of spend.
 
     The root stabilises the variance of a compound Poisson sum (Bartlett 1936, "The square root transformation in analysis of
-    variance"), is defined at 0, and gives large spenders more weight than a logarithm does.
+    variance"). It is defined at 0, and gives large spenders more weight than a logarithm does.
     ``expected = max(sum over trees, 0)² * smearing``. ``smearing``, an attribute of the booster, makes the predictions of the
     training rows sum to their spend (Duan 1983, as a ratio of sums). :meth:`contributions` are in root units.
 
