@@ -62,7 +62,7 @@ class Said:
     def fused(self, conf: FusionConfig) -> np.ndarray:
         """Expected spend of the test date's users, float64 [users]."""
         fusion = CalibratedStack.fit(self.out_of_fold, conf, self.test)
-        return fusion.apply({name: self.test[name].to_numpy() for name in fusion.inputs})["expected_spend"]
+        return fusion.apply(fusion.inputs_from(self.test))["expected_spend"]
 
 
 def run(settings: Config, test_date: date | None, folder: Path) -> dict[str, Any]:

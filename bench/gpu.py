@@ -4,7 +4,7 @@ In: sizes. Out: ``build/bench/gpu.json``, also on standard output; for each ``ne
 
 - ``training``: rows a second of fine-tuning by one rank, files through Petastorm, on the GPU (``nccl``, bfloat16) and on the
   processor (``gloo``, all cores), and the loss of the last epoch on each;
-- ``scoring``: users a second of :class:`bp_spark.model.network.TransformerMember`, from columns to money, on each, and the
+- ``scoring``: users a second of :class:`TransformerMember`, from columns to money, on each, and the
   largest relative difference between the two answers to a user.
 
 Needs no Spark. Rows are random; their spend depends on one feature. Weights are the same on both.
@@ -36,7 +36,8 @@ from bp_spark.core import config
 from bp_spark.core.config import SIZES, Config
 from bp_spark.model.history import HistoryEncoder
 from bp_spark.model.inputs import HISTORY_COLUMNS, InputSpec
-from bp_spark.model.network import SpendNetwork, TransformerMember
+from bp_spark.model.members.transformer import TransformerMember
+from bp_spark.model.network import SpendNetwork
 from bp_spark.training.loader import Columns, RowGroup, Snapshot
 from bp_spark.training.tasks.finetune import Job, train_rank
 

@@ -35,7 +35,7 @@ from bp_spark.features import job as feature_job
 from bp_spark.features import labels
 from bp_spark.lakehouse.run import Run
 from bp_spark.model.inputs import InputSpec
-from bp_spark.model.network import TransformerMember
+from bp_spark.model.members.transformer import TransformerMember
 from bp_spark.training import job as training_job
 from bp_spark.training.loader import snapshot
 from bp_spark.training.tasks.finetune import finetune

@@ -48,7 +48,7 @@ def load_network(folder: str) -> Any:
     """The network of a bundle, on one thread."""
     import torch
 
-    from bp_spark.model.network import TransformerMember
+    from bp_spark.model.members.transformer import TransformerMember
 
     torch.set_num_threads(1)
     return TransformerMember.load(Path(folder))

@@ -251,12 +251,10 @@ class Shop:
             ```
         """
         extras.require("spark", "a prediction")
-        from bp_spark.registry import bundle as bundles
-        from bp_spark.registry import signing
+        from bp_spark.registry.bundle import load_promoted
         from bp_spark.scoring import prediction
 
-        folder = bundle or bundles.current(self.settings.bundles)
-        loaded = bundles.load(folder, signing.public_key(self.settings.signing))
+        loaded = load_promoted(self.settings, bundle)
         predict: Callable[..., Column] = prediction.prediction_udf(self.spark, loaded, name)
         return predict
 

@@ -1,4 +1,4 @@
-"""BG/NBD and Gamma-Gamma: parameters found again, expectations against simulation and quadrature, and the borders."""
+"""BG/NBD and Gamma-Gamma: the fit recovers parameters, expectations against simulation and quadrature, and the borders."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def simulated(users: int, horizon: float = HORIZON, seed: int = 0) -> pd.DataFra
         future = int(((times > T[user]) & (times <= T[user] + horizon)).sum())
         nu = rng.gamma(TRUE.q, 1 / TRUE.gamma)
         spend = rng.gamma(TRUE.p, 1 / nu, len(past) + 1 + future)
-        known, later = spend[: len(past) + 1], spend[len(past) + 1 :]
+        past_spend, later = spend[: len(past) + 1], spend[len(past) + 1 :]
         last = past[-1] if len(past) else 0.0
-        rows.append((len(past), last, T[user], known.mean(), future, later.sum()))
+        rows.append((len(past), last, T[user], past_spend.mean(), future, later.sum()))
     frame = pd.DataFrame(rows, columns=[*btyd.FEATURES, "days", "label_spend"])
     return frame.assign(user_key=[f"u{n}" for n in range(users)], as_of_date=date(2024, 1, 1), split="train")
 
@@ -77,8 +77,8 @@ def test_expectations_are_what_simulated_customers_do(fitted):
         assert days.mean() == pytest.approx(fresh["days"].mean(), rel=0.05)
         assert spend.mean() == pytest.approx(fresh["label_spend"].mean(), rel=0.05)
         fifth = pd.qcut(spend, 5, labels=False)
-        means = pd.DataFrame({"said": spend, "was": fresh["label_spend"]}).groupby(fifth).mean()
-        np.testing.assert_allclose(means["said"], means["was"], rtol=0.15, atol=1.0)
+        means = pd.DataFrame({"predicted": spend, "actual": fresh["label_spend"]}).groupby(fifth).mean()
+        np.testing.assert_allclose(means["predicted"], means["actual"], rtol=0.15, atol=1.0)
 
 
 @pytest.mark.parametrize("a", [0.05, 0.8, 1.0, 1.0 + 1e-9, 3.0, 60.0])
@@ -215,11 +215,11 @@ def test_a_missing_column_is_named(fitted):
 
 
 def test_the_probability_of_a_purchase_is_the_share_of_customers_who_buy(world: pd.DataFrame) -> None:
-    said = TRUE.predict_activity(columns(world))[ACTIVE]
+    p_active = TRUE.predict_activity(columns(world))[ACTIVE]
     bought = world["days"].to_numpy() > 0
-    assert ((said >= 0) & (said <= 1)).all()
-    for part in np.array_split(np.argsort(said), 8):
-        assert said[part].mean() == pytest.approx(bought[part].mean(), abs=0.05)
+    assert ((p_active >= 0) & (p_active <= 1)).all()
+    for part in np.array_split(np.argsort(p_active), 8):
+        assert p_active[part].mean() == pytest.approx(bought[part].mean(), abs=0.05)
     # nobody buys in no time, and who is alive buys in the end
     nobody = BtydMember(0, TRUE.r, TRUE.alpha, TRUE.a, TRUE.b, TRUE.p, TRUE.q, TRUE.gamma)
     assert (nobody.predict_activity(columns(world))[ACTIVE] == 0).all()

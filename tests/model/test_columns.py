@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from bp_spark.core.errors import BundleError
-from bp_spark.model.columns import Ragged, from_arrow, ragged, stack
+from bp_spark.model.columns import Ragged, from_arrow, ragged, to_matrix
 from bp_spark.model.inputs import read
 from tests.support.training_rows import SPEC, TEXT_IDS, make_rows
 
@@ -39,7 +39,7 @@ def test_missing_values_are_nan_and_ids_keep_their_digits() -> None:
     columns = from_arrow(batch)
     ids = ragged(columns["ids"])
     assert (ids.values.tolist(), ids.lengths.tolist()) == ([2**62 + 1, 0], [2, 0])
-    np.testing.assert_array_equal(stack(columns, ["x"], np.float64), [[1.5], [np.nan]])
+    np.testing.assert_array_equal(to_matrix(columns, ["x"], np.float64), [[1.5], [np.nan]])
 
 
 def test_nobody_has_no_history() -> None:
@@ -50,4 +50,4 @@ def test_nobody_has_no_history() -> None:
 
 def test_missing_columns_are_named() -> None:
     with pytest.raises(BundleError, match="input columns missing: y, z"):
-        stack({"x": np.zeros(1)}, ["x", "y", "z"], np.float32)
+        to_matrix({"x": np.zeros(1)}, ["x", "y", "z"], np.float32)

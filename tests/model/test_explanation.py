@@ -1,4 +1,4 @@
-"""Reasons: they add up to the prediction, they name what it depends on, and their error is told."""
+"""Reasons: they add up to the prediction, they name what it depends on, and their error is measured."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def members(columns: dict[str, np.ndarray]) -> dict[str, Member]:
             np.stack(list(columns.values()), axis=1), label=label, missing=np.nan, feature_names=list(GROUPS)
         )
         settings = {"objective": objective, "max_depth": 4, "eta": 0.1, "nthread": 1, "seed": 1}
-        found = xgboost.train(settings, matrix, 40)
-        found.set_attr(smearing="1.2")
-        return found
+        booster = xgboost.train(settings, matrix, 40)
+        booster.set_attr(smearing="1.2")
+        return booster
 
     return {
         "trees": TreesMember(booster("reg:tweedie", spend)),
@@ -63,46 +63,48 @@ def members(columns: dict[str, np.ndarray]) -> dict[str, Member]:
 def fused(
     members: dict[str, Member], columns: dict[str, np.ndarray], *names: str
 ) -> tuple[CalibratedStack, dict[str, np.ndarray]]:
-    said = {name: members[name].predict(columns) for name in names}
+    predictions = {name: members[name].predict(columns) for name in names}
     rng = np.random.default_rng(6)
-    spend = np.mean(list(said.values()), axis=0) * rng.gamma(2, 0.5, ROWS)
-    fusion = CalibratedStack.fit(pd.DataFrame({**said, "label_spend": spend}), FusionConfig(members=names))
+    spend = np.mean(list(predictions.values()), axis=0) * rng.gamma(2, 0.5, ROWS)
+    fusion = CalibratedStack.fit(pd.DataFrame({**predictions, "label_spend": spend}), FusionConfig(members=names))
     weights = tuple(1.0 / len(names) for _ in names)
-    return replace(fusion, weights=weights), said
+    return replace(fusion, weights=weights), predictions
 
 
 def explained(
     members: dict[str, Member], columns: dict[str, np.ndarray], *names: str
 ) -> tuple[Explanation, CalibratedStack, dict[str, np.ndarray]]:
-    fusion, said = fused(members, columns, *names)
+    fusion, predictions = fused(members, columns, *names)
     users = np.array([f"u{row // 3}" for row in range(ROWS)], object)
-    explanation = Explanation.fit(columns, said, users, list(members.values()), fusion, GROUPS, seed=1, threads=1)
-    return explanation, fusion, said
+    explanation = Explanation.fit(
+        columns, predictions, users, list(members.values()), fusion, GROUPS, seed=1, threads=1
+    )
+    return explanation, fusion, predictions
 
 
 @pytest.mark.parametrize("names", [("trees",), ("sqrt_trees",), ("linear",), ("trees", "sqrt_trees", "linear")])
 def test_contributions_add_up_to_what_the_fusion_expects(
     members: dict[str, Member], columns: dict[str, np.ndarray], names: tuple[str, ...]
 ) -> None:
-    explanation, fusion, said = explained(members, columns, *names)
-    given, rest, base = explanation(columns, said, members, fusion)
-    expected = fusion.apply(said)["expected_spend"]
-    np.testing.assert_allclose(base + given.sum(axis=0) + rest, expected, rtol=1e-6, atol=1e-5)
+    explanation, fusion, predictions = explained(members, columns, *names)
+    by_feature, of_sequence, base = explanation(columns, predictions, members, fusion)
+    expected = fusion.apply(predictions)["expected_spend"]
+    np.testing.assert_allclose(base + by_feature.sum(axis=0) + of_sequence, expected, rtol=1e-6, atol=1e-5)
     assert expected.min() < base < expected.max()
     has_rest = SEQUENCE in explanation.group_names
-    assert has_rest == ("linear" in names) == bool(np.abs(rest).max() > 0)
+    assert has_rest == ("linear" in names) == bool(np.abs(of_sequence).max() > 0)
 
 
 def test_trees_alone_are_told_by_their_shapley_values(
     members: dict[str, Member], columns: dict[str, np.ndarray]
 ) -> None:
-    explanation, fusion, said = explained(members, columns, "trees")
-    given, _, _ = explanation(columns, said, members, fusion)
+    explanation, fusion, predictions = explained(members, columns, "trees")
+    by_feature, _, _ = explanation(columns, predictions, members, fusion)
     trees: Any = members["trees"]
     shares = trees.contributions(columns)[:, :-1].T
     # a user's contributions are the shares, all stretched alike
-    stretch = given.sum(axis=0) / shares.sum(axis=0)
-    np.testing.assert_allclose(given, shares * stretch, rtol=1e-6, atol=1e-6)
+    stretch = by_feature.sum(axis=0) / shares.sum(axis=0)
+    np.testing.assert_allclose(by_feature, shares * stretch, rtol=1e-6, atol=1e-6)
     assert (stretch > 0).all()
 
 
@@ -112,28 +114,28 @@ def test_a_user_who_stands_at_the_base_has_finite_reasons_that_cancel(
     explanation, fusion, _ = explained(members, columns, "linear")
     base_root = float(explanation.imitation.contributions(columns)[0, -1])  # type: ignore[union-attr]
     for shift in (0.0, 1e-9, 1e-5):
-        said = {"linear": np.full(ROWS, (base_root + shift) ** 2)}
-        given, rest, base = explanation(columns, said, members, fusion)
-        summed = given.sum(axis=0) + rest
-        assert np.isfinite(given).all()
-        np.testing.assert_allclose(base + summed, fusion.apply(said)["expected_spend"], rtol=1e-7)
+        predictions = {"linear": np.full(ROWS, (base_root + shift) ** 2)}
+        by_feature, of_sequence, base = explanation(columns, predictions, members, fusion)
+        summed = by_feature.sum(axis=0) + of_sequence
+        assert np.isfinite(by_feature).all()
+        np.testing.assert_allclose(base + summed, fusion.apply(predictions)["expected_spend"], rtol=1e-7)
 
 
 def test_to_lose_the_foremost_group_costs_more_than_to_lose_another(
     members: dict[str, Member], columns: dict[str, np.ndarray]
 ) -> None:
-    explanation, fusion, said = explained(members, columns, "trees", "sqrt_trees", "linear")
-    given, _, _ = explanation(columns, said, members, fusion)
+    explanation, fusion, predictions = explained(members, columns, "trees", "sqrt_trees", "linear")
+    by_feature, _, _ = explanation(columns, predictions, members, fusion)
     names = list(dict.fromkeys(GROUPS.values()))
-    by_group = np.stack([given[[GROUPS[f] == name for f in GROUPS]].sum(axis=0) for name in names])
+    by_group = np.stack([by_feature[[GROUPS[f] == name for f in GROUPS]].sum(axis=0) for name in names])
     foremost = np.argmax(np.abs(by_group), axis=0)
-    expected = fusion.apply(said)["expected_spend"]
+    expected = fusion.apply(predictions)["expected_spend"]
     # lost: another user's values stand there
     other = np.random.default_rng(7).permutation(ROWS)
     moved = []
     for name in names:
         without = {f: values[other] if GROUPS[f] == name else values for f, values in columns.items()}
-        anew = fusion.apply({member: members[member].predict(without) for member in said})["expected_spend"]
+        anew = fusion.apply({member: members[member].predict(without) for member in predictions})["expected_spend"]
         moved.append(np.abs(anew - expected))
     lost = np.stack(moved)
     of_foremost = lost[foremost, np.arange(ROWS)].mean()
@@ -148,8 +150,8 @@ def test_the_imitation_is_measured_by_users_it_has_not_seen(
     fusion, _ = fused(members, columns, "linear")
     unknowable = {"linear": np.random.default_rng(8).gamma(2, 20, ROWS)}
     users = np.array([f"u{row}" for row in range(ROWS)], object)
-    told = Explanation.fit(columns, unknowable, users, list(members.values()), fusion, GROUPS, seed=1, threads=1)
-    assert told.r_squared < 0.1
+    explanation = Explanation.fit(columns, unknowable, users, list(members.values()), fusion, GROUPS, seed=1, threads=1)
+    assert explanation.r_squared < 0.1
 
 
 def test_a_bundle_brings_its_explanation_and_refuses_one_of_other_features(
@@ -180,12 +182,12 @@ def test_a_bundle_brings_its_explanation_and_refuses_one_of_other_features(
 
 def test_reasons_are_sentences(spark: SparkSession) -> None:
     features = catalogue(FeaturesConfig(windows=(7, 30)))
-    told = [
+    listed_reasons = [
         {"group": "recent purchases", "contribution": 48.1, "feature": "spend_30d", "value": 1512.3},
         {"group": "rhythm of purchases", "contribution": -1234.5, "feature": "gap_mean_days", "value": None},
         {"group": SEQUENCE, "contribution": -0.001, "feature": None, "value": None},
     ]
-    rows = spark.createDataFrame([(told,)], f"reasons {SCORES.schema['reasons'].dataType.simpleString()}")
+    rows = spark.createDataFrame([(listed_reasons,)], f"reasons {SCORES.schema['reasons'].dataType.simpleString()}")
     assert rows.select(reasons.in_words(F.col("reasons"), features)).collect()[0][0] == [
         "Recent purchases: +48.10; above all Spend less refunds (currency, 30 days) = 1,512.30",
         "Rhythm of purchases: -1,234.50; above all Mean days between purchase days (days, ever) = unknown",

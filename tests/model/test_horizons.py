@@ -1,4 +1,4 @@
-"""Other horizons: in line with the main one, rising with the days, and told only where one was seen."""
+"""Other horizons: in line with the main one, rising with the days, and only where the data have seen one."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ MONEY = st.floats(0, 1e6)
 def world(n: int, seed: int, seen: float = 1.0) -> pd.DataFrame:
     """Users of a quick and a slow kind, whom the network tells apart, if with too strong a contrast; a fifth spends nothing.
 
-    ``label_spend_180d`` is known of a share ``seen``.
+    ``label_spend_180d`` is known for a share ``seen``.
     """
     rng = np.random.default_rng(seed)
     whole = np.where(rng.random(n) < 0.2, 0.0, np.exp(rng.normal(4, 1, n)))
     kind = rng.random(n)
-    said = whole * np.exp(rng.normal(0, 0.3, n)) + 1.0
+    predicted = whole * np.exp(rng.normal(0, 0.3, n)) + 1.0
     return pd.DataFrame(
         {
             "label_spend": whole,
             "label_spend_30d": whole * (0.2 + 0.4 * kind) * rng.uniform(0.5, 1.5, n),
             "label_spend_180d": np.where(rng.random(n) < seen, whole * (2.2 - 0.4 * kind), np.nan),
-            "transformer": said,
-            "transformer_30d": said * (0.1 + 0.8 * kind),
-            "transformer_180d": said * (2.5 - kind),
+            "transformer": predicted,
+            "transformer_30d": predicted * (0.1 + 0.8 * kind),
+            "transformer_180d": predicted * (2.5 - kind),
             "kind": kind,
         }
     )
@@ -51,13 +51,13 @@ def applied(horizons: Horizons, frame: pd.DataFrame, expected: np.ndarray) -> di
 
 def test_the_networks_ratio_is_calibrated_on_fresh_users() -> None:
     fresh = world(20_000, seed=2)
-    said = applied(fitted(world(5000, seed=1)), fresh, fresh["label_spend"].to_numpy())
+    predicted = applied(fitted(world(5000, seed=1)), fresh, fresh["label_spend"].to_numpy())
     for days, share in ((30, lambda kind: 0.2 + 0.4 * kind), (180, lambda kind: 2.2 - 0.4 * kind)):
         truth = fresh[f"label_spend_{days}d"]
-        assert said[days].sum() == pytest.approx(truth.sum(), rel=0.03)
+        assert predicted[days].sum() == pytest.approx(truth.sum(), rel=0.03)
         quick, slow = fresh["kind"] > 0.9, fresh["kind"] < 0.1
         for part, kind in ((quick, 0.95), (slow, 0.05)):
-            ratio = said[days][part].sum() / fresh["label_spend"][part].sum()
+            ratio = predicted[days][part].sum() / fresh["label_spend"][part].sum()
             assert ratio == pytest.approx(share(kind), rel=0.1)
 
 
@@ -65,15 +65,15 @@ def test_the_networks_ratio_is_calibrated_on_fresh_users() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     expected=hnp.arrays(np.float64, 20, elements=MONEY),
-    said=hnp.arrays(np.float64, (4, 20), elements=MONEY),
+    predicted=hnp.arrays(np.float64, (4, 20), elements=MONEY),
 )
-def test_spend_rises_with_the_days_whatever_members_say(expected: np.ndarray, said: np.ndarray) -> None:
+def test_spend_rises_with_the_days_whatever_members_say(expected: np.ndarray, predicted: np.ndarray) -> None:
     ratios = tuple(
         Ratio(days, NETWORK, Curve((0.1, 4.0), (low, high)))
         for days, low, high in ((7, 0.2, 1.4), (30, 0.1, 1.2), (180, 0.8, 3.0))
     )
     names = (NETWORK, *(f"{NETWORK}_{days}d" for days in (7, 30, 180)))
-    answers = Horizons(90, ratios).apply(expected, dict(zip(names, said, strict=True)))
+    answers = Horizons(90, ratios).apply(expected, dict(zip(names, predicted, strict=True)))
     assert list(answers) == [7, 30, 90, 180]
     assert answers[90] is expected
     rows = np.stack(list(answers.values()))
@@ -109,17 +109,17 @@ def test_without_a_network_the_ratio_is_that_of_users_expected_to_spend_alike() 
     expected = frame["label_spend"].to_numpy()
     horizons = Horizons.fit(plain, expected, 90, (30, 180))
     assert {ratio.by for ratio in horizons.ratios} == {EXPECTED}
-    said = applied(horizons, plain, expected)[30]
+    predicted = applied(horizons, plain, expected)[30]
     for part in (heavy, ~heavy):
-        assert said[part].sum() == pytest.approx(frame["label_spend_30d"][part].sum(), rel=0.05)
+        assert predicted[part].sum() == pytest.approx(frame["label_spend_30d"][part].sum(), rel=0.05)
 
 
 @pytest.mark.filterwarnings("error")
 def test_where_nobody_spends_a_horizon_has_its_share_of_the_days() -> None:
     nothing = {f"{name}{end}": np.zeros(500) for name in ("label_spend", NETWORK) for end in ("", "_30d", "_180d")}
     horizons = fitted(pd.DataFrame(nothing))
-    said = horizons.apply(np.full(500, 9.0), nothing)
-    assert (said[30][0], said[180][0]) == pytest.approx((3.0, 18.0))
+    predicted = horizons.apply(np.full(500, 9.0), nothing)
+    assert (predicted[30][0], predicted[180][0]) == pytest.approx((3.0, 18.0))
 
 
 def test_horizons_survive_json_to_the_bit() -> None:

@@ -1,4 +1,4 @@
-"""The platform's level: a season is found where there is one, kept out where there is none, and never from later days."""
+"""The platform's level: a season is recognised where there is one, ignored where there is none, never from later days."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def platform(weeks: int, season: float, seed: int, growth: float = 0.0) -> tuple
     orders = rng.poisson(rng.gamma(0.8, 0.2, users)[:, None] * calendar * there)
     spend = orders * rng.gamma(3, 10, users)[:, None]
     first = np.where(orders.any(axis=1), orders.argmax(axis=1), weeks + HORIZON)
-    known = first < weeks
+    observed = first < weeks
     rows = [
         (weeks - 1 - int(first[user]), weeks - 1 - int(when), round(100 * float(spend[user, when])))
-        for user, when in zip(*np.nonzero(spend[:, :weeks] * known[:, None]), strict=True)
+        for user, when in zip(*np.nonzero(spend[:, :weeks] * observed[:, None]), strict=True)
     ]
     weekly = WeeklySpend.of(rows, END - timedelta(weeks=weeks), END)
-    return weekly, float(spend[known, weeks:].sum())
+    return weekly, float(spend[observed, weeks:].sum())
 
 
 def steady_forecast(weekly: WeeklySpend) -> float:
@@ -101,7 +101,7 @@ def test_the_effects_of_age_and_calendar_are_told_apart() -> None:
     np.testing.assert_allclose(np.tril(fit), cohorts, rtol=1e-3, atol=1e-6)
     detrended = np.log(parts.calendar / calendar)
     line = np.polyval(np.polyfit(np.arange(weeks), detrended, 1), np.arange(weeks))
-    # a trend of the calendar can't be told from one of the ages
+    # A trend of the calendar can't be distinguished from one of the ages.
     np.testing.assert_allclose(detrended, line, atol=0.01)
 
 

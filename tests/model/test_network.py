@@ -19,11 +19,11 @@ from bp_spark.core.errors import BundleError, ConfigError, DataError
 from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, empty_user
 from bp_spark.model.losses import band_loss, log_mse_loss, tweedie_loss, ziln_loss
 from bp_spark.model.members.base import predict_all
+from bp_spark.model.members.transformer import TransformerMember
 from bp_spark.model.network import (
     DESCRIPTION_FILE,
     WEIGHTS_FILE,
     SpendNetwork,
-    TransformerMember,
 )
 from tests.support.networks import TINY, make_network
 from tests.support.training_rows import SPEC, TEXT_IDS, arrays, make_rows, take
@@ -58,11 +58,11 @@ def naive_tokens(events: list[dict[str, float]], limit: int) -> list[tuple[int, 
         amount, discount, age = event["seq_amount"], event["seq_discount"], event["seq_age_days"]
         gap = events[index - 1]["seq_age_days"] - age if index else 0.0
         share = discount / (abs(amount) + discount) if abs(amount) + discount > 0 else 0.0
-        text, known = int(event["seq_text_id"]), TEXT_IDS.tolist()
+        text, vocabulary = int(event["seq_text_id"]), TEXT_IDS.tolist()
         tokens.append(
             (
                 int(event["seq_kind"]) if event["seq_kind"] <= 8 else 0,
-                known.index(text) + 1 if text in known else 0,
+                vocabulary.index(text) + 1 if text in vocabulary else 0,
                 int(event["seq_weekday"]),
                 int(event["seq_hour"]),
                 [signed_log(amount), signed_log(event["seq_items"]), share, signed_log(gap), signed_log(age)],
@@ -261,15 +261,15 @@ def test_a_row_learns_from_the_horizons_that_it_has_seen_and_from_no_other(loss:
     unseen = torch.full((6,), math.nan)
     half = torch.where(torch.arange(6) < 3, 2 * main, math.nan)
     outputs = network(batch)
-    found = network.training_losses(outputs, torch.stack([main, unseen, half], dim=1))
+    losses = network.training_losses(outputs, torch.stack([main, unseen, half], dim=1))
     plain = make_network(config)
-    torch.testing.assert_close(found[:, :1], plain.training_losses(plain(batch), main.unsqueeze(1)))
+    torch.testing.assert_close(losses[:, :1], plain.training_losses(plain(batch), main.unsqueeze(1)))
     of_half = outputs[:, 2 * plain.head.out_features : 3 * plain.head.out_features]
-    assert found[:, 1].tolist() == [0.0] * 6
-    torch.testing.assert_close(found[:3, 2], 0.25 * network.heads[2].loss(of_half[:3], half[:3]))
-    assert found[3:, 2].tolist() == [0.0] * 3
+    assert losses[:, 1].tolist() == [0.0] * 6
+    torch.testing.assert_close(losses[:3, 2], 0.25 * network.heads[2].loss(of_half[:3], half[:3]))
+    assert losses[3:, 2].tolist() == [0.0] * 3
 
-    found.sum().backward()
+    losses.sum().backward()
     gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
     # DDP waits for each parameter that the loss doesn't reach
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
@@ -282,8 +282,8 @@ def test_each_horizon_starts_at_its_own_labels_and_is_told_beside_the_main_one()
     network = make_network(config, others=(30, 180))
     for head in network.heads:
         torch.nn.init.zeros_(head.weight)
-    said = predict_all([TransformerMember(network, batch_events=40)], rows)
-    assert {name: values.tolist() for name, values in said.items()} == {
+    predictions = predict_all([TransformerMember(network, batch_events=40)], rows)
+    assert {name: values.tolist() for name, values in predictions.items()} == {
         "transformer": pytest.approx([40.0] * 20),
         "transformer_30d": pytest.approx([40 / 3] * 20),
         "transformer_180d": pytest.approx([80.0] * 20),
@@ -314,10 +314,10 @@ def test_log_mse_loss_reads_refunds_as_no_spend() -> None:
 
 def test_the_member_tells_who_will_buy_if_its_loss_knows() -> None:
     member, rows = TransformerMember(make_network(), batch_events=40), make_rows(20)
-    found = member.p_active(rows)
-    assert found is not None
+    p_active = member.p_active(rows)
+    assert p_active is not None
     logit = member.network(collate(rows, SPEC, TEXT_IDS))[:, 0]
-    np.testing.assert_allclose(found, 1 / (1 + np.exp(-logit.detach().numpy())), rtol=1e-4)
+    np.testing.assert_allclose(p_active, 1 / (1 + np.exp(-logit.detach().numpy())), rtol=1e-4)
     assert TransformerMember(make_network(TINY.model_copy(update={"loss": "tweedie"}))).p_active(rows) is None
 
 
@@ -327,10 +327,10 @@ def test_a_saved_network_predicts_the_same(tmp_path: Path) -> None:
     loaded = TransformerMember.load(tmp_path)
     # the loaded one looks up what the other makes of a text each time
     np.testing.assert_allclose(loaded.predict(rows), member.predict(rows), rtol=1e-5)
-    said = member.predict_horizons(rows)
-    assert list(said) == ["transformer", "transformer_30d", "transformer_180d"]
+    predictions = member.predict_horizons(rows)
+    assert list(predictions) == ["transformer", "transformer_30d", "transformer_180d"]
     for name, values in loaded.predict_horizons(rows).items():
-        np.testing.assert_allclose(values, said[name], rtol=1e-5)
+        np.testing.assert_allclose(values, predictions[name], rtol=1e-5)
     assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors", ".json"}
     assert json.loads((tmp_path / DESCRIPTION_FILE).read_text())["parameters"] == member.network.parameter_count
     again = tmp_path / "again"

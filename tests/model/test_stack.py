@@ -102,8 +102,8 @@ def test_p_active_is_the_share_of_active_users(fusion):
     fresh = world(50_000, seed=96)
     p = fusion.apply(members(fresh))["p_active"]
     active = (fresh["label_spend"] > 0).groupby(pd.qcut(p, 5, labels=False, duplicates="drop")).mean()
-    said = pd.Series(p).groupby(pd.qcut(p, 5, labels=False, duplicates="drop")).mean()
-    assert (active - said).abs().max() < 0.04
+    predicted = pd.Series(p).groupby(pd.qcut(p, 5, labels=False, duplicates="drop")).mean()
+    assert (active - predicted).abs().max() < 0.04
 
 
 def test_one_member_keeps_its_order_without_new_ties():
@@ -314,10 +314,10 @@ def test_unusable_predictions_are_refused_by_name(fusion):
 
 
 def test_the_level_moves_money_by_date_and_nothing_else(fusion: CalibratedStack) -> None:
-    said = members(world(500, seed=9))
-    before, rising = fusion.apply(said), replace(fusion, level=RISING)
+    predictions = members(world(500, seed=9))
+    before, rising = fusion.apply(predictions), replace(fusion, level=RISING)
     for on, factor in ((None, 1.0), (date(2024, 1, 1), 1.0), (date(2024, 1, 11), math.exp(0.5))):
-        after = rising.apply(said, on)
+        after = rising.apply(predictions, on)
         assert_sound(after)
         for name in OUTPUTS:
             if name in ("expected_spend", "low", "high"):
@@ -360,9 +360,9 @@ def lapsing(n: int, seed: int) -> pd.DataFrame:
     spend = np.where(rng.random(n) < chance, size * rng.gamma(4, 0.25, n), 0.0)
     # who is away is expected to spend as much: bought more when there
     expected = size * 0.6 * np.exp(rng.normal(0, 0.2, n))
-    said = np.clip(chance + rng.normal(0, 0.05, n), 0.0, 1.0)
+    p_process = np.clip(chance + rng.normal(0, 0.05, n), 0.0, 1.0)
     days = rng.gamma(2, np.where(away, 40, 10), n)
-    return pd.DataFrame({"label_spend": spend, "btyd": expected, ACTIVE: said, SILENT: days})
+    return pd.DataFrame({"label_spend": spend, "btyd": expected, ACTIVE: p_process, SILENT: days})
 
 
 def test_of_two_users_who_are_expected_to_spend_the_same_the_one_who_stays_away_is_less_likely_to_buy() -> None:

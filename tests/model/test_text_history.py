@@ -17,7 +17,8 @@ from bp_spark.core.config import HistoryTextConfig, NetworkConfig
 from bp_spark.core.errors import BundleError, ConfigError
 from bp_spark.lakehouse.tables import KINDS
 from bp_spark.model.inputs import Batch, collate
-from bp_spark.model.network import DESCRIPTION_FILE, WEIGHTS_FILE, SpendNetwork, TransformerMember
+from bp_spark.model.members.transformer import TransformerMember
+from bp_spark.model.network import DESCRIPTION_FILE, WEIGHTS_FILE, SpendNetwork
 from bp_spark.model.text_history import AGES, AMOUNTS, TextHistoryEncoder, TokenTable, adapted, tokenise
 from tests.support.training_rows import SPEC, TEXT_IDS, TEXTS, make_rows, take, write_language_model
 
@@ -52,7 +53,7 @@ def batch(rows: dict[str, np.ndarray]) -> Batch:
 
 def sentences(rows: dict[str, np.ndarray], user: int) -> list[list[str]]:
     """Events of a user in words, each part of an event by itself, written one by one."""
-    known = dict(zip(TEXT_IDS.tolist(), TEXTS, strict=True))
+    texts_by_id = dict(zip(TEXT_IDS.tolist(), TEXTS, strict=True))
     written = []
     for kind, amount, age, text in zip(
         *(rows[name][user] for name in ("seq_kind", "seq_amount", "seq_age_days", "seq_text_id")), strict=True
@@ -60,7 +61,7 @@ def sentences(rows: dict[str, np.ndarray], user: int) -> list[list[str]]:
         price = next((str(edge) for edge in AMOUNTS if amount <= edge), "1000000")
         when = next((word for word, days in AGES.items() if age <= days), "years")
         worth = "" if amount == 0 else "refund" if amount < 0 else price
-        written.append([KINDS[kind - 1], worth, when, known.get(int(text), "")])
+        written.append([KINDS[kind - 1], worth, when, texts_by_id.get(int(text), "")])
     return written
 
 
@@ -73,7 +74,7 @@ def test_histories_are_written_like_event_by_event_and_the_newest_are_kept(folde
         ages = np.sort(rng.choice([*AGES.values(), 0.1, 8.0, 400.0], len(events)))[::-1]
         rows["seq_age_days"][user] = ages.astype(np.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids, seen = network(folder).history.written(batch(rows))
+    ids, seen = network(folder).history.tokens_of(batch(rows))
     assert ids.shape[1] <= CAP
     assert (seen[:, 1:] <= seen[:, :-1]).all()
     start, end = ([2], [3]) if tokenizer.cls_token else ([0], [])
@@ -99,7 +100,7 @@ def test_the_newest_event_is_read_however_little_room_there_is(folder: Path) -> 
     least = int(str(refused.value).split("least ")[1].split(",")[0])
     tight = network(folder, TINY.model_copy(update={"text": HistoryTextConfig(max_tokens=least)}))
     rows = make_rows(40)
-    _, seen = tight.history.written(batch(rows))
+    _, seen = tight.history.tokens_of(batch(rows))
     without_events = int(seen.sum(dim=1).min())
     assert (seen.sum(dim=1) > without_events).tolist() == [len(kinds) > 0 for kinds in rows["seq_kind"]]
     assert seen.shape[1] <= least
@@ -134,7 +135,7 @@ def test_only_low_rank_changes_and_the_layers_on_top_are_trained(folder: Path) -
     language = {name: p for name, p in net.named_parameters() if name.startswith("history.language.")}
     assert {name for name in language if name in trained} == {name for name in language if ".lora_" in name}
     matrices = [p for n, p in language.items() if n.endswith("base_layer.weight")]
-    assert len(matrices) == {"bert": 2 * 6, "gpt2": 2 * 4}[net.history.described()["language"]["model_type"]]
+    assert len(matrices) == {"bert": 2 * 6, "gpt2": 2 * 4}[net.history.bundle_description()["language"]["model_type"]]
     changes = sum(p.numel() for name, p in trained.items() if name in language)
     assert changes == sum(2 * sum(p.shape) for p in matrices)
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)

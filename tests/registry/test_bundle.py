@@ -22,6 +22,7 @@ from bp_spark.model.members.linear import LinearMember
 from bp_spark.model.members.trees import TreesMember
 from bp_spark.model.stack import OUTPUTS, CalibratedStack
 from bp_spark.registry import bundle as b
+from bp_spark.registry.manifest import describe_file, encode, seal
 
 HORIZONS = Horizons(
     90, (Ratio(30, EXPECTED, Curve((1.0, 3.0), (0.4, 1 / 3))), Ratio(180, EXPECTED, Curve((2.0,), (1.9,))))
@@ -184,10 +185,10 @@ def test_no_bundle_at_all_is_a_clear_error(tmp_path):
 
 def reseal(folder: Path, change) -> None:
     """A manifest changed by someone who knows how it is sealed."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    content = {key: value for key, value in manifest.items() if key not in ("digest", "checksum")}
+    document = json.loads((folder / "manifest.json").read_text())
+    content = {key: value for key, value in document.items() if key not in ("digest", "checksum")}
     change(content)
-    (folder / "manifest.json").write_bytes(b._text(b._sealed(content)))
+    (folder / "manifest.json").write_bytes(encode(seal(content)))
 
 
 def _tree(document):
@@ -217,7 +218,7 @@ def test_trees_that_cannot_be_walked_are_refused_even_where_the_seal_is_right(co
     document = json.loads((copy / "trees.json").read_text())
     harm(document)
     (copy / "trees.json").write_text(json.dumps(document))
-    reseal(copy, lambda m: m["files"].update({"trees.json": b._describe(copy / "trees.json")}))
+    reseal(copy, lambda m: m["files"].update({"trees.json": describe_file(copy / "trees.json")}))
     with pytest.raises(BundleError, match=r"trees\.json: its trees are none"):
         b.load(copy)
 

@@ -16,8 +16,8 @@ from mlflow import MlflowClient
 from packaging.requirements import Requirement
 
 from bp_spark.core import config, session
-from bp_spark.model.network import TransformerMember
-from bp_spark.registry import tracking
+from bp_spark.model.members.transformer import TransformerMember
+from bp_spark.registry import logged_model, publishing
 from bp_spark.registry.bundle import Bundle
 from bp_spark.registry.predictions import PREDICTION_COLUMNS, as_frame, predict
 from tests.support.networks import make_network
@@ -138,7 +138,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
     users = users.astype(dict.fromkeys(SPEC.tabular, "float32")).set_axis([f"user{n:02}" for n in range(50)])
     members = [*fitted_members(users), TransformerMember(make_network())]
     bundle = write_bundle(settings, members, "one", rows=users)
-    tracking.publish(settings, bundle)
+    publishing.publish(settings, bundle)
     client = MlflowClient(settings.tracking.uri)
     model = Path(client.get_model_version_download_uri("purchasing-power", "1").removeprefix("file://"))
     rows = folder / "rows.parquet"
@@ -174,7 +174,7 @@ def test_the_command_line_of_mlflow_predicts_from_json(logged: Logged) -> None:
 
 
 def test_requirements_are_versions_that_are_installed(logged: Logged) -> None:
-    for text in tracking.requirements(logged.bundle):
+    for text in logged_model.requirements(logged.bundle):
         requirement = Requirement(text)
         assert str(requirement.specifier) == f"=={metadata.version(requirement.name).partition('+')[0]}"
 
@@ -189,15 +189,15 @@ def test_a_spark_that_a_platform_brings_is_required_in_the_declared_range(
             raise metadata.PackageNotFoundError(name)
         return installed(name)
 
-    monkeypatch.setattr("bp_spark.registry.tracking.metadata.version", version)
-    required = {Requirement(text).name: Requirement(text) for text in tracking.requirements(logged.bundle)}
+    monkeypatch.setattr("bp_spark.registry.logged_model.metadata.version", version)
+    required = {Requirement(text).name: Requirement(text) for text in logged_model.requirements(logged.bundle)}
     declared = [Requirement(text) for text in metadata.requires("bp-spark") or ()]
     assert required["pyspark"] in declared
 
 
 def test_only_a_network_needs_torch(logged: Logged, monkeypatch: pytest.MonkeyPatch) -> None:
     def names() -> set[str]:
-        return {Requirement(text).name for text in tracking.requirements(logged.bundle)}
+        return {Requirement(text).name for text in logged_model.requirements(logged.bundle)}
 
     network = {"torch", "transformers", "safetensors"}
     assert names() >= network

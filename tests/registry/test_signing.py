@@ -55,19 +55,19 @@ def test_a_bundle_without_signature_is_refused_where_a_key_is_set(tmp_path: Path
 
 
 def test_what_another_key_signed_is_refused(tmp_path: Path, keys: SigningConfig) -> None:
-    folder = write(tmp_path / "one", new_keys(tmp_path / "theirs"))
+    folder = write(tmp_path / "one", new_keys(tmp_path / "other"))
     with pytest.raises(BundleError, match=r"manifest\.sig: is no signature of manifest\.json"):
         load(folder, keys)
 
 
 def test_the_signature_of_another_bundle_is_refused(tmp_path: Path, keys: SigningConfig) -> None:
-    ours, theirs = write(tmp_path / "ours", keys), write(tmp_path / "theirs", SigningConfig())
-    manifest = (theirs / "manifest.json").read_bytes()
+    signed, unsigned = write(tmp_path / "signed", keys), write(tmp_path / "unsigned", SigningConfig())
+    manifest = (unsigned / "manifest.json").read_bytes()
     content = manifest.replace(b'"lineage": {}', b'"lineage": {"run_id": "forged"}')
-    (theirs / "manifest.json").write_bytes(content)
-    shutil.copy(ours / "manifest.sig", theirs)
+    (unsigned / "manifest.json").write_bytes(content)
+    shutil.copy(signed / "manifest.sig", unsigned)
     with pytest.raises(BundleError, match=r"manifest\.sig"):
-        load(theirs, keys)
+        load(unsigned, keys)
 
 
 def test_a_signed_bundle_whose_weights_were_exchanged_is_refused(tmp_path: Path, keys: SigningConfig) -> None:
@@ -84,8 +84,10 @@ def test_openssl_agrees(tmp_path: Path, keys: SigningConfig) -> None:
     folder = write(tmp_path / "one", keys)
     public = str(keys.public_key).removeprefix("file:")
     command = f"openssl pkeyutl -verify -pubin -inkey {public} -rawin -in {folder}/manifest.json"
-    said = subprocess.run([*command.split(), "-sigfile", f"{folder}/manifest.sig"], capture_output=True, check=False)
-    assert b"Verified Successfully" in said.stdout
+    verification = subprocess.run(
+        [*command.split(), "-sigfile", f"{folder}/manifest.sig"], capture_output=True, check=False
+    )
+    assert b"Verified Successfully" in verification.stdout
 
 
 def test_keys_may_come_from_the_environment(
@@ -104,16 +106,16 @@ def test_keys_may_come_from_the_environment(
         ({"public_key": "file:/nowhere/key"}, r"signing\.public_key: file:/nowhere/key holds no secret"),
         ({"public_key": "file:{keys}/signing.pem"}, "is no Ed25519 public key"),
         ({"private_key": "file:{keys}/signing.pub"}, "is no Ed25519 private key"),
-        ({"private_key": "file:{keys}/../theirs/signing.pem", "public_key": "file:{keys}/signing.pub"}, "other half"),
+        ({"private_key": "file:{keys}/../other/signing.pem", "public_key": "file:{keys}/signing.pub"}, "other half"),
     ],
 )
 def test_keys_that_cannot_be_used_are_named_by_setting(
     tmp_path: Path, keys: SigningConfig, given: dict[str, str], message: str
 ) -> None:
-    new_keys(tmp_path / "theirs")
-    found = SigningConfig(**{name: text.format(keys=tmp_path / "keys") for name, text in given.items()})
+    new_keys(tmp_path / "other")
+    settings = SigningConfig(**{name: text.format(keys=tmp_path / "keys") for name, text in given.items()})
     with pytest.raises(ConfigError, match=message):
-        (signing.private_key(found), signing.public_key(found))
+        (signing.private_key(settings), signing.public_key(settings))
 
 
 def test_a_key_given_in_place_of_its_address_is_not_shown(tmp_path: Path, keys: SigningConfig) -> None:

@@ -1,5 +1,4 @@
-"""The registry and the record, in a real MLflow store: what a bundle becomes there, which one the alias names, what is said
-where there is no store."""
+"""The registry and the record, in a real MLflow store: versions of bundles, the alias, and errors where there is no store."""
 
 from __future__ import annotations
 
@@ -28,10 +27,11 @@ from bp_spark.core.config import Config
 from bp_spark.core.errors import BundleError, ConfigError, TrackingError
 from bp_spark.lakehouse.run import Run
 from bp_spark.registry import bundle as bundles
-from bp_spark.registry import tracking
+from bp_spark.registry import mlflow_store
 from bp_spark.registry.bundle import Bundle
 from bp_spark.registry.predictions import as_frame, predict
-from bp_spark.registry.tracking import Trial
+from bp_spark.registry.publishing import Published, publish
+from bp_spark.registry.searches import Trial, record_search
 from bp_spark.training import job
 from tests.support.trained_bundles import features, fitted_members, write_bundle
 
@@ -117,7 +117,7 @@ def test_a_promoted_bundle_is_the_version_that_the_alias_names_and_says_where_it
     bundle = trained("one")
     history = [{"epoch": epoch, "train_loss": 1.0 / epoch, "valid_loss": 2.0 / epoch} for epoch in (1, 2, 3)]
     started = datetime.now(UTC) - timedelta(minutes=5)
-    assert tracking.publish(settings, bundle, history, started) == tracking.Published("1", "1")
+    assert publish(settings, bundle, history, started) == Published("1", "1")
     version = client.get_model_version_by_alias(settings.tracking.model, "champion")
     assert version.tags == {
         "bundle_digest": bundle.digest,
@@ -144,7 +144,7 @@ def test_what_is_loaded_by_alias_answers_as_scoring_does_without_a_pickle(
     settings: Config, trained: Callable[..., Bundle], client: MlflowClient
 ) -> None:
     bundle, rows = trained("one"), features()
-    tracking.publish(settings, bundle)
+    publish(settings, bundle)
     source = stored(client, settings, "1")
     files = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
     own = {Path("data/bundle", path.name) for path in bundle.folder.iterdir()}
@@ -164,7 +164,7 @@ def test_what_is_loaded_by_alias_answers_as_scoring_does_without_a_pickle(
 def test_the_training_set_is_an_input_of_the_run_by_address_and_version(
     settings: Config, trained: Callable[..., Bundle], client: MlflowClient
 ) -> None:
-    tracking.publish(settings, trained("one"))
+    publish(settings, trained("one"))
     run = client.get_run(client.get_model_version(settings.tracking.model, "1").run_id)
     (used,) = run.inputs.dataset_inputs
     assert (used.dataset.name, used.dataset.source_type) == ("training_set", "delta_table")
@@ -182,7 +182,7 @@ def test_the_caller_of_a_training_keeps_the_own_store_experiment_and_run(
     mlflow.set_experiment(experiment_id=experiment)
     import_path = list(sys.path)
     with mlflow.start_run() as run:
-        tracking.publish(settings, trained("one"))
+        publish(settings, trained("one"))
         assert mlflow.active_run().info.run_id == run.info.run_id
         mlflow.log_param("of", "the caller")
     assert (mlflow.get_tracking_uri(), sys.path) == (own, import_path)
@@ -193,9 +193,9 @@ def test_a_refused_bundle_is_a_version_with_its_reason_and_the_alias_stays(
     settings: Config, trained: Callable[..., Bundle], client: MlflowClient
 ) -> None:
     refused = trained("zero", promoted=False, reason="below linear 0.85")
-    assert tracking.publish(settings, refused) == tracking.Published("1", None)
-    tracking.publish(settings, trained("one"))
-    assert tracking.publish(settings, trained("two", promoted=False)) == tracking.Published("3", "2")
+    assert publish(settings, refused) == Published("1", None)
+    publish(settings, trained("one"))
+    assert publish(settings, trained("two", promoted=False)) == Published("3", "2")
     assert champion(client, settings) == "2"
     version = client.get_model_version(settings.tracking.model, "1")
     assert (version.tags["decision"], version.description) == ("refused", "below linear 0.85")
@@ -204,14 +204,14 @@ def test_a_refused_bundle_is_a_version_with_its_reason_and_the_alias_stays(
 def test_a_training_that_died_before_its_entry_is_made_up_for_by_the_next(
     settings: Config, trained: Callable[..., Bundle], client: MlflowClient
 ) -> None:
-    tracking.publish(settings, trained("one"))
+    publish(settings, trained("one"))
     unheard = trained("two")
     assert champion(client, settings) == "1"
-    tracking.publish(settings, trained("three", promoted=False))
+    publish(settings, trained("three", promoted=False))
     named = client.get_model_version_by_alias(settings.tracking.model, "champion")
     assert named.tags["bundle_digest"] == unheard.digest
     before = versions(client, settings)
-    assert tracking.publish(settings, unheard).promoted == str(named.version)
+    assert publish(settings, unheard).promoted == str(named.version)
     assert versions(client, settings) == before == ["1", "2", "3"]
 
 
@@ -226,9 +226,9 @@ def test_an_entry_that_was_cut_short_is_gone_on_with(
     with monkeypatch.context() as broken:
         broken.setattr(MlflowClient, "log_model_artifacts", full)
         with pytest.raises(TrackingError, match=r"tracking\.uri sqlite.*disk full"):
-            tracking.publish(settings, bundle)
+            publish(settings, bundle)
     assert versions(client, settings) == []
-    assert tracking.publish(settings, bundle) == tracking.Published("1", "1")
+    assert publish(settings, bundle) == Published("1", "1")
     experiment = client.get_experiment_by_name("bp-spark")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], f"tags.bundle_digest = '{bundle.digest}'")
@@ -240,34 +240,34 @@ def test_a_version_is_fetched_once_and_verified(
 ) -> None:
     first, second = trained("one"), trained("two")
     for bundle in (first, second):
-        tracking.publish(settings, bundle)
+        publish(settings, bundle)
     name = settings.tracking.model
-    fetched = tracking.fetch(settings, f"models:/{name}@champion")
+    fetched = bundles.load_promoted(settings, f"models:/{name}@champion")
     assert fetched.digest == second.digest
     assert fetched.folder.is_relative_to(settings.training.work_dir)
     places = [stored(client, settings, number) / "data/bundle" for number in ("1", "2")]
     shutil.rmtree(places[1])
-    assert tracking.fetch(settings, f"models:/{name}/2").digest == second.digest
+    assert bundles.load_promoted(settings, f"models:/{name}/2").digest == second.digest
     # the files of another bundle, whole as they are, in the place of the first
     shutil.rmtree(places[0])
     shutil.copytree(second.folder, places[0])
     with pytest.raises(
         BundleError, match=f"models:/{name}/1: the files are those of another bundle, {second.digest[:12]}"
     ):
-        tracking.fetch(settings, f"models:/{name}/1")
+        bundles.load_promoted(settings, f"models:/{name}/1")
     assert [path.name for path in fetched.folder.parent.iterdir()] == [second.digest]
 
 
 @pytest.mark.parametrize("which", ["@champion", "/7"])
 def test_a_version_that_is_not_there_is_named(settings: Config, client: MlflowClient, which: str) -> None:
     with pytest.raises(BundleError, match=f"models:/nobody{which}: is not in the registry at sqlite"):
-        tracking.fetch(settings, f"models:/nobody{which}")
+        bundles.load_promoted(settings, f"models:/nobody{which}")
 
 
 @pytest.mark.parametrize("address", ["models:/", "models:/a", "models:/a/b/1", "models:/a@", "models:/a/latest"])
 def test_what_is_no_address_is_refused(settings: Config, address: str) -> None:
     with pytest.raises(ConfigError, match="must be models:/NAME@ALIAS or models:/NAME/VERSION"):
-        tracking.fetch(settings, address)
+        bundles.load_promoted(settings, address)
 
 
 def test_every_trial_is_a_run_below_that_of_its_search(settings: Config, client: MlflowClient) -> None:
@@ -276,7 +276,7 @@ def test_every_trial_is_a_run_below_that_of_its_search(settings: Config, client:
         Trial(1, {"trees.max_depth": 9, "network.loss": "mse"}, float("nan"), 10.0, "the loss is not finite"),
     ]
     search = settings.search.model_copy(update={"metric": "spearman"})
-    tracking.record_search(settings.tracking, search, "run7", date(2017, 10, 3), trials, datetime.now(UTC))
+    record_search(settings.tracking, search, "run7", date(2017, 10, 3), trials, datetime.now(UTC))
     experiment = client.get_experiment_by_name("bp-spark")
     assert experiment is not None
     (parent,) = client.search_runs([experiment.experiment_id], "tags.run_id = 'run7'")
@@ -301,7 +301,7 @@ def test_a_store_that_is_not_there_is_told_before_anything_is_trained(tmp_path: 
 
 
 class Overloaded(BaseHTTPRequestHandler):
-    """A server that has no time for anybody, and how often it said so."""
+    """A server that refuses every request, and how often it did."""
 
     asked = 0
 
@@ -321,7 +321,7 @@ def test_a_server_that_has_no_time_is_not_asked_for_minutes() -> None:
         try:
             settings = config.load(overrides=[f"tracking.uri=http://127.0.0.1:{server.server_port}"])
             with pytest.raises(TrackingError, match=r"tracking\.uri"):
-                tracking.check(settings.tracking)
+                mlflow_store.check(settings.tracking)
         finally:
             server.shutdown()
     # MLflow itself would ask eight times, pausing twice as long each time
@@ -346,8 +346,8 @@ def test_without_a_store_there_is_neither_record_nor_registry(
     settings: Config, trained: Callable[..., Bundle], tmp_path: Path
 ) -> None:
     off = config.changed(settings, {"tracking.uri": None})
-    tracking.check(off.tracking)
+    mlflow_store.check(off.tracking)
     with pytest.raises(ConfigError, match=r"tracking\.uri: is null"):
-        tracking.publish(off, trained("one"))
+        publish(off, trained("one"))
     with pytest.raises(ConfigError, match=r"tracking\.uri: is null"):
-        tracking.fetch(off, "models:/purchasing-power@champion")
+        bundles.load_promoted(off, "models:/purchasing-power@champion")

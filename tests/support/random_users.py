@@ -25,8 +25,9 @@ from bp_spark.model.inputs import HISTORY_COLUMNS, InputSpec
 from bp_spark.model.level import Level
 from bp_spark.model.members.base import Member
 from bp_spark.model.members.btyd import BtydMember
+from bp_spark.model.members.transformer import TransformerMember
 from bp_spark.model.members.trees import SqrtTreesMember, TreesMember
-from bp_spark.model.network import SpendNetwork, TransformerMember
+from bp_spark.model.network import SpendNetwork
 from bp_spark.model.stack import CalibratedStack
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry.bundle import Bundle

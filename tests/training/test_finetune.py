@@ -18,7 +18,8 @@ from scipy.stats import spearmanr
 
 from bp_spark.core.config import Config, TrainingConfig, load
 from bp_spark.core.errors import DataError, PlatformError
-from bp_spark.model.network import WEIGHTS_FILE, TransformerMember
+from bp_spark.model.members.transformer import TransformerMember
+from bp_spark.model.network import WEIGHTS_FILE
 from bp_spark.training import fit
 from bp_spark.training.distributed import process_group, run_ranks
 from bp_spark.training.loader import Snapshot, snapshot

@@ -180,11 +180,11 @@ def publish(
     Example: bp-spark publish --bundle bundles/20171003-0123456789ab
     """
     settings = common.load_settings(config_file, overrides)
-    from bp_spark.registry import bundle as bundles
-    from bp_spark.registry import signing, tracking
+    from bp_spark.registry import publishing
+    from bp_spark.registry.bundle import load_promoted
 
-    loaded = bundles.load(bundle or bundles.current(settings.bundles), signing.public_key(settings.signing))
-    published = tracking.publish(settings, loaded)
+    loaded = load_promoted(settings, bundle)
+    published = publishing.publish(settings, loaded)
     model, alias = settings.tracking.model, settings.tracking.alias
     render.show(f"{loaded.folder} is version {published.version} of {model}; {alias} is {published.promoted or 'none'}")
 

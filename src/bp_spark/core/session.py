@@ -67,7 +67,7 @@ _ON_DISK = StorageLevel.DISK_ONLY
 """Where rows of any number are kept between two uses. With memory as well, Spark reads a block that it had to put on disk back
 whole, into an array of its size: a night that brings ten million rows ended there with a heap of 4 GB."""
 
-MODEL_MODULES = ("bp_spark.scoring.prediction", "bp_spark.model.network")
+MODEL_MODULES = ("bp_spark.scoring.prediction", "bp_spark.model.members.transformer")
 """What the Python workers of a job that trains or scores need."""
 
 

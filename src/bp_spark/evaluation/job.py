@@ -25,7 +25,6 @@ from bp_spark.features.job import span
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.tables import DRIFT, DRIFT_REFERENCE, FAIRNESS
 from bp_spark.registry import bundle as bundles
-from bp_spark.registry import signing
 from bp_spark.registry.bundle import Bundle
 
 logger = logging.getLogger(__name__)
@@ -189,7 +188,7 @@ def _reference(run: Run, bundle_digest: str) -> Spreads | None:
             return {row["subject"]: (np.array(row["edges"], np.float64), np.array(row["counts"])) for row in stored}
     try:
         folder = bundles.find(run.config.bundles, bundle_digest)
-        found = store_reference(run, bundles.load(folder, signing.public_key(run.config.signing)))
+        found = store_reference(run, bundles.load_promoted(run.config, folder))
     except BundleError:
         found = None
     if found is None:

@@ -1,0 +1,1 @@
+"""Members, the stack that joins them, and what explains their predictions."""

@@ -1,4 +1,4 @@
-"""Users as columns: what members read, whether pandas, Petastorm or Arrow brought it.
+"""Users as columns, the input of members, whether pandas, Petastorm or Arrow brought them.
 
 A column is a one-dimensional array with a value for each user. A history column holds an array for each user: as an object
 array of arrays, or as :class:`Ragged`, which needs no Python object for a user.
@@ -20,8 +20,8 @@ class Ragged:
     """The arrays of a history column end to end.
 
     Attributes:
-        values: [sum of ``lengths``].
-        lengths: int64 [B]: how many of the values are each user's.
+        values: [sum of ``lengths``], user after user.
+        lengths: int64 [B], values of each user.
     """
 
     values: np.ndarray
@@ -33,11 +33,11 @@ class Ragged:
 
 Columns = Mapping[str, np.ndarray | Ragged]
 ACTIVE, SILENT = "btyd_active", "btyd_silent_days"
-"""Among predictions: by the purchase process the probability of a purchase in the horizon, and days since the last one."""
+"""Predictions of the purchase process: probability of a purchase in the horizon, and days since the last purchase."""
 
 
 def ragged(column: np.ndarray | Ragged) -> Ragged:
-    """A history column, whatever it is made of, as :class:`Ragged`."""
+    """Return a history column as :class:`Ragged`."""
     if isinstance(column, Ragged):
         return column
     lengths = np.fromiter(map(len, column), np.int64, len(column))
@@ -45,7 +45,7 @@ def ragged(column: np.ndarray | Ragged) -> Ragged:
 
 
 def from_arrow(batch: pa.RecordBatch) -> dict[str, np.ndarray | Ragged]:
-    """The columns of an Arrow batch, copied only where values are missing: NaN in a number's place, as in floats."""
+    """Return the columns of an Arrow batch; a missing number becomes NaN, and only such columns are copied."""
     return {name: _from_arrow(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
 
 
@@ -54,14 +54,14 @@ def _from_arrow(column: pa.Array) -> np.ndarray | Ragged:
         lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         values = column.flatten()
         if values.null_count and pa.types.is_integer(values.type):
-            # not as floats, which would lose digits of 64-bit ids
+            # Without this they would become floats, which lose digits of 64-bit ids.
             values = values.fill_null(0)
         return Ragged(values.to_numpy(zero_copy_only=False), lengths)
     return np.asarray(column.to_numpy(zero_copy_only=False))
 
 
-def stack(columns: Columns, names: Iterable[str], dtype: type[np.floating]) -> np.ndarray:
-    """The named columns as one ``dtype[users, names]`` array; infinite values become NaN.
+def to_matrix(columns: Columns, names: Iterable[str], dtype: type[np.floating]) -> np.ndarray:
+    """Return the named columns as one ``dtype[users, names]`` array; infinite values become NaN.
 
     Raises:
         BundleError: columns are missing; the message names them.

@@ -1,4 +1,4 @@
-"""Monotone functions given by knots, and what fitted dataclasses of numbers look like as JSON."""
+"""Monotone functions given by knots, and the JSON form of dataclasses of numbers."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Curve:
     y: tuple[float, ...]
 
     def __call__(self, at: np.ndarray) -> np.ndarray:
-        """Values at ``at``, ``float64[rows]``, constant beyond the ends."""
-        return np.interp(at, self.x, self.y)
+        """Return the values at ``at``, ``float64[rows]``, constant beyond the ends."""
+        return np.asarray(np.interp(at, self.x, self.y))
 
 
 def as_json(fitted: DataclassInstance) -> dict[str, Any]:
-    """The fields of a frozen dataclass of numbers as plain values for a JSON file; floats come back bit for bit."""
+    """Return the fields of a dataclass of numbers as plain values for a JSON file; floats come back bit for bit."""
     document: dict[str, Any] = json.loads(json.dumps(asdict(fitted), allow_nan=False))
     return document
 
 
 def floats(values: Any) -> tuple[float, ...]:
-    """Plain floats of numbers.
+    """Return numbers as plain floats.
 
     Raises:
         ValueError: one is not finite.
@@ -45,10 +45,10 @@ def floats(values: Any) -> tuple[float, ...]:
 
 
 def curve_from_json(document: Mapping[str, Any]) -> Curve:
-    """The curve whose fields are in a JSON document.
+    """Return the curve whose fields are in a JSON document.
 
     Raises:
-        KeyError, TypeError, ValueError: they are no curve's.
+        KeyError, TypeError, ValueError: they are not the fields of a curve.
     """
     curve = Curve(floats(document["x"]), floats(document["y"]))
     if len(curve.x) != len(curve.y) or not curve.x:

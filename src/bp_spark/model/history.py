@@ -1,8 +1,8 @@
-"""A user's events in, one vector out: the half of the sequence model that needs no label, and so can be pre-trained.
+"""The history encoder: a user's events in, one vector out. It needs no label and so can be pre-trained.
 
-An event is the sum of its kind, its text as a frozen language model reads it (projected), its numbers and its
-calendar. A BERT encoder (Devlin et al. 2019, arXiv:1810.04805) reads the events behind a learned token that stands for
-the user, and what it makes of them is pooled.
+An event is the sum of embeddings of its kind, its text (projected from a frozen language model), its numbers and its calendar.
+A BERT encoder (Devlin et al. 2019, arXiv:1810.04805) reads the events behind a learned token that stands for the user. Its
+states are pooled.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class HistoryEncoder(nn.Module):
     Args:
         config: sizes and pooling.
         history_length: events of the longest history.
-        text_embeddings: [V, D], the frozen language model's reading of the texts; kept as float16.
+        text_embeddings: [V, D], the frozen language model's embeddings of the texts; stored as float16.
 
     Raises:
         ConfigError: the sizes do not fit each other.
@@ -45,8 +45,7 @@ class HistoryEncoder(nn.Module):
     def __init__(self, config: NetworkConfig, history_length: int, text_embeddings: Tensor) -> None:
         super().__init__()
         size = config.hidden_size
-        # Not persistent: the texts are far larger than the weights, and a checkpoint of every epoch needs no
-        # copy.
+        # Not persistent: the texts are far larger than the weights, and a checkpoint of every epoch needs no copy.
         no_text = torch.zeros(1, text_embeddings.shape[1], dtype=torch.float16)
         table = torch.cat([no_text, text_embeddings.to(torch.float16)])
         self.register_buffer("text_embeddings", table, persistent=False)
@@ -60,22 +59,23 @@ class HistoryEncoder(nn.Module):
         self.pooling_score = nn.Linear(size, 1) if config.pooling == "attention" else None
 
     def forward(self, batch: Batch) -> Tensor:
-        """One vector for each user, [B, size]."""
+        """Return one vector for each user, [B, size]."""
         return self.pool(self.read(self.events(batch), batch.mask), batch.mask)
 
     def events(self, batch: Batch) -> Tensor:
-        """A vector for each event, [B, L, size], that knows nothing of the other events."""
+        """Return a vector for each event, [B, L, size], without regard to the other events."""
         text = F.embedding(batch.text, self.text_embeddings).to(self.user.dtype)
-        return (
+        vectors: Tensor = (
             self.kind(batch.kind)
             + self.text(text)
             + self.numeric(batch.numeric)
             + self.weekday(batch.weekday)
             + self.hour(batch.hour)
         )
+        return vectors
 
     def read(self, events: Tensor, mask: Tensor) -> Tensor:
-        """The user token and the events in the light of each other: [B, 1 + L, size] from [B, L, size]."""
+        """Return contextual states of the user token and the events, [B, 1 + L, size], from [B, L, size]."""
         # The user token is never masked, so a user without any event still has one token to attend to.
         tokens = torch.cat([self.user.to(events.dtype).expand(len(events), 1, -1), events], dim=1)
         seen = F.pad(mask, (1, 0), value=True)
@@ -89,34 +89,34 @@ class HistoryEncoder(nn.Module):
         return read
 
     def pool(self, states: Tensor, mask: Tensor) -> Tensor:
-        """One vector [B, size] from what :meth:`read` returned for histories of this mask."""
+        """Return one vector for each user, [B, size], from the states of :meth:`read` and the mask of the histories."""
         return pooled(states, F.pad(mask, (1, 0), value=True), self.pooling_score)
 
     def widths(self, lengths: np.ndarray) -> np.ndarray:
-        """Tokens of histories of so many events, int64 [B]: the user's and one for each."""
+        """Return the tokens of histories of so many events, int64 [B]: the user's and one for each event."""
         return lengths + 1
 
     @torch.no_grad()
     def merged(self) -> HistoryEncoder:
-        """As a bundle holds it: what an event takes from a text is looked up, so the text itself isn't needed any more."""
+        """Return the encoder as a bundle holds it: the projections of the texts are looked up, not computed."""
         if isinstance(self.text, nn.Identity):
             return self
         twin = copy.deepcopy(self)
-        parts = self.text_embeddings.split(_TEXTS_AT_ONCE)
+        parts: tuple[Tensor, ...] = torch.split(self.text_embeddings, _TEXTS_AT_ONCE)
         twin.take_texts(torch.cat([self.text(part.to(self.user.dtype)) for part in parts]).float())
         return twin
 
     def take_texts(self, table: Tensor) -> None:
-        """Look up texts in what :meth:`carried` returned, float32 [V + 1, size]: for scoring, not for training."""
+        """Look up texts in the table of :meth:`bundle_tensors`, float32 [V + 1, size]: for scoring, not for training."""
         self.text_embeddings = table
         self.text = nn.Identity()
 
-    def carried(self) -> dict[str, Tensor]:
-        """What a bundle holds of a merged encoder beside its state."""
+    def bundle_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that a bundle holds beside the state of a merged encoder."""
         return {"texts": self.text_embeddings}
 
-    def described(self) -> dict[str, Any]:
-        """Nothing more is needed to make an encoder of the same sizes."""
+    def bundle_description(self) -> dict[str, Any]:
+        """Return nothing: the network's sizes are enough to make an encoder like this one."""
         return {}
 
     def save(self, folder: Path) -> None:
@@ -126,7 +126,7 @@ class HistoryEncoder(nn.Module):
         save_file(tensors, str(folder / ENCODER_FILE))
 
     def restore(self, folder: Path) -> None:
-        """Take over the weights that :meth:`save` wrote of an encoder of the same sizes.
+        """Load the weights that :meth:`save` wrote for an encoder of the same sizes.
 
         Raises:
             BundleError: the file is missing or damaged, or of other sizes.
@@ -138,21 +138,28 @@ class HistoryEncoder(nn.Module):
 
 
 def pooled(states: Tensor, seen: Tensor, score: nn.Linear | None) -> Tensor:
-    """Sequences [B, T, D] as vectors [B, D]: the mean of the states that are ``seen``, bool [B, T], or their sum weighed by
-    the softmax of a score. Each sequence has one at least.
+    """Pool the states of sequences: their mean, or their sum weighted by the softmax of a score.
+
+    Args:
+        states: [B, T, D].
+        seen: bool [B, T], the states that count; at least one in each sequence.
+        score: of a state; without one the mean is taken.
+
+    Returns:
+        [B, D].
     """
     if score is None:
         weight = seen.to(states.dtype)
         return (states * weight.unsqueeze(-1)).sum(dim=1) / weight.sum(dim=1, keepdim=True)
-    weight = score(states).squeeze(-1).float().masked_fill(~seen, -math.inf)
-    return (states * weight.softmax(dim=1).unsqueeze(-1)).sum(dim=1)
+    logits: Tensor = score(states).squeeze(-1).float().masked_fill(~seen, -math.inf)
+    return (states * logits.softmax(dim=1).unsqueeze(-1)).sum(dim=1)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """Return the tensors of a safetensors file.
 
     Raises:
-        BundleError: it is missing or damaged.
+        BundleError: the file is missing or damaged.
     """
     try:
         return load_file(str(path))
@@ -161,14 +168,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def require_same_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Make sure that tensors are those of a module, of the same shapes.
+    """Make sure that tensors have the names and shapes of a module's state.
+
+    Args:
+        module: the module.
+        tensors: by name.
+        path: file of the tensors, for the message.
 
     Raises:
-        BundleError: it has others; ``path`` is named.
+        BundleError: names or shapes differ.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if wrong := sorted({name for name, _ in expected.items() ^ found.items()}):
+    actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wrong := sorted({name for name, _ in expected.items() ^ actual.items()}):
         raise BundleError(f"{path}: {len(wrong)} tensors don't fit the configured network, first {wrong[0]}")
 
 
@@ -192,6 +204,6 @@ def _bert(config: NetworkConfig, positions: int) -> BertModel:
         )
     except ValueError as error:
         raise ConfigError(f"network: {error}") from error
-    # Events come as vectors. A table of words that gets no gradient would stop DDP.
+    # Events are vectors already. A table of words that gets no gradient would stop DDP.
     encoder.embeddings.word_embeddings = None  # type: ignore[assignment]
     return encoder

@@ -1,7 +1,8 @@
-"""Spend over other horizons than the main one, in line with it: expected spend of the main horizon in, of each horizon out.
+"""Spend over other horizons than the main one: expected spend of the main horizon in, of each horizon out.
 
-The main horizon has every member, a stack and a calibration. Another one is told as a share of it, or a multiple: the ratio
-that the network sees, calibrated on users it has not seen. Without a network the ratio depends on the expected spend alone.
+The main horizon has every member, a stack and a calibration. The spend of another horizon is a multiple of it: the ratio that
+the network predicts, calibrated on users that the network wasn't fitted on. Without a network the ratio depends on the expected
+spend alone.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from sklearn.isotonic import isotonic_regression
 
 from bp_spark.core.errors import BundleError
 from bp_spark.features.labels import of_days
+from bp_spark.model.bins import quantile_bins
 from bp_spark.model.curve import Curve, as_json, curve_from_json
-from bp_spark.model.stack import groups
 
 LABEL = "label_spend"
 NETWORK = "transformer"
-"""The member that tells of other horizons."""
+"""The member that predicts other horizons."""
 EXPECTED = "expected_spend"
 MIN_ROWS = 100
-"""Rows that must have seen a horizon whole for a ratio to be told."""
+"""Rows with a complete horizon that a ratio needs at least."""
 
 _BINS, _BIN_ROWS = 10, 200
 _CENT = 0.01
@@ -34,7 +35,10 @@ _CENT = 0.01
 class Ratio:
     """Spend over ``days``, by spend over the main horizon.
 
-    ``curve`` maps to it the network's own ratio (``by`` is :data:`NETWORK`) or log1p of the expected spend (:data:`EXPECTED`).
+    Attributes:
+        days: of the horizon.
+        by: the curve's variable: the network's own ratio (:data:`NETWORK`) or log1p of the expected spend (:data:`EXPECTED`).
+        curve: that variable -> the ratio.
     """
 
     days: int
@@ -44,58 +48,63 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Horizons:
-    """Ratios to the main horizon of ``main`` days. Frozen; see :meth:`fit`."""
+    """Ratios to the main horizon. Frozen; see :meth:`fit`.
+
+    Attributes:
+        main: days of the main horizon.
+        ratios: of the other horizons.
+    """
 
     main: int
     ratios: tuple[Ratio, ...]
 
     @property
     def days(self) -> tuple[int, ...]:
-        """All horizons that are told, the shortest first."""
+        """All horizons that are predicted, the shortest first."""
         return tuple(sorted([self.main, *self.others]))
 
     @property
     def others(self) -> tuple[int, ...]:
-        """Those beside the main one."""
+        """All horizons but the main one."""
         return tuple(ratio.days for ratio in self.ratios)
 
     @classmethod
     def fit(cls, frame: pd.DataFrame, expected: np.ndarray, main: int, others: Sequence[int]) -> Self:
-        """Learn the ratios from out-of-fold predictions.
+        """Fit the ratios on out-of-fold predictions.
 
-        Users are put into up to 10 bins, at least 200 in each, by the network's ratio of the two horizons. The ratio of a bin
-        is that of its sums of spend, with one more user who is like all together; made monotone (pool adjacent violators,
-        weighed by main spend), a knot per pooled block, straight lines between and constant beyond. So what is said sums to
-        what was spent, a user whose spend the network expects sooner has more of it soon, and where the network's ratio tells
-        nothing, one block, the same ratio for all, is left.
+        Users are put into up to 10 bins, of at least 200 users each, by the network's ratio of the two horizons. A bin's ratio
+        is that of its sums of spend, with one more user who is like the mean of all. Ratios are made monotone (pool adjacent
+        violators, weighted by main spend). Each pooled block has one knot, with straight lines between knots and constants
+        beyond. So predictions sum to the actual spend, and a user whose spend the network expects sooner gets more of it soon.
+        Where the network's ratio predicts nothing, one block is left: the same ratio for all.
 
-        Without a network bins are of the expected spend, and nothing is made monotone: light users may come back sooner or
+        Without a network, bins are of the expected spend, and nothing is made monotone: light users may come back sooner or
         later than heavy ones.
 
         Args:
-            frame: ``label_spend``, ``label_spend_30d`` (NaN where not known) and, where there is a network, ``transformer`` and
+            frame: ``label_spend``, ``label_spend_30d`` (NaN where unknown) and, where there is a network, ``transformer`` and
                 ``transformer_30d`` (so for each of ``others``).
             expected: calibrated spend over the main horizon, ``float64[rows]``.
             main: days of the main horizon.
-            others: days of the others; one that fewer than :data:`MIN_ROWS` rows have seen whole is left out.
+            others: days of the others; one with fewer than :data:`MIN_ROWS` complete rows is left out.
         """
         columns = {str(name): frame[name].to_numpy() for name in frame}
         ratios = []
         for days in sorted(others):
-            known = ~np.isnan(columns[of_days(LABEL, days)])
-            if known.sum() < MIN_ROWS:
+            complete = ~np.isnan(columns[of_days(LABEL, days)])
+            if complete.sum() < MIN_ROWS:
                 continue
-            spend, whole = (np.maximum(columns[name][known], 0.0) for name in (of_days(LABEL, days), LABEL))
+            spend, main_spend = (np.maximum(columns[name][complete], 0.0) for name in (of_days(LABEL, days), LABEL))
             by = NETWORK if of_days(NETWORK, days) in columns else EXPECTED
-            x = _place(by, days, main, expected, columns)[known]
-            ratios.append(Ratio(days, by, _fit_ratio(x, spend, whole, days / main, rising=by == NETWORK)))
+            x = _curve_variable(by, days, main, expected, columns)[complete]
+            ratios.append(Ratio(days, by, _fit_ratio(x, spend, main_spend, days / main, rising=by == NETWORK)))
         return cls(main, tuple(ratios))
 
     def apply(self, expected: np.ndarray, predictions: Mapping[str, np.ndarray]) -> dict[int, np.ndarray]:
-        """Expected spend over each of :attr:`days`, the shortest first, ``float64[rows]``.
+        """Return the expected spend over each of :attr:`days`, the shortest first, ``float64[rows]``.
 
-        The main horizon has ``expected`` itself. Rising with the days: a longer horizon has no less than a shorter one between
-        it and the main one.
+        The main horizon gets ``expected`` itself. Spend doesn't fall with the days: on either side of the main horizon, a
+        longer horizon has no less than a shorter one.
 
         Args:
             expected: calibrated spend over the main horizon.
@@ -104,24 +113,25 @@ class Horizons:
         Raises:
             BundleError: predictions of the network are missing.
         """
-        said = {self.main: expected}
+        by_days = {self.main: expected}
         for ratio in self.ratios:
-            said[ratio.days] = expected * ratio.curve(_place(ratio.by, ratio.days, self.main, expected, predictions))
+            x = _curve_variable(ratio.by, ratio.days, self.main, expected, predictions)
+            by_days[ratio.days] = expected * ratio.curve(x)
         shorter = [days for days in reversed(self.days) if days < self.main]
         longer = [days for days in self.days if days > self.main]
-        for chain, border in ((shorter, np.minimum), (longer, np.maximum)):
+        for chain, bound in ((shorter, np.minimum), (longer, np.maximum)):
             nearer = expected
             for days in chain:
-                said[days] = nearer = border(said[days], nearer)
-        return {days: said[days] for days in self.days}
+                by_days[days] = nearer = bound(by_days[days], nearer)
+        return {days: by_days[days] for days in self.days}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a JSON file; floats come back bit for bit."""
+        """Return plain values for a JSON file; floats come back bit for bit."""
         return as_json(self)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
-        """What :meth:`to_json` gave.
+        """Return the horizons that :meth:`to_json` wrote.
 
         Raises:
             BundleError: a key is missing or unknown, or a value has the wrong type or order.
@@ -143,27 +153,38 @@ def _ratio(document: Mapping[str, Any]) -> Ratio:
     return Ratio(int(document["days"]), str(document["by"]), curve_from_json(document["curve"]))
 
 
-def _place(by: str, days: int, main: int, expected: np.ndarray, predictions: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Where users stand on the curve of a ratio, ``float64[rows]``."""
+def _curve_variable(
+    by: str, days: int, main: int, expected: np.ndarray, predictions: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """Return the variable of a ratio's curve for each user, ``float64[rows]``."""
     if by == EXPECTED:
-        return np.log1p(expected)
+        return np.asarray(np.log1p(expected))
     for name in (NETWORK, of_days(NETWORK, days)):
         if name not in predictions:
             raise BundleError(f"horizons: no predictions {name!r}")
-    whole = np.asarray(predictions[NETWORK], np.float64)
+    main_spend = np.asarray(predictions[NETWORK], np.float64)
     spend = np.asarray(predictions[of_days(NETWORK, days)], np.float64)
-    # of less than a cent any share will do
-    return np.divide(spend, whole, out=np.full(len(whole), days / main), where=whole > _CENT)
+    # Below a cent of main spend any ratio will do.
+    otherwise = np.full(len(main_spend), days / main)
+    return np.asarray(np.divide(spend, main_spend, out=otherwise, where=main_spend > _CENT))
 
 
-def _fit_ratio(x: np.ndarray, spend: np.ndarray, whole: np.ndarray, otherwise: float, *, rising: bool) -> Curve:
-    """Knots of spend by whole spend over ``x``; see :meth:`Horizons.fit`. ``otherwise``: the ratio where nobody spends."""
-    overall = spend.sum() / whole.sum() if whole.sum() > 0 else otherwise
-    group = groups(x, _BINS, _BIN_ROWS)
+def _fit_ratio(x: np.ndarray, spend: np.ndarray, main_spend: np.ndarray, otherwise: float, *, rising: bool) -> Curve:
+    """Fit the knots of a ratio; see :meth:`Horizons.fit`.
+
+    Args:
+        x: the curve's variable, float64 [rows].
+        spend: over the horizon, float64 [rows].
+        main_spend: over the main horizon, float64 [rows].
+        otherwise: the ratio where nobody spends.
+        rising: whether the curve must not fall.
+    """
+    overall = spend.sum() / main_spend.sum() if main_spend.sum() > 0 else otherwise
+    group = quantile_bins(x, _BINS, _BIN_ROWS)
     rows = np.bincount(group)
-    alike = max(whole.mean(), _CENT)
-    weight = np.bincount(group, whole) + alike
-    y = (np.bincount(group, spend) + overall * alike) / weight
+    mean_spend = max(main_spend.mean(), _CENT)
+    weight = np.bincount(group, main_spend) + mean_spend
+    y = (np.bincount(group, spend) + overall * mean_spend) / weight
     block = np.arange(len(rows))
     if rising:
         y = isotonic_regression(y, sample_weight=weight)

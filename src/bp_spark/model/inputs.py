@@ -1,7 +1,7 @@
-"""Columns of a table in, padded tensors out.
+"""Inputs of the network: columns of a table in, padded tensors out.
 
-Fine-tuning and nightly scoring both read users by :func:`read`, so a user looks the same to the network in either. The
-arrays of a history column have the oldest event first.
+Fine-tuning and scoring both use :func:`read`, so the network gets the same input for a user in either. The arrays of a history
+column have the oldest event first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from bp_spark.core.config import FeaturesConfig
 from bp_spark.core.errors import DataError
 from bp_spark.features.catalogue import catalogue
-from bp_spark.model.columns import Columns, ragged, stack
+from bp_spark.model.columns import Columns, ragged, to_matrix
 
 HISTORY_COLUMNS = (
     "seq_kind",
@@ -37,19 +37,19 @@ WEEKDAYS = 8
 """Padding (0), then 1 to 7."""
 HOURS = 24
 NUMERIC_FEATURES = 5
-"""Of an event: log amount, log items, discount share, log gap to the event before, log age."""
+"""Numbers of an event: log amount, log items, discount share, log gap to the event before, log age."""
 AMOUNT, GAP, AGE = 0, 3, 4
-"""Places among them."""
+"""Positions among the numbers of an event."""
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a network reads of a user.
+    """The columns of a user that a network reads.
 
     Attributes:
         tabular: names of the tabular columns, in the order of the tensor.
-        log_scaled: those of them that are read as sign(x) * log(1 + |x|): money and counts.
-        history_length: the most recent events read; older ones are dropped.
+        log_scaled: tabular columns that are read as sign(x) * log(1 + |x|): money and counts.
+        history_length: how many of the most recent events are read.
     """
 
     tabular: tuple[str, ...]
@@ -67,29 +67,30 @@ class InputSpec:
 
     @classmethod
     def of(cls, config: FeaturesConfig) -> InputSpec:
-        """All that ``user_features`` holds of a user."""
+        """Return the specification of all columns of ``user_features``."""
         features = catalogue(config)
         logged = frozenset(feature.name for feature in features.features if feature.scale == "log")
         return cls(features.names, logged, config.history_length)
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold; :meth:`from_json` reads it back."""
+        """Return plain values for a JSON file; :meth:`from_json` reads them back."""
         return {**asdict(self), "tabular": list(self.tabular), "log_scaled": sorted(self.log_scaled)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> InputSpec:
-        """The inverse of :meth:`to_json`.
+        """Return the specification that :meth:`to_json` wrote.
 
         Raises:
-            KeyError, TypeError, ValueError: ``values`` was not made by it.
+            KeyError, TypeError, ValueError: ``values`` are not those of a specification.
         """
         return cls(tuple(values["tabular"]), frozenset(values["log_scaled"]), int(values["history_length"]))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Users as tensors: B users, F tabular features, L events of the longest history among them (0 if none
-    has any).
+    """Users as tensors: B users, F tabular features, L events of the longest history among them.
+
+    L is 0 if no user has an event.
 
     Attributes:
         tabular: float32 [B, F], NaN where missing.
@@ -110,7 +111,7 @@ class Batch:
         return len(self.tabular)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
@@ -137,7 +138,7 @@ class Users:
         return len(self.lengths)
 
     def batch(self, rows: np.ndarray) -> Batch:
-        """The users at these positions (int64), padded to the longest history among them."""
+        """Return the users at these positions (int64), padded to the longest history among them."""
         lengths = self.lengths[rows]
         within = np.arange(int(lengths.max(initial=0)))
         mask = within < lengths[:, None]
@@ -161,13 +162,12 @@ class Users:
 
 
 def read(columns: Columns, spec: InputSpec, vocabulary_ids: np.ndarray) -> Users:
-    """Turn columns into what a network reads.
+    """Turn columns into the arrays that a network reads.
 
     Args:
         columns: at least ``spec.columns``, all of one length B.
-        spec: what to read.
-        vocabulary_ids: int64 [V], sorted: the texts the network knows. Text ``vocabulary_ids[i]`` becomes ``i
-            + 1``.
+        spec: the columns to read.
+        vocabulary_ids: int64 [V], sorted: ids of the texts of the vocabulary. Text ``vocabulary_ids[i]`` becomes ``i + 1``.
 
     Raises:
         DataError: a column is missing, or the arrays of a history differ in length.
@@ -189,14 +189,13 @@ def read(columns: Columns, spec: InputSpec, vocabulary_ids: np.ndarray) -> Users
 
 
 def collate(columns: Columns, spec: InputSpec, vocabulary_ids: np.ndarray) -> Batch:
-    """All users as one batch; see :func:`read`."""
+    """Return all users as one batch; see :func:`read`."""
     users = read(columns, spec, vocabulary_ids)
     return users.batch(np.arange(len(users)))
 
 
 def tabular_matrix(columns: Columns, spec: InputSpec) -> np.ndarray:
-    """The tabular features as the network reads them: float32 [B, F], log-scaled where asked, NaN where not
-    finite.
+    """Return the tabular features as the network reads them, float32 [B, F]: log-scaled by ``spec``, NaN where not finite.
 
     Raises:
         DataError: a column is missing.
@@ -205,20 +204,20 @@ def tabular_matrix(columns: Columns, spec: InputSpec) -> np.ndarray:
         _require(columns, name)
     if not spec.tabular:
         return np.zeros((len(history_lengths(columns)), 0), np.float32)
-    values = stack(columns, spec.tabular, np.float64)
+    values = to_matrix(columns, spec.tabular, np.float64)
     logged = [name in spec.log_scaled for name in spec.tabular]
     values[:, logged] = _signed_log(values[:, logged])
     return values.astype(np.float32)
 
 
 def history_lengths(columns: Columns) -> np.ndarray:
-    """Events of each user: int64 [B]. What to order users by, so that a batch has little padding."""
+    """Return how many events each user has, int64 [B]; batches of users in this order have little padding."""
     _require(columns, HISTORY_COLUMNS[0])
     return ragged(columns[HISTORY_COLUMNS[0]]).lengths
 
 
 def empty_user(spec: InputSpec) -> dict[str, np.ndarray]:
-    """Columns of one user without a history and features: what a forward pass needs when there is nobody."""
+    """Return the columns of one user without history and features, for a forward pass without users."""
     history = np.empty(1, object)
     history[0] = np.zeros(0)
     return {name: np.array([np.nan]) for name in spec.tabular} | {name: history for name in HISTORY_COLUMNS}
@@ -231,6 +230,7 @@ def _require(columns: Columns, name: str) -> None:
 
 def _flat_history(columns: Columns) -> tuple[dict[str, np.ndarray], np.ndarray]:
     lengths = history_lengths(columns)
+    """Return the history columns end to end, and the events of each user, int64 [B]."""
     flat = {}
     for name in HISTORY_COLUMNS:
         _require(columns, name)
@@ -243,14 +243,16 @@ def _flat_history(columns: Columns) -> tuple[dict[str, np.ndarray], np.ndarray]:
 def _keep_last(
     flat: dict[str, np.ndarray], lengths: np.ndarray, limit: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Drop all but the newest ``limit`` events of each user."""
     if lengths.max(initial=0) <= limit:
         return flat, lengths
     from_end = np.repeat(np.cumsum(lengths), lengths) - np.arange(int(lengths.sum()))
-    kept = from_end <= limit
-    return {name: values[kept] for name, values in flat.items()}, np.minimum(lengths, limit)
+    is_recent = from_end <= limit
+    return {name: values[is_recent] for name, values in flat.items()}, np.minimum(lengths, limit)
 
 
 def _numeric(history: Mapping[str, np.ndarray], first: np.ndarray) -> np.ndarray:
+    """Return the numbers of events, float32 [E, NUMERIC_FEATURES]; ``first`` marks the oldest event of each user."""
     amount, items, discount, age = (
         np.nan_to_num(history[name].astype(np.float64), posinf=0.0, neginf=0.0)
         for name in ("seq_amount", "seq_items", "seq_discount", "seq_age_days")
@@ -263,18 +265,19 @@ def _numeric(history: Mapping[str, np.ndarray], first: np.ndarray) -> np.ndarray
 
 
 def _signed_log(values: np.ndarray) -> np.ndarray:
-    return np.sign(values) * np.log1p(np.abs(values))
+    return np.asarray(np.sign(values) * np.log1p(np.abs(values)))
 
 
 def _categories(values: np.ndarray, count: int) -> np.ndarray:
-    """Codes without an embedding (a newer kind of event) are read as 0, not refused: a night must run."""
+    """Return codes, int64; one without an embedding (a newer kind of event) becomes 0, so that a scoring run goes on."""
     codes = np.nan_to_num(values.astype(np.float64)).astype(np.int64)
     return np.where((codes >= 0) & (codes < count), codes, 0)
 
 
 def _text_indices(ids: np.ndarray, vocabulary_ids: np.ndarray) -> np.ndarray:
+    """Return positions in the vocabulary, from 1 on; 0 for no text and for an unknown one."""
     if not len(vocabulary_ids):
         return np.zeros(len(ids), np.int64)
     ids = ids.astype(np.int64)
-    place = np.minimum(np.searchsorted(vocabulary_ids, ids), len(vocabulary_ids) - 1)
-    return np.where((vocabulary_ids[place] == ids) & (ids != 0), place + 1, 0)
+    position = np.minimum(np.searchsorted(vocabulary_ids, ids), len(vocabulary_ids) - 1)
+    return np.where((vocabulary_ids[position] == ids) & (ids != 0), position + 1, 0)

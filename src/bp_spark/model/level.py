@@ -1,18 +1,18 @@
-"""The platform's level: by what factor the season moves everyone's spend, and how unsure that is.
+"""The platform's level: the factor by which the season moves everyone's spend, and its uncertainty.
 
-Members learn from recent cutoffs what follows a user's past. If no recent horizon held a December, they can't know that
+Members learn from recent cutoffs what follows a user's past. If no recent horizon had a December, they can't predict that
 spend rises in December. The platform's weekly totals can, by two forecasts of the horizon:
 
-- *Steady*: the level of the last weeks times the ratio of horizon to last weeks at the training cutoffs. That stands for
-  what members learn.
+- *Steady*: the level of the last weeks times the ratio of horizon to last weeks at the training cutoffs. It stands for the
+  members' predictions.
 - *Seasonal*: the level of the last weeks times the same ratio 52 weeks earlier (seasonal naive with growth; Hyndman &
   Athanasopoulos 2021, "Forecasting: Principles and Practice", 5.2).
 
-The level is the calendar's effect in :meth:`WeeklySpend.decomposed`, which knows how the spend of a cohort falls with its
-age. :meth:`Level.fit` makes both forecasts for each past week whose horizon is over. It then measures which share of the
-way from the steady to the seasonal forecast was right. That share is the *evidence*, if it can be told from chance and pays.
-Without two years of data, or without a season, it is 0 and the factor is 1. The error of past forecasts gives
-the standard deviation of the level. All users share that error, so intervals allow for it.
+The level is the calendar's effect in :meth:`WeeklySpend.decomposed`, which allows for the falling spend of ageing cohorts.
+:meth:`Level.fit` makes both forecasts for each past week whose horizon is over. It then measures which share of the way from
+the steady to the seasonal forecast was right. That share is the *evidence*, if it is significant and pays. Without two years of
+data, or without a season, it is 0 and the factor is 1. The error of past forecasts gives the standard deviation of the level.
+All users share that error, so intervals allow for it.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from bp_spark.model.curve import Curve, as_json, curve_from_json, floats
 
 WEEKS_A_YEAR = 52
 _WINDOWS = (4, 13, 26, 52)
-"""Lengths in weeks of the past whose spend may stand for the level."""
+"""Candidate windows, in weeks: the spend of the last weeks that stands for the level."""
 _PRIOR_SD, _PRIOR_WEIGHT = 0.05, 2.0
-"""Standard deviation of the log level without any past forecast, and how many independent forecasts it is worth."""
+"""Standard deviation of the log level without past forecasts, and its weight in independent forecasts."""
 _MOST = math.log(3.0)
 """Largest absolute log factor: a gap beyond it is an error in the data, not a season."""
 _LONGEST = 8 * WEEKS_A_YEAR
-"""Weeks that are looked at: an older season tells little, and one row with a date of 1970 would cost much."""
+"""Most weeks that are used: an older season says little, and one row with a date of 1970 would cost much."""
 _ROUNDS = 100
-"""Of proportional fitting."""
+"""Rounds of proportional fitting."""
 _FLAT = Curve((0.0,), (0.0,))
 _EPISODES = 2.5
 """Fewest independent past forecasts, counted in horizons, that can be evidence."""
 _TIMES_ERROR = 2.0
-"""By how many standard errors the evidence must differ from 0 to be followed."""
+"""How many standard errors the evidence must differ from 0 by."""
 _GAIN = 0.05
-"""Least gain in the standard deviation of the log level: a season that pays less isn't worth the risk of chance."""
+"""Least gain in the standard deviation of the log level: a season that gains less isn't worth the risk of chance."""
 _MARGIN = 1.25
-"""By how much a shift may exceed the largest of past weeks."""
+"""Factor by which a shift may exceed the largest shift of past weeks."""
 _BACK = 26
-"""The factor is also given for so many weeks before the fit: a bundle may be judged at an earlier date."""
+"""Weeks before the fit for which there is a factor, too: a bundle may be judged at an earlier date."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class WeeklySpend:
     """Spend of the platform by week, counted back: week 0 is the seven days before ``end``.
 
     Attributes:
-        end: the first day that is not seen.
+        end: the first day that the data don't have.
         cohorts: money, float64 [weeks, weeks]: by week of the user's first order, and by week of the spend. The last row
             also holds users whose first order is older. Whole weeks only, the newest eight years.
     """
@@ -73,22 +73,22 @@ class WeeklySpend:
         Args:
             rows: week of the first order, week of the spend, cents.
             first: the first day with events.
-            end: the first day that is not seen.
+            end: the first day that the data don't have.
         """
         weeks = min(max(0, (end - first).days // 7), _LONGEST)
         cohorts = np.zeros((weeks, weeks))
         for first_week, week, cents in rows:
             if week < weeks:
-                # whole numbers, so that their order changes no bit
+                # Cents are whole numbers, so their order changes no bit of the sum.
                 cohorts[min(first_week, weeks - 1), week] += cents
         return cls(end, cohorts / 100)
 
     def decomposed(self) -> Decomposition:
-        """Part the weeks' spend into what is due to users' ages and what is due to the calendar.
+        """Decompose the weeks' spend into effects of the users' ages and of the calendar.
 
-        Spend of a cohort in a week is taken for the product of the cohort's size, of an effect of its age (users come back less
-        and less) and of an effect of the calendar, and these are fitted by maximum likelihood of a Poisson model (iterative
-        proportional fitting, Deming & Stephan 1940). So a shop whose users are all new isn't taken for one in low season.
+        The model of a cohort's spend in a week is a product: the cohort's size, an effect of its age (users come back less and
+        less), and an effect of the calendar. They are fitted by maximum likelihood of a Poisson model (iterative proportional
+        fitting, Deming & Stephan 1940). So a shop whose users are all new isn't mistaken for one in low season.
         """
         count = len(self.cohorts)
         first, week = np.meshgrid(np.arange(count), np.arange(count), indexing="ij")
@@ -120,9 +120,9 @@ class Decomposition(NamedTuple):
     calendar: np.ndarray
 
     def ahead(self, horizon: int) -> float:
-        """Spend of today's users in the next weeks, were the calendar's effect 1."""
+        """Return the spend of today's users in the next ``horizon`` weeks for a calendar effect of 1."""
         count = len(self.size)
-        # nobody has been seen at a higher age: as in the last weeks that were
+        # Higher ages haven't occurred yet: they get the mean effect of the highest ages.
         oldest = self.by_age[-horizon:].mean()
         by_age = np.concatenate([self.by_age, np.full(horizon, oldest)])
         return float(sum(self.size @ by_age[1 + week : 1 + week + count] for week in range(horizon)))
@@ -137,8 +137,8 @@ class Level:
         evidence: how far the seasonal forecast is followed, 0 to 1.
         forecast: seasonal forecast of the horizon's spend from ``as_of`` on, in money; 0 without evidence.
         reach: largest absolute ``log_factor``: no season has moved the past weeks much further.
-        log_factor: natural logarithm of the factor by days since ``as_of``.
-        sd: standard deviation of what is left unknown of the log level.
+        log_factor: natural logarithm of the factor, by days since ``as_of``.
+        sd: standard deviation of the log level's error.
     """
 
     as_of: str
@@ -150,14 +150,14 @@ class Level:
 
     @classmethod
     def fit(cls, spend: WeeklySpend, horizon_days: int, cutoff_ages: Sequence[int], conf: FusionConfig) -> Self:
-        """Learn the evidence for a season and the error that is left.
+        """Fit the evidence for a season and the remaining error.
 
         The factor is relative to that of ``as_of``: :meth:`towards` completes it.
 
         Args:
             spend: of the platform, up to the date of the fit.
-            horizon_days: days of spend that is predicted.
-            cutoff_ages: days between a date and each of the cutoffs that a training as of that date learns from.
+            horizon_days: days of spend that the model predicts.
+            cutoff_ages: days between a date and each of the cutoffs that a training as of that date uses.
             conf: how fast cutoffs lose weight, and whether there may be a season.
         """
         horizon = max(1, round(horizon_days / 7))
@@ -172,7 +172,7 @@ class Level:
         by = _best(errors)
         sd = _sd(errors[by], horizon)
         year_ago = {weeks: _shifted(ratio, WEEKS_A_YEAR) for weeks, ratio in ratios.items()}
-        # a long window leaves too few weeks to judge by, where there are just two years
+        # With just two years of data, a long window leaves too few weeks to judge by.
         misses = {
             weeks: miss
             for weeks, ratio in ratios.items()
@@ -194,10 +194,10 @@ class Level:
         forecast = float(np.exp(seasonal[0])) * parts.ahead(horizon) * horizon_days / (7 * horizon)
         ahead = np.arange(-_BACK, WEEKS_A_YEAR - horizon + 1)
         ahead = ahead[WEEKS_A_YEAR - ahead < len(index)]
-        # how the ratio moved from this week to that one a year ago, which members don't see coming
-        moved = ratios[by][WEEKS_A_YEAR - ahead] - ratios[by][WEEKS_A_YEAR]
-        known = np.isfinite(moved)
-        course = Curve(floats(7.0 * ahead[known]), floats(moved[known])) if known.any() else _FLAT
+        # Change of last year's ratio from the week of the fit to each other week, which members don't predict.
+        changes = ratios[by][WEEKS_A_YEAR - ahead] - ratios[by][WEEKS_A_YEAR]
+        usable = np.isfinite(changes)
+        course = Curve(floats(7.0 * ahead[usable]), floats(changes[usable])) if usable.any() else _FLAT
         return cls(as_of, evidence, forecast, reach, course, sd_left)
 
     def towards(self, expected: float) -> Self:
@@ -209,21 +209,21 @@ class Level:
         if self.forecast <= 0 or expected <= 0:
             return replace(self, evidence=0.0, forecast=0.0, reach=0.0, log_factor=_FLAT)
         gap = math.log(self.forecast / expected)
-        moved = np.clip(self.evidence * (gap + np.array(self.log_factor.y)), -self.reach, self.reach)
-        return replace(self, log_factor=Curve(self.log_factor.x, floats(moved)))
+        log_factors = np.clip(self.evidence * (gap + np.array(self.log_factor.y)), -self.reach, self.reach)
+        return replace(self, log_factor=Curve(self.log_factor.x, floats(log_factors)))
 
     def factor(self, on: date | None = None) -> float:
-        """Factor of the spend from a date on, by default from ``as_of``."""
+        """Return the factor of the spend from a date on, by default from ``as_of``."""
         days = 0 if on is None else (on - date.fromisoformat(self.as_of)).days
         return math.exp(float(self.log_factor(np.array(float(days)))))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a JSON file; floats come back bit for bit."""
+        """Return plain values for a JSON file; floats come back bit for bit."""
         return as_json(self)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
-        """What :meth:`to_json` gave.
+        """Return the level that :meth:`to_json` wrote.
 
         Raises:
             BundleError: a key is missing or unknown, or a value has the wrong type.
@@ -241,37 +241,38 @@ class Level:
 
 
 def _steady(ratio: np.ndarray, ages: Sequence[int], half_life_days: float | None) -> np.ndarray:
-    """Mean log ratio at the training cutoffs of each week, those that the data reach."""
+    """Return the weighted mean log ratio at the training cutoffs of each week, of those that the data have."""
     summed, weights = np.zeros(len(ratio)), np.zeros(len(ratio))
     for age in ages:
-        there = _shifted(ratio, round(age / 7))
+        at_cutoff = _shifted(ratio, round(age / 7))
         weight = 1.0 if half_life_days is None else 0.5 ** ((age - min(ages)) / half_life_days)
-        usable = np.isfinite(there)
-        summed[usable] += weight * there[usable]
+        usable = np.isfinite(at_cutoff)
+        summed[usable] += weight * at_cutoff[usable]
         weights[usable] += weight
-    return np.divide(summed, weights, out=np.full(len(ratio), np.nan), where=weights > 0)
+    return np.asarray(np.divide(summed, weights, out=np.full(len(ratio), np.nan), where=weights > 0))
 
 
 def _best(errors: Mapping[int, np.ndarray]) -> int:
-    """Return the window of least mean square error, over the weeks that most windows can be judged by; else the shortest."""
-    judged = np.array([np.isfinite(error) for error in errors.values()])
-    common = judged.sum(axis=0) == max(judged.sum(axis=0).max(), 1)
+    """Return the window of least mean square error, over the weeks with errors of most windows; else the shortest window."""
+    has_error = np.array([np.isfinite(error) for error in errors.values()])
+    common = has_error.sum(axis=0) == max(has_error.sum(axis=0).max(), 1)
     squares = {weeks: error[common & np.isfinite(error)] ** 2 for weeks, error in errors.items()}
     return min(squares, key=lambda weeks: (float(squares[weeks].mean()) if len(squares[weeks]) else math.inf, weeks))
 
 
 def _independent(errors: np.ndarray, horizon: int) -> float:
-    """Number of independent forecasts among weekly ones of a horizon: those that overlap count as one."""
-    known = int(np.isfinite(errors).sum())
-    return 1 + (known - 1) / horizon if known else 0.0
+    """Return how many independent forecasts weekly ones are worth: those whose horizons overlap count as one."""
+    count = int(np.isfinite(errors).sum())
+    return 1 + (count - 1) / horizon if count else 0.0
 
 
 def _evidence(steady_errors: np.ndarray, seasonal_shifts: np.ndarray, horizon: int) -> float:
-    """Return the share of the way to the seasonal forecast that was right, 0 to 1; 0 where that may be chance.
+    """Return the share of the way to the seasonal forecast that was right, 0 to 1; 0 where it isn't significant.
 
     Args:
         steady_errors: log truth less log steady forecast of each week; NaN where unknown.
         seasonal_shifts: log seasonal less log steady forecast; NaN where unknown.
+        horizon: weeks of a forecast.
     """
     usable = np.isfinite(steady_errors) & np.isfinite(seasonal_shifts)
     errors, shifts = steady_errors[usable], seasonal_shifts[usable]
@@ -287,14 +288,14 @@ def _evidence(steady_errors: np.ndarray, seasonal_shifts: np.ndarray, horizon: i
 
 
 def _sd(errors: np.ndarray, horizon: int) -> float:
-    """Standard deviation of the log level by the errors of past forecasts, drawn to a prior where these are few."""
+    """Return the standard deviation of the log level by the errors of past forecasts, shrunk to a prior."""
     independent = _independent(errors, horizon)
-    seen = independent * float(np.mean(errors[np.isfinite(errors)] ** 2)) if independent else 0.0
-    return math.sqrt((seen + _PRIOR_WEIGHT * _PRIOR_SD**2) / (independent + _PRIOR_WEIGHT))
+    squares = independent * float(np.mean(errors[np.isfinite(errors)] ** 2)) if independent else 0.0
+    return math.sqrt((squares + _PRIOR_WEIGHT * _PRIOR_SD**2) / (independent + _PRIOR_WEIGHT))
 
 
 def _before(index: np.ndarray, weeks: int) -> np.ndarray:
-    """Log mean index of so many weeks before each date, the newest date first; NaN where there are fewer."""
+    """Return the log mean index of ``weeks`` weeks before each date, the newest date first; NaN where there are fewer."""
     total = np.concatenate([[0.0], np.cumsum(index)])
     means = np.full(len(index) + 1, np.nan)
     if weeks <= len(index):
@@ -303,19 +304,19 @@ def _before(index: np.ndarray, weeks: int) -> np.ndarray:
 
 
 def _after(index: np.ndarray, weeks: int) -> np.ndarray:
-    """Log mean index of so many weeks from each date on, the newest date first; NaN where they aren't over."""
+    """Return the log mean index of ``weeks`` weeks from each date on, the newest date first; NaN where they aren't over."""
     means = np.full(len(index) + 1, np.nan)
     means[weeks:] = _before(index, weeks)[: max(0, len(index) + 1 - weeks)]
     return means
 
 
 def _shares(spent: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-    """Spend over what is fitted; 0 where nothing is."""
-    return np.divide(spent, fitted, out=np.zeros(len(spent)), where=fitted > 0)
+    """Return the ratio of actual to fitted spend; 0 where nothing is fitted."""
+    return np.asarray(np.divide(spent, fitted, out=np.zeros(len(spent)), where=fitted > 0))
 
 
 def _shifted(values: np.ndarray, weeks: int) -> np.ndarray:
-    """Values of so many weeks before each."""
+    """Return for each date the value of ``weeks`` weeks before it; NaN where there is none."""
     shifted = np.full(len(values), np.nan)
     if weeks < len(values):
         shifted[: len(values) - weeks] = values[weeks:]

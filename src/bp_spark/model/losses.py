@@ -1,7 +1,7 @@
-"""Losses of spend prediction, one value per row: the caller weighs, sums and divides, so that a mean over
-ranks is exact.
+"""Losses of spend prediction, one value for each row.
 
-Labels are spend in money; negative ones (more refunds than purchases) count as no spend.
+The caller weighs, sums and divides, so that a mean over ranks is exact. Labels are spend in money; negative labels (more
+refunds than purchases) count as no spend.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
 
 def ziln_loss(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood of the zero-inflated lognormal.
+    """Return the negative log-likelihood of the zero-inflated lognormal.
 
     Source: Wang, Liu, Miao: A Deep Probabilistic Model for Customer Lifetime Value Prediction, 2019,
     arXiv:1912.07753.
@@ -40,13 +40,13 @@ def ziln_loss(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def ziln_parameters(outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logit of P(spend > 0), mean and standard deviation of log spend: [B] each, float32."""
+    """Return the logit of P(spend > 0), the mean and the standard deviation of log spend, float32 [B] each."""
     logit, mu, raw = outputs.float().unbind(-1)
     return logit, mu, F.softplus(raw) + _MIN_SIGMA
 
 
 def log_mse_loss(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Squared error of log(1 + spend).
+    """Return the squared error of log(1 + spend).
 
     Args:
         outputs: [B, 1], predicted log(1 + spend).
@@ -59,17 +59,17 @@ def log_mse_loss(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def tweedie_loss(log_mean: Tensor, labels: Tensor, power: float) -> Tensor:
-    """Negative log-likelihood of a Tweedie distribution, up to what does not depend on the prediction.
+    """Return the negative log-likelihood of a Tweedie distribution, without the terms that the prediction doesn't change.
 
-    With ``power`` between 1 and 2 it is a compound Poisson-gamma: a mass at zero, a density above. The terms that are left
-    are half the unit deviance but for a constant.
+    With ``power`` between 1 and 2 it is a compound Poisson-gamma: a mass at zero, a density above. The remaining terms are half
+    the unit deviance but for a constant.
 
     Source: Jørgensen, Exponential Dispersion Models, JRSS B 1987; Dunn and Smyth, Statistics and Computing 2005.
 
     Args:
         log_mean: [B], log of the predicted mean.
         labels: [B], in the unit of the mean.
-        power: of the mean in the variance, in 1..2 (exclusive).
+        power: of the mean in the variance, between 1 and 2 (both excluded).
 
     Returns:
         float32 [B].
@@ -80,7 +80,7 @@ def tweedie_loss(log_mean: Tensor, labels: Tensor, power: float) -> Tensor:
 
 
 def band_loss(logits: Tensor, labels: Tensor, edges: Tensor) -> Tensor:
-    """Cross-entropy of the band that a label falls into.
+    """Return the cross-entropy of the band that a label falls into.
 
     Args:
         logits: [B, K].

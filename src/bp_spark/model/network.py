@@ -1,18 +1,16 @@
 """The sequence model: a user's events and tabular features in, expected spend in money out.
 
-The history as :class:`~bp_spark.model.history.HistoryEncoder` reads it, or as text
-:class:`~bp_spark.model.text_history.TextHistoryEncoder`, joined with the tabular features and passed
-through a residual adapter, ends in a head for each horizon: a zero-inflated lognormal, a log mean or a log1p value, by
+A history encoder turns the events into one vector: :class:`~bp_spark.model.history.HistoryEncoder`, or for histories read as
+text :class:`~bp_spark.model.text_history.TextHistoryEncoder`. The vector is joined with the tabular features and passed
+through a residual adapter. A head for each horizon follows: a zero-inflated lognormal, a log mean or a log1p value, by
 configuration.
-
-:class:`SpendNetwork` is trained; :class:`TransformerMember` is what a bundle holds.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,20 +23,14 @@ from torch import Tensor, nn
 
 from bp_spark.core.config import NetworkConfig
 from bp_spark.core.errors import BundleError
-from bp_spark.features.labels import of_days
-from bp_spark.model.columns import Columns
 from bp_spark.model.history import HistoryEncoder, read_tensors, require_same_tensors
-from bp_spark.model.inputs import Batch, InputSpec, read
+from bp_spark.model.inputs import Batch, InputSpec
 from bp_spark.model.losses import band_loss, log_mse_loss, tweedie_loss, ziln_loss, ziln_parameters
-from bp_spark.model.text_history import TextHistoryEncoder, restored
+from bp_spark.model.text_history import TextHistoryEncoder, restore_text_encoder
 
 WEIGHTS_FILE = "transformer.safetensors"
 DESCRIPTION_FILE = "transformer.json"
 FORMAT = 3
-
-BATCH_EVENTS = 8192
-"""Events of one forward pass: the activations of more fall out of a core's cache, those of fewer don't fill it."""
-GPU_BATCH_EVENTS = 262_144
 
 _TABULAR_LIMIT = 10.0
 _MIN_STD = 1e-6
@@ -46,18 +38,18 @@ _OUTPUTS = {"ziln": 3, "tweedie": 1, "mse": 1}
 _HISTORY = "history."
 
 History = HistoryEncoder | TextHistoryEncoder
-"""What reads a history: users in, [B, hidden_size] out."""
+"""A history encoder: users in, [B, hidden_size] out."""
 
 
 @dataclass(frozen=True)
 class LabelStatistics:
-    """What the labels of one horizon are like, of the rows that have one.
+    """The distribution of one horizon's labels, over the rows that have one.
 
     Attributes:
         active_share: share of rows with a positive label.
-        log_mean, log_std: of the log of positive labels.
-        log1p_mean: of log(1 + label), over all rows.
-        mean_label: over all rows, money.
+        log_mean, log_std: mean and standard deviation of the log of positive labels.
+        log1p_mean: mean of log(1 + label) over all rows.
+        mean_label: mean over all rows, money.
         max_label: the largest label, money.
     """
 
@@ -71,12 +63,12 @@ class LabelStatistics:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the training rows say about scales, as :func:`bp_spark.model.inputs.tabular_matrix` reads them.
+    """Scales of the training rows, as :func:`bp_spark.model.inputs.tabular_matrix` reads them.
 
     Attributes:
-        mean, std, missing: float64 [F]: of the rows where a feature is present; share of rows where it is
-            not.
-        labels: of each horizon, the main one first.
+        mean, std: float64 [F], over the rows where a feature is present.
+        missing: float64 [F], share of rows where a feature is missing.
+        labels: statistics of each horizon, the main one first.
         band_edges: float64 [bands - 1], rising: quantiles of the main horizon's labels.
     """
 
@@ -88,7 +80,7 @@ class Statistics:
 
 
 class SpendHead(nn.Linear):
-    """Spend over one horizon, from vectors of ``size``, by the loss of the configuration.
+    """Predicts spend over one horizon from vectors of ``size``, by the loss of the configuration.
 
     Its outputs are [B, 3] for ``ziln`` (see :func:`bp_spark.model.losses.ziln_loss`), else [B, 1].
     """
@@ -100,8 +92,7 @@ class SpendHead(nn.Linear):
     def __init__(self, size: int, config: NetworkConfig) -> None:
         super().__init__(size, _OUTPUTS[config.loss])
         self.config = config
-        # Spend is never predicted above the largest label seen: exp() of a stray output would outweigh all
-        # other users.
+        # Predictions stop at the largest training label: exp() of a stray output would outweigh all other users.
         self.register_buffer("log_ceiling", torch.tensor(math.log1p(1e6)))
         self.register_buffer("smearing", torch.tensor(1.0))
         self.register_buffer("label_scale", torch.tensor(1.0))
@@ -123,7 +114,7 @@ class SpendHead(nn.Linear):
         self.bias.copy_(torch.tensor(bias))
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Loss of each row, float32 [B]; ``labels`` [B] are money."""
+        """Return the loss of each row, float32 [B]; ``labels`` [B] are money."""
         if self.config.loss == "ziln":
             return ziln_loss(outputs, labels)
         if self.config.loss == "tweedie":
@@ -131,12 +122,10 @@ class SpendHead(nn.Linear):
         return log_mse_loss(outputs, labels)
 
     def to_money(self, outputs: Tensor) -> Tensor:
-        """Expected spend, float32 [B], from the head's outputs.
+        """Return the expected spend, float32 [B], from the head's outputs.
 
-        ``ziln``: P(spend > 0) * exp(mu + sigma^2 / 2). ``tweedie``: exp(output) * mean label.
-        ``mse``: exp(output) * smearing - 1, with the
-        retransformation of
-        Duan, Smearing Estimate, JASA 1983, as a ratio of sums, which one outlier can't rule.
+        ``ziln``: P(spend > 0) * exp(mu + sigma^2 / 2). ``tweedie``: exp(output) * mean label. ``mse``: exp(output) * smearing
+        - 1, the retransformation of Duan, Smearing Estimate, JASA 1983, as a ratio of sums, which one outlier can't rule.
         """
         if self.config.loss == "ziln":
             logit, mu, sigma = ziln_parameters(outputs)
@@ -150,14 +139,14 @@ class SpendHead(nn.Linear):
 
 
 class SpendNetwork(nn.Module):
-    """Spend of a user over the horizon, and over others, learned at once (Caruana 1997, "Multitask learning").
+    """Predicts a user's spend over all horizons, learned at once (Caruana 1997, "Multitask learning").
 
     Args:
-        spec: what is read of a user.
+        spec: the columns of a user that the network reads.
         config: sizes and loss.
         vocabulary_ids: int64 [V], sorted: ids of the texts.
-        history: what reads histories, of ``config.hidden_size``.
-        other_horizons: days of each horizon that is learned beside the main one; none is where ``horizons_weight`` is 0.
+        history: encoder of histories, of ``config.hidden_size``.
+        other_horizons: days of each horizon that is learned beside the main one; ignored where ``horizons_weight`` is 0.
     """
 
     vocabulary_ids: Tensor
@@ -208,35 +197,35 @@ class SpendNetwork(nn.Module):
 
     @property
     def parameter_count(self) -> int:
-        """Numbers of all weights, a language model's frozen ones among them; the texts' are not."""
+        """How many weights the network has, a language model's frozen ones included, the texts' embeddings not."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def width(self) -> int:
-        """Outputs of a user."""
+        """How many outputs the network has for a user."""
         return self.head.out_features * len(self.heads) + (0 if self.bands is None else self.bands.out_features)
 
     @property
     def heads(self) -> list[SpendHead]:
-        """One for each horizon, the main one first."""
+        """One head for each horizon, the main one first."""
         return [self.head, *cast("Iterator[SpendHead]", iter(self.other_heads))]
 
     @torch.no_grad()
     def fit_statistics(self, statistics: Statistics) -> None:
-        """Take scales from the training rows, and start the heads at the distributions of their labels."""
+        """Take the scales of the training rows, and start the heads at the distributions of their labels."""
         std = np.where(statistics.std > _MIN_STD, statistics.std, 1.0)
         self.tabular_mean.copy_(torch.from_numpy(statistics.mean))
         self.tabular_std.copy_(torch.from_numpy(std))
-        # An indicator that was never on has untrained weights: it stays off when scoring meets a missing
-        # value.
+        # An indicator that was never on has untrained weights: it stays off when scoring meets a missing value.
         self.missing_seen.copy_(torch.from_numpy(statistics.missing > 0))
         self.band_edges.copy_(torch.from_numpy(statistics.band_edges))
         for head, labels in zip(self.heads, statistics.labels, strict=True):
             head.start_at(labels)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Outputs of the heads side by side, float32: [B, 3] of each horizon for ``ziln``, else [B, 1], the main one first. If
-        the network learns bands too, their logits follow.
+        """Return the outputs of the heads side by side, float32 [B, width], the main horizon first.
+
+        Each horizon has [B, 3] for ``ziln``, else [B, 1]. If the network learns bands too, their logits follow.
         """
         history = self.history(batch)
         joined = self.join(torch.cat([history, self._read_tabular(batch.tabular)], dim=-1))
@@ -247,19 +236,19 @@ class SpendNetwork(nn.Module):
         return torch.cat(outputs, dim=-1).float()
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Loss of each row's spend over the main horizon, float32 [B]; ``labels`` [B] are money."""
+        """Return the loss of each row over the main horizon, float32 [B]; ``labels`` [B] are money."""
         return self.head.loss(self._of_heads(outputs)[0], labels)
 
     def training_losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """What training makes small, of each row and horizon, float32 [B, horizons].
+        """Return the weighted loss that training minimises, for each row and horizon, float32 [B, horizons].
 
         Args:
             outputs: see :meth:`forward`.
-            labels: [B, horizons], money, the main horizon first; NaN where spend is not known.
+            labels: [B, horizons], money, the main horizon first; NaN where spend is unknown.
 
         Returns:
-            :meth:`loss`, with that of the bands, weighted, then the loss of each other horizon, weighted; 0 where spend is
-            not known.
+            The main horizon's loss, with the weighted loss of the bands, then the weighted loss of each other horizon; 0 where
+            spend is unknown.
         """
         main = self.loss(outputs, labels[:, 0])
         if self.bands is not None:
@@ -267,41 +256,42 @@ class SpendNetwork(nn.Module):
             main = main + self.config.bands_weight * band_loss(logits, labels[:, 0], self.band_edges)
         losses = [main]
         for head, of_head, spend in zip(self.heads[1:], self._of_heads(outputs)[1:], labels.T[1:], strict=True):
-            known = ~spend.isnan()
-            # Unknown labels take 0 and are multiplied away: a masked NaN would still give NaN gradients, and a head that no
-            # label of a batch reaches must stay in the graph, or DDP would wait for it.
-            loss = head.loss(of_head, torch.where(known, spend, 0.0))
-            losses.append(self.config.horizons_weight * known * loss)
+            has_label = ~spend.isnan()
+            # Unknown labels take 0 and are multiplied by 0: a masked NaN would still give NaN gradients. And a head without
+            # any label in a batch must stay in the graph, or DDP would wait for it.
+            loss = head.loss(of_head, torch.where(has_label, spend, 0.0))
+            losses.append(self.config.horizons_weight * has_label * loss)
         return torch.stack(losses, dim=1)
 
     def expected_spend(self, batch: Batch) -> Tensor:
-        """Expected spend of each user, money, float32 [B], in 0..the largest training label."""
+        """Return the expected spend of each user, money, float32 [B], from 0 to the largest training label."""
         return self.to_money(self(batch))
 
     def to_money(self, outputs: Tensor) -> Tensor:
-        """Expected spend over the main horizon, float32 [B], from outputs of the network."""
+        """Return the expected spend over the main horizon, float32 [B], from outputs of the network."""
         return self.head.to_money(self._of_heads(outputs)[0])
 
     def to_money_of_each(self, outputs: Tensor) -> Tensor:
-        """Expected spend over each horizon, float32 [B, horizons], the main one first, from outputs of the network."""
+        """Return the expected spend over each horizon, float32 [B, horizons], the main one first, from the outputs."""
         pairs = zip(self.heads, self._of_heads(outputs), strict=True)
         return torch.stack([head.to_money(of_head) for head, of_head in pairs], dim=1)
 
     def p_active(self, outputs: Tensor) -> Tensor:
-        """P(spend > 0) over the main horizon, float32 [B], from outputs of the network; of ``ziln`` only."""
+        """Return P(spend > 0) over the main horizon, float32 [B], from the outputs of a network with the loss ``ziln``."""
         return torch.sigmoid(outputs[:, 0].float())
 
     def _of_heads(self, outputs: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs of each head."""
         size = self.head.out_features
-        return outputs[:, : size * len(self.heads)].split(size, dim=1)
+        return tuple(outputs[:, size * number : size * (number + 1)] for number in range(len(self.heads)))
 
     def save(self, folder: Path) -> None:
-        """Write weights, buffers and texts (:data:`WEIGHTS_FILE`), and sizes (:data:`DESCRIPTION_FILE`)."""
+        """Write weights, buffers and texts to :data:`WEIGHTS_FILE`, sizes to :data:`DESCRIPTION_FILE`."""
         folder.mkdir(parents=True, exist_ok=True)
         history = self.history.merged()
         tensors = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(_HISTORY)}
         tensors |= {f"{_HISTORY}{name}": tensor for name, tensor in history.state_dict().items()}
-        tensors |= {"vocabulary_ids": self.vocabulary_ids, **history.carried()}
+        tensors |= {"vocabulary_ids": self.vocabulary_ids, **history.bundle_tensors()}
         written = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(written, str(folder / WEIGHTS_FILE))
         description = {
@@ -311,20 +301,19 @@ class SpendNetwork(nn.Module):
             "other_horizons": list(self.other_horizons),
             "vocabulary": len(self.vocabulary_ids),
             "parameters": self.parameter_count,
-            **history.described(),
+            **history.bundle_description(),
         }
         text = json.dumps(description, indent=2, sort_keys=True) + "\n"
         (folder / DESCRIPTION_FILE).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> SpendNetwork:
-        """Read what :meth:`save` wrote; the network is in evaluation mode and can't be trained further.
+        """Read the network that :meth:`save` wrote, in evaluation mode; it can't be trained further.
 
         Tensors stay in the file, mapped into memory, so that all processes of a machine share them.
 
         Raises:
-            BundleError: a file is missing, damaged or of a newer format, or tensors don't fit the
-            description.
+            BundleError: a file is missing, damaged or of a newer format, or tensors don't fit the description.
         """
         spec, config, description = _read_description(folder / DESCRIPTION_FILE)
         path = folder / WEIGHTS_FILE
@@ -344,100 +333,21 @@ class SpendNetwork(nn.Module):
         return network.eval()
 
     def _read_tabular(self, values: Tensor) -> Tensor:
+        """Return a vector of the tabular features, [B, adapter_size], from values [B, F]."""
         missing = values.isnan()
         scaled = ((values - self.tabular_mean) / self.tabular_std).clamp(-_TABULAR_LIMIT, _TABULAR_LIMIT)
-        return self.tabular(torch.cat([scaled.masked_fill(missing, 0.0), missing * self.missing_seen], dim=-1))
-
-
-class TransformerMember:
-    """The fine-tuned network as a member of a bundle.
-
-    Args:
-        network: a trained network.
-        batch_events: events of one forward pass at most, padding and user tokens included; tokens of histories read as text.
-    """
-
-    name = "transformer"
-
-    def __init__(self, network: SpendNetwork, batch_events: int = BATCH_EVENTS) -> None:
-        self.network = network.eval()
-        self.batch_events = batch_events
-
-    def predict(self, columns: Columns) -> np.ndarray:
-        """Expected spend, money, float64 [B].
-
-        Users pass ordered by length of history, for little padding, and come back in the order they came in.
-
-        Raises:
-            DataError: ``columns`` lacks one that the network reads.
-        """
-        return self._each(columns, self.network.to_money)
-
-    def predict_horizons(self, columns: Columns) -> dict[str, np.ndarray]:
-        """Expected spend over each horizon; see :meth:`bp_spark.model.members.base.HorizonsMember.predict_horizons`.
-
-        Raises:
-            DataError: ``columns`` lacks one that the network reads.
-        """
-        names = [self.name, *(of_days(self.name, days) for days in self.network.other_horizons)]
-        return dict(zip(names, self._each(columns, self.network.to_money_of_each).T, strict=True))
-
-    def p_active(self, columns: Columns) -> np.ndarray | None:
-        """P(spend > 0) as the network sees it, float64 [B]; ``None`` if its loss has no such part.
-
-        Raises:
-            DataError: ``columns`` lacks one that the network reads.
-        """
-        if self.network.config.loss != "ziln":
-            return None
-        return self._each(columns, self.network.p_active)
-
-    def _each(self, columns: Columns, answer: Callable[[Tensor], Tensor]) -> np.ndarray:
-        """What ``answer`` makes of the outputs of each user."""
-        network = self.network
-        users = read(columns, network.spec, network.vocabulary_ids.cpu().numpy())
-        out = torch.empty(len(users), network.width, device=network.vocabulary_ids.device)
-        with torch.inference_mode():
-            for rows in self._batches(network.history.widths(users.lengths)):
-                out[rows] = network(users.batch(rows).to(out.device))
-            return answer(out).double().cpu().numpy()
-
-    def set_threads(self, threads: int) -> None:
-        """Use that many threads of this process in torch from now on."""
-        torch.set_num_threads(threads)
-
-    def move_to(self, device: str) -> None:
-        """Compute there from now on, as ``cuda:0``; a GPU takes more events at once."""
-        self.network.to(device)
-        self.batch_events = GPU_BATCH_EVENTS if device.startswith("cuda") else BATCH_EVENTS
-
-    def save(self, folder: Path) -> None:
-        """See :meth:`SpendNetwork.save`."""
-        self.network.save(folder)
-
-    @classmethod
-    def load(cls, folder: Path) -> TransformerMember:
-        """See :meth:`SpendNetwork.load`."""
-        return cls(SpendNetwork.load(folder))
-
-    def _batches(self, widths: np.ndarray) -> Iterator[np.ndarray]:
-        """Positions of users of like width, as many as make a full batch."""
-        order = np.argsort(widths, kind="stable")
-        start = 0
-        while start < len(order):
-            # the widest of the batch is its last, and the batch has at least one user
-            padded = widths[order[start:]] * np.arange(1, len(order) - start + 1)
-            end = start + max(1, int(np.searchsorted(padded, self.batch_events, side="right")))
-            yield order[start:end]
-            start = end
+        vectors: Tensor = self.tabular(
+            torch.cat([scaled.masked_fill(missing, 0.0), missing * self.missing_seen], dim=-1)
+        )
+        return vectors
 
 
 def _restored_history(
     spec: InputSpec, config: NetworkConfig, description: Mapping[str, Any], tensors: dict[str, Tensor], path: Path
 ) -> History:
-    """The history half, of which the tensors that are no state of it are taken out."""
+    """Return the history encoder of a bundle, and remove its tensors that are no state from ``tensors``."""
     if config.backbone == "text":
-        return restored(config, description["vocabulary"], description.get("language"), tensors, path)
+        return restore_text_encoder(config, description["vocabulary"], description.get("language"), tensors, path)
     texts, expected = tensors.pop("texts", torch.zeros(0)), (description["vocabulary"] + 1, config.hidden_size)
     if texts.shape != expected:
         raise BundleError(f"{path}: texts must be of shape {expected}, found {tuple(texts.shape)}")

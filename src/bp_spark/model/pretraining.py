@@ -1,15 +1,15 @@
-"""What histories teach without labels: events with some of them hidden in, losses of guessing them out.
+"""Self-supervised pre-training of the history encoder: histories with hidden events in, losses of predicting them out.
 
-Three tasks on the same history, cut off at a moment drawn at random between its first and its last event:
+Each history is cut off at a moment drawn at random between its first and its last event. Three tasks follow:
 
 - *masked events* (BERT, Devlin et al. 2019, arXiv:1810.04805; BERT4Rec, Sun et al. 2019, arXiv:1904.06690): some events are
-  replaced by a learned vector, and what the encoder makes of their places tells what they were;
-- *the next event*: the user's vector tells what comes after the moment, and how soon;
-- *the next days*: it tells the log of 1 + what is spent in the days after the moment, where the history covers them.
+  replaced by a learned vector, and the encoder's states at their positions predict them;
+- *the next event*: the user's vector predicts the event after the moment, and how soon it comes;
+- *the next days*: the user's vector predicts log(1 + spend) of the days after the moment, where the history covers them.
 
-Of an event its kind is guessed (cross-entropy), its log amount and a log time (squared error), and its text: among the
-texts of the batch the right one is to be found by its frozen embedding (InfoNCE, van den Oord et al. 2018,
-arXiv:1807.03748). Amounts count for events that have one, texts for those that have one.
+Predicted are an event's kind (cross-entropy), its log amount and a log time (squared error), and its text. The right text is to
+be found among the texts of the batch by its frozen embedding (InfoNCE, van den Oord et al. 2018, arXiv:1807.03748). Amounts and
+texts count only for events that have them.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ PARTS = (
     "next_text",
     "next_days",
 )
-"""Of the loss."""
+"""Parts of the loss."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """N events to be guessed: kind and text int64 [N], log amount and log time in days float32 [N]."""
+    """N events to predict: kind and text int64 [N], log amount and log time in days float32 [N]."""
 
     kind: Tensor
     amount: Tensor
@@ -50,22 +50,22 @@ class Targets:
     text: Tensor
 
     def to(self, device: torch.device) -> Targets:
-        """The same on another device."""
+        """Return the same tensors on another device."""
         return Targets(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 @dataclass(frozen=True)
 class Exercise:
-    """Histories with what is to be guessed of them.
+    """Histories with the targets of their predictions.
 
     Attributes:
         history: B users up to their moment, L events of the longest.
-        hidden: bool [B, L], which events the network doesn't see.
-        masked: those events, row by row.
-        followed: bool [B], who has an event after the moment.
-        following: the next event of each of those.
-        covered: bool [B], whose days after the moment are over.
-        spend: log(1 + spend) of those days, float32 [covered].
+        hidden: bool [B, L], whether an event is hidden from the network.
+        masked: the hidden events, row by row.
+        followed: bool [B], whether the user has an event after the moment.
+        following: the next event of each followed user.
+        covered: bool [B], whether the days after the moment are over.
+        spend: log(1 + spend) of these days, float32 [covered users].
     """
 
     history: Batch
@@ -77,7 +77,7 @@ class Exercise:
     spend: Tensor
 
     def to(self, device: torch.device) -> Exercise:
-        """The same on another device."""
+        """Return the same tensors on another device."""
         return Exercise(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
@@ -87,9 +87,9 @@ class Cut:
 
     Attributes:
         before: history columns of the events before the moment.
-        after: history columns of the next event; none of a history that stayed whole.
-        covered: bool [B], whose ``days`` after the moment lie before the as-of date.
-        spend: float64 [B], money spent in those days.
+        after: history columns of the next event; empty for a history that stayed whole.
+        covered: bool [B], whether the ``days`` after the moment lie before the as-of date.
+        spend: float64 [B], money spent in these days.
 
     ``seq_age_days`` are the days to the moment, in either direction.
     """
@@ -108,21 +108,21 @@ def cut(columns: Mapping[str, np.ndarray], days: float, rng: np.random.Generator
 
     Args:
         columns: at least the history columns, an array of arrays each.
-        days: after the moment, whose spend is added up.
-        rng: of the moments.
+        days: after the moment, over which spend is summed.
+        rng: draws the moments.
     """
     ages = columns["seq_age_days"]
-    places, moments, spend = [len(age) for age in ages], np.zeros(len(ages)), np.zeros(len(ages))
+    positions, moments, spend = [len(age) for age in ages], np.zeros(len(ages)), np.zeros(len(ages))
     for row, (age, share) in enumerate(zip(ages, rng.random(len(ages)), strict=True)):
         if len(age) > 1:
             moments[row] = moment = age[-1] + share * (age[0] - age[-1])
-            places[row] = place = min(max(1, int((age > moment).sum())), len(age) - 1)
-            soon = age[place:] > moment - days
-            spend[row] = np.nansum(columns["seq_amount"][row][place:][soon], dtype=np.float64)
+            positions[row] = position = min(max(1, int((age > moment).sum())), len(age) - 1)
+            soon = age[position:] > moment - days
+            spend[row] = np.nansum(columns["seq_amount"][row][position:][soon], dtype=np.float64)
     before, after = ({name: np.empty(len(ages), object) for name in HISTORY_COLUMNS} for _ in range(2))
     for name in HISTORY_COLUMNS:
-        for row, (values, place) in enumerate(zip(columns[name], places, strict=True)):
-            before[name][row], after[name][row] = values[:place], values[place : place + 1]
+        for row, (values, position) in enumerate(zip(columns[name], positions, strict=True)):
+            before[name][row], after[name][row] = values[:position], values[position : position + 1]
     for row, moment in enumerate(moments):
         before["seq_age_days"][row] = (before["seq_age_days"][row] - moment).clip(0)
         after["seq_age_days"][row] = (moment - after["seq_age_days"][row]).clip(0)
@@ -141,9 +141,9 @@ def exercise(
     Args:
         columns: at least the history columns, an array of arrays each.
         history_length: the most recent events before the moment that are read.
-        vocabulary_ids: int64 [V], sorted: the texts the network knows.
-        config: how many events to hide, and how many days to look ahead.
-        rng: of moments and masks.
+        vocabulary_ids: int64 [V], sorted: ids of the texts of the vocabulary.
+        config: the share of events to hide, and the days to look ahead.
+        rng: draws moments and masks.
 
     Raises:
         DataError: the arrays of a history differ in length.
@@ -152,7 +152,7 @@ def exercise(
     parts = cut(columns, config.days_ahead, rng)
     history, following = (collate(part, spec, vocabulary_ids) for part in (parts.before, parts.after))
     hidden = history.mask & torch.from_numpy(rng.random(tuple(history.mask.shape)) < config.mask_fraction)
-    # The gap of the event after a hidden one would tell when that was.
+    # The gap of the event after a hidden one would reveal the time of the hidden one.
     numeric = history.numeric.clone()
     numeric[..., GAP].masked_fill_(F.pad(hidden, (1, 0))[:, :-1], 0.0)
     spend = np.log1p(parts.spend[parts.covered].clip(min=0))
@@ -173,13 +173,13 @@ def _targets(batch: Batch, chosen: Tensor, time: int) -> Targets:
 
 
 class PretrainingNetwork(nn.Module):
-    """A history encoder with the heads that guess events.
+    """A history encoder with the heads that predict events.
 
     Args:
         config: sizes of the encoder.
         history_length: events of the longest history.
-        text_embeddings: [V, D], the frozen language model's reading of the texts.
-        temperature: of the choice among texts; the lower, the more the nearest wrong ones count.
+        text_embeddings: [V, D], the frozen language model's embeddings of the texts.
+        temperature: of the choice among texts; the lower, the more the nearest wrong texts count.
     """
 
     def __init__(self, config: NetworkConfig, history_length: int, text_embeddings: Tensor, temperature: float) -> None:
@@ -193,13 +193,14 @@ class PretrainingNetwork(nn.Module):
         self.key = nn.Linear(text_embeddings.shape[1], size)
 
     def forward(self, batch: Exercise) -> tuple[Tensor, Tensor]:
-        """Sums of the losses of the :data:`PARTS`, float32 [9], and the numbers of their targets, float32 [9]."""
+        """Return the sums of the losses of the :data:`PARTS` and the numbers of their targets, float32 [9] each."""
         encoder, mask = self.history, batch.history.mask
         events = encoder.events(batch.history)
         events = torch.where(batch.hidden.unsqueeze(-1), self.hidden.to(events.dtype), events)
         states = encoder.read(events, mask)
         # The text that stands for none is always among the wrong ones, so that there is one to compare with.
-        texts = torch.cat([batch.masked.text, batch.following.text, batch.masked.text.new_zeros(1)]).unique()
+        every_text = torch.cat([batch.masked.text, batch.following.text, batch.masked.text.new_zeros(1)])
+        texts: Tensor = torch.unique(every_text)
         keys = F.normalize(self.key(F.embedding(texts, encoder.text_embeddings).to(self.hidden.dtype)), dim=-1)
         masked = self.of_masked(states[:, 1:][batch.hidden], batch.masked, texts, keys)
         users = encoder.pool(states, mask)
@@ -211,7 +212,7 @@ class PretrainingNetwork(nn.Module):
 
 
 class EventHead(nn.Module):
-    """Guesses events from vectors of ``size``."""
+    """Predicts events from vectors of ``size``."""
 
     def __init__(self, size: int, temperature: float) -> None:
         super().__init__()
@@ -222,13 +223,13 @@ class EventHead(nn.Module):
         self.text = nn.Linear(size, size)
 
     def forward(self, states: Tensor, targets: Targets, texts: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses of N guesses.
+        """Return the losses of N predictions.
 
         Args:
             states: [N, size].
-            targets: what to guess.
-            texts: int64 [U], sorted: the texts to choose among; those of the targets are in it.
-            keys: [U, size], of length 1.
+            targets: the events to predict.
+            texts: int64 [U], sorted: the texts to choose among, the targets' included.
+            keys: of the texts, [U, size], of length 1.
 
         Returns:
             Sums of the losses of kind, amount, time and text, float32 [4], and the numbers of targets, float32 [4].

@@ -1,10 +1,11 @@
-"""Shapley values of boosted trees, exact and fast enough for every user every night.
+"""Shapley values of boosted trees, exact and fast enough for every user in every scoring run.
 
 The contribution of a feature to a leaf's value depends on the user only through which conditions of the leaf's path hold
-(Lundberg et al. 2020, "From local explanations to global understanding with explainable AI for trees"). A shallow tree has
-few combinations of them, so all answers can be worked out once and looked up afterwards (Yang 2021, "Fast TreeSHAP"):
-a tree is cut into blocks of a few levels, and a block's table has a row for each combination of the conditions on the way
-to it and in it. Looking up costs a tenth or less of walking the paths for each user.
+(Lundberg et al. 2020, "From local explanations to global understanding with explainable AI for trees"). A shallow tree has few
+combinations of them, so all contributions can be computed once and looked up afterwards (Yang 2021, "Fast TreeSHAP").
+
+A tree is cut into blocks of a few levels. A block's table has a row for each combination of the conditions on the way to it and
+in it. A look-up costs a tenth or less of walking the paths for each user.
 """
 
 from __future__ import annotations
@@ -19,17 +20,26 @@ import numpy as np
 
 DEEPEST = 6
 """Deeper trees have too many combinations for tables."""
+_SHALLOW, _LEVELS, _LEVELS_OF_DEEP = 4, 3, 2
+"""Blocks of trees up to this depth have so many levels, those of deeper trees fewer."""
 
 
 @dataclass(frozen=True)
 class _Tree:
-    """A tree as XGBoost's JSON has it: arrays by node, the root is 0, a leaf has no children (-1)."""
+    """A tree as XGBoost's JSON has it: arrays by node; the root is 0, and a leaf has no children (-1).
+
+    Attributes:
+        left, right: the children.
+        feature: of an inner node's condition.
+        condition: of an inner node, values below it go left; of a leaf, its value.
+        missing_left: whether missing values go left.
+        cover: weight of the training rows that reach a node.
+    """
 
     left: Sequence[int]
     right: Sequence[int]
     feature: Sequence[int]
     condition: np.ndarray
-    """Of an inner node: values below it go left. Of a leaf: its value."""
     missing_left: Sequence[int]
     cover: Sequence[float]
 
@@ -37,7 +47,7 @@ class _Tree:
         return self.left[node] < 0
 
     def children(self, node: int) -> Iterator[tuple[int, bool]]:
-        """Both children, and whether each is the left one."""
+        """Yield both children, and whether each is the left one."""
         yield self.left[node], True
         yield self.right[node], False
 
@@ -51,12 +61,12 @@ Step = tuple[int, bool]
 
 @dataclass(frozen=True)
 class _Block:
-    """Part of a tree that is looked up at once.
+    """Part of a tree that one look-up covers.
 
     Attributes:
-        nodes: inner nodes whose conditions number the rows: that of node ``i`` is bit ``i``, 1 if the user goes left.
-        features: those that the block can give something to.
-        table: float32 [features, 2 ** nodes].
+        nodes: inner nodes; the condition of node ``i`` is bit ``i`` of a column's number, 1 if the user goes left.
+        features: features of the conditions.
+        table: contributions, float32 [features, 2 ** nodes].
     """
 
     nodes: tuple[int, ...]
@@ -65,7 +75,7 @@ class _Block:
 
 
 class TreeShapley:
-    """Contributions of features to the sum over trees of a booster.
+    """Computes the contributions of features to the sum over trees of a booster.
 
     Args:
         model: XGBoost's JSON document of a booster of numeric splits.
@@ -80,17 +90,17 @@ class TreeShapley:
         deepest = max((tree.depth() for tree in self._trees), default=0)
         if deepest > DEEPEST:
             raise ValueError(f"trees must be no deeper than {DEEPEST}, not {deepest}")
-        height = 3 if deepest <= 4 else 2
+        height = _LEVELS if deepest <= _SHALLOW else _LEVELS_OF_DEEP
         self._blocks = [tuple(_blocks(tree, max(0, deepest - height))) for tree in self._trees]
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        """Shapley values, float64 [rows, features], of float32 [rows, features], NaN where missing.
+        """Return Shapley values, float64 [rows, features], of float32 [rows, features], NaN where missing.
 
         A row sums to the booster's sum over trees less its mean over the training rows.
         """
         columns = np.ascontiguousarray(values.T, dtype=np.float32)
         missing = [np.isnan(column) if np.isnan(column).any() else None for column in columns]
-        given = np.zeros((self.features, values.shape[0]))
+        contributions = np.zeros((self.features, values.shape[0]))
         for tree, blocks in zip(self._trees, self._blocks, strict=True):
             goes_left: dict[int, np.ndarray] = {}
             for block in blocks:
@@ -99,9 +109,9 @@ class TreeShapley:
                     if node not in goes_left:
                         goes_left[node] = _goes_left(tree, node, columns, missing)
                     row |= goes_left[node] << bit
-                for feature, answers in zip(block.features, block.table, strict=True):
-                    given[feature] += answers.take(row, mode="clip")
-        return given.T
+                for feature, by_combination in zip(block.features, block.table, strict=True):
+                    contributions[feature] += by_combination.take(row, mode="clip")
+        return contributions.T
 
 
 def _tree(document: Mapping[str, Any]) -> _Tree:
@@ -116,8 +126,9 @@ def _tree(document: Mapping[str, Any]) -> _Tree:
 
 
 def _goes_left(tree: _Tree, node: int, columns: np.ndarray, missing: Sequence[np.ndarray | None]) -> np.ndarray:
+    """Return whether each row goes left at a node, as 0 or 1, intp [rows]."""
     feature = tree.feature[node]
-    left = columns[feature] < tree.condition[node]
+    left: np.ndarray = columns[feature] < tree.condition[node]
     absent = missing[feature]
     if tree.missing_left[node] and absent is not None:
         left |= absent
@@ -125,7 +136,7 @@ def _goes_left(tree: _Tree, node: int, columns: np.ndarray, missing: Sequence[np
 
 
 def _blocks(tree: _Tree, level: int, node: int = 0, path: tuple[Step, ...] = ()) -> Iterator[_Block]:
-    """Blocks that begin at that level of the tree, or at a leaf above it."""
+    """Yield the blocks that begin at a level of the tree, or at a leaf above it."""
     if len(path) < level and not tree.is_leaf(node):
         for child, left in tree.children(node):
             yield from _blocks(tree, level, child, (*path, (node, left)))
@@ -136,12 +147,13 @@ def _blocks(tree: _Tree, level: int, node: int = 0, path: tuple[Step, ...] = ())
     if features:
         table = np.zeros((len(features), 2 ** len(nodes)))
         for leaf, steps in leaves:
-            for feature, given in _of_leaf(tree, leaf, steps, nodes).items():
-                table[features.index(feature)] += given
+            for feature, contributions in _explain_leaf(tree, leaf, steps, nodes).items():
+                table[features.index(feature)] += contributions
         yield _Block(nodes, features, table.astype(np.float32))
 
 
 def _leaves(tree: _Tree, node: int, path: tuple[Step, ...]) -> Iterator[tuple[int, tuple[Step, ...]]]:
+    """Yield the leaves below a node, each with its path from the root."""
     if tree.is_leaf(node):
         yield node, path
         return
@@ -149,8 +161,8 @@ def _leaves(tree: _Tree, node: int, path: tuple[Step, ...]) -> Iterator[tuple[in
         yield from _leaves(tree, child, (*path, (node, left)))
 
 
-def _of_leaf(tree: _Tree, leaf: int, steps: Sequence[Step], nodes: Sequence[int]) -> dict[int, np.ndarray]:
-    """What each feature of a leaf's path is given, float64 [2 ** nodes], for every combination of the nodes' conditions."""
+def _explain_leaf(tree: _Tree, leaf: int, steps: Sequence[Step], nodes: Sequence[int]) -> dict[int, np.ndarray]:
+    """Return each feature's contribution to a leaf, float64 [2 ** nodes], for every combination of the nodes' conditions."""
     combinations = np.arange(2 ** len(nodes))
     players = sorted({tree.feature[node] for node, _ in steps})
     holds = {player: np.ones(len(combinations), bool) for player in players}
@@ -168,16 +180,23 @@ def _of_leaf(tree: _Tree, leaf: int, steps: Sequence[Step], nodes: Sequence[int]
 
 
 def _mean_of_coalitions(holds: Mapping[int, np.ndarray], share: Mapping[int, float], player: int) -> np.ndarray:
-    """Shapley's mean over the coalitions of the other players, of the share of a leaf that a coalition leaves: members bring
-    whether their conditions hold, others the share of training rows for which they do.
+    """Return Shapley's weighted mean, over the coalitions of the other players, of the share of a leaf that they leave.
+
+    A member of a coalition contributes whether its conditions hold, any other player the share of training rows for which its
+    conditions hold.
+
+    Args:
+        holds: by player, for each combination, whether its conditions hold; bool [combinations].
+        share: by player, the share of training rows.
+        player: the one whose contribution is computed.
     """
     others = [name for name in holds if name != player]
     total = np.zeros(len(holds[player]))
     for members in product((False, True), repeat=len(others)):
         size = sum(members)
         weight = factorial(size) * factorial(len(others) - size) / factorial(len(others) + 1)
-        left = np.full(len(total), weight)
+        product_of_shares = np.full(len(total), weight)
         for name, inside in zip(others, members, strict=True):
-            left = left * (holds[name] if inside else share[name])
-        total += left
+            product_of_shares = product_of_shares * (holds[name] if inside else share[name])
+        total += product_of_shares
     return total

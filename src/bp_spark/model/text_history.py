@@ -1,9 +1,9 @@
-"""A user's events in, read as text by a language model, one vector out: the other history half of the sequence model.
+"""The history encoder that reads events as text by a language model: a user's events in, one vector out.
 
 An event is written in four parts: its kind, a round amount, a round age and its text, as in *purchase 20 2 weeks soft
 drinks*. Each part is a row of a :class:`TokenTable` that :func:`tokenise` makes once, so a batch of histories becomes
-tokens by look-ups alone. The language model's own weights are frozen; low-rank adaptation (LoRA, Hu et al. 2021,
-arXiv:2106.09685) tunes it, and is merged into them for scoring.
+tokens by look-ups alone. The language model's own weights are frozen. Low-rank adaptation (LoRA, Hu et al. 2021,
+arXiv:2106.09685) tunes the model, and is merged into the weights for scoring.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bp_spark.model.history import pooled
 from bp_spark.model.inputs import AGE, AMOUNT, Batch
 
 AMOUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000)
-"""An amount is written as the least of these that is not below it."""
+"""Round amounts: an amount is written as the next one, if it is none itself."""
 AGES = {
     "1 day": 1,
     "3 days": 3,
@@ -42,7 +42,7 @@ AGES = {
     "6 months": 180,
     "1 year": 365,
 }
-"""An age is written as the least of these, in days, that is not below it."""
+"""Round ages in days: an age is written as the next one, if it is none itself."""
 
 _KINDS = ("event", *KINDS)
 _AMOUNTS = ("refund", "", *map(str, AMOUNTS), "1000000")
@@ -52,17 +52,17 @@ _AMOUNT_ROW, _AGE_ROW = len(_KINDS), len(_KINDS) + len(_AMOUNTS)
 _START, _END, _TEXT_ROW = len(_WORDS), len(_WORDS) + 1, len(_WORDS) + 2
 _SMALLEST = 1e-6
 _EVENT_TOKENS = 8
-"""Of an event in the mean, with its text: to tell short histories from long ones."""
+"""Mean tokens of an event with its text, for an estimate of a history's length."""
 _LANGUAGE = "language."
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """What events are written with, in tokens.
+    """The parts of events in tokens.
 
     Attributes:
-        tokens: int32 [R, W]: the words of kinds, amounts and ages, what a history starts and ends with, no text, then the
-            V texts of the vocabulary in its order; padded with 0.
+        tokens: int32 [R, W], padded with 0. First the words of kinds, amounts and ages, then the start and the end of a
+            history. An empty row for no text follows, then the V texts of the vocabulary in its order.
         lengths: int32 [R], tokens of each row.
     """
 
@@ -70,12 +70,12 @@ class TokenTable:
     lengths: Tensor
 
     def __post_init__(self) -> None:
-        if self.tokens.ndim != 2 or self.lengths.shape != self.tokens.shape[:1] or self.texts < 0:
+        if self.tokens.ndim != 1 + self.lengths.ndim or self.lengths.shape != self.tokens.shape[:1] or self.texts < 0:
             raise ValueError("must have a length for each row, and a row for each word")
 
     @property
     def texts(self) -> int:
-        """V."""
+        """How many texts the table has, V."""
         return len(self.lengths) - _TEXT_ROW - 1
 
 
@@ -85,11 +85,11 @@ def tokenise(texts: Sequence[str], folder: str, text_tokens: int, history_tokens
     Args:
         texts: in the order of the vocabulary.
         folder: of the model and its tokenizer, or its hub name.
-        text_tokens: of a text that are read; the rest is cut off.
-        history_tokens: of a whole history; the model must be able to read so many.
+        text_tokens: most tokens of a text; the rest is cut off.
+        history_tokens: most tokens of a whole history; the model must be able to read so many.
 
     Raises:
-        ConfigError: it is no model that can read histories as text, or not such long ones.
+        ConfigError: the model can't read histories as text, or none of that length.
     """
     try:
         config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -98,10 +98,12 @@ def tokenise(texts: Sequence[str], folder: str, text_tokens: int, history_tokens
         raise ConfigError(f"network.text.model: {folder} is no language model with a tokenizer: {reason}") from error
     if config.is_encoder_decoder:
         raise ConfigError(f"network.text.model: {folder} has an encoder and a decoder; only one of them can be used")
-    most = min(getattr(config, "max_position_embeddings", history_tokens), tokenizer.model_max_length)
-    if history_tokens > most:
-        raise ConfigError(f"network.text.max_tokens: {history_tokens} is more than the {most} tokens {folder} can read")
-    # a space before, for tokens of the GPT-2 kind know where a word begins by it
+    limit = min(getattr(config, "max_position_embeddings", history_tokens), tokenizer.model_max_length)
+    if history_tokens > limit:
+        raise ConfigError(
+            f"network.text.max_tokens: {history_tokens} is more than the {limit} tokens {folder} can read"
+        )
+    # The leading space marks the beginning of a word for tokenizers of the GPT-2 kind.
     written = tokenizer(
         [f" {text}" for text in (*_WORDS, *texts)], add_special_tokens=False, truncation=True, max_length=history_tokens
     )["input_ids"]
@@ -115,9 +117,12 @@ def tokenise(texts: Sequence[str], folder: str, text_tokens: int, history_tokens
 
 
 def _frame(tokenizer: Any, folder: str) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and behind a text; before it at least one token, to stand for nobody's history."""
-    told = tokenizer(f" {KINDS[0]}", return_special_tokens_mask=True)
-    ids, added = list(told["input_ids"]), list(told["special_tokens_mask"])
+    """Return the tokens that the tokenizer puts before and behind a text.
+
+    There is at least one before it, so that an empty history has a token too.
+    """
+    example = tokenizer(f" {KINDS[0]}", return_special_tokens_mask=True)
+    ids, added = list(example["input_ids"]), list(example["special_tokens_mask"])
     start, end = ids[: added.index(0)], ids[len(ids) - added[::-1].index(0) :]
     if not start:
         ends = (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
@@ -128,15 +133,15 @@ def _frame(tokenizer: Any, folder: str) -> tuple[list[int], list[int]]:
 
 
 class TextHistoryEncoder(nn.Module):
-    """Reads histories as text. Of its state the frozen weights of the language model are no part.
+    """Reads histories as text. The frozen weights of the language model are not part of its state.
 
     Args:
         config: sizes and pooling.
-        language: what :func:`adapted` or :func:`restored` made.
-        table: what events are written with.
+        language: the language model, of :func:`adapted` or :func:`restore_text_encoder`.
+        table: the parts of events in tokens.
 
     Raises:
-        ConfigError: the tokens of a history don't suffice for one event.
+        ConfigError: a history has too few tokens for one event.
     """
 
     tokens: Tensor
@@ -159,25 +164,26 @@ class TextHistoryEncoder(nn.Module):
         self.register_buffer("lengths", lengths.clamp(max=for_text).int(), persistent=False)
         self.register_buffer("amount_edges", _log1p(-_SMALLEST, 0, *AMOUNTS), persistent=False)
         self.register_buffer("age_edges", _log1p(*AGES.values()), persistent=False)
-        told: Any = language.config
-        width, self.padding = told.hidden_size, told.pad_token_id or 0
+        language_config: Any = language.config
+        width, self.padding = language_config.hidden_size, language_config.pad_token_id or 0
         self.pooling_score = nn.Linear(width, 1) if config.pooling == "attention" else None
         self.project = nn.Sequential(nn.Linear(width, config.hidden_size), nn.LayerNorm(config.hidden_size))
-        self.register_state_dict_post_hook(_leave_out_frozen)
-        self.register_load_state_dict_pre_hook(_put_in_frozen)
+        module: Any = self
+        module.register_state_dict_post_hook(_leave_out_frozen)
+        module.register_load_state_dict_pre_hook(_put_in_frozen)
 
     def forward(self, batch: Batch) -> Tensor:
-        """One vector for each user, [B, hidden_size]."""
-        ids, seen = self.written(batch)
+        """Return one vector for each user, [B, hidden_size]."""
+        ids, seen = self.tokens_of(batch)
         states = self.language(input_ids=ids, attention_mask=seen.long()).last_hidden_state
         vectors: Tensor = self.project(pooled(states, seen, self.pooling_score))
         return vectors
 
-    def written(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Histories as tokens, oldest event first; events for which there is no room are left out, the oldest first.
+    def tokens_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Write histories as tokens, oldest event first; the oldest events are left out where there is no room.
 
         Returns:
-            ids int64 [B, T] and which of them are tokens, bool [B, T]; padding follows the tokens.
+            Ids, int64 [B, T], and whether each is a token, bool [B, T]; padding follows the tokens.
         """
         amount, age = batch.numeric[..., AMOUNT].contiguous(), batch.numeric[..., AGE].contiguous()
         parts = (
@@ -195,19 +201,19 @@ class TextHistoryEncoder(nn.Module):
         rows = torch.cat([start, rows.flatten(1), end], dim=1)
         lengths = torch.cat([self.lengths[start], lengths.flatten(1), self.lengths[end]], dim=1)
         ends = lengths.cumsum(dim=1)
-        places = torch.arange(int(ends[:, -1].max()), device=rows.device).expand(len(rows), -1).contiguous()
-        part = torch.searchsorted(ends, places, right=True)
+        positions = torch.arange(int(ends[:, -1].max()), device=rows.device).expand(len(rows), -1).contiguous()
+        part = torch.searchsorted(ends, positions, right=True)
         seen = part < rows.shape[1]
         part = part.clamp(max=rows.shape[1] - 1)
-        place = (places - (ends - lengths).gather(1, part)).clamp(max=self.tokens.shape[1] - 1)
-        return self.tokens[rows.gather(1, part), place].long().masked_fill(~seen, self.padding), seen
+        column = (positions - (ends - lengths).gather(1, part)).clamp(max=self.tokens.shape[1] - 1)
+        return self.tokens[rows.gather(1, part), column].long().masked_fill(~seen, self.padding), seen
 
     def widths(self, lengths: np.ndarray) -> np.ndarray:
-        """Tokens of histories of so many events, int64 [B], about: beyond the cap more events are no more tokens."""
-        return np.minimum((lengths + 1) * _EVENT_TOKENS, self.config.text.max_tokens)
+        """Return estimates of the tokens of histories of so many events, int64 [B], capped at ``text.max_tokens``."""
+        return np.asarray(np.minimum((lengths + 1) * _EVENT_TOKENS, self.config.text.max_tokens))
 
     def merged(self) -> TextHistoryEncoder:
-        """The same encoder with the low-rank changes merged into the language model's weights."""
+        """Return the same encoder with the low-rank changes merged into the language model's weights."""
         merge = getattr(self.language, "merge_and_unload", None)
         if merge is None:
             return self
@@ -215,19 +221,19 @@ class TextHistoryEncoder(nn.Module):
         twin.language = twin.language.merge_and_unload().requires_grad_(False)  # type: ignore[operator]
         return twin
 
-    def carried(self) -> dict[str, Tensor]:
-        """What a bundle holds of a merged encoder beside its state: see :func:`restored`."""
+    def bundle_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that a bundle holds beside the state of a merged encoder; see :func:`restore_text_encoder`."""
         weights = {f"{_LANGUAGE}{name}": tensor for name, tensor in self.language.state_dict().items()}
         return {"tokens": self.tokens, "token_lengths": self.lengths, **weights}
 
-    def described(self) -> dict[str, Any]:
-        """The language model's configuration, plain JSON."""
+    def bundle_description(self) -> dict[str, Any]:
+        """Return the language model's configuration as plain JSON."""
         config: dict[str, Any] = json.loads(self.language.config.to_json_string(use_diff=False))  # type: ignore
         return {"language": {key: value for key, value in config.items() if key != "_name_or_path"}}
 
 
 def adapted(folder: str, config: NetworkConfig) -> nn.Module:
-    """A pre-trained language model whose linear layers are tuned by low-rank adaptation, all else frozen.
+    """Return a pre-trained language model whose linear layers are tuned by low-rank adaptation, all else frozen.
 
     Args:
         folder: of the model, or its hub name.
@@ -235,9 +241,10 @@ def adapted(folder: str, config: NetworkConfig) -> nn.Module:
     """
     from peft import LoraConfig, get_peft_model
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    model = _without_waste(AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True))
+    quiet: Any = transformers_logging
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
+    model = _without_unused_layers(AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True))
     settings = config.text
     low_rank = LoraConfig(
         r=settings.lora_rank,
@@ -251,20 +258,20 @@ def adapted(folder: str, config: NetworkConfig) -> nn.Module:
         return get_peft_model(model, low_rank)
 
 
-def restored(
+def restore_text_encoder(
     config: NetworkConfig, vocabulary: int, language: Any, tensors: dict[str, Tensor], path: Path
 ) -> TextHistoryEncoder:
-    """The encoder of which :meth:`TextHistoryEncoder.carried` and ``described`` told, its own layers still untrained.
+    """Return the encoder of a bundle's tensors; the encoder's own layers are still untrained.
 
     Args:
         config: sizes and pooling.
         vocabulary: number of texts.
-        language: the language model's configuration.
-        tensors: those of ``carried`` are taken out.
-        path: where they are from.
+        language: the language model's configuration, of :meth:`TextHistoryEncoder.bundle_description`.
+        tensors: of the bundle; those of :meth:`TextHistoryEncoder.bundle_tensors` are removed.
+        path: file of the tensors, for the message.
 
     Raises:
-        BundleError: they don't make a language model and a table of tokens.
+        BundleError: the tensors don't make a language model and a table of tokens.
     """
     weights = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_LANGUAGE)}
     try:
@@ -272,16 +279,17 @@ def restored(
         if table.texts != vocabulary:
             raise ValueError(f"tokens of {table.texts} texts, not {vocabulary}")
         values = dict(language)
-        told: PreTrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
-        model = _without_waste(AutoModel.from_config(told)).requires_grad_(False)
+        language_config: PreTrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
+        auto_model: Any = AutoModel
+        model = _without_unused_layers(auto_model.from_config(language_config)).requires_grad_(False)
         model.load_state_dict({name.removeprefix(_LANGUAGE): tensor for name, tensor in weights.items()}, assign=True)
         return TextHistoryEncoder(config, model, table)
     except (KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
         raise BundleError(f"{path}: no language model that reads histories: {str(error).splitlines()[0]}") from error
 
 
-def _without_waste(model: Any) -> Any:
-    """The model without what no history needs; a layer that gets no gradient would stop DDP."""
+def _without_unused_layers(model: Any) -> Any:
+    """Return the model without its pooler and cache; a layer that gets no gradient would stop DDP."""
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     model.config.use_cache = False

@@ -1,0 +1,1 @@
+"""Bundles, their signatures, and the MLflow store that registers them."""

@@ -1,4 +1,4 @@
-"""What a bundle predicts of users, as Arrow columns: for scoring runs, pandas UDFs and logged models."""
+"""Predictions of a bundle as Arrow columns: for scoring runs, pandas UDFs and logged models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bp_spark.model.explanation import SEQUENCE
 from bp_spark.registry.bundle import Bundle
 
 REASONS = 3
-"""Reasons listed with each prediction, at most."""
+"""How many reasons a prediction lists at most."""
 PREDICTION_COLUMNS = (
     "expected_spend",
     "low",
@@ -42,25 +42,28 @@ REASON = pa.struct(
 
 
 def predict(bundle: Bundle, columns: Columns, on: date | None = None) -> dict[str, pa.Array]:
-    """PREDICTION_COLUMNS for users, an Arrow array of one value each per column.
+    """Return the :data:`PREDICTION_COLUMNS` of users, an Arrow array of one value a user for each.
 
     Args:
+        bundle: the model.
+        columns: an array of values for each column that the bundle reads.
         on: the date from which the spend counts; by default that of the bundle's training.
     """
     predicted = bundle.predict(columns, on)
-    made: dict[str, pa.Array] = {
+    nested: dict[str, pa.Array] = {
         "expected_by_horizon": _by_horizon(bundle, predicted["expected_by_horizon"]),
     } | _reasons(bundle, columns, predicted, on)
-    return {name: made[name] if name in made else pa.array(predicted[name]) for name in PREDICTION_COLUMNS}
+    return {name: nested[name] if name in nested else pa.array(predicted[name]) for name in PREDICTION_COLUMNS}
 
 
-def as_frame(said: Mapping[str, pa.Array]) -> pd.DataFrame:
-    """What :func:`predict` returned, for people who work with pandas."""
-    return pa.table(said).to_pandas(maps_as_pydicts="strict")
+def as_frame(predictions: Mapping[str, pa.Array]) -> pd.DataFrame:
+    """Return the columns of :func:`predict` as a pandas DataFrame, maps as dictionaries."""
+    frame: pd.DataFrame = pa.table(predictions).to_pandas(maps_as_pydicts="strict")
+    return frame
 
 
 def _by_horizon(bundle: Bundle, expected: np.ndarray) -> pa.MapArray:
-    """Days -> expected spend of each user, from float64 [users, horizons]."""
+    """Return maps from days to expected spend, one a user, from float64 [users, horizons]."""
     users, horizons = expected.shape
     offsets = np.arange(users + 1, dtype=np.int32) * horizons
     return pa.MapArray.from_arrays(offsets, np.tile(np.array(bundle.horizons.days, np.int32), users), expected.ravel())
@@ -69,8 +72,11 @@ def _by_horizon(bundle: Bundle, expected: np.ndarray) -> pa.MapArray:
 def _reasons(
     bundle: Bundle, columns: Columns, predicted: Mapping[str, np.ndarray], on: date | None
 ) -> dict[str, pa.Array]:
-    """The groups of features that moved each user's expected spend most, each with the feature that did most of it; the sum
-    of all others, and what they count from. None where the bundle gives no reasons."""
+    """Return ``base_spend``, ``reasons`` and ``other_reasons`` of users; null and empty where the bundle gives no reasons.
+
+    A reason is a group of features that moved the expected spend most, with its foremost feature. ``other_reasons`` is the sum
+    of all other groups. All are counted from ``base_spend``.
+    """
     users = len(predicted["expected_spend"])
     explanation = bundle.explanation
     if explanation is None or users == 0:
@@ -79,32 +85,32 @@ def _reasons(
             "reasons": pa.ListArray.from_arrays(np.zeros(users + 1, np.int32), pa.array([], REASON)),
             "other_reasons": pa.nulls(users, pa.float64()),
         }
-    given, rest, base = bundle.explain(columns, predicted, on)
+    by_feature, of_sequence, base = bundle.explain(columns, predicted, on)
     names = explanation.group_names
     by_group = np.zeros((len(names), users))
     foremost = np.full((len(names), users), -1)
     groups = np.array(explanation.groups)
     for number, name in enumerate(names):
         if name == SEQUENCE:
-            by_group[number] = rest
+            by_group[number] = of_sequence
             continue
-        theirs = np.flatnonzero(groups == name)
-        by_group[number] = given[theirs].sum(axis=0)
-        foremost[number] = theirs[np.argmax(given[theirs] * np.sign(by_group[number]), axis=0)]
+        members = np.flatnonzero(groups == name)
+        by_group[number] = by_feature[members].sum(axis=0)
+        foremost[number] = members[np.argmax(by_feature[members] * np.sign(by_group[number]), axis=0)]
     count = min(REASONS, len(names))
-    # stable: of two that are equal the first is first
+    # Stable: equal contributions stay in the order of the groups.
     top = np.argsort(-np.abs(by_group), axis=0, kind="stable")[:count]
     contribution = np.take_along_axis(by_group, top, axis=0)
     feature = np.take_along_axis(foremost, top, axis=0).T.ravel()
-    told = feature >= 0
+    has_feature = feature >= 0
     values = np.full(len(feature), np.nan)
     tabular = np.stack([np.asarray(columns[name], np.float64) for name in explanation.features])
-    values[told] = tabular[feature[told], np.repeat(np.arange(users), count)[told]]
+    values[has_feature] = tabular[feature[has_feature], np.repeat(np.arange(users), count)[has_feature]]
     listed = pa.StructArray.from_arrays(
         [
             pa.array(names, pa.string()).take(pa.array(top.T.ravel())),
             pa.array(contribution.T.ravel()),
-            pa.array(explanation.features, pa.string()).take(pa.array(feature, mask=~told)),
+            pa.array(explanation.features, pa.string()).take(pa.array(feature, mask=~has_feature)),
             pa.array(values, from_pandas=True),
         ],
         fields=list(REASON),
@@ -117,8 +123,13 @@ def _reasons(
 
 
 def fit_to_task(bundle: Bundle, task: TaskContext | None) -> None:
-    """Let the bundle use what the task was given: as many threads as it has cores, for more would take those of the next
-    task, and its GPU, if it has one.
+    """Let the bundle use the cores and the GPU of a Spark task.
+
+    It gets as many threads as the task has cores: more would take the cores of the next task.
+
+    Args:
+        bundle: the model.
+        task: the running task; ``None`` outside of Spark's tasks.
     """
     cores = task.cpus() if task else 1
     for member in bundle.members.values():

@@ -1,7 +1,7 @@
-"""Signatures of bundles: Ed25519 (RFC 8032) over the bytes of ``manifest.json``, which has the digest of every other file.
+"""Signatures of bundles: Ed25519 (RFC 8032) over ``manifest.json``, which has the digest of every other file.
 
-The signature, 64 bytes, lies beside the manifest as ``manifest.sig``. Keys are PEM, as OpenSSL makes them, and OpenSSL can
-check a signature without this package::
+The signature, 64 bytes, lies beside the manifest as ``manifest.sig``. Keys are PEM files of OpenSSL, which also checks a
+signature without this package::
 
     openssl genpkey -algorithm ed25519 -out signing.pem
     openssl pkey -in signing.pem -pubout -out signing.pub
@@ -22,10 +22,10 @@ from bp_spark.core.errors import ConfigError
 
 
 def private_key(config: SigningConfig) -> Ed25519PrivateKey | None:
-    """The key that new bundles are signed with; ``None`` where none is set.
+    """Return the key that signs new bundles; ``None`` where none is set.
 
     Raises:
-        ConfigError: it isn't there, is no such key, or is not the other half of the public key.
+        ConfigError: the key is missing, is no Ed25519 key in PEM, or doesn't belong to the public key.
     """
     if config.private_key is None:
         return None
@@ -44,10 +44,10 @@ def private_key(config: SigningConfig) -> Ed25519PrivateKey | None:
 
 
 def public_key(config: SigningConfig) -> Ed25519PublicKey | None:
-    """The key that bundles must be signed for; ``None`` where none is set.
+    """Return the key that checks the signatures of bundles; ``None`` where none is set.
 
     Raises:
-        ConfigError: it isn't there or is no such key.
+        ConfigError: the key is missing or no Ed25519 key in PEM.
     """
     if config.public_key is None:
         return None
@@ -61,7 +61,7 @@ def public_key(config: SigningConfig) -> Ed25519PublicKey | None:
 
 
 def is_signed(document: bytes, signature: bytes, key: Ed25519PublicKey) -> bool:
-    """Whether the signature is the key's over the document."""
+    """Return whether a signature is that of the document by the key."""
     try:
         key.verify(signature, document)
     except InvalidSignature:

@@ -18,7 +18,6 @@ from bp_spark.features import catalogue
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.tables import METRICS, RUNS, Lakehouse, whole
 from bp_spark.registry import bundle as bundles
-from bp_spark.registry import signing
 from bp_spark.report import population
 
 HISTORY_NIGHTS = 90
@@ -175,7 +174,7 @@ def _model(run: Run, of_digest: str) -> tuple[dict[str, object], pd.DataFrame]:
     of_bundle = metrics.filter(F.col("bundle_digest") == of_digest).toPandas()
     told: dict[str, object] = {"digest": of_digest}
     try:
-        bundle = bundles.load(bundles.find(config.bundles, of_digest), signing.public_key(config.signing))
+        bundle = bundles.load_promoted(config, bundles.find(config.bundles, of_digest))
     except BundleError as error:
         return {"horizon_days": config.labels.horizon_days, **told, "bundle": f"can't be read: {error}"}, of_bundle
     lineage = bundle.manifest["lineage"]

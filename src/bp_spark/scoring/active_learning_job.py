@@ -23,8 +23,7 @@ from bp_spark.features.job import require_same_secret, span
 from bp_spark.ingest import pseudonyms
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.tables import GIVEN_LABELS, LABEL_REQUESTS, Lakehouse, Table
-from bp_spark.registry import bundle as bundles
-from bp_spark.registry import signing
+from bp_spark.registry.bundle import load_promoted
 from bp_spark.scoring import active_learning
 from bp_spark.scoring.job import features_of, require_same_features
 
@@ -69,7 +68,7 @@ def select_labels(
         raise ConfigError(f"select-labels: the budget must be 1 to {active_learning.MAX_BUDGET:,}, is {budget:,}")
     with recorded(spark, config, "select-labels") as run:
         lakehouse = run.lakehouse
-        bundle = bundles.load(bundles.current(config.bundles), signing.public_key(config.signing))
+        bundle = load_promoted(config)
         require_same_features(bundle, config)
         users = features_of(lakehouse, as_of_date, lakehouse.version("user_features"))
         source = sorted(row[0] for row in users.select("built_from").distinct().collect())

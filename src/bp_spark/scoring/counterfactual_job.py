@@ -13,8 +13,7 @@ from bp_spark.core.errors import DataError
 from bp_spark.features import catalogue
 from bp_spark.ingest import texts
 from bp_spark.lakehouse.tables import Lakehouse
-from bp_spark.registry import bundle as bundles
-from bp_spark.registry import signing
+from bp_spark.registry.bundle import load_promoted
 from bp_spark.scoring import counterfactual as pasts
 from bp_spark.scoring.counterfactual import Change, Comparison
 from bp_spark.scoring.job import features_of, require_same_features
@@ -41,7 +40,7 @@ def what_if(
         DataError: the user has no features on that date, or none after the change; a name is no feature.
     """
     lakehouse = Lakehouse(spark, config.tables)
-    bundle = bundles.load(bundles.current(config.bundles), signing.public_key(config.signing))
+    bundle = load_promoted(config)
     require_same_features(bundle, config)
     of_date = features_of(lakehouse, score_date, lakehouse.version("user_features"))
     before = of_date.filter(F.col("user_key") == user_key).toPandas()

@@ -23,9 +23,7 @@ from bp_spark.core.version import __version__
 from bp_spark.lakehouse import parquet
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.tables import SCORES, SCORES_LATEST, Lakehouse
-from bp_spark.registry import bundle as bundles
-from bp_spark.registry import signing, tracking
-from bp_spark.registry.bundle import Bundle
+from bp_spark.registry.bundle import Bundle, load_promoted
 from bp_spark.report import population
 from bp_spark.scoring import prediction
 from bp_spark.scoring.carry_forward import carry_forward, stale_users
@@ -74,10 +72,7 @@ def score(
     """
     with recorded(spark, config, "score") as run:
         lakehouse = run.lakehouse
-        if str(chosen).startswith(tracking.SCHEME):
-            bundle = tracking.fetch(config, str(chosen))
-        else:
-            bundle = bundles.load(chosen or bundles.current(config.bundles), signing.public_key(config.signing))
+        bundle = load_promoted(config, chosen)
         require_same_features(bundle, config)
         # the version that is recorded is the one that is read, whatever is written meanwhile
         version = lakehouse.version("user_features")

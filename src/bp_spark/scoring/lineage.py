@@ -16,7 +16,6 @@ from bp_spark.core.version import __version__
 from bp_spark.lakehouse.run import recorded
 from bp_spark.lakehouse.tables import RUNS, SCORES, Lakehouse, whole
 from bp_spark.registry import bundle as bundles
-from bp_spark.registry import signing
 from bp_spark.registry.bundle import Bundle
 from bp_spark.scoring import prediction
 from bp_spark.scoring.compare import COMPARED, TOLERANCE, differences
@@ -162,7 +161,7 @@ def _compared(stored: DataFrame, computed: DataFrame, bundle: Bundle, score_date
 
 
 def _bundle(config: Config, of_digest: str) -> Bundle:
-    return bundles.load(bundles.find(config.bundles, of_digest), signing.public_key(config.signing))
+    return bundles.load_promoted(config, bundles.find(config.bundles, of_digest))
 
 
 def _scores(lakehouse: Lakehouse, score_date: date) -> DataFrame:

@@ -41,7 +41,7 @@ from bp_spark.model.members.linear import fit_linear
 from bp_spark.model.members.trees import CLASSIC_ONLY, SqrtTreesMember, TreesMember, fit_trees
 from bp_spark.model.stack import CalibratedStack
 from bp_spark.registry import bundle as bundles
-from bp_spark.registry import signing, tracking
+from bp_spark.registry import mlflow_store, publishing, signing
 from bp_spark.registry.bundle import Bundle
 from bp_spark.training.loader import Snapshot, snapshot
 from bp_spark.training.tasks.finetune import finetune
@@ -80,7 +80,7 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
     Without a test date all
     is then fitted once more, as of the day after the last event (``training.refit``): what scores has then learned from the
     newest horizon, too, and what was judged is the same made a horizon earlier. Last of all the bundle becomes a version of
-    the registered model (see :mod:`bp_spark.registry.tracking`).
+    the registered model (see :mod:`bp_spark.registry.publishing`).
 
     Args:
         test_date: the evaluation date; training horizons end on or before it, and nothing later is seen. By default the
@@ -98,7 +98,7 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
         PlatformError: the extra ``train`` is not installed.
     """
     extras.require("train", "train")
-    tracking.check(config.tracking)
+    mlflow_store.check(config.tracking)
     signing.private_key(config.signing)
     require_session(spark, config)
     with recorded(spark, config, "train") as run:
@@ -208,7 +208,7 @@ def _fit_horizons(run: Run, out_of_fold: pd.DataFrame, fusion: CalibratedStack) 
     """Ratios of other horizons; a stage, for one that no cutoff has seen whole is left out and people must see that."""
     config = run.config.labels
     with run.stage("fit horizons") as figures:
-        expected = fusion.steady({name: out_of_fold[name].to_numpy() for name in fusion.inputs})["expected_spend"]
+        expected = fusion.steady(fusion.inputs_from(out_of_fold))["expected_spend"]
         horizons = Horizons.fit(out_of_fold, expected, config.horizon_days, config.other_horizons)
         for days in config.other_horizons:
             rows = int(out_of_fold[labels.of_days("label_spend", days)].notna().sum())
@@ -482,7 +482,7 @@ def _transformer_fit(
 ) -> Fit:
     """Pre-trains and fine-tunes. Who is predicted out of fold isn't pre-trained on either: later events tell of labels."""
     # torch takes seconds to import: a platform without a sequence model doesn't pay for it
-    from bp_spark.model.network import TransformerMember
+    from bp_spark.model.members.transformer import TransformerMember
 
     config, lakehouse = run.config, run.lakehouse
     labelled = lakehouse.location("training_set"), version
@@ -705,7 +705,7 @@ def _incumbent(run: Run) -> tuple[Bundle | None, str]:
     if not bundles.is_any_promoted(run.config.bundles):
         return None, "no other bundle is promoted"
     try:
-        incumbent = bundles.load(bundles.current(run.config.bundles), signing.public_key(run.config.signing))
+        incumbent = bundles.load_promoted(run.config)
     except BundleError as error:
         return None, f"the promoted bundle can't be used ({error})"
     if incumbent.horizon_days != run.config.labels.horizon_days:
@@ -719,7 +719,7 @@ def _judged(run: Run, incumbent: Bundle) -> Bundle:
     if judged is None:
         return incumbent
     try:
-        return bundles.load(Path(run.config.bundles) / judged["bundle"], signing.public_key(run.config.signing))
+        return bundles.load_promoted(run.config, Path(run.config.bundles) / judged["bundle"])
     except BundleError:
         return incumbent
 
@@ -733,7 +733,7 @@ def _fused(run: Run, bundle: Bundle, test_date: date) -> pd.DataFrame:
     users = test_rows(run, test_date)
     bundle.check_inputs(users.columns)
     says = predicted(users, list(bundle.members.values()), run.config)
-    answers = bundle.fusion.apply({name: says[name].to_numpy() for name in bundle.fusion.inputs}, test_date)
+    answers = bundle.fusion.apply(bundle.fusion.inputs_from(says), test_date)
     return says[["user_key", "label_spend"]].assign(fused=answers["expected_spend"])
 
 
@@ -760,7 +760,7 @@ def enter_registry(run: Run, bundle: Bundle, history: Sequence[Mapping[str, floa
         return
     with run.stage("publish") as figures:
         try:
-            published = tracking.publish(run.config, bundle, history, run.records[0]["started_at"])
+            published = publishing.publish(run.config, bundle, history, run.records[0]["started_at"])
         except TrackingError as error:
             raise TrackingError(
                 f"{error}; the training is done and the bundle is written: bp-spark publish --bundle {bundle.folder}"

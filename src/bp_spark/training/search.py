@@ -18,7 +18,7 @@ from optuna.trial import TrialState, create_trial
 from bp_spark.core.config import SearchConfig, SearchRange
 from bp_spark.core.errors import BpSparkError
 from bp_spark.evaluation.bootstrap import BETTER
-from bp_spark.registry.tracking import Settings, Trial
+from bp_spark.registry.searches import Settings, Trial
 
 
 @dataclass

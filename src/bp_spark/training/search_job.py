@@ -23,8 +23,8 @@ from bp_spark.features.job import span
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.tables import TRIALS
 from bp_spark.model.stack import CalibratedStack
-from bp_spark.registry import tracking
-from bp_spark.registry.tracking import Trial
+from bp_spark.registry import mlflow_store
+from bp_spark.registry.searches import Trial, record_search
 from bp_spark.training.job import cross_fit, prepare
 
 
@@ -42,7 +42,7 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
 
     A trial is judged by the fused prediction of users whom its members were not fitted on, at past cutoffs: nothing from
     the test date on is seen. Each leaves a row in ``trials`` and its settings in TensorBoard, beside the checkpoints; when
-    the search ends, well or not, all become runs of MLflow (see :mod:`bp_spark.registry.tracking`).
+    the search ends, well or not, all become runs of MLflow (see :mod:`bp_spark.registry.searches`).
 
     Args:
         test_date: as in :func:`train`.
@@ -55,7 +55,7 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
         PlatformError: the extra ``train`` is not installed.
     """
     extras.require("train", "search")
-    tracking.check(config.tracking)
+    mlflow_store.check(config.tracking)
     # optuna and torch take seconds to import: other stages don't pay for them
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
@@ -73,7 +73,7 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
             with TemporaryDirectory(dir=folder) as place:
                 _, out_of_fold, _ = cross_fit(trial, rows, day, vocabulary, Path(place), version=version, refit=False)
             fusion = CalibratedStack.fit(out_of_fold, trial.config.fusion)
-            said = fusion.apply({name: out_of_fold[name].to_numpy() for name in fusion.inputs})["expected_spend"]
+            said = fusion.apply(fusion.inputs_from(out_of_fold))["expected_spend"]
             return metrics.evaluate(out_of_fold["label_spend"].to_numpy(), said)[config.search.metric]
 
         now = {key: reduce(getattr, key.split("."), config) for key in config.search.space}
@@ -90,9 +90,7 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
                     }
                     writer.add_hparams(shown, {config.search.metric: trial.value}, run_name=str(trial.number))
             finally:
-                tracking.record_search(
-                    config.tracking, config.search, run.run_id, day, found.trials, ended=datetime.now(UTC)
-                )
+                record_search(config.tracking, config.search, run.run_id, day, found.trials, ended=datetime.now(UTC))
             best = found.best
             if best is None:
                 raise ConfigError(f"search: no trial came to a figure; the first: {found.trials[0].error}")

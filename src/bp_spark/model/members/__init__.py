@@ -1,0 +1,1 @@
+"""The members of a bundle: fitted models of a user's spend."""

@@ -1,4 +1,7 @@
-"""What every member of a bundle offers: predictions from columns, and plain files (JSON, safetensors; nothing is unpickled)."""
+"""The interface of members of a bundle: predictions from columns, and plain files.
+
+Files are JSON or safetensors; nothing is unpickled.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ KEY = ("user_key", "as_of_date")
 
 
 class Member(Protocol):
-    """A fitted model of a user's spend. Rows are independent: a row's answer depends on that row only."""
+    """A fitted model of a user's spend. A prediction depends on its own row only."""
 
     @property
     def name(self) -> str:
@@ -29,10 +32,10 @@ class Member(Protocol):
         ...
 
     def predict(self, columns: Columns) -> np.ndarray:
-        """Expected spend, ``float64[rows]``, finite and >= 0, in the currency of the labels.
+        """Return the expected spend, ``float64[rows]``, finite and >= 0, in the currency of the labels.
 
         Args:
-            columns: one array of ``rows`` values per input column; NaN is a missing value.
+            columns: one array of ``rows`` values for each input column; NaN is a missing value.
 
         Raises:
             BundleError: a column the member needs is missing.
@@ -40,7 +43,7 @@ class Member(Protocol):
         ...
 
     def set_threads(self, threads: int) -> None:
-        """Use that many threads in predictions from now on, where a prediction can use several."""
+        """Use that many threads in predictions from now on, if a prediction can use several."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -49,7 +52,7 @@ class Member(Protocol):
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read what :meth:`save` wrote.
+        """Read the member that :meth:`save` wrote.
 
         Raises:
             BundleError: a file is missing, cut short or not this member's; the message names it.
@@ -59,18 +62,19 @@ class Member(Protocol):
 
 @runtime_checkable
 class HorizonsMember(Protocol):
-    """A member that tells of other horizons too."""
+    """A member that predicts other horizons too."""
 
     def predict_horizons(self, columns: Columns) -> dict[str, np.ndarray]:
-        """As :meth:`Member.predict`, for each horizon: under the member's name for the main one, else under that of
-        :func:`bp_spark.features.labels.of_days`.
+        """Return the expected spend over each horizon, ``float64[rows]`` each.
+
+        The main horizon stands under the member's name, another one under that of :func:`bp_spark.features.labels.of_days`.
         """
         ...
 
 
 @runtime_checkable
 class ActivityMember(Protocol):
-    """A member that tells whether a user will buy at all, too."""
+    """A member that predicts whether a user will buy at all, too."""
 
     def predict_activity(self, columns: Columns) -> dict[str, np.ndarray]:
         """Return :data:`bp_spark.model.columns.ACTIVE` and :data:`bp_spark.model.columns.SILENT`, ``float64[rows]`` each."""
@@ -78,30 +82,32 @@ class ActivityMember(Protocol):
 
 
 def predict_all(members: Iterable[Member], columns: Columns) -> dict[str, np.ndarray]:
-    """What members say, ``float64[rows]`` each: by name, by name and days (``transformer_30d``) of other horizons, and
-    those of :class:`ActivityMember`.
+    """Return the predictions of members, ``float64[rows]`` each.
+
+    Keys are the members' names, names with days for other horizons (``transformer_30d``), and those of
+    :class:`ActivityMember`.
 
     Raises:
         BundleError: a column a member needs is missing.
     """
-    said: dict[str, np.ndarray] = {}
+    predictions: dict[str, np.ndarray] = {}
     for member in members:
         if isinstance(member, HorizonsMember):
-            said |= member.predict_horizons(columns)
+            predictions |= member.predict_horizons(columns)
         else:
-            said[member.name] = member.predict(columns)
+            predictions[member.name] = member.predict(columns)
         if isinstance(member, ActivityMember):
-            said |= member.predict_activity(columns)
-    return said
+            predictions |= member.predict_activity(columns)
+    return predictions
 
 
 def spend() -> Column:
-    """Spend over the horizon, never below 0, as a double."""
+    """Return the spend over the horizon as a double, never below 0."""
     return F.greatest(F.col(LABEL).cast("double"), F.lit(0.0))
 
 
 def signed_log(name: str) -> Column:
-    """``sign(v) * log1p(|v|)`` of a column."""
+    """Return ``sign(v) * log1p(|v|)`` of a column."""
     value = F.col(name).cast("double")
     return F.signum(value) * F.log1p(F.abs(value))
 
@@ -118,12 +124,12 @@ def require(df: DataFrame, names: Iterable[str]) -> None:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write what :func:`read_json` reads; floats come back bit for bit."""
+    """Write a JSON object for :func:`read_json`; floats come back bit for bit."""
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a member's file.
+    """Return the JSON object in a member's file.
 
     Raises:
         BundleError: the file can't be read or holds no JSON object.

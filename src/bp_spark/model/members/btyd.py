@@ -1,7 +1,7 @@
-"""Buy till you die: what purchase days and their mean spend alone say of the future; the classic baseline of the field.
+"""Buy till you die: expected spend from purchase days and their mean spend alone, the classic baseline of the field.
 
-In: ``frequency`` (x), ``active_span_days`` (t_x), ``tenure_days`` (T) and ``monetary_value`` of the training users, as
-counts on the driver. Out: a :class:`BtydMember` of seven numbers.
+:func:`fit_btyd` reads ``frequency`` (x), ``active_span_days`` (t_x), ``tenure_days`` (T) and ``monetary_value`` of the training
+users. Counts of them come to the driver. The result is a :class:`BtydMember` of seven numbers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from scipy.optimize import minimize
 from scipy.special import betaln, expit, gammaln, hyp2f1
 
 from bp_spark.core.errors import BundleError, DataError
-from bp_spark.model.columns import ACTIVE, SILENT, Columns, stack
+from bp_spark.model.columns import ACTIVE, SILENT, Columns, to_matrix
 from bp_spark.model.members.base import SPLIT, TABLE, read_json, require, write_json
 
 FEATURES = ("frequency", "active_span_days", "tenure_days", "monetary_value")
 MAX_ROWS = 200_000
-"""Rows of counts that come to the driver at most; beyond, neighbours are counted together."""
+"""Most rows of counts that come to the driver; where there would be more, neighbours are counted together."""
 
 _EXACT = 20
 _LOG_STEP = 0.01
@@ -37,19 +37,19 @@ _ONE_PLUS = 1.0 + 1e-6
 
 @dataclass(frozen=True)
 class BtydMember:
-    """Expected purchase days of the horizon by BG/NBD, times the expected spend of one by Gamma-Gamma.
+    """Predicts purchase days in the horizon by BG/NBD, and multiplies them by the spend of a day by Gamma-Gamma.
 
     *BG/NBD* (Fader, Hardie and Lee 2005, "Counting your customers" the easy way, Marketing Science 24): a customer
-    buys at rate ``λ ~ Gamma(r, alpha)`` a day and drops out after each purchase with ``p ~ Beta(a, b)``; their
-    equation 10 is the expectation given x repeat purchases, the last at ``t_x``, in ``T`` days.
+    buys at rate ``λ ~ Gamma(r, alpha)`` a day and drops out after each purchase with ``p ~ Beta(a, b)``. Equation 10 of the
+    paper is the expectation given x repeat purchases, the last at ``t_x``, in ``T`` days.
 
     *Gamma-Gamma* (Fader and Hardie 2013, "The Gamma-Gamma model of monetary value"): the spend of a purchase day is
     ``Gamma(p, ν)`` with ``ν ~ Gamma(q, gamma)``, so that ``E[M] = p (gamma + n m) / (p n + q - 1)`` given the mean
-    ``m`` of ``n`` purchase days. Here ``n = x + 1``, for the platform's ``monetary_value`` is of all purchase days, the
-    first one included.
+    ``m`` of ``n`` purchase days. Here ``n = x + 1``: ``monetary_value`` is the mean of all purchase days, the first one
+    included.
 
-    A user without ``monetary_value`` gets the mean spend of all, one without a count or an age counts as new; net
-    refunds count as a mean spend of 0.
+    A user without ``monetary_value`` gets the mean spend of all. A user without a count or an age counts as new. Net refunds
+    count as a mean spend of 0.
     """
 
     name: ClassVar[str] = "btyd"
@@ -65,34 +65,34 @@ class BtydMember:
     gamma: float
 
     def purchase_days(self, x: np.ndarray, t_x: np.ndarray, T: np.ndarray) -> np.ndarray:
-        """Expected purchase days in the horizon, ``float64[rows]``: equation 10, for any number of past ones.
+        """Return the expected purchase days in the horizon, ``float64[rows]``, by equation 10.
 
-        Never above the mean rate times the horizon (nobody drops out), nor above the mean number of purchases that a
-        living customer has left, ``E[1 / p]``; the smaller of the two stands in where the series fails.
+        They have two bounds: the mean rate times the horizon, as if nobody dropped out, and ``E[1 / p]``, the mean number of
+        purchases that a living customer has left. The smaller bound stands in where the series fails.
         """
         share = self.horizon_days / (self.alpha + T + self.horizon_days)
-        # at a = 1 numerator and denominator both vanish; 1e-6 beside it the quotient is good to about six digits
+        # At a = 1 numerator and denominator both vanish; 1e-6 beside it the quotient is good to about six digits.
         a = self.a if abs(self.a - 1.0) > _ONE_PLUS - 1.0 else _ONE_PLUS
         c = a + self.b + x - 1.0
         with np.errstate(all="ignore"):
-            # Euler's transformation of the paper's 2F1(r + x, b + x; c; share), which overflows where x is large
+            # Euler's transformation of the paper's 2F1(r + x, b + x; c; share), which overflows where x is large.
             series = hyp2f1(a + self.b - 1.0 - self.r, a - 1.0, c, share)
             if_alive = c / (a - 1.0) * (1.0 - np.exp((a - 1.0) * np.log1p(-share)) * series)
-        most = (self.r + x) / (self.alpha + T) * self.horizon_days
+        bound = (self.r + x) / (self.alpha + T) * self.horizon_days
         if a > 1.0:
-            most = np.minimum(most, c / (a - 1.0))
-        usable = np.isfinite(if_alive) & (if_alive >= 0.0) & (if_alive <= most)
-        return np.where(usable, if_alive, most) * self.p_alive(x, t_x, T)
+            bound = np.minimum(bound, c / (a - 1.0))
+        usable = np.isfinite(if_alive) & (if_alive >= 0.0) & (if_alive <= bound)
+        return np.asarray(np.where(usable, if_alive, bound) * self.p_alive(x, t_x, T))
 
     def p_alive(self, x: np.ndarray, t_x: np.ndarray, T: np.ndarray) -> np.ndarray:
-        """Probability that the user hasn't dropped out by ``T``, ``float64[rows]``; 1 without a repeat purchase."""
+        """Return the probability that a user hasn't dropped out by ``T``, ``float64[rows]``; 1 without a repeat purchase."""
         repeats = np.maximum(x, 1.0)
         odds = np.log(self.a / (self.b + repeats - 1.0)) + (self.r + x) * np.log((self.alpha + T) / (self.alpha + t_x))
         return np.where(x > 0.0, expit(-odds), 1.0)
 
     def spend_per_day(self, n: np.ndarray, m: np.ndarray) -> np.ndarray:
-        """Expected spend of a further purchase day, ``float64[rows]``, given the mean ``m`` of ``n`` of them."""
-        return self.p * (self.gamma + n * m) / (self.p * n + self.q - 1.0)
+        """Return the expected spend of a further purchase day, ``float64[rows]``, given the mean ``m`` of ``n`` days."""
+        return np.asarray(self.p * (self.gamma + n * m) / (self.p * n + self.q - 1.0))
 
     def predict_activity(self, columns: Columns) -> dict[str, np.ndarray]:
         """Return the probability of a purchase in the horizon and days since the last one, ``float64[rows]`` each.
@@ -101,17 +101,17 @@ class BtydMember:
         ``Gamma(r + x, alpha + T)``.
         """
         x, t_x, T, _ = _visits(columns)
-        none = (self.r + x) * (np.log(self.alpha + T) - np.log(self.alpha + T + self.horizon_days))
-        return {ACTIVE: self.p_alive(x, t_x, T) * -np.expm1(none), SILENT: T - t_x}
+        log_none = (self.r + x) * (np.log(self.alpha + T) - np.log(self.alpha + T + self.horizon_days))
+        return {ACTIVE: self.p_alive(x, t_x, T) * -np.expm1(log_none), SILENT: T - t_x}
 
     def predict(self, columns: Columns) -> np.ndarray:
-        """Expected spend, ``float64[rows]``; see :meth:`Member.predict`."""
+        """Return the expected spend, ``float64[rows]``; see :meth:`Member.predict`."""
         x, t_x, T, m = _visits(columns)
         n = np.where(np.isnan(m), 0.0, x + 1.0)
-        return self.purchase_days(x, t_x, T) * self.spend_per_day(n, np.maximum(np.nan_to_num(m), 0.0))
+        return np.asarray(self.purchase_days(x, t_x, T) * self.spend_per_day(n, np.maximum(np.nan_to_num(m), 0.0)))
 
     def set_threads(self, threads: int) -> None:
-        """Nothing to do: a prediction is a few passes over a column."""
+        """Do nothing: a prediction is a few passes over a column."""
 
     def save(self, folder: Path) -> None:
         """Write ``btyd.json``."""
@@ -135,8 +135,8 @@ class BtydMember:
 
 
 def _visits(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Repeat purchases, day of the last, age and mean spend (NaN where there is none), float64 [rows] each."""
-    x, t_x, T, m = stack(columns, FEATURES, np.float64).T
+    """Return repeat purchases, day of the last one, age and mean spend (NaN if unknown), float64 [rows] each."""
+    x, t_x, T, m = to_matrix(columns, FEATURES, np.float64).T
     x, T = (np.maximum(np.nan_to_num(values), 0.0) for values in (x, T))
     return x, np.clip(np.nan_to_num(t_x), 0.0, T), T, m
 
@@ -144,16 +144,17 @@ def _visits(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
 def fit_btyd(df: DataFrame, horizon_days: int) -> BtydMember:
     """Fit :class:`BtydMember` by maximum likelihood on the newest cutoff of ``split = 'train'``: each user once.
 
-    The likelihoods need no user, only how many have each (x, t_x, T) and each (x, monetary value): Spark counts them,
-    scipy's L-BFGS-B climbs from four starts over the logs of the parameters. Up to 20 purchases x is exact, above
-    counted in steps of 5 %, monetary value in steps of 1 %; T and t_x are whole days, and whole weeks, fortnights, ...
-    where :data:`MAX_ROWS` rows don't hold them: a group then stands at its mean. A normal prior of deviation 5 on each
-    log parameter, less than one user's weight, decides only what the data leave open, such as drop-out where nobody
-    ever came back.
+    The likelihoods need no users, only how many of them have each (x, t_x, T) and each (x, monetary value). Spark counts them,
+    and scipy's L-BFGS-B climbs from four starts over the logs of the parameters. Up to 20 purchases x is exact, above it is
+    counted in steps of 5 %; monetary value is counted in steps of 1 %. T and t_x are whole days. Where these don't fit into
+    :data:`MAX_ROWS` rows they are whole weeks, fortnights and so on, and a group stands at its mean.
+
+    Each log parameter has a normal prior of deviation 5, which weighs less than one user. It decides only what the data leave
+    open, such as drop-out where nobody ever came back.
 
     Args:
-        df: ``as_of_date``, ``split`` and :data:`FEATURES`; rows without a tenure tell nothing and are left out.
-        horizon_days: days that the member is to predict.
+        df: ``as_of_date``, ``split`` and :data:`FEATURES`; rows without a tenure are left out.
+        horizon_days: days that the member predicts.
 
     Raises:
         DataError: a column is missing, no row is a training row, or no training row has a positive monetary value.
@@ -173,7 +174,7 @@ def fit_btyd(df: DataFrame, horizon_days: int) -> BtydMember:
 
 
 def _visit_counts(users: DataFrame) -> pd.DataFrame:
-    """``x, t_x, T, users`` in at most :data:`MAX_ROWS` rows."""
+    """Return ``x, t_x, T, users`` in at most :data:`MAX_ROWS` rows."""
     rows = users.select(
         _whole("frequency").alias("x"), _whole("active_span_days").alias("t_x"), _whole("tenure_days").alias("T")
     )
@@ -186,14 +187,14 @@ def _visit_counts(users: DataFrame) -> pd.DataFrame:
         if groups.limit(MAX_ROWS + 1).count() <= MAX_ROWS:
             break
         days = 7 if days == 1 else 2 * days
-    # sums of whole numbers, in one order: the same users give the same bits however Spark read them
+    # Sums of whole numbers in a fixed order: the same users give the same bits however Spark read them.
     counts = groups.toPandas().sort_values(["_x", "_t_x", "_T"]).astype(np.float64)
     means = {name: counts[name] / counts["users"] for name in ("x", "t_x", "T")}
     return pd.DataFrame(means | {"users": counts["users"]})
 
 
 def _value_counts(users: DataFrame) -> pd.DataFrame:
-    """``n, m, users`` of the users with a positive mean spend ``m`` of ``n`` purchase days."""
+    """Return ``n, m, users`` of the users with a positive mean spend ``m`` of ``n`` purchase days."""
     rows = users.where(F.col("monetary_value") > 0).select(
         (_whole("frequency") + 1).alias("n"), F.round(F.log("monetary_value") / _LOG_STEP).alias("_m")
     )
@@ -204,16 +205,18 @@ def _value_counts(users: DataFrame) -> pd.DataFrame:
 
 
 def _whole(name: str) -> Column:
+    """Return a column rounded to whole numbers, at least 0; null becomes 0."""
     return F.greatest(F.coalesce(F.round(F.col(name).cast("double")).cast("long"), F.lit(0)), F.lit(0))
 
 
 def _stepped(name: str) -> Column:
+    """Return a count's group: exact up to :data:`_EXACT`, above in steps of 5 %."""
     value = F.col(name).cast("double")
     return F.when(value <= _EXACT, value).otherwise(_EXACT + F.ceil(F.log(value / _EXACT) / math.log(1.05)))
 
 
 def _fit_visits(counts: pd.DataFrame) -> tuple[float, float, float, float]:
-    """``r, alpha, a, b`` of BG/NBD."""
+    """Fit ``r, alpha, a, b`` of BG/NBD."""
     x, t_x, T, users = (counts[name].to_numpy() for name in ("x", "t_x", "T", "users"))
     t_x = np.minimum(t_x, T)
     day = float(np.average(T, weights=users))
@@ -229,16 +232,16 @@ def _fit_visits(counts: pd.DataFrame) -> tuple[float, float, float, float]:
 def bgnbd_log_likelihood(
     x: np.ndarray, t_x: np.ndarray, T: np.ndarray, r: float, alpha: float, a: float, b: float
 ) -> np.ndarray:
-    """Log likelihood of each history, ``float64[rows]``: the logarithm of equation 6 of Fader, Hardie and Lee (2005)."""
+    """Return the log likelihood of each history, ``float64[rows]``: equation 6 of Fader, Hardie and Lee (2005)."""
     repeats = np.maximum(x, 1.0)
     common = gammaln(r + x) - gammaln(r) + r * np.log(alpha) + betaln(a, b + x) - betaln(a, b)
     alive = -(r + x) * np.log(alpha + T)
     dropped = np.log(a) - np.log(b + repeats - 1.0) - (r + x) * np.log(alpha + t_x)
-    return common + np.where(x > 0.0, np.logaddexp(alive, dropped), alive)
+    return np.asarray(common + np.where(x > 0.0, np.logaddexp(alive, dropped), alive))
 
 
 def _fit_values(counts: pd.DataFrame) -> tuple[float, float, float]:
-    """``p, q, gamma`` of Gamma-Gamma; ``q > 1``, for else a mean spend doesn't exist."""
+    """Fit ``p, q, gamma`` of Gamma-Gamma; ``q > 1``, as otherwise no mean spend exists."""
     n, m, users = (counts[name].to_numpy() for name in ("n", "m", "users"))
     money = float(np.exp(np.average(np.log(m), weights=users)))
 
@@ -251,8 +254,11 @@ def _fit_values(counts: pd.DataFrame) -> tuple[float, float, float]:
 
 
 def gamma_gamma_log_likelihood(n: np.ndarray, m: np.ndarray, p: float, q: float, gamma: float) -> np.ndarray:
-    """Log density of the mean spend ``m > 0`` of ``n`` purchase days, ``float64[rows]``: Fader and Hardie (2013), eq. 1a."""
-    return (
+    """Return the log density of the mean spend ``m > 0`` of ``n`` purchase days, ``float64[rows]``.
+
+    Source: Fader and Hardie (2013), equation 1a.
+    """
+    return np.asarray(
         q * (np.log(gamma) - np.log(gamma + n * m))
         + p * n * (np.log(n * m) - np.log(gamma + n * m))
         - np.log(m)
@@ -263,12 +269,12 @@ def gamma_gamma_log_likelihood(n: np.ndarray, m: np.ndarray, p: float, q: float,
 def _most_likely(
     loss: Callable[[np.ndarray], float], starts: Sequence[Sequence[float]], users: float
 ) -> tuple[float, ...]:
-    """The parameters (exponentials of what ``loss`` takes) of the best optimum."""
+    """Return the parameters, exponentials of the arguments of ``loss``, of the best optimum."""
 
     def penalised(logs: np.ndarray) -> float:
         return (loss(logs) + float(logs @ logs) / (2 * _PRIOR_DEVIATION**2)) / users
 
-    found = [
+    optima = [
         minimize(
             penalised,
             np.asarray(start),
@@ -279,4 +285,4 @@ def _most_likely(
         )
         for start in starts
     ]
-    return tuple(np.exp(min(found, key=lambda result: float(result.fun)).x).tolist())
+    return tuple(np.exp(min(optima, key=lambda result: float(result.fun)).x).tolist())

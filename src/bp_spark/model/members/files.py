@@ -1,7 +1,8 @@
-"""Load a saved member by its name."""
+"""Loading of saved members by their names."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from bp_spark.core.errors import BundleError
@@ -10,20 +11,23 @@ from bp_spark.model.members.btyd import BtydMember
 from bp_spark.model.members.linear import LinearMember
 from bp_spark.model.members.trees import SqrtTreesMember, TreesMember
 
+_LOADERS: dict[str, Callable[[Path], Member]] = {
+    member.name: member.load for member in (LinearMember, TreesMember, SqrtTreesMember, BtydMember)
+}
+
 
 def load_member(name: str, folder: Path) -> Member:
-    """The saved member of that name.
+    """Load a saved member.
 
     Raises:
         BundleError: there is no such member, or its files can't be used.
     """
-    kinds: tuple[type[Member], ...] = (LinearMember, TreesMember, SqrtTreesMember, BtydMember)
-    for kind in kinds:
-        if name == kind.name:
-            return kind.load(folder)
+    load = _LOADERS.get(name)
+    if load is not None:
+        return load(folder)
     if name == "transformer":
-        # torch takes seconds to import: bundles without a sequence model don't pay for it.
-        from bp_spark.model.network import TransformerMember
+        # Only here: torch takes seconds to import, and bundles without a sequence model need none.
+        from bp_spark.model.members.transformer import TransformerMember
 
         return TransformerMember.load(folder)
     raise BundleError(f"{folder}: unknown member {name!r}")

@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 
 from bp_spark.core.config import LinearConfig
 from bp_spark.core.errors import BundleError, DataError
-from bp_spark.model.columns import Columns, stack
+from bp_spark.model.columns import Columns, to_matrix
 from bp_spark.model.members.base import (
     LABEL,
     SPLIT,
@@ -33,11 +33,11 @@ class LinearMember:
     """Ridge regression of ``log1p`` spend on ``log1p`` recency, frequency and monetary value.
 
     ``expected = exp(intercept + coefficients · x) * smearing - 1``, never below 0, with
-    ``x = sign(v) * log1p(|v|)`` of each feature value ``v``, and the mean seen in fitting where ``v`` is
-    missing. ``smearing`` makes the spend of all training rows come to what it was: the retransformation of Duan
-    (1983), "Smearing estimate: a nonparametric retransformation method", JASA 78, as a ratio of sums, which one
-    outlier can't rule. The exponent is held at ``ceiling``, the largest label seen in fitting, for a straight line
-    in log space would promise a far outlier any sum.
+    ``x = sign(v) * log1p(|v|)`` of each feature value ``v``, or the training mean where ``v`` is missing.
+
+    ``smearing`` makes the predictions of all training rows sum to their spend: the retransformation of Duan (1983), "Smearing
+    estimate: a nonparametric retransformation method", JASA 78, as a ratio of sums, which one outlier can't rule. The exponent
+    stops at ``ceiling``, the largest training label: a straight line in log space would promise a far outlier any sum.
     """
 
     name: ClassVar[str] = "linear"
@@ -51,19 +51,18 @@ class LinearMember:
     ceiling: float
 
     def predict(self, columns: Columns) -> np.ndarray:
-        """Expected spend, ``float64[rows]``; see :meth:`Member.predict`."""
-        values = stack(columns, self.features, np.float64)
+        """Return the expected spend, ``float64[rows]``; see :meth:`Member.predict`."""
+        values = to_matrix(columns, self.features, np.float64)
         logs = np.sign(values) * np.log1p(np.abs(values))
         exponent = np.full(len(values), self.intercept)
-        # Column by column and not by a matrix product: BLAS sums in an order that depends on the number of
-        # rows.
+        # Column by column and not by a matrix product: BLAS sums in an order that depends on the number of rows.
         for j, (mean, coefficient) in enumerate(zip(self.means, self.coefficients, strict=True)):
             exponent += coefficient * np.where(np.isnan(logs[:, j]), mean, logs[:, j])
         spend = np.exp(np.minimum(exponent, self.ceiling)) * self.smearing - 1.0
-        return np.maximum(spend, 0.0)
+        return np.asarray(np.maximum(spend, 0.0))
 
     def set_threads(self, threads: int) -> None:
-        """Nothing to do: a prediction is a few passes over a column."""
+        """Do nothing: a prediction is a few passes over a column."""
 
     def save(self, folder: Path) -> None:
         """Write ``linear.json``."""
@@ -95,9 +94,13 @@ class LinearMember:
 def fit_linear(df: DataFrame, features: Sequence[str], conf: LinearConfig) -> LinearMember:
     """Fit :class:`LinearMember` on the rows with ``split = 'train'``, distributed.
 
-    ``conf.l2`` is Spark's ``regParam``: with features of unit variance and ``s`` the deviation of the labels,
-    the penalty is ``conf.l2 / s * |coefficients|² / 2`` beside half the mean squared error. Three passes over
-    the data: means, least squares, smearing; cache ``df`` where computing it is dear.
+    Three passes over the data: means, least squares, smearing. Cache ``df`` where computing it is expensive.
+
+    Args:
+        df: the features, ``label_spend`` and ``split``.
+        features: column names; NaN is a missing value.
+        conf: ``conf.l2`` is Spark's ``regParam``: with features of unit variance and ``s`` the deviation of the labels, the
+            penalty is ``conf.l2 / s * |coefficients|² / 2`` beside half the mean squared error.
 
     Raises:
         DataError: a column is missing, or no row is a training row.
@@ -114,7 +117,7 @@ def fit_linear(df: DataFrame, features: Sequence[str], conf: LinearConfig) -> Li
     if summary is None or summary["rows"] == 0:
         raise DataError(TABLE, "no training row", column=SPLIT)
     means = [summary[f"mean_{j}"] for j in range(len(features))]
-    # A feature that nobody has tells nothing: any constant does, and 0 keeps it out of the intercept.
+    # A feature that nobody has carries no information: any constant does, and 0 keeps it out of the intercept.
     means = [0.0 if mean is None else float(mean) for mean in means]
     filled = train.select(
         LABEL,
@@ -137,8 +140,8 @@ def fit_linear(df: DataFrame, features: Sequence[str], conf: LinearConfig) -> Li
     exponent = F.lit(float(fitted.intercept))
     for name, coefficient in zip(features, coefficients, strict=True):
         exponent = exponent + F.lit(coefficient) * F.col(name)
-    said = F.sum(F.exp(F.least(exponent, F.lit(ceiling))))
-    smearing = filled.agg((F.sum(F.exp(F.col(LABEL))) / said).alias("smearing")).first()
+    predicted = F.sum(F.exp(F.least(exponent, F.lit(ceiling))))
+    smearing = filled.agg((F.sum(F.exp(F.col(LABEL))) / predicted).alias("smearing")).first()
     assert smearing is not None  # an aggregate without groups always has its one row
     return LinearMember(
         features=tuple(features),

@@ -19,7 +19,7 @@ from pyspark.sql import functions as F
 
 from bp_spark.core.config import TreesConfig
 from bp_spark.core.errors import BundleError, DataError, PlatformError
-from bp_spark.model.columns import Columns, stack
+from bp_spark.model.columns import Columns, to_matrix
 from bp_spark.model.members.base import (
     KEY,
     LABEL,
@@ -36,11 +36,11 @@ class TreesMember:
     """Gradient-boosted trees with the Tweedie loss: a mass of zeros and a long tail in one likelihood.
 
     Chen and Guestrin (2016), "XGBoost: a scalable tree boosting system"; the loss after Yang, Qian and Zou
-    (2018). The log of the answer is a sum over trees, hence :meth:`contributions` in log space.
+    (2018). The log of the prediction is a sum over trees, hence :meth:`contributions` in log space.
 
     Args:
-        booster: a fitted booster of the class's objective that knows its feature names.
-        threads: threads of one prediction. 1 suits scoring, where each core has a Python worker of its own.
+        booster: a fitted booster of the class's objective, with feature names.
+        threads: of one prediction. 1 suits scoring, where each core has a Python worker of its own.
     """
 
     name: ClassVar[str] = "trees"
@@ -59,15 +59,15 @@ class TreesMember:
 
     @property
     def rounds(self) -> int:
-        """Number of trees."""
+        """How many trees the booster has."""
         return int(self._booster.num_boosted_rounds())
 
     def predict(self, columns: Columns) -> np.ndarray:
-        """Expected spend, ``float64[rows]``; see :meth:`Member.predict`."""
+        """Return the expected spend, ``float64[rows]``; see :meth:`Member.predict`."""
         return self._raw(columns)
 
     def contributions(self, columns: Columns) -> np.ndarray:
-        """What each feature added to the booster's sum over trees: exact TreeSHAP (Lundberg et al. 2020).
+        """Return what each feature adds to the booster's sum over trees: exact TreeSHAP (Lundberg et al. 2020).
 
         Returns:
             ``float64[rows, features + 1]``, features in the order of ``self.features``, the last column the
@@ -76,29 +76,29 @@ class TreesMember:
         Raises:
             BundleError: a column is missing.
         """
-        values = stack(columns, self.features, np.float32)
+        values = to_matrix(columns, self.features, np.float32)
         if not len(values):
             return np.empty((0, len(self.features) + 1), dtype=np.float64)
         if self._shapley is None:
             matrix = xgboost.DMatrix(values, missing=np.nan, feature_names=list(self.features), nthread=self._threads)
             return np.asarray(self._booster.predict(matrix, pred_contribs=True), dtype=np.float64)
-        given = self._shapley(values)
+        shapley = self._shapley(values)
         total = self._booster.inplace_predict(
             values[:1], predict_type="margin", missing=np.nan, validate_features=False
         )
-        base = float(total[0]) - given[0].sum()
-        return np.column_stack([given, np.full(len(given), base)])
+        base = float(total[0]) - shapley[0].sum()
+        return np.column_stack([shapley, np.full(len(shapley), base)])
 
     @cached_property
     def _shapley(self) -> TreeShapley | None:
-        """``None`` for trees too deep for its tables."""
+        """Tables of the trees' Shapley values; ``None`` for trees too deep for them."""
         try:
             return TreeShapley(json.loads(self._booster.save_raw("json")))
         except ValueError:
             return None
 
     def importance(self) -> dict[str, float]:
-        """Share of the total gain by feature, features never split on left out; the shares sum to 1."""
+        """Return the share of the total gain by feature, without features never split on; the shares sum to 1."""
         gains: dict[str, Any] = self._booster.get_score(importance_type="total_gain")
         total = sum(gains.values()) or 1.0
         return {name: gain / total for name, gain in sorted(gains.items(), key=lambda item: -item[1])}
@@ -109,17 +109,17 @@ class TreesMember:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read what :meth:`save` wrote; see :meth:`Member.load`."""
+        """Read XGBoost's JSON; see :meth:`Member.load`."""
         path = Path(folder) / cls.FILE
         document = read_json(path)
         try:
             learner = document["learner"]
-            ours = learner["objective"]["name"] == cls.OBJECTIVE and len(learner["feature_names"]) > 0
+            is_member = learner["objective"]["name"] == cls.OBJECTIVE and len(learner["feature_names"]) > 0
         except (KeyError, TypeError):
-            ours = False
-        if not ours:
+            is_member = False
+        if not is_member:
             raise BundleError(f"{path}: not a booster of {cls.OBJECTIVE} with feature names")
-        if not _are_trees(learner):
+        if not _are_walkable(learner):
             raise BundleError(f"{path}: its trees are none: arrays of other lengths, an index beyond them, or a circle")
         booster = xgboost.Booster()
         try:
@@ -132,14 +132,15 @@ class TreesMember:
             raise BundleError(f"{path}: {error}") from None
 
     def _raw(self, columns: Columns) -> np.ndarray:
-        values = stack(columns, self.features, np.float32)
+        """Return the booster's own predictions, float64 [rows]."""
+        values = to_matrix(columns, self.features, np.float32)
         if not len(values):
             return np.empty(0, dtype=np.float64)
-        said = self._booster.inplace_predict(values, missing=np.nan, validate_features=False)
-        return np.asarray(said, dtype=np.float64)
+        predicted = self._booster.inplace_predict(values, missing=np.nan, validate_features=False)
+        return np.asarray(predicted, dtype=np.float64)
 
 
-_OF_NODES = (
+_NODE_ARRAYS = (
     *("base_weights", "default_left", "left_children", "loss_changes", "parents", "right_children", "split_conditions"),
     *("split_indices", "split_type", "sum_hessian"),
 )
@@ -147,9 +148,11 @@ _OF_NODES = (
 _NO_CHILD = -1
 
 
-def _are_trees(learner: Mapping[str, Any]) -> bool:
-    """Whether a booster's trees can be walked: XGBoost, which takes the document's word for it, would read beyond its memory or
-    never come back."""
+def _are_walkable(learner: Mapping[str, Any]) -> bool:
+    """Return whether all paths of a booster's trees end in a leaf.
+
+    XGBoost trusts the document: with other trees it would read beyond its memory or never come back.
+    """
     try:
         features = len(learner["feature_names"])
         model = learner["gradient_booster"]["model"]
@@ -158,16 +161,16 @@ def _are_trees(learner: Mapping[str, Any]) -> bool:
             int(learner["learner_model_param"]["num_feature"]) == features
             and int(model["gbtree_model_param"]["num_trees"]) == len(trees) == len(model["tree_info"])
             and not any(model["tree_info"])
-            and all(_is_tree(tree, features) for tree in trees)
+            and all(_is_walkable(tree, features) for tree in trees)
         )
     except (KeyError, TypeError, ValueError):
         return False
 
 
-def _is_tree(tree: Mapping[str, Any], features: int) -> bool:
+def _is_walkable(tree: Mapping[str, Any], features: int) -> bool:
     left, right, split = (tree[name] for name in ("left_children", "right_children", "split_indices"))
     nodes = int(tree["tree_param"]["num_nodes"])
-    if nodes < 1 or {len(tree[name]) for name in _OF_NODES} != {nodes} or any(tree["split_type"]):
+    if nodes < 1 or {len(tree[name]) for name in _NODE_ARRAYS} != {nodes} or any(tree["split_type"]):
         return False
     seen: set[int] = set()
     waiting = [0]
@@ -188,10 +191,10 @@ def _is_tree(tree: Mapping[str, Any], features: int) -> bool:
 class SqrtTreesMember(TreesMember):
     """Gradient-boosted trees with the squared error of the square root of spend.
 
-    The root steadies the variance of a compound Poisson sum (Bartlett 1936, "The square root transformation in
-    analysis of variance"), is defined at 0, and heeds large spenders more than a logarithm does.
-    ``expected = max(sum over trees, 0)² * smearing``; ``smearing``, an attribute of the booster, makes the spend of the
-    training rows come to what it was (Duan 1983, as a ratio of sums). :meth:`contributions` are in root units.
+    The root stabilises the variance of a compound Poisson sum (Bartlett 1936, "The square root transformation in analysis of
+    variance"). It is defined at 0, and gives large spenders more weight than a logarithm does.
+    ``expected = max(sum over trees, 0)² * smearing``. ``smearing``, an attribute of the booster, makes the predictions of the
+    training rows sum to their spend (Duan 1983, as a ratio of sums). :meth:`contributions` are in root units.
 
     Raises:
         ValueError: the booster has no smearing.
@@ -208,8 +211,8 @@ class SqrtTreesMember(TreesMember):
             raise ValueError("must have an attribute smearing, a number")
 
     def predict(self, columns: Columns) -> np.ndarray:
-        """Expected spend, ``float64[rows]``; see :meth:`Member.predict`."""
-        return np.maximum(self._raw(columns), 0.0) ** 2 * self.smearing
+        """Return the expected spend, ``float64[rows]``; see :meth:`Member.predict`."""
+        return np.asarray(np.maximum(self._raw(columns), 0.0) ** 2 * self.smearing)
 
 
 Trees = TypeVar("Trees", bound=TreesMember)
@@ -229,16 +232,16 @@ def fit_trees(
 ) -> Trees:
     """Fit boosted trees on ``split = 'train'``, stopped early on ``split = 'valid'``, distributed.
 
-    The rows are laid out by a hash of their key and sorted by it, so that the same rows and number of workers
-    give the same trees however Spark read them.
+    Rows are partitioned and sorted by a hash of their key. So the same rows and number of workers give the same trees, however
+    Spark read them.
 
     Args:
         df: the features, ``label_spend``, ``split`` and the key; spend below 0 counts as 0.
         features: column names, cast to float32; null and NaN are missing values.
-        conf: settings; ``conf.workers`` is an upper bound, for a barrier stage with more tasks than the
-            cluster has slots would wait until it fails.
+        conf: settings; ``conf.workers`` is an upper bound: a barrier stage with more tasks than the cluster has slots would
+            wait until it fails.
         seed: of row and column sampling.
-        kind: which member: its loss.
+        kind: class of the member, which decides the loss.
         patience: rounds without a better validation loss before stopping; unused without validation rows.
         rounds: trees at most, by default ``conf.rounds``.
         weight: column of row weights, if any.
@@ -246,24 +249,24 @@ def fit_trees(
 
     Raises:
         DataError: a column is missing; no training row; or no training row has any spend.
-        PlatformError: the session is a Spark Connect one, which XGBoost's estimator can't use.
+        PlatformError: the session is one of Spark Connect, which XGBoost's estimator can't use.
     """
     from xgboost.spark import SparkXGBRegressor
 
     require(df, [*features, LABEL, SPLIT, *key, *([weight] if weight else [])])
     valid = F.col(SPLIT) == "valid"
     rows = df.where(F.col(SPLIT).isin("train", "valid"))
-    weighed = F.col(weight).cast("float") if weight else F.lit(1.0)
-    counted = rows.agg(
+    row_weight = F.col(weight).cast("float") if weight else F.lit(1.0)
+    totals = rows.agg(
         F.count_if(~valid).alias("train"),
         F.count_if(valid).alias("valid"),
         F.max(F.when(~valid, spend())).alias("top"),
-        F.sum(F.when(~valid, spend() * weighed)).alias("spend"),
+        F.sum(F.when(~valid, spend() * row_weight)).alias("spend"),
     ).first()
-    if counted is None or counted["train"] == 0:
+    if totals is None or totals["train"] == 0:
         raise DataError(TABLE, "no training row", column=SPLIT)
-    if counted["top"] <= 0:
-        raise DataError(TABLE, "no training row has any spend", column=LABEL, count=counted["train"])
+    if totals["top"] <= 0:
+        raise DataError(TABLE, "no training row has any spend", column=LABEL, count=totals["train"])
     workers = max(1, min(conf.workers, task_slots(df.sparkSession)))
     position = F.xxhash64(*[F.col(name).cast("string") for name in key])
     by_root = issubclass(kind, SqrtTreesMember)
@@ -272,14 +275,14 @@ def fit_trees(
             *[F.col(name).cast("float").alias(name) for name in features],
             (F.sqrt(spend()) if by_root else spend()).alias("_label"),
             valid.alias("_valid"),
-            weighed.alias("_weight"),
+            row_weight.alias("_weight"),
             position.alias("_position"),
         )
         .repartition(workers, F.col("_position"))
         .sortWithinPartitions("_position")
     )
     early: dict[str, Any] = {}
-    if counted["valid"]:
+    if totals["valid"]:
         early = {"validation_indicator_col": "_valid", "early_stopping_rounds": patience}
     if weight:
         early["weight_col"] = "_weight"
@@ -312,29 +315,29 @@ def fit_trees(
     )
     fitted = estimator.fit(laid_out)
     booster = fitted.get_booster()
-    if counted["valid"]:
-        # A plain booster predicts with every tree it holds, also with those after the best round.
+    if totals["valid"]:
+        # A plain booster predicts with all its trees, also with those after the best round.
         booster = booster[: booster.best_iteration + 1]
     booster.feature_names = list(features)
     if by_root:
         booster.set_attr(smearing="1.0")
-        said = _predicted_spend(laid_out.where("NOT _valid"), features, booster)
-        booster.set_attr(smearing=repr(counted["spend"] / said if said > 0 else 1.0))
+        predicted = _predicted_spend(laid_out.where("NOT _valid"), features, booster)
+        booster.set_attr(smearing=repr(totals["spend"] / predicted if predicted > 0 else 1.0))
     return kind(booster)
 
 
 def _predicted_spend(rows: DataFrame, features: Sequence[str], booster: xgboost.Booster) -> float:
-    """Weighted sum of what the booster, a member without smearing, says of the rows, on the executors."""
+    """Return the weighted sum of a booster's predictions, computed on the executors; the booster has no smearing yet."""
     document = bytes(booster.save_raw("json"))
 
     def summed(frames: Iterable[pd.DataFrame]) -> Iterable[pd.DataFrame]:
         member = SqrtTreesMember(xgboost.Booster(model_file=bytearray(document)))
         for frame in frames:
-            said = member.predict({name: frame[name].to_numpy() for name in features})
-            yield pd.DataFrame({"said": [float((said * frame["_weight"].to_numpy(np.float64)).sum())]})
+            spend = member.predict({name: frame[name].to_numpy() for name in features})
+            yield pd.DataFrame({"spend": [float((spend * frame["_weight"].to_numpy(np.float64)).sum())]})
 
-    parts = rows.select(*features, "_weight").mapInPandas(summed, "said double").collect()
-    return math.fsum(row["said"] for row in parts)
+    parts = rows.select(*features, "_weight").mapInPandas(summed, "spend double").collect()
+    return math.fsum(row["spend"] for row in parts)
 
 
 CLASSIC_ONLY = (
@@ -344,13 +347,13 @@ CLASSIC_ONLY = (
 
 
 def task_slots(spark: SparkSession) -> int:
-    """How many tasks the cluster can run at once.
+    """Return how many tasks the cluster can run at once.
 
     Raises:
         PlatformError: the session has no SparkContext (Spark Connect).
     """
     try:
-        # XGBoost's estimator starts its workers in one barrier stage of RDDs, and Spark tells only Java how many fit
+        # XGBoost's estimator starts its workers in one barrier stage of RDDs, and only Spark's Java API gives how many fit.
         context = spark.sparkContext._jsc.sc()
     except (PySparkAttributeError, AttributeError):
         raise PlatformError(CLASSIC_ONLY) from None

@@ -1,0 +1,173 @@
+"""The manifest of a bundle: it names every other file with its size and SHA-256, and carries its own checksum.
+
+A manifest is read byte for byte: a single bit that differs is refused. Its signature, where one is asked for, is checked
+before anything in it is parsed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bp_spark.core.errors import BundleError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+FORMAT = 3
+MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"
+OWN_FILES = frozenset({MANIFEST, SIGNATURE})
+"""Files of a bundle that the manifest doesn't list."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""Names that a bundle and its files may have."""
+
+_SEALS = ("digest", "checksum")
+_KEYS: dict[str, type] = {
+    "format": int,
+    "created_at": str,
+    "code_version": str,
+    "horizon_days": int,
+    "horizons": dict,
+    "inputs": dict,
+    "members": list,
+    "fusion": dict,
+    "explanation": dict,
+    "metrics": dict,
+    "lineage": dict,
+    "files": dict,
+    "digest": str,
+    "checksum": str,
+}
+
+
+def read(path: Path, public_key: Ed25519PublicKey | None) -> dict[str, Any]:
+    """Return a manifest after checking its signature, format, keys and checksum.
+
+    Args:
+        path: of ``manifest.json``.
+        public_key: checks the signature beside it; without one the bundle may be unsigned.
+
+    Raises:
+        BundleError: the manifest is missing, damaged, of another format or not signed by the key.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: can't be read ({error.strerror})") from None
+    if public_key is not None:
+        _require_signature(path.with_name(SIGNATURE), text, public_key)
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        raise BundleError(f"{path}: not JSON or cut short") from None
+    manifest = _require_format(path, document)
+    for key, kind in _KEYS.items():
+        if not isinstance(manifest.get(key), kind):
+            raise BundleError(f"{path}: {key} is missing or no {kind.__name__}")
+    # Byte for byte: JSON readers may take some documents differently, such as one that gives a key twice.
+    content = {key: value for key, value in manifest.items() if key not in _SEALS}
+    if set(manifest) != set(_KEYS) or encode(seal(content)) != text:
+        raise BundleError(f"{path}: differs from what was written (checksum)")
+    inputs = manifest["inputs"]
+    if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in inputs.values()):
+        raise BundleError(f"{path}: inputs must be lists of column names")
+    return manifest
+
+
+def _require_format(path: Path, document: object) -> dict[str, Any]:
+    """Return the document of a manifest of this version's format."""
+    written = document.get("format") if isinstance(document, dict) else None
+    if not isinstance(document, dict) or type(written) is not int:
+        raise BundleError(f"{path}: not a bundle's manifest")
+    if written > FORMAT:
+        raise BundleError(f"{path}: format {written} is newer than this bp-spark reads ({FORMAT}); update it")
+    if written < FORMAT:
+        raise BundleError(f"{path}: format {written} is older than this bp-spark reads ({FORMAT}); train a new bundle")
+    return document
+
+
+def _require_signature(path: Path, manifest: bytes, public_key: Ed25519PublicKey) -> None:
+    # Only here: bundles that need no signature load without cryptography.
+    from bp_spark.registry.signing import is_signed
+
+    try:
+        signature = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: can't be read ({error.strerror}), and bundles must be signed here") from None
+    if not is_signed(manifest, signature, public_key):
+        raise BundleError(f"{path}: is no signature of {MANIFEST} by the key in signing.public_key")
+
+
+def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest of a content: ``digest`` covers all but the time of writing, ``checksum`` covers all."""
+    plain: dict[str, Any] = _plain(content)
+    timeless = {key: value for key, value in plain.items() if key != "created_at"}
+    return plain | {"digest": _sha256(timeless), "checksum": _sha256(plain)}
+
+
+def encode(manifest: Mapping[str, Any]) -> bytes:
+    """Return the bytes of ``manifest.json``."""
+    return (json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return the SHA-256 and the size of a file, as the manifest lists them.
+
+    Raises:
+        BundleError: it is no plain file.
+    """
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(f"{path}: must be a plain file")
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+
+
+def require_files(folder: Path, files: Mapping[str, Any]) -> None:
+    """Make sure that a folder holds exactly the files that its manifest lists, unchanged.
+
+    Args:
+        folder: of the bundle.
+        files: ``files`` of its manifest.
+
+    Raises:
+        BundleError: a file is missing, added, changed or cut short; the message names it.
+    """
+    for name in files:
+        if not NAME.fullmatch(name) or name in OWN_FILES:
+            raise BundleError(f"{folder / MANIFEST}: file name {name!r} is not allowed")
+    present = {path.name for path in folder.iterdir()}
+    for name in sorted(present - set(files) - OWN_FILES):
+        raise BundleError(f"{folder / name}: doesn't belong to the bundle")
+    for name, listed in files.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise BundleError(f"{path}: is missing or not a plain file")
+        if describe_file(path) != listed:
+            raise BundleError(f"{path}: differs from what was written (size or SHA-256)")
+
+
+def _sha256(document: Mapping[str, Any]) -> str:
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as it will come back from JSON; NaN and infinities become null."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    return str(value)
