@@ -12,12 +12,9 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyspark.sql import SparkSession
-from pyspark.sql import functions as F
 
-from bp_spark.features import catalogue
 from bp_spark.features.aggregates import (
-    PAUSES,
+    INTERPURCHASE_TIMES,
     SEQUENCE_COLUMNS,
     Aggregate,
     Decayed,
@@ -25,8 +22,7 @@ from bp_spark.features.aggregates import (
     Newest,
     Oldest,
     Total,
-    _quantize_recency,
-    known_users,
+    aggregate_batches,
 )
 from bp_spark.lakehouse.tables import USER_DAILY
 
@@ -85,7 +81,7 @@ def known(
     rows_at_once: int = 100_000,
     digits: int | None = None,
 ) -> dict[tuple[str, date], dict[str, Any]]:
-    """Rows of :func:`known_users` by user and date."""
+    """Rows of :func:`aggregate_batches` by user and date."""
     lists = {"array<int>": pa.int32(), "array<float>": pa.float32(), "array<bigint>": pa.int64()}
     schema = pa.schema(
         [
@@ -93,12 +89,12 @@ def known(
             ("as_of_date", pa.date32()),
             ("seen_on", pa.date32()),
             *((name, pa.int64()) for name in AGGREGATES),
-            *((name, pa.float64()) for name in PAUSES),
+            *((name, pa.float64()) for name in INTERPURCHASE_TIMES),
             *((column.name, pa.list_(lists[column.type])) for column in SEQUENCE_COLUMNS),
         ]
     )
     batches = days.to_batches(max_chunksize=rows_in_batch)
-    found = known_users(batches, as_of, AGGREGATES, schema, digits, LENGTH, rows_at_once)
+    found = aggregate_batches(batches, as_of, AGGREGATES, schema, digits, LENGTH, rows_at_once)
     rows = [row for batch in found for row in batch.to_pylist()]
     keyed = {(row["user_key"], row["as_of_date"]): row for row in rows}
     assert len(keyed) == len(rows)
@@ -135,7 +131,7 @@ def test_what_no_day_tells_is_null() -> None:
     found = known(user_days({"user": "u", "age": 40, "orders": 1}))["u", AS_OF]
     assert found["largest_in_30"] is found["active"] is None
     assert found["spend_in_30"] == 0
-    assert {name: found[name] for name in PAUSES} == {**dict.fromkeys(PAUSES), "p_std": 0}
+    assert {name: found[name] for name in INTERPURCHASE_TIMES} == {**dict.fromkeys(INTERPURCHASE_TIMES), "p_std": 0}
     assert [found[column.name] for column in SEQUENCE_COLUMNS] == [[]] * len(SEQUENCE_COLUMNS)
 
 
@@ -145,7 +141,7 @@ def test_pauses_lie_between_purchase_days() -> None:
     found = known(user_days(*days, {"user": "u", "age": 60, "searches": 1}, {"user": "v", "age": 7, "orders": 1}))
     gaps = [10, 30, 1, 45]
     expected = (np.mean(gaps), np.std(gaps), np.median(gaps), 45, 45)
-    assert [found["u", AS_OF][name] for name in PAUSES] == pytest.approx(expected)
+    assert [found["u", AS_OF][name] for name in INTERPURCHASE_TIMES] == pytest.approx(expected)
     assert found["v", AS_OF]["p_mean"] is None
 
 
@@ -215,13 +211,3 @@ def test_wherever_batches_end_and_whoever_is_with_them_users_are_the_same(
 def test_days_from_the_date_on_change_nothing(days: pa.Table) -> None:
     before = days.filter(pa.compute.less(days["day"], pa.scalar(AS_OF, pa.date32())))
     assert known(days, digits=4) == known(before, digits=4)
-
-
-@pytest.mark.parametrize("digits", [None, 2, 4])
-def test_workers_clocks_tick_as_those_of_spark(spark: SparkSession, digits: int | None) -> None:
-    days = (
-        spark.range(1, 3_000)
-        .select("id", F.expr(catalogue.quantize_recency("id", digits)).alias("quantized"))
-        .toPandas()
-    )
-    np.testing.assert_array_equal(_quantize_recency(days["id"].to_numpy(), digits), days["quantized"])

@@ -19,6 +19,7 @@ from bp_spark.features import catalogue as features
 from bp_spark.features import user_daily
 from bp_spark.features.aggregates import SEQUENCE_COLUMNS
 from bp_spark.features.catalogue import catalogue, user_features_table
+from bp_spark.features.categories import CATEGORY_BUCKETS
 from bp_spark.lakehouse.tables import Lakehouse, conform
 from tests.support.histories import AS_OF, embeddings_frame, events_frame, random_events, sorted_rows, texts_frame
 
@@ -145,7 +146,7 @@ def test_categories_diversity_and_shares(by_hand: dict[str, Row]) -> None:
     assert (row.categories_90d, row.categories_365d, row.category_types_365d) == (1, 2, 2)
     assert (row.category_share_top1, row.category_share_top2, row.category_share_top3) == (0.75, 0.25, 0)
     assert row.category_entropy_365d == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
-    assert sum(row[f"category_share_hash{n:02d}"] for n in range(features.CATEGORY_BUCKETS)) == pytest.approx(1)
+    assert sum(row[f"category_share_hash{n:02d}"] for n in range(CATEGORY_BUCKETS)) == pytest.approx(1)
 
 
 def test_the_price_tier_is_a_position_within_the_category(by_hand: dict[str, Row]) -> None:
