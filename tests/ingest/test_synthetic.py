@@ -58,14 +58,14 @@ class Platform:
 
 def _frames(folder: Path) -> dict[str, pd.DataFrame]:
     # pandas by day folder: no Spark reader stands between the files and the checks
-    found = {}
+    frames = {}
     for table in (*LOGS, "items", "users", "rates"):
         days = [
             pd.read_parquet(day).assign(delivery_day=day.name.removeprefix("delivery_day="))
             for day in sorted((folder / table).glob("delivery_day=*"))
         ]
-        found[table] = pd.concat(days, ignore_index=True)
-    return found
+        frames[table] = pd.concat(days, ignore_index=True)
+    return frames
 
 
 @contextmanager
@@ -114,36 +114,36 @@ def test_another_seed_gives_other_rows(spark: SparkSession) -> None:
 
 
 def _recounted(log: str, df: pd.DataFrame, items: set[str]) -> dict[str, int]:
-    """Kinds of dirt in a log's files, found by looking at the rows."""
+    """Count the kinds of dirt in a log's files by looking at the rows."""
     ts = pd.to_datetime(df["ts"], format="%Y-%m-%d %H:%M:%S", errors="coerce")
-    found = {
+    spoiled = {
         "missing_user": df["user_id"].isna(),
         "unreadable_ts": ts.isna() & ~df["ts"].str.startswith("2999"),
         "future_ts": df["ts"].str.startswith("2999"),
     }
     if log == "transactions":
         amount = pd.to_numeric(df["amount"], errors="coerce")
-        found["unreadable_amount"] = amount.isna()
-        found["huge_amount"] = amount > 1e6
-        found["unknown_currency"] = ~df["currency"].isin(["USD", "CNY"])
+        spoiled["unreadable_amount"] = amount.isna()
+        spoiled["huge_amount"] = amount > 1e6
+        spoiled["unknown_currency"] = ~df["currency"].isin(["USD", "CNY"])
     if log == "behaviours":
-        found["unknown_action"] = ~df["action"].isin(["browse", "click", "cart", "favourite", "coupon"])
+        spoiled["unknown_action"] = ~df["action"].isin(["browse", "click", "cart", "favourite", "coupon"])
     if log == "searches":
-        found["empty_query"] = df["query"].str.strip() == ""
-        found["broken_unicode"] = df["query"].str.contains("\ufffd")
+        spoiled["empty_query"] = df["query"].str.strip() == ""
+        spoiled["broken_unicode"] = df["query"].str.contains("\ufffd")
     if log == "reviews":
-        found["rating_out_of_range"] = pd.to_numeric(df["rating"]) > 5
-        found["broken_unicode"] = df["text"].str.contains("\ufffd")
+        spoiled["rating_out_of_range"] = pd.to_numeric(df["rating"]) > 5
+        spoiled["broken_unicode"] = df["text"].str.contains("\ufffd")
     if log != "searches":
-        found["unknown_item"] = ~df["item_id"].isin(items)
-    malformed = pd.concat(found, axis=1).any(axis=1)
+        spoiled["unknown_item"] = ~df["item_id"].isin(items)
+    malformed = pd.concat(spoiled, axis=1).any(axis=1)
     content = [column for column in df.columns if column != "delivery_day"]
     # equal rows of one delivery are two events; those of another delivery are the same ones again
     by_day = df[~malformed].fillna("").groupby([*content, "delivery_day"]).size().rename("copies").reset_index()
     times = by_day.groupby(content).agg(min=("delivery_day", "min"), sum=("copies", "sum"), max=("copies", "max"))
     times = times.reset_index()
     return {
-        **{kind: int(rows.sum()) for kind, rows in found.items()},
+        **{kind: int(rows.sum()) for kind, rows in spoiled.items()},
         "duplicate": int((times["sum"] - times["max"]).sum()),
         "late": int((times["min"] > times["ts"].str[:10]).sum()),
     }
@@ -152,9 +152,9 @@ def _recounted(log: str, df: pd.DataFrame, items: set[str]) -> dict[str, int]:
 @pytest.mark.parametrize("log", LOGS)
 def test_dirt_is_counted_exactly(platform: Platform, log: str) -> None:
     df = platform.frames[log]
-    told = pd.read_parquet(platform.folder / "truth" / "dirt").query("table == @log").set_index("kind")["rows"]
-    assert _recounted(log, df, set(platform.frames["items"]["item_id"])) == told.to_dict()
-    assert told.to_dict() == platform.dirt(log)
+    written = pd.read_parquet(platform.folder / "truth" / "dirt").query("table == @log").set_index("kind")["rows"]
+    assert _recounted(log, df, set(platform.frames["items"]["item_id"])) == written.to_dict()
+    assert written.to_dict() == platform.dirt(log)
     assert len(df) == platform.summary.rows[log]
 
 
@@ -175,12 +175,12 @@ def test_late_and_repeated_rows_come_within_thirty_days_and_nothing_comes_early(
     for log in LOGS:
         df = platform.frames[log]
         ts = pd.to_datetime(df["ts"], format="%Y-%m-%d %H:%M:%S", errors="coerce")
-        known = ts.dt.year < 2900
-        delay = (pd.to_datetime(df["delivery_day"]) - ts.dt.normalize()).dt.days[known]
+        readable = ts.dt.year < 2900
+        delay = (pd.to_datetime(df["delivery_day"]) - ts.dt.normalize()).dt.days[readable]
         assert delay.between(0, 30).all()
         assert (delay > 0).any()
-        assert ts[known].min() >= pd.Timestamp(CONFIG.first_day)
-        assert ts[known].max() < pd.Timestamp(LAST_DAY) + pd.Timedelta(days=1)
+        assert ts[readable].min() >= pd.Timestamp(CONFIG.first_day)
+        assert ts[readable].max() < pd.Timestamp(LAST_DAY) + pd.Timedelta(days=1)
 
 
 def test_the_purchase_process_has_the_published_marginals(platform: Platform, truth: pd.DataFrame) -> None:
