@@ -29,9 +29,11 @@ from bp_spark.lakehouse.tables import Table
 KEY = definition.KEY
 """Columns that identify a row of features and labels."""
 MIN_HISTORY_DAYS = 30
+"""Days of events that lie before each cutoff."""
 MIN_EXPOSURE = 1 / 3
 """Share of a cutoff's horizon that must have been seen, so that its spend is a fair sample of the whole."""
 BUCKETS = 10_000
+"""Parts into which a hash divides the users; some of them are held out."""
 HOLDOUT = -1
 """Fold of users on whom no model is fitted."""
 

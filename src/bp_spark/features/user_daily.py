@@ -20,7 +20,9 @@ FORMAT = 3
 
 MONEY = "decimal(18,2)"
 CODES = {kind: code for code, kind in enumerate(KINDS, start=1)}
+"""Kind of an event -> its code in history tokens."""
 KEY = ["user_key", "day"]
+"""Columns that identify a row of ``user_daily``."""
 
 LOW_RATING = 2
 """Ratings up to this one are low."""

@@ -72,9 +72,7 @@ class FilesSource:
             with _readable(mapping.path):
                 files = self._active(spark, mapping) if mapping.format == "delta" else self._matching(spark, mapping)
             if not files and table == "raw_transactions":
-                raise DataError(
-                    self.name, f"nothing there for transactions: {mapping.path!r} names no {mapping.format}"
-                )
+                raise DataError(self.name, f"has no file of transactions: {mapping.path!r} matches no {mapping.format}")
             deliveries += [Delivery(table, path.removeprefix(self.folder), mark) for path, mark in files]
         return sorted(deliveries)
 
