@@ -45,12 +45,15 @@ from bench import Usage, publish
 from bench.duckdb_peer import Peer
 from bp_spark import pipeline
 from bp_spark.core import config
-from bp_spark.core.config import Config
+from bp_spark.core.config import Config, SyntheticConfig
 from bp_spark.core.session import get_session
 from bp_spark.features.aggregates import SEQUENCE_COLUMNS
-from bp_spark.features.catalogue import CATEGORY_BUCKETS, catalogue
+from bp_spark.features.catalogue import catalogue
+from bp_spark.features.categories import CATEGORY_BUCKETS
 from bp_spark.ingest.pseudonyms import make_secret
-from bp_spark.ingest.sources.synthetic import LOGS, MAX_DELAY, SPOILS, SyntheticConfig, generate
+from bp_spark.ingest.sources.synthetic.currency import MAX_DELAY
+from bp_spark.ingest.sources.synthetic.dirt import SPOILS
+from bp_spark.ingest.sources.synthetic.platform import LOGS, generate
 from bp_spark.lakehouse.tables import RAW_TABLES, Lakehouse
 
 EVENTS_PER_USER_YEAR = 53.6

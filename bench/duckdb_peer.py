@@ -30,7 +30,9 @@ from bp_spark.features.aggregates import (
     Oldest,
     Total,
 )
-from bp_spark.features.catalogue import CATEGORY_BUCKETS, catalogue, quantize_recency
+from bp_spark.features.catalogue import catalogue
+from bp_spark.features.categories import CATEGORY_BUCKETS
+from bp_spark.features.clock import quantize_recency_sql
 from bp_spark.features.user_daily import CODES
 from bp_spark.ingest.cleaning import ACTIONS
 from bp_spark.lakehouse.tables import RAW_LOGS
@@ -463,9 +465,9 @@ class Peer:
     def _features(self, as_of: date) -> str:
         features = catalogue(self.config.features)
         aggregates = ", ".join(f"{aggregate_sql(what)} AS {name}" for name, what in features.aggregates.items())
-        columns = ", ".join(f"({dialect(f.expression)})::FLOAT AS {f.name}" for f in features.features)
+        columns = ", ".join(f"({dialect(f.expression.sql)})::FLOAT AS {f.name}" for f in features.features)
         sequences = ", ".join(f"coalesce({column.name}, []) AS {column.name}" for column in SEQUENCE_COLUMNS)
-        age = dialect(quantize_recency("age", self.config.features.recency_precision_bits))
+        age = dialect(quantize_recency_sql("age", self.config.features.recency_precision_bits))
         return f"""
             WITH clocks AS MATERIALIZED (
                 SELECT user_key, last + ({age})::INT AS seen_on

@@ -1,4 +1,4 @@
-"""Aggregates of a user's days: what each sums, and that neither batches nor other users show in them."""
+"""Aggregates of a user's days: which days each sums, and that batches and other users change nothing."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyspark.sql import SparkSession
-from pyspark.sql import functions as F
 
-from bp_spark.features import catalogue
 from bp_spark.features.aggregates import (
-    PAUSES,
+    INTERPURCHASE_TIMES,
     SEQUENCE_COLUMNS,
     Aggregate,
     Decayed,
@@ -25,8 +22,7 @@ from bp_spark.features.aggregates import (
     Newest,
     Oldest,
     Total,
-    _quantize_recency,
-    known_users,
+    aggregate_batches,
 )
 from bp_spark.lakehouse.tables import USER_DAILY
 
@@ -77,15 +73,15 @@ def user_days(*days: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema)
 
 
-def known(
+def aggregated(
     days: pa.Table,
     as_of: Sequence[date] = (AS_OF,),
     *,
     rows_in_batch: int = 1_000,
     rows_at_once: int = 100_000,
-    digits: int | None = None,
+    precision_bits: int | None = None,
 ) -> dict[tuple[str, date], dict[str, Any]]:
-    """Rows of :func:`known_users` by user and date."""
+    """Rows of :func:`aggregate_batches` by user and date."""
     lists = {"array<int>": pa.int32(), "array<float>": pa.float32(), "array<bigint>": pa.int64()}
     schema = pa.schema(
         [
@@ -93,20 +89,20 @@ def known(
             ("as_of_date", pa.date32()),
             ("seen_on", pa.date32()),
             *((name, pa.int64()) for name in AGGREGATES),
-            *((name, pa.float64()) for name in PAUSES),
+            *((name, pa.float64()) for name in INTERPURCHASE_TIMES),
             *((column.name, pa.list_(lists[column.type])) for column in SEQUENCE_COLUMNS),
         ]
     )
     batches = days.to_batches(max_chunksize=rows_in_batch)
-    found = known_users(batches, as_of, AGGREGATES, schema, digits, LENGTH, rows_at_once)
-    rows = [row for batch in found for row in batch.to_pylist()]
+    result = aggregate_batches(batches, as_of, AGGREGATES, schema, precision_bits, LENGTH, rows_at_once)
+    rows = [row for batch in result for row in batch.to_pylist()]
     keyed = {(row["user_key"], row["as_of_date"]): row for row in rows}
     assert len(keyed) == len(rows)
     return keyed
 
 
 def test_each_aggregate_sees_its_days_and_no_others() -> None:
-    found = known(
+    row = aggregated(
         user_days(
             # a Saturday, a Sunday
             {"user": "u", "age": 8, "orders": 1, "spend": Decimal("10.25"), "order_value_max": Decimal("10.25")},
@@ -116,7 +112,7 @@ def test_each_aggregate_sees_its_days_and_no_others() -> None:
             {"user": "u", "age": 0, "orders": 1, "spend": Decimal("99.00")},
         )
     )["u", AS_OF]
-    assert {name: found[name] for name in AGGREGATES} == {
+    assert {name: row[name] for name in AGGREGATES} == {
         "spend": 1500,
         "spend_in_30": 1000,
         "spend_second_week": 1000,
@@ -131,22 +127,24 @@ def test_each_aggregate_sees_its_days_and_no_others() -> None:
     }
 
 
-def test_what_no_day_tells_is_null() -> None:
-    found = known(user_days({"user": "u", "age": 40, "orders": 1}))["u", AS_OF]
-    assert found["largest_in_30"] is found["active"] is None
-    assert found["spend_in_30"] == 0
-    assert {name: found[name] for name in PAUSES} == {**dict.fromkeys(PAUSES), "p_std": 0}
-    assert [found[column.name] for column in SEQUENCE_COLUMNS] == [[]] * len(SEQUENCE_COLUMNS)
+def test_aggregates_without_a_day_are_null() -> None:
+    row = aggregated(user_days({"user": "u", "age": 40, "orders": 1}))["u", AS_OF]
+    assert row["largest_in_30"] is row["active"] is None
+    assert row["spend_in_30"] == 0
+    assert {name: row[name] for name in INTERPURCHASE_TIMES} == {**dict.fromkeys(INTERPURCHASE_TIMES), "p_std": 0}
+    assert [row[column.name] for column in SEQUENCE_COLUMNS] == [[]] * len(SEQUENCE_COLUMNS)
 
 
-def test_pauses_lie_between_purchase_days() -> None:
+def test_interpurchase_times_lie_between_purchase_days() -> None:
     ages = [90, 80, 50, 49, 4]
     days = [{"user": "u", "age": age, "orders": 1} for age in ages]
-    found = known(user_days(*days, {"user": "u", "age": 60, "searches": 1}, {"user": "v", "age": 7, "orders": 1}))
+    by_user = aggregated(
+        user_days(*days, {"user": "u", "age": 60, "searches": 1}, {"user": "v", "age": 7, "orders": 1})
+    )
     gaps = [10, 30, 1, 45]
     expected = (np.mean(gaps), np.std(gaps), np.median(gaps), 45, 45)
-    assert [found["u", AS_OF][name] for name in PAUSES] == pytest.approx(expected)
-    assert found["v", AS_OF]["p_mean"] is None
+    assert [by_user["u", AS_OF][name] for name in INTERPURCHASE_TIMES] == pytest.approx(expected)
+    assert by_user["v", AS_OF]["p_mean"] is None
 
 
 def test_a_history_is_the_newest_tokens_of_the_days_before() -> None:
@@ -156,26 +154,26 @@ def test_a_history_is_the_newest_tokens_of_the_days_before() -> None:
         {"user": "u", "age": 0, "texts": [5]},
         {"user": "v", "age": 1, "orders": 1, "texts": [6]},
     )
-    found = known(days)
-    history = found["u", AS_OF]
+    by_user = aggregated(days)
+    history = by_user["u", AS_OF]
     assert history["seq_text_id"] == [2, 3, 4]
     assert history["seq_age_days"] == [8.5, 2.5, 2.5]
     assert (history["seq_amount"][0], history["seq_items"][0], history["seq_discount"][0]) == (2.5, 2.0, 0.5)
     assert (history["seq_weekday"], history["seq_hour"]) == ([5, 4, 4], [12, 12, 12])
-    assert found["v", AS_OF]["seq_text_id"] == [6]
+    assert by_user["v", AS_OF]["seq_text_id"] == [6]
     later = AS_OF + timedelta(days=1)
-    assert known(days, [later])["u", later]["seq_text_id"] == [3, 4, 5]
+    assert aggregated(days, [later])["u", later]["seq_text_id"] == [3, 4, 5]
 
 
-def test_only_users_with_a_purchase_before_the_date_are_known() -> None:
+def test_only_users_with_a_purchase_before_the_date_have_a_row() -> None:
     days = user_days(
         {"user": "a", "age": 5, "searches": 1},
         {"user": "b", "age": 0, "orders": 1},
         {"user": "c", "age": 5, "orders": 1},
         {"user": "d", "age": 5, "spend": Decimal(-1), "refunds": Decimal(1)},
     )
-    assert list(known(days)) == [("c", AS_OF)]
-    assert known(days.slice(0, 2)) == known(days.slice(0, 0)) == {}
+    assert list(aggregated(days)) == [("c", AS_OF)]
+    assert aggregated(days.slice(0, 2)) == aggregated(days.slice(0, 0)) == {}
 
 
 @st.composite
@@ -203,25 +201,15 @@ def test_wherever_batches_end_and_whoever_is_with_them_users_are_the_same(
     days: pa.Table, rows_in_batch: int, rows_at_once: int
 ) -> None:
     dates = [AS_OF - timedelta(days=30), AS_OF]
-    at_once = known(days, dates, digits=4)
-    assert known(days, dates, digits=4, rows_in_batch=rows_in_batch, rows_at_once=rows_at_once) == at_once
+    at_once = aggregated(days, dates, precision_bits=4)
+    assert aggregated(days, dates, precision_bits=4, rows_in_batch=rows_in_batch, rows_at_once=rows_at_once) == at_once
     users = set(days["user_key"].to_pylist())
     of_each = (days.filter(pa.compute.equal(days["user_key"], user)) for user in users)
-    assert {key: row for alone in of_each for key, row in known(alone, dates, digits=4).items()} == at_once
+    assert {key: row for alone in of_each for key, row in aggregated(alone, dates, precision_bits=4).items()} == at_once
 
 
 @settings(max_examples=60, deadline=None)
 @given(days=histories())
 def test_days_from_the_date_on_change_nothing(days: pa.Table) -> None:
     before = days.filter(pa.compute.less(days["day"], pa.scalar(AS_OF, pa.date32())))
-    assert known(days, digits=4) == known(before, digits=4)
-
-
-@pytest.mark.parametrize("digits", [None, 2, 4])
-def test_workers_clocks_tick_as_those_of_spark(spark: SparkSession, digits: int | None) -> None:
-    days = (
-        spark.range(1, 3_000)
-        .select("id", F.expr(catalogue.quantize_recency("id", digits)).alias("quantized"))
-        .toPandas()
-    )
-    np.testing.assert_array_equal(_quantize_recency(days["id"].to_numpy(), digits), days["quantized"])
+    assert aggregated(days, precision_bits=4) == aggregated(before, precision_bits=4)

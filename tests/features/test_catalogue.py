@@ -19,6 +19,7 @@ from bp_spark.features import catalogue as features
 from bp_spark.features import user_daily
 from bp_spark.features.aggregates import SEQUENCE_COLUMNS
 from bp_spark.features.catalogue import catalogue, user_features_table
+from bp_spark.features.categories import CATEGORY_BUCKETS
 from bp_spark.lakehouse.tables import Lakehouse, conform
 from tests.support.histories import AS_OF, embeddings_frame, events_frame, random_events, sorted_rows, texts_frame
 
@@ -29,8 +30,8 @@ FEW = FeaturesConfig(history_length=8, windows=(30, 90))
 
 def features_of(spark: SparkSession, rows: pd.DataFrame, *as_of: date, config: FeaturesConfig = CONFIG) -> DataFrame:
     days = user_daily.user_daily(events_frame(spark, rows), texts_frame(spark), embeddings_frame(spark), 8)
-    found = features.user_features(days.localCheckpoint(), as_of or [AS_OF], config, "test")
-    return conform(found, user_features_table(config))
+    result = features.user_features(days.localCheckpoint(), as_of or [AS_OF], config, "test")
+    return conform(result, user_features_table(config))
 
 
 def purchases(*lines: tuple[int, float], **more: object) -> pd.DataFrame:
@@ -145,7 +146,7 @@ def test_categories_diversity_and_shares(by_hand: dict[str, Row]) -> None:
     assert (row.categories_90d, row.categories_365d, row.category_types_365d) == (1, 2, 2)
     assert (row.category_share_top1, row.category_share_top2, row.category_share_top3) == (0.75, 0.25, 0)
     assert row.category_entropy_365d == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
-    assert sum(row[f"category_share_hash{n:02d}"] for n in range(features.CATEGORY_BUCKETS)) == pytest.approx(1)
+    assert sum(row[f"category_share_hash{n:02d}"] for n in range(CATEGORY_BUCKETS)) == pytest.approx(1)
 
 
 def test_the_price_tier_is_a_position_within_the_category(by_hand: dict[str, Row]) -> None:
@@ -193,11 +194,11 @@ def test_an_event_counts_until_the_last_microsecond_before_the_date(
 def test_between_two_ticks_nothing_about_a_silent_user_changes(spark: SparkSession) -> None:
     rows = random_events(8, users=30)
     rows = rows[rows["ts"] < MIDNIGHT].astype(object)
-    nights = [AS_OF + timedelta(days=n) for n in range(12)]
-    found = features_of(spark, rows, *nights).drop("as_of_date").collect()
-    states = {(row.user_key, row.seen_on) for row in found}
-    assert len(states) < len(found)
-    assert len({repr(row) for row in found}) == len(states)
+    dates = [AS_OF + timedelta(days=n) for n in range(12)]
+    rows_seen = features_of(spark, rows, *dates).drop("as_of_date").collect()
+    states = {(row.user_key, row.seen_on) for row in rows_seen}
+    assert len(states) < len(rows_seen)
+    assert len({repr(row) for row in rows_seen}) == len(states)
 
 
 def test_every_day_counts_where_silence_is_kept_exactly(spark: SparkSession) -> None:
@@ -219,22 +220,24 @@ def changed_after(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
     """The same past, another future: events at or after AS_OF dropped, changed and added."""
     rng = np.random.default_rng(seed)
     late = rows["ts"] >= MIDNIGHT
-    kept = rows[~late | (rng.random(len(rows)) < 0.5)].copy()
-    touched = (kept["ts"] >= MIDNIGHT) & (kept["kind"] == "purchase")
-    kept.loc[touched, "amount"] = kept.loc[touched, "amount"] * 7 + 1
+    changed = rows[~late | (rng.random(len(rows)) < 0.5)].copy()
+    touched = (changed["ts"] >= MIDNIGHT) & (changed["kind"] == "purchase")
+    changed.loc[touched, "amount"] = changed.loc[touched, "amount"] * 7 + 1
     added = random_events(seed + 1, users=12)
     added = added[added["ts"] >= MIDNIGHT].assign(user_key=lambda df: f"{seed}-" + df["user_key"])
-    return pd.concat([kept, added], ignore_index=True)
+    return pd.concat([changed, added], ignore_index=True)
 
 
 @settings(max_examples=1, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seeds=st.lists(st.integers(0, 2**31), min_size=4, max_size=4, unique=True))
 def test_future_events_do_not_change_features(spark: SparkSession, seeds: list[int]) -> None:
-    def told(worlds: list[pd.DataFrame]) -> list[tuple[Any, ...]]:
+    def features_before(worlds: list[pd.DataFrame]) -> list[tuple[Any, ...]]:
         rows = pd.concat(worlds, ignore_index=True).astype(object)
         return sorted_rows(features_of(spark, rows.assign(event_id=[f"e{n}" for n in range(len(rows))])))
 
-    assert told([world(seed) for seed in seeds]) == told([changed_after(world(seed), seed) for seed in seeds])
+    assert features_before([world(seed) for seed in seeds]) == features_before(
+        [changed_after(world(seed), seed) for seed in seeds]
+    )
 
 
 def test_several_dates_at_once_are_those_dates_alone(spark: SparkSession) -> None:
@@ -262,22 +265,22 @@ def test_the_number_of_tasks_and_the_order_of_rows_change_nothing(spark: SparkSe
 def test_a_feature_of_a_random_history_is_what_pandas_says(spark: SparkSession) -> None:
     rows = random_events(9, users=15)
     past = rows[(rows["ts"] < MIDNIGHT) & (rows["kind"] == "purchase")]
-    found = features_of(spark, rows.astype(object)).toPandas().set_index("user_key")
+    table = features_of(spark, rows.astype(object)).toPandas().set_index("user_key")
     buyers = past[past["amount"] >= 0]["user_key"].unique()
-    assert sorted(found.index) == sorted(buyers)
+    assert sorted(table.index) == sorted(buyers)
     age = (pd.Timestamp(AS_OF) - pd.to_datetime(past["event_date"])).dt.days
     for days in (7, 30, 90):
-        spend = past[age <= days].groupby("user_key")["amount"].sum().reindex(found.index, fill_value=0)
-        np.testing.assert_allclose(found[f"spend_{days}d"], spend, rtol=1e-5, atol=1e-3)
+        spend = past[age <= days].groupby("user_key")["amount"].sum().reindex(table.index, fill_value=0)
+        np.testing.assert_allclose(table[f"spend_{days}d"], spend, rtol=1e-5, atol=1e-3)
         orders = past[(age <= days) & (past["amount"] >= 0)].groupby("user_key")
         count = orders.apply(lambda df: len(df[["event_date", "order_id"]].drop_duplicates()), include_groups=False)
-        assert (found[f"orders_{days}d"] == count.reindex(found.index, fill_value=0)).all()
+        assert (table[f"orders_{days}d"] == count.reindex(table.index, fill_value=0)).all()
 
 
 def test_every_feature_says_what_it_is(spark: SparkSession, lakehouse: Lakehouse) -> None:
-    found = catalogue(FeaturesConfig())
-    assert len(set(found.names)) == len(found.names) >= 120
-    assert all(f.description and f.unit and f.window for f in found.features)
+    defined = catalogue(FeaturesConfig())
+    assert len(set(defined.names)) == len(defined.names) >= 120
+    assert all(f.description and f.unit and f.window for f in defined.features)
     table = user_features_table(CONFIG)
     lakehouse.replace(table, spark.createDataFrame([], table.schema), where={"as_of_date": [AS_OF]})
     comments = {field.name: field.metadata.get("comment") for field in lakehouse.read("user_features").schema.fields}

@@ -1,4 +1,4 @@
-"""Labels: which past dates, which days' spend, and which users are kept apart."""
+"""Labels: which past dates, which days' spend, and which users are held out."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def daily(spark: SparkSession, spent: list[Spent]) -> DataFrame:
 
 
 def spend(rows: DataFrame, *dates: date, horizon: int = HORIZON) -> dict[tuple[str, date], float]:
-    found = labels.future_spend(rows, dates or [DAY], horizon).collect()
-    answer = {(row["user_key"], row["as_of_date"]): row["label_spend"] for row in found}
-    assert len(answer) == len(found)
+    rows_spent = labels.future_spend(rows, dates or [DAY], horizon).collect()
+    answer = {(row["user_key"], row["as_of_date"]): row["label_spend"] for row in rows_spent}
+    assert len(answer) == len(rows_spent)
     return answer
 
 
@@ -59,8 +59,10 @@ def test_weekly_spend_is_by_week_of_first_order_and_sees_nothing_from_the_date_o
         (user, DAY + timedelta(days=after), orders, Decimal(spent)) for user, after, orders, spent in days + nothing
     ]
     table = spark.createDataFrame(rows, "user_key string, day date, orders bigint, spend decimal(18,2)")
-    found = {(row["first_week"], row["week"]): row["cents"] for row in labels.weekly_spend(table, DAY).collect()}
-    assert found == {(1, 0): 450, (1, 1): 850, (0, 0): 200}
+    cents_by_week = {
+        (row["first_week"], row["week"]): row["cents"] for row in labels.weekly_spend(table, DAY).collect()
+    }
+    assert cents_by_week == {(1, 0): 450, (1, 1): 850, (0, 0): 200}
 
 
 # --- cutoffs -----------------------------------------------------------------------------------------------------------
@@ -181,14 +183,14 @@ def test_every_user_keeps_a_row_and_who_did_nothing_spent_0(spark: SparkSession)
     days = daily(spark, [("a", 3, 250), ("b", -3, 100), ("stranger", 3, 100)]).union(
         spark.createDataFrame([("browser", DAY, None)], DAILY)
     )
-    found = labels.join_labels(users, labels.future_spend(days, [DAY, later], HORIZON)).collect()
-    assert {(row["user_key"], row["as_of_date"], row["recency_days"]): row["label_spend"] for row in found} == {
+    labelled = labels.join_labels(users, labels.future_spend(days, [DAY, later], HORIZON)).collect()
+    assert {(row["user_key"], row["as_of_date"], row["recency_days"]): row["label_spend"] for row in labelled} == {
         ("a", DAY, 1.0): 2.5,
         ("b", DAY, 2.0): 0.0,
         ("browser", DAY, 3.0): 0.0,
         ("a", later, 4.0): 0.0,
     }
-    assert len(found) == 4
+    assert len(labelled) == 4
 
 
 def test_the_training_set_is_the_features_with_label_and_fold() -> None:
@@ -203,8 +205,10 @@ def test_the_training_set_is_the_features_with_label_and_fold() -> None:
 
 def test_rows_without_holdout_users_say_which_fold_the_others_are_in(spark: SparkSession) -> None:
     rows = spark.createDataFrame([("1",), ("小明",), ("7",)], "user_key string")
-    found = {row["user_key"]: row["fold"] for row in labels.without_holdout(rows, LabelsConfig(folds=3)).collect()}
-    assert found == {"1": 0, "小明": 1}
+    fold_by_user = {
+        row["user_key"]: row["fold"] for row in labels.without_holdout(rows, LabelsConfig(folds=3)).collect()
+    }
+    assert fold_by_user == {"1": 0, "小明": 1}
 
 
 # --- horizons that were not over -----------------------------------------------------------------------------------------
@@ -237,15 +241,15 @@ def test_older_labels_weigh_less_where_a_half_life_is_set(spark: SparkSession) -
     rows = spark.createDataFrame(
         [("a", day, 1.0) for day in dates], "user_key string, as_of_date date, label_spend double"
     )
-    found = labels.add_weights(rows, DAY, config).orderBy("as_of_date").collect()
-    assert [row["weight"] for row in found] == pytest.approx([0.25, 0.5, 1.0, 0.5])
+    weighted = labels.add_weights(rows, DAY, config).orderBy("as_of_date").collect()
+    assert [row["weight"] for row in weighted] == pytest.approx([0.25, 0.5, 1.0, 0.5])
 
 
 def test_spend_from_the_test_date_on_is_never_seen(spark: SparkSession) -> None:
     as_of = DAY - timedelta(days=10)
     days = daily(spark, [("a", -5, 300), ("a", -1, 50), ("a", 0, 1_000), ("a", 40, 1_000), ("b", 0, 70)])
-    found = labels.future_spend(days, [as_of], HORIZON, DAY).collect()
-    assert [(row["user_key"], row["label_spend"]) for row in found] == [("a", 3.5)]
+    labelled = labels.future_spend(days, [as_of], HORIZON, DAY).collect()
+    assert [(row["user_key"], row["label_spend"]) for row in labelled] == [("a", 3.5)]
 
 
 # --- other horizons ------------------------------------------------------------------------------------------------------
@@ -254,15 +258,15 @@ def test_spend_from_the_test_date_on_is_never_seen(spark: SparkSession) -> None:
 def other_labels(
     spark: SparkSession, spent: list[Spent], ages: list[int], horizons: list[int]
 ) -> dict[tuple[str, int], dict[int, float | None]]:
-    """User, age of the cutoff in days -> horizon -> label, as known on DAY; of the users a to d at each of the cutoffs."""
+    """Return (user, age of the cutoff in days) -> horizon -> label as seen on DAY, for the users a to d at each cutoff."""
     users = [(user, DAY - timedelta(days=age)) for user in "abcd" for age in ages]
     rows = spark.createDataFrame(users, "user_key string, as_of_date date")
     dates = [DAY - timedelta(days=age) for age in ages]
-    found = labels.with_other_horizons(rows, daily(spark, spent), dates, horizons, DAY).collect()
-    assert len(found) == len(users)
+    labelled = labels.with_other_horizons(rows, daily(spark, spent), dates, horizons, DAY).collect()
+    assert len(labelled) == len(users)
     return {
         (row["user_key"], (DAY - row["as_of_date"]).days): {days: row[f"label_spend_{days}d"] for days in horizons}
-        for row in found
+        for row in labelled
     }
 
 
@@ -275,8 +279,8 @@ def other_labels(
 def test_another_horizon_has_its_whole_spend_or_none_at_all(
     spark: SparkSession, spent: list[Spent], ages: list[int], horizons: list[int]
 ) -> None:
-    found = other_labels(spark, spent, ages, horizons)
-    for (user, age), by_horizon in found.items():
+    by_cutoff = other_labels(spark, spent, ages, horizons)
+    for (user, age), by_horizon in by_cutoff.items():
         for days, label in by_horizon.items():
             within = sum(cents for who, after, cents in spent if who == user and 0 <= after + age < days)
             assert label == (within / 100 if days <= age else None)
@@ -285,8 +289,8 @@ def test_another_horizon_has_its_whole_spend_or_none_at_all(
 def test_a_horizon_as_long_as_the_main_one_has_its_labels(spark: SparkSession) -> None:
     spent = [("a", -95, 100), ("a", -80, 200), ("a", -10, -50), ("b", -1, 70)]
     main = spend(daily(spark, spent), DAY - timedelta(days=HORIZON))
-    found = other_labels(spark, spent, [HORIZON], [HORIZON])
-    assert {user: label[HORIZON] for (user, _), label in found.items()} == {
+    by_cutoff = other_labels(spark, spent, [HORIZON], [HORIZON])
+    assert {user: label[HORIZON] for (user, _), label in by_cutoff.items()} == {
         user: main.get((user, DAY - timedelta(days=HORIZON)), 0.0) for user in "abcd"
     }
 
@@ -306,11 +310,11 @@ def folds(spark: SparkSession, users: list[str], config: LabelsConfig) -> dict[s
 
 def test_a_user_stays_in_one_fold_for_ever(spark: SparkSession) -> None:
     users = ["1", "1001", "u-42", "小明", "", "7"]
-    found = folds(spark, users, LabelsConfig(folds=3))
+    fold_by_user = folds(spark, users, LabelsConfig(folds=3))
     # pinned: another hash would let models of tomorrow learn from holdout users of today
-    assert [found[user] for user in users] == [0, 0, 2, 1, 2, labels.HOLDOUT]
-    assert folds(spark, users[::-1], LabelsConfig(folds=3)) == found
-    assert folds(spark, users[:1], LabelsConfig(horizon_days=7, cutoffs=1, folds=3)) == {"1": found["1"]}
+    assert [fold_by_user[user] for user in users] == [0, 0, 2, 1, 2, labels.HOLDOUT]
+    assert folds(spark, users[::-1], LabelsConfig(folds=3)) == fold_by_user
+    assert folds(spark, users[:1], LabelsConfig(horizon_days=7, cutoffs=1, folds=3)) == {"1": fold_by_user["1"]}
 
 
 @pytest.mark.parametrize(("holdout", "number"), [(0.2, 3), (0.5, 2), (0.0, 5)])

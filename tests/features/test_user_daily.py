@@ -14,10 +14,10 @@ from bp_spark.lakehouse.tables import USER_DAILY, conform
 from tests.support.histories import embeddings_frame, events_frame, random_events, sorted_rows, texts_frame
 
 
-def days_of(spark: SparkSession, rows: pd.DataFrame, tokens_kept: int = 8) -> DataFrame:
+def days_of(spark: SparkSession, rows: pd.DataFrame, max_tokens: int = 8) -> DataFrame:
     events = events_frame(spark, rows)
-    found = user_daily.user_daily(events, texts_frame(spark), embeddings_frame(spark), tokens_kept)
-    return conform(found, USER_DAILY)
+    result = user_daily.user_daily(events, texts_frame(spark), embeddings_frame(spark), max_tokens)
+    return conform(result, USER_DAILY)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,9 @@ def event(**values: Any) -> dict[str, Any]:
     return {**base, "user_key": "u", "ts": ts, "event_date": ts.date(), "ingest_id": 1, "kind": "purchase", **values}
 
 
-def one_day(spark: SparkSession, *events: dict[str, Any], tokens_kept: int = 8) -> dict[str, Any]:
+def one_day(spark: SparkSession, *events: dict[str, Any], max_tokens: int = 8) -> dict[str, Any]:
     rows = pd.DataFrame([{**each, "event_id": f"e{number}"} for number, each in enumerate(events)])
-    (row,) = days_of(spark, rows.astype(object), tokens_kept).collect()
+    (row,) = days_of(spark, rows.astype(object), max_tokens).collect()
     return row.asDict(recursive=True)
 
 
@@ -122,7 +122,7 @@ def test_searches_and_reviews_are_counted_by_their_words(spark: SparkSession) ->
 
 def test_the_newest_tokens_of_a_day_are_kept_oldest_first(spark: SparkSession) -> None:
     browses = [event(kind="browse", ts=f"2024-03-01 10:00:{second:02d}") for second in range(10)]
-    day = one_day(spark, *browses, event(order_id="a", amount=2.0, ts="2024-03-01 09:00:00"), tokens_kept=4)
+    day = one_day(spark, *browses, event(order_id="a", amount=2.0, ts="2024-03-01 09:00:00"), max_tokens=4)
     assert [token["ts"].second for token in day["tokens"]] == [6, 7, 8, 9]
     assert day["browses"] == 10
 

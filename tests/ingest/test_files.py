@@ -206,8 +206,8 @@ def test_a_mapping_says_which_odd_texts_are_ids(spark: SparkSession, tmp_path: P
     lines = ["ANNA,,0", "anna,NaN,-1", "0,17.0,1.0", "NA,\\N,2", "-1,null,3", "nan,x,4"]
     text = "\n".join(["who,number,line,at,paid", *(f"{line},2024-05-01,1" for line in lines)])
     rows = rows_of(spark, source_of(tmp_path, mapping, a__csv=text))
-    found = {row.line_id: (row.user_id, row.order_id) for row in rows}
-    assert found == {
+    ids_by_line = {row.line_id: (row.user_id, row.order_id) for row in rows}
+    assert ids_by_line == {
         "0": ("anna", None),
         "-1": ("anna", None),
         "1": ("0", "17"),
@@ -247,10 +247,10 @@ transactions:
     removed = source.deliveries(spark)
     write([(2, "a b/中", 2.0), (3, "us", 3.0)], "overwrite")
     assert [(row.user_id, row.currency) for row in rows_of(spark, source)] == [("2", "a b/中"), ("3", "us")]
-    kept = source.deliveries(spark)
-    assert not set(removed) & set(kept)
+    current = source.deliveries(spark)
+    assert not set(removed) & set(current)
     write([(4, "us", 4.0)], "append")
-    [new] = set(source.deliveries(spark)) - set(kept)
+    [new] = set(source.deliveries(spark)) - set(current)
     [row] = source.read(spark, [new])["raw_transactions"].collect()
     assert (row.user_id, row.delivery) == ("4", new.name)
     assert new.name.startswith("orders 表/land=us/")
@@ -429,7 +429,7 @@ def test_new_and_changed_files_are_new_deliveries(spark: SparkSession, tmp_path:
     text = "who,at,paid\n1,2024-05-01,5\n"
     source = source_of(tmp_path, ORDERS, a__csv=text, _b__csv=text)
     before = source.deliveries(spark)
-    assert [(found.table, found.name) for found in before] == [("raw_transactions", "a.csv")]
+    assert [(delivery.table, delivery.name) for delivery in before] == [("raw_transactions", "a.csv")]
     assert source.deliveries(spark) == before
     (tmp_path / "c [1]+%20.csv").write_text(text)
     [new] = set(source.deliveries(spark)) - set(before)
@@ -437,7 +437,7 @@ def test_new_and_changed_files_are_new_deliveries(spark: SparkSession, tmp_path:
     [row] = source.read(spark, [new])["raw_transactions"].collect()
     assert row.delivery == new.name
     os.utime(tmp_path / "a.csv", (0, 0))
-    changed = [found for found in source.deliveries(spark) if found.name == "a.csv"]
+    changed = [delivery for delivery in source.deliveries(spark) if delivery.name == "a.csv"]
     assert changed[0].fingerprint != before[0].fingerprint
 
 
@@ -509,7 +509,7 @@ def test_no_transactions_is_an_error_and_no_other_table_is(spark: SparkSession, 
     with pytest.raises(DataError, match=r"'\*\.csv'"):
         source_of(tmp_path, mapping).deliveries(spark)
     source = source_of(tmp_path, mapping, a__csv="who,at,paid\n")
-    assert [found.table for found in source.deliveries(spark)] == ["raw_transactions"]
+    assert [delivery.table for delivery in source.deliveries(spark)] == ["raw_transactions"]
 
 
 @pytest.mark.parametrize("zone", ["UTC", "America/New_York"])
@@ -535,15 +535,15 @@ rates:
   format: csv
   columns: {currency: who, rate: {value: 2}, day: at}
 """
-    ours = [
+    wall_clock = [
         "2024-05-01 08:00:00",
         "2024-05-01T08:00:00.5",
         "2024-05-01",
         "2024-05-01T00:00:00Z",
         "2024-05-01 08:00 +08:00",
     ]
-    theirs = ["10.03.2024 02:30", "03.11.2024 01:30", "01.05.2024 08:00 +08:00", "01.05.2024 00:00", "2024-05-01 08:00"]
-    text = "".join(f"{n},{a},{b}\n" for n, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1))
+    local = ["10.03.2024 02:30", "03.11.2024 01:30", "01.05.2024 08:00 +08:00", "01.05.2024 00:00", "2024-05-01 08:00"]
+    text = "".join(f"{n},{a},{b}\n" for n, (a, b) in enumerate(zip(wall_clock, local, strict=True), start=1))
     source = source_of(tmp_path, mapping, a__csv="who,at,local\n" + text)
     midnight = utc(2024, 5, 1)
     first = [row.ts for row in rows_of(spark, source)]

@@ -15,10 +15,15 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from scipy import stats
 
+from bp_spark.core.config import SyntheticConfig
 from bp_spark.core.errors import ConfigError, DataError
-from bp_spark.ingest.sources import synthetic
 from bp_spark.ingest.sources.files import FilesSource
-from bp_spark.ingest.sources.synthetic import LOGS, Summary, SyntheticConfig, generate
+from bp_spark.ingest.sources.synthetic import Summary, generate, users
+from bp_spark.ingest.sources.synthetic.currency import CNY_RATE
+from bp_spark.ingest.sources.synthetic.draws import uniform
+from bp_spark.ingest.sources.synthetic.items import CELLS, HOT_ITEM, popular_item
+from bp_spark.ingest.sources.synthetic.logs import WHALE
+from bp_spark.ingest.sources.synthetic.platform import LOGS
 
 pytestmark = pytest.mark.slow
 
@@ -47,20 +52,20 @@ class Platform:
             amount = pd.to_numeric(df["amount"], errors="coerce")
             df = df.assign(amount=amount)[(amount < 1e6) & df["currency"].isin(["USD", "CNY"])]
             df = df[df["item_id"].isin(self.frames["items"]["item_id"])]
-            df["usd"] = df["amount"] * np.where(df["currency"] == "CNY", synthetic.CNY_RATE, 1.0)
+            df["usd"] = df["amount"] * np.where(df["currency"] == "CNY", CNY_RATE, 1.0)
         return df
 
 
 def _frames(folder: Path) -> dict[str, pd.DataFrame]:
     # pandas by day folder: no Spark reader stands between the files and the checks
-    found = {}
+    frames = {}
     for table in (*LOGS, "items", "users", "rates"):
         days = [
             pd.read_parquet(day).assign(delivery_day=day.name.removeprefix("delivery_day="))
             for day in sorted((folder / table).glob("delivery_day=*"))
         ]
-        found[table] = pd.concat(days, ignore_index=True)
-    return found
+        frames[table] = pd.concat(days, ignore_index=True)
+    return frames
 
 
 @contextmanager
@@ -90,7 +95,7 @@ def test_the_same_rows_whatever_the_number_of_tasks(
 ) -> None:
     config = SyntheticConfig(users=200, days=8)
     generate(spark, config, str(tmp_path / "a"))
-    monkeypatch.setattr(synthetic, "TASKS_AT_LEAST", 3)
+    monkeypatch.setattr(users, "TASKS_AT_LEAST", 3)
     with _setting(spark, "spark.sql.shuffle.partitions", "5"), _setting(spark, "spark.sql.adaptive.enabled", "false"):
         generate(spark, config, str(tmp_path / "b"))
     first, second = _frames(tmp_path / "a"), _frames(tmp_path / "b")
@@ -103,42 +108,42 @@ def test_the_same_rows_whatever_the_number_of_tasks(
 
 def test_another_seed_gives_other_rows(spark: SparkSession) -> None:
     first, second = (
-        synthetic._users(spark, SyntheticConfig(users=100, seed=seed)).agg(F.sum("z")).collect() for seed in (1, 2)
+        users.users(spark, SyntheticConfig(users=100, seed=seed)).agg(F.sum("z")).collect() for seed in (1, 2)
     )
     assert first != second
 
 
 def _recounted(log: str, df: pd.DataFrame, items: set[str]) -> dict[str, int]:
-    """Kinds of dirt in a log's files, found by looking at the rows."""
+    """Count the kinds of dirt in a log's files by looking at the rows."""
     ts = pd.to_datetime(df["ts"], format="%Y-%m-%d %H:%M:%S", errors="coerce")
-    found = {
+    spoiled = {
         "missing_user": df["user_id"].isna(),
         "unreadable_ts": ts.isna() & ~df["ts"].str.startswith("2999"),
         "future_ts": df["ts"].str.startswith("2999"),
     }
     if log == "transactions":
         amount = pd.to_numeric(df["amount"], errors="coerce")
-        found["unreadable_amount"] = amount.isna()
-        found["huge_amount"] = amount > 1e6
-        found["unknown_currency"] = ~df["currency"].isin(["USD", "CNY"])
+        spoiled["unreadable_amount"] = amount.isna()
+        spoiled["huge_amount"] = amount > 1e6
+        spoiled["unknown_currency"] = ~df["currency"].isin(["USD", "CNY"])
     if log == "behaviours":
-        found["unknown_action"] = ~df["action"].isin(["browse", "click", "cart", "favourite", "coupon"])
+        spoiled["unknown_action"] = ~df["action"].isin(["browse", "click", "cart", "favourite", "coupon"])
     if log == "searches":
-        found["empty_query"] = df["query"].str.strip() == ""
-        found["broken_unicode"] = df["query"].str.contains("\ufffd")
+        spoiled["empty_query"] = df["query"].str.strip() == ""
+        spoiled["broken_unicode"] = df["query"].str.contains("\ufffd")
     if log == "reviews":
-        found["rating_out_of_range"] = pd.to_numeric(df["rating"]) > 5
-        found["broken_unicode"] = df["text"].str.contains("\ufffd")
+        spoiled["rating_out_of_range"] = pd.to_numeric(df["rating"]) > 5
+        spoiled["broken_unicode"] = df["text"].str.contains("\ufffd")
     if log != "searches":
-        found["unknown_item"] = ~df["item_id"].isin(items)
-    malformed = pd.concat(found, axis=1).any(axis=1)
+        spoiled["unknown_item"] = ~df["item_id"].isin(items)
+    malformed = pd.concat(spoiled, axis=1).any(axis=1)
     content = [column for column in df.columns if column != "delivery_day"]
     # equal rows of one delivery are two events; those of another delivery are the same ones again
     by_day = df[~malformed].fillna("").groupby([*content, "delivery_day"]).size().rename("copies").reset_index()
     times = by_day.groupby(content).agg(min=("delivery_day", "min"), sum=("copies", "sum"), max=("copies", "max"))
     times = times.reset_index()
     return {
-        **{kind: int(rows.sum()) for kind, rows in found.items()},
+        **{kind: int(rows.sum()) for kind, rows in spoiled.items()},
         "duplicate": int((times["sum"] - times["max"]).sum()),
         "late": int((times["min"] > times["ts"].str[:10]).sum()),
     }
@@ -147,9 +152,9 @@ def _recounted(log: str, df: pd.DataFrame, items: set[str]) -> dict[str, int]:
 @pytest.mark.parametrize("log", LOGS)
 def test_dirt_is_counted_exactly(platform: Platform, log: str) -> None:
     df = platform.frames[log]
-    told = pd.read_parquet(platform.folder / "truth" / "dirt").query("table == @log").set_index("kind")["rows"]
-    assert _recounted(log, df, set(platform.frames["items"]["item_id"])) == told.to_dict()
-    assert told.to_dict() == platform.dirt(log)
+    written = pd.read_parquet(platform.folder / "truth" / "dirt").query("table == @log").set_index("kind")["rows"]
+    assert _recounted(log, df, set(platform.frames["items"]["item_id"])) == written.to_dict()
+    assert written.to_dict() == platform.dirt(log)
     assert len(df) == platform.summary.rows[log]
 
 
@@ -170,20 +175,20 @@ def test_late_and_repeated_rows_come_within_thirty_days_and_nothing_comes_early(
     for log in LOGS:
         df = platform.frames[log]
         ts = pd.to_datetime(df["ts"], format="%Y-%m-%d %H:%M:%S", errors="coerce")
-        known = ts.dt.year < 2900
-        delay = (pd.to_datetime(df["delivery_day"]) - ts.dt.normalize()).dt.days[known]
+        readable = ts.dt.year < 2900
+        delay = (pd.to_datetime(df["delivery_day"]) - ts.dt.normalize()).dt.days[readable]
         assert delay.between(0, 30).all()
         assert (delay > 0).any()
-        assert ts[known].min() >= pd.Timestamp(CONFIG.first_day)
-        assert ts[known].max() < pd.Timestamp(LAST_DAY) + pd.Timedelta(days=1)
+        assert ts[readable].min() >= pd.Timestamp(CONFIG.first_day)
+        assert ts[readable].max() < pd.Timestamp(LAST_DAY) + pd.Timedelta(days=1)
 
 
 def test_the_purchase_process_has_the_published_marginals(platform: Platform, truth: pd.DataFrame) -> None:
-    rate = stats.gamma(synthetic.LAMBDA_SHAPE, scale=synthetic.LAMBDA_MEAN / synthetic.LAMBDA_SHAPE)
+    rate = stats.gamma(users.LAMBDA_SHAPE, scale=users.LAMBDA_MEAN / users.LAMBDA_SHAPE)
     assert stats.kstest(truth["lambda"], rate.cdf).pvalue > 1e-3
-    assert stats.kstest(truth["mu"] * synthetic.MU_SCALE_DAYS, stats.gamma(synthetic.MU_SHAPE).cdf).pvalue > 1e-3
+    assert stats.kstest(truth["mu"] * users.MU_SCALE_DAYS, stats.gamma(users.MU_SHAPE).cdf).pvalue > 1e-3
     assert stats.kstest(truth["z"], stats.norm.cdf).pvalue > 1e-3
-    value = stats.invgamma(synthetic.NU_SHAPE, scale=synthetic.VALUE_SHAPE * synthetic.NU_SCALE)
+    value = stats.invgamma(users.NU_SHAPE, scale=users.VALUE_SHAPE * users.NU_SCALE)
     assert stats.kstest(truth["mean_value"], value.cdf).pvalue > 1e-3
     sales = platform.clean("transactions").query("amount > 0")
     expected = (truth["lambda"] * truth["alive_days"]).sum()
@@ -198,7 +203,7 @@ def test_order_values_scatter_around_the_users_mean_as_gamma_gamma_says(
     orders = sales.groupby(["user_id", "order_id"])["usd"].agg(["sum", "size"]).reset_index()
     ratio = orders["sum"] / orders["user_id"].map(truth["mean_value"])
     assert ratio.mean() == pytest.approx(1, abs=0.05)
-    assert ratio.std() == pytest.approx(synthetic.VALUE_SHAPE**-0.5, abs=0.05)
+    assert ratio.std() == pytest.approx(users.VALUE_SHAPE**-0.5, abs=0.05)
     assert orders["size"].between(1, 6).all()
     assert orders["size"].nunique() == 6
 
@@ -272,12 +277,12 @@ def test_too_few_items_for_one_of_each_kind_are_refused(spark: SparkSession, tmp
 
 
 def test_items_follow_zipfs_law_within_a_cell(spark: SparkSession) -> None:
-    config = SyntheticConfig(users=1, items=synthetic.CELLS * 100)
+    config = SyntheticConfig(users=1, items=CELLS * 100)
     drawn = spark.range(20_000).select(
-        F.lit(3).alias("type"), F.lit(2).alias("tier"), synthetic._uniform(config, "test", "id").alias("u")
+        F.lit(3).alias("type"), F.lit(2).alias("tier"), uniform(config, "test", "id").alias("u")
     )
-    item = synthetic._popular_item(config, F.col("u"), F.lit(1.0))
-    counts = drawn.select((item / synthetic.CELLS).cast("int").alias("rank")).groupBy("rank").count().toPandas()
+    item = popular_item(config, F.col("u"), F.lit(1.0))
+    counts = drawn.select((item / CELLS).cast("int").alias("rank")).groupBy("rank").count().toPandas()
     top = counts.sort_values("rank").head(20)
     slope = np.polyfit(np.log(top["rank"] + 1.5), np.log(top["count"]), 1)[0]
     assert slope == pytest.approx(-1, abs=0.15)
@@ -308,10 +313,10 @@ def test_a_whale_and_a_hot_item_skew_the_platform(spark: SparkSession, tmp_path:
     )
     generate(spark, config, str(tmp_path / "files"))
     behaviours = _frames(tmp_path / "files")["behaviours"]
-    whale = behaviours["user_id"] == synthetic.WHALE
+    whale = behaviours["user_id"] == WHALE
     assert whale.sum() == 5_000
     others = behaviours[~whale]
-    hot = (others["item_id"] == synthetic.HOT_ITEM).sum()
+    hot = (others["item_id"] == HOT_ITEM).sum()
     # items of one visit leave several actions each: more scatter than a binomial has
     assert hot / len(others) == pytest.approx(0.4, abs=0.08)
 

@@ -1,8 +1,9 @@
 """A user's days before a date -> the numbers and the history that features are made of, by numpy in Python workers.
 
-All days of a user come to one worker in their order, and one pass over them gives windows, pauses and histories of all dates.
-Spark's own aggregates would be code that it generates and Java compiles anew for each run: for some hundred of them that takes
-as long as to run it. Sums are over whole numbers (cents, thousandths), so that no order of addition changes one by a bit.
+All days of a user come to one worker in order. One pass over them gives windows, interpurchase times and histories of all
+dates. Spark's own aggregates would be generated code that Java compiles anew in each run; for some hundred aggregates,
+compiling takes as long as running. Sums are over whole numbers (cents, thousandths), so that the order of addition never
+changes a bit.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ from pyspark.sql import DataFrame
 from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import StructType
 
+from bp_spark.features.clock import quantize_recency
 from bp_spark.lakehouse.tables import KINDS, USER_DAILY, Column
 
 ROWS_AT_ONCE = 100_000
-"""User-days that a worker works on at once: some tens of megabytes."""
+"""User-days that a worker processes at once: some tens of megabytes."""
 WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 ACTIVITY = ("browses", "clicks", "carts", "favourites", "searches")
-PAUSES = ("p_mean", "p_std", "p_median", "p_max", "p_last")
-"""Of the days between a user's purchase days: mean, standard deviation, median, largest, last. With fewer than two such days
-the standard deviation is 0 and the others are NULL."""
+INTERPURCHASE_TIMES = ("p_mean", "p_std", "p_median", "p_max", "p_last")
+"""Mean, standard deviation, median, maximum and last of the days between a user's purchase days.
+
+With fewer than two purchase days the standard deviation is 0 and the others are NULL.
+"""
 SEQUENCE_COLUMNS = (
     Column(
         "seq_kind",
@@ -57,8 +61,8 @@ class Days:
     """Days of some users before one date, oldest first within a user.
 
     Args:
-        measures: number of each day by name: columns of ``user_daily``, and those that :func:`_measured` adds.
-        age: days from each to the user's ``seen_on``, at least 1.
+        measures: values of each day by name: columns of ``user_daily``, and the measures that :func:`_measures` adds.
+        age: days from each day to the user's ``seen_on``, at least 1.
         starts: position of each user's first day.
     """
 
@@ -71,7 +75,7 @@ class Aggregate(Protocol):
     """One whole number of each user."""
 
     def of(self, days: Days) -> pa.Array:
-        """The number of each user, int64; NULL where there is no such day."""
+        """Return the number of each user, int64; NULL where no day counts."""
         ...
 
 
@@ -84,7 +88,7 @@ class Total:
     newest: int = 1
 
     def of(self, days: Days) -> pa.Array:
-        """See :class:`Aggregate`."""
+        """Return the number of each user; see :class:`Aggregate`."""
         values = days.measures[self.measure]
         if self.oldest is not None:
             values = np.where((days.age <= self.oldest) & (days.age >= self.newest), values, 0)
@@ -93,13 +97,16 @@ class Total:
 
 @dataclass(frozen=True)
 class Decayed:
-    """Sum of a measure in thousandths, each day's weighted by ``0.5 ** (age / half_life)`` and rounded to a whole number."""
+    """Sum of a measure in thousandths.
+
+    Each day's value is weighted by ``0.5 ** (age / half_life)`` and rounded to a whole number.
+    """
 
     measure: str
     half_life: int
 
     def of(self, days: Days) -> pa.Array:
-        """See :class:`Aggregate`."""
+        """Return the number of each user; see :class:`Aggregate`."""
         weighted = days.measures[self.measure] * 1000 * np.power(0.5, days.age / self.half_life)
         whole = np.trunc(weighted + np.copysign(0.5, weighted)).astype(np.int64)
         return pa.array(np.add.reduceat(whole, days.starts))
@@ -113,7 +120,7 @@ class Largest:
     oldest: int
 
     def of(self, days: Days) -> pa.Array:
-        """See :class:`Aggregate`."""
+        """Return the number of each user; see :class:`Aggregate`."""
         within = days.age <= self.oldest
         values = np.where(within, days.measures[self.measure], np.iinfo(np.int64).min)
         return pa.array(np.maximum.reduceat(values, days.starts), mask=~np.logical_or.reduceat(within, days.starts))
@@ -126,7 +133,7 @@ class Newest:
     measure: str
 
     def of(self, days: Days) -> pa.Array:
-        """See :class:`Aggregate`."""
+        """Return the number of each user; see :class:`Aggregate`."""
         ages = np.minimum.reduceat(np.where(days.measures[self.measure] > 0, days.age, _NO_AGE), days.starts)
         return pa.array(ages, mask=ages == _NO_AGE)
 
@@ -138,7 +145,7 @@ class Oldest:
     measure: str
 
     def of(self, days: Days) -> pa.Array:
-        """See :class:`Aggregate`."""
+        """Return the number of each user; see :class:`Aggregate`."""
         ages = np.maximum.reduceat(np.where(days.measures[self.measure] > 0, days.age, 0), days.starts)
         return pa.array(ages, mask=ages == 0)
 
@@ -151,42 +158,43 @@ def aggregate_days(
     recency_precision_bits: int | None,
     history_length: int,
 ) -> DataFrame:
-    """What is known of each user with a purchase before each date, from the days before it.
+    """Aggregate the days before each date, for each user with a purchase before it.
 
     Args:
         daily: USER_DAILY.
+        as_of: dates before which days are seen.
         aggregates: what to compute, by column.
-        recency_precision_bits: see :func:`bp_spark.features.catalogue.quantize_recency`.
-        history_length: tokens of the history that are kept, the newest ones.
+        recency_precision_bits: see :func:`bp_spark.features.clock.quantize_recency`.
+        history_length: the newest tokens of the history that are kept.
 
     Returns:
-        ``user_key, as_of_date, seen_on``, the aggregates (bigint), PAUSES (double) and SEQUENCE_COLUMNS.
+        ``user_key, as_of_date, seen_on``, the aggregates (bigint), INTERPURCHASE_TIMES (double) and SEQUENCE_COLUMNS.
     """
     columns = ", ".join(
         [
             "user_key string, as_of_date date, seen_on date",
             *(f"{name} bigint" for name in aggregates),
-            *(f"{name} double" for name in PAUSES),
+            *(f"{name} double" for name in INTERPURCHASE_TIMES),
             *(f"{column.name} {column.type}" for column in SEQUENCE_COLUMNS),
         ]
     )
     schema = StructType.fromDDL(columns)
     assert isinstance(schema, StructType)
-    known = partial(
-        known_users,
+    aggregate = partial(
+        aggregate_batches,
         as_of=sorted(as_of),
         aggregates=aggregates,
         schema=to_arrow_schema(schema),
         recency_precision_bits=recency_precision_bits,
         history_length=history_length,
     )
-    read = [column.name for column in USER_DAILY.columns if column.name != "categories"]
-    # a repartition by a column keeps a user's rows together: unlike those of a join, Spark neither splits nor moves its parts
-    in_order = daily.filter(daily["day"] < max(as_of)).select(*read).repartition("user_key")
-    return in_order.sortWithinPartitions("user_key", "day").mapInArrow(known, schema)
+    columns_read = [column.name for column in USER_DAILY.columns if column.name != "categories"]
+    # a repartition by a column keeps a user's rows together: Spark neither splits nor moves its parts, unlike those of a join
+    by_user = daily.filter(daily["day"] < max(as_of)).select(*columns_read).repartition("user_key")
+    return by_user.sortWithinPartitions("user_key", "day").mapInArrow(aggregate, schema)
 
 
-def known_users(
+def aggregate_batches(
     batches: Iterable[pa.RecordBatch],
     as_of: Sequence[date],
     aggregates: Mapping[str, Aggregate],
@@ -195,24 +203,26 @@ def known_users(
     history_length: int,
     rows_at_once: int = ROWS_AT_ONCE,
 ) -> Iterator[pa.RecordBatch]:
-    """Rows of :func:`aggregate_days`, of user-days in the order of users and days, wherever a batch ends."""
+    """Yield the rows of :func:`aggregate_days`.
+
+    Args:
+        batches: user-days, ordered by user and day; a user may be split between batches.
+        as_of: dates before which days are seen.
+        aggregates: what to compute, by column.
+        schema: columns of the result.
+        recency_precision_bits: see :func:`bp_spark.features.clock.quantize_recency`.
+        history_length: the newest tokens of the history that are kept.
+        rows_at_once: user-days that are processed at once, or those of a user who has more.
+    """
     for rows in _whole_users(batches, rows_at_once):
         users = _user_days(rows)
         for day in as_of:
-            known = _known_before(users, day, aggregates, recency_precision_bits, history_length)
-            yield from pa.table(known, schema=schema).to_batches()
-
-
-def _quantize_recency(days: Numbers, digits: int | None) -> Numbers:
-    """As :func:`bp_spark.features.catalogue.quantize_recency`."""
-    if digits is None:
-        return days
-    length = np.frexp(days.astype(np.float64))[1].astype(np.int64)
-    return days - days % (1 << np.maximum(length - digits, 0))
+            columns = _aggregate_before(day, users, aggregates, recency_precision_bits, history_length)
+            yield from pa.table(columns, schema=schema).to_batches()
 
 
 def _whole_users(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
-    """Tables of about so many rows, none of which ends within a user's."""
+    """Yield tables of about ``rows`` rows; each holds all rows of its users."""
     waiting: list[pa.RecordBatch] = []
     for batch in batches:
         waiting.append(batch)
@@ -228,30 +238,30 @@ def _whole_users(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Ta
 
 
 def _starts(keys: pa.Array) -> Numbers:
-    """Positions at which another key begins."""
+    """Return the positions at which another key begins."""
     return np.flatnonzero(np.append(True, np.asarray(pc.not_equal(keys.slice(1), keys.slice(0, len(keys) - 1)))))
 
 
 def _sizes(starts: Numbers, rows: int) -> Numbers:
-    """Rows of each user."""
+    """Return the number of rows of each user."""
     return np.diff(np.append(starts, rows))
 
 
 def _owners(starts: Numbers, rows: int) -> Numbers:
-    """Position of the user of each row."""
+    """Return the user's position for each row."""
     return np.repeat(np.arange(len(starts)), _sizes(starts, rows))
 
 
 @dataclass(frozen=True)
 class _UserDays:
-    """All days of some users, as no date changes them.
+    """All days of some users; every date reads the same.
 
     Args:
         key: user of each day.
         day: days since the epoch.
         measures: see :class:`Days`.
         starts: position of each user's first day.
-        tokens: of each day.
+        tokens: history tokens of each day.
     """
 
     key: pa.Array
@@ -264,11 +274,11 @@ class _UserDays:
 def _user_days(rows: pa.Table) -> _UserDays:
     key = rows["user_key"].combine_chunks()
     day = np.asarray(rows["day"].cast(pa.int32())).astype(np.int64)
-    return _UserDays(key, day, _measured(rows, day), _starts(key), rows["tokens"].combine_chunks())
+    return _UserDays(key, day, _measures(rows, day), _starts(key), rows["tokens"].combine_chunks())
 
 
-def _measured(users: pa.Table, day: Numbers) -> dict[str, Numbers]:
-    """Each number of ``user_daily``, and some that aggregates want beside them."""
+def _measures(users: pa.Table, day: Numbers) -> dict[str, Numbers]:
+    """Return each number of ``user_daily``, and the measures that follow from these numbers."""
     numbers: dict[str, Numbers] = {}
     for field in users.schema:
         if pa.types.is_decimal(field.type):
@@ -285,14 +295,14 @@ def _measured(users: pa.Table, day: Numbers) -> dict[str, Numbers]:
     }
 
 
-def _known_before(
-    users: _UserDays,
+def _aggregate_before(
     as_of: date,
+    users: _UserDays,
     aggregates: Mapping[str, Aggregate],
     recency_precision_bits: int | None,
     history_length: int,
 ) -> dict[str, pa.Array]:
-    """Columns of :func:`aggregate_days` for one date."""
+    """Return the columns of :func:`aggregate_days` for one date."""
     day = users.day
     today = (as_of - date(1970, 1, 1)).days
     user = _owners(users.starts, len(day))
@@ -303,7 +313,7 @@ def _known_before(
     size = _sizes(starts, len(rows))
     ends = starts + size - 1
     last = day[rows[ends]]
-    seen_on = last + _quantize_recency(today - last, recency_precision_bits)
+    seen_on = last + quantize_recency(today - last, recency_precision_bits)
     age = np.repeat(seen_on, size) - day[rows]
     days = Days({name: values[rows] for name, values in users.measures.items()}, age, starts)
     return {
@@ -311,49 +321,50 @@ def _known_before(
         "as_of_date": pa.array(np.full(len(starts), today, np.int32)).cast(pa.date32()),
         "seen_on": pa.array(seen_on.astype(np.int32)).cast(pa.date32()),
         **{name: aggregate.of(days) for name, aggregate in aggregates.items()},
-        **_pauses(days),
+        **_interpurchase_times(days),
         **_history(users.tokens, rows[starts], rows[ends], seen_on, history_length),
     }
 
 
-def _pauses(days: Days) -> dict[str, pa.Array]:
-    """PAUSES of users who all have a purchase day."""
+def _interpurchase_times(days: Days) -> dict[str, pa.Array]:
+    """Return INTERPURCHASE_TIMES of users who all have a purchase day."""
     bought = days.measures["orders"] > 0
     owner, age = _owners(days.starts, len(days.age))[bought], days.age[bought]
     within = owner[1:] == owner[:-1]
     owner, gap = owner[1:][within], (age[:-1] - age[1:])[within]
     count = np.bincount(owner, minlength=len(days.starts))
     ends = np.cumsum(count)
-    some = count > 0
-    first, final, n = (ends - count)[some], (ends - 1)[some], count[some]
+    has_gaps = count > 0
+    first, final, n = (ends - count)[has_gaps], (ends - 1)[has_gaps], count[has_gaps]
     ranked = gap[np.lexsort((gap, owner))].astype(np.float64)
     mean, squares = (np.add.reduceat(values, first) / n for values in (gap, gap * gap))
-    found = {
+    statistics = {
         "p_mean": mean,
         "p_std": np.sqrt(np.maximum(squares - mean * mean, 0)),
         "p_median": (ranked[first + (n - 1) // 2] + ranked[first + n // 2]) / 2,
         "p_max": ranked[final],
         "p_last": gap[final].astype(np.float64),
     }
-    spread = {name: _spread(found[name], some) for name in PAUSES}
-    return spread | {"p_std": spread["p_std"].fill_null(0)}
+    of_all_users = {name: _scatter(statistics[name], has_gaps) for name in INTERPURCHASE_TIMES}
+    return of_all_users | {"p_std": of_all_users["p_std"].fill_null(0)}
 
 
-def _spread(values: np.ndarray, known: np.ndarray) -> pa.Array:
-    """Values at the places that are known, NULL at the others."""
-    spread = np.zeros(len(known), values.dtype)
-    spread[known] = values
-    return pa.array(spread, mask=~known)
+def _scatter(values: np.ndarray, mask: np.ndarray) -> pa.Array:
+    """Return the values where the mask is true, NULL elsewhere."""
+    scattered = np.zeros(len(mask), values.dtype)
+    scattered[mask] = values
+    return pa.array(scattered, mask=~mask)
 
 
 def _history(tokens: pa.ListArray, first: Numbers, last: Numbers, seen_on: Numbers, length: int) -> dict[str, pa.Array]:
-    """The last ``length`` tokens of each user, oldest first, as parallel arrays.
+    """Return the last ``length`` tokens of each user, oldest first, as parallel arrays.
 
     Args:
-        tokens: of all days.
+        tokens: tokens of all days.
         first: position of each user's first day.
-        last: that of the user's last one before the date.
-        seen_on: days since the epoch.
+        last: position of each user's last day before the date.
+        seen_on: days since the epoch, by user.
+        length: the most tokens of a user.
     """
     offsets = np.asarray(tokens.offsets).astype(np.int64)
     end = offsets[last + 1]
@@ -361,8 +372,8 @@ def _history(tokens: pa.ListArray, first: Numbers, last: Numbers, seen_on: Numbe
     size = end - start
     bounds = np.append(0, np.cumsum(size))
     token = np.repeat(start - bounds[:-1], size) + np.arange(bounds[-1])
-    kept = tokens.values.take(pa.array(token))
-    field = {kept.type.field(n).name: column for n, column in enumerate(kept.flatten())}
+    newest = tokens.values.take(pa.array(token))
+    field = {newest.type.field(n).name: column for n, column in enumerate(newest.flatten())}
     ts = np.asarray(field["ts"].cast(pa.int64()))
     values = {
         "seq_kind": field["kind"],

@@ -1,12 +1,12 @@
-"""Past as-of dates and the spend that followed them: what models learn from, and who is kept apart.
+"""Past as-of dates and the spend that followed them: the labels that models learn from, and the split of users.
 
-Nothing from the test date on is seen. Cutoffs whose horizon was over by then are labelled whole; newer ones, of which a part
-was seen, at what was seen, scaled up to the horizon (:func:`join_labels`), or at what a survey or a reviewer gave
-(:func:`with_given`). Of further horizons the spend is known or not: what was not over yet is NULL, neither a part nor scaled up
+No label sees the test date or a day after it. A cutoff whose whole horizon lies before the test date gets the whole spend.
+A newer cutoff gets the spend seen so far, scaled up to the horizon (:func:`add_weights`), or the label of a survey or a
+reviewer (:func:`with_given`). Further horizons are never scaled up: a horizon that reaches beyond the test date is NULL
 (:func:`with_other_horizons`).
 
-Users are split by a hash of their key, so that a user is on one side for ever: ``holdout`` users are never fitted on, the
-others are in one of ``labels.folds`` folds, for cross-fitting: what a model says of a fold before it has seen its users.
+Users are split by a hash of their key, so a user stays on one side for ever. No model is fitted on ``holdout`` users. The
+others are in one of ``labels.folds`` folds for cross-fitting: a fold is predicted by models that have not seen its users.
 """
 
 from __future__ import annotations
@@ -20,21 +20,26 @@ from pyspark.sql import functions as F
 
 from bp_spark.core.config import FeaturesConfig, LabelsConfig
 from bp_spark.core.errors import DataError
+from bp_spark.features import definition
 from bp_spark.features.aggregates import SEQUENCE_COLUMNS
-from bp_spark.features.catalogue import KEY, user_features_table
+from bp_spark.features.catalogue import user_features_table
 from bp_spark.lakehouse.tables import Column as TableColumn
 from bp_spark.lakehouse.tables import Table
 
+KEY = definition.KEY
+"""Columns that identify a row of features and labels."""
 MIN_HISTORY_DAYS = 30
+"""Days of events that lie before each cutoff."""
 MIN_EXPOSURE = 1 / 3
-"""Share of the horizon that must have been seen of a cutoff for its spend to tell of the whole."""
+"""Share of a cutoff's horizon that must have been seen, so that its spend is a fair sample of the whole."""
 BUCKETS = 10_000
+"""Parts into which a hash divides the users; some of them are held out."""
 HOLDOUT = -1
-"""Fold of the users that no model is fitted on."""
+"""Fold of users on whom no model is fitted."""
 
 
 def of_days(name: str, days: int) -> str:
-    """Name of a column that is of another horizon than the main one.
+    """Return the name of a column that belongs to another horizon than the main one.
 
     >>> of_days("label_spend", 30)
     'label_spend_30d'
@@ -43,7 +48,14 @@ def of_days(name: str, days: int) -> str:
 
 
 def cutoffs(first_event: date, test_date: date, config: LabelsConfig) -> list[date]:
-    """The as-of dates to label, oldest first: each horizon ends on or before ``test_date``, each has 30 days of history.
+    """Return the as-of dates to label, oldest first.
+
+    Each horizon ends on or before the test date, and 30 days of events lie before each date.
+
+    Args:
+        first_event: day of the first event.
+        test_date: the first day that no label may see.
+        config: horizon, number of cutoffs and the days between them.
 
     Raises:
         DataError: the events don't reach far enough back for a single cutoff.
@@ -63,9 +75,14 @@ def cutoffs(first_event: date, test_date: date, config: LabelsConfig) -> list[da
 
 
 def recent_cutoffs(newest: date, test_date: date, config: LabelsConfig) -> list[date]:
-    """The as-of dates after the ``newest`` complete one, oldest first, of whose horizon a third at least was over.
+    """Return the as-of dates after the newest complete one, oldest first, with a third of their horizon seen.
 
-    They are what a platform with little history, or one that has changed of late, can learn most from.
+    A platform with little history, or one that changed recently, learns most from these dates.
+
+    Args:
+        newest: the newest of :func:`cutoffs`.
+        test_date: the first day that no label may see.
+        config: horizon, number of recent cutoffs and the days between them.
     """
     shortest = math.ceil(MIN_EXPOSURE * config.horizon_days)
     dates = [newest + timedelta(days=step * config.cutoff_step_days) for step in range(1, config.recent_cutoffs + 1)]
@@ -73,18 +90,31 @@ def recent_cutoffs(newest: date, test_date: date, config: LabelsConfig) -> list[
 
 
 def future_spend(daily: DataFrame, as_of: Sequence[date], horizon_days: int, until: date | None = None) -> DataFrame:
-    """Spend less refunds in the ``horizon_days`` days from each as-of date on: user_key, as_of_date, label_spend.
+    """Return the spend less refunds in the ``horizon_days`` days from each as-of date on.
 
     Users without any event in the horizon have no row; their label is 0.
 
     Args:
-        until: the first day that is not seen; by default none.
+        daily: USER_DAILY.
+        as_of: the first days of the horizons.
+        horizon_days: length of each horizon.
+        until: the first day that is not seen; ``None`` sees all days.
+
+    Returns:
+        ``user_key, as_of_date, label_spend``.
     """
     return _spend(daily, as_of, {"label_spend": horizon_days}, until)
 
 
 def _spend(daily: DataFrame, as_of: Sequence[date], horizons: Mapping[str, int], until: date | None) -> DataFrame:
-    """user_key, as_of_date and a column of spend for each of the horizons, column -> days; NULL without an event in it."""
+    """Return ``user_key, as_of_date`` and a column of spend for each horizon; NULL without an event in the horizon.
+
+    Args:
+        daily: USER_DAILY.
+        as_of: the first days of the horizons.
+        horizons: column -> days of its horizon.
+        until: the first day that is not seen; ``None`` sees all days.
+    """
     dates = F.array(*(F.lit(day) for day in sorted(set(as_of))))
     age = F.datediff("day", "as_of_date")
     cents = F.round(F.col("spend").cast("double") * 100).cast("long")
@@ -98,12 +128,16 @@ def _spend(daily: DataFrame, as_of: Sequence[date], horizons: Mapping[str, int],
 
 
 def weekly_spend(daily: DataFrame, until: date) -> DataFrame:
-    """Spend less refunds of all users together by week, and by the week of the user's first order.
+    """Return the spend less refunds of all users together, by week and by the week of the user's first order.
 
-    Weeks count back from ``until``: week 0 is the seven days before it. Refunds before a first order count with no user.
+    Weeks count back from ``until``: week 0 is the seven days before it. Refunds before a user's first order don't count.
+
+    Args:
+        daily: USER_DAILY.
+        until: the first day that is not seen.
 
     Returns:
-        ``first_week int, week int, cents bigint``: as many rows as there are pairs of weeks, however many the users are.
+        ``first_week int, week int, cents bigint``: a row per pair of weeks, however many users there are.
     """
 
     def week(day: Column) -> Column:
@@ -119,7 +153,7 @@ def weekly_spend(daily: DataFrame, until: date) -> DataFrame:
 
 
 def join_labels(features: DataFrame, spend: DataFrame) -> DataFrame:
-    """Features with ``label_spend``, 0 for users that did nothing in the horizon."""
+    """Add ``label_spend`` to features; 0 for users who did nothing in the horizon."""
     return features.join(spend, ["user_key", "as_of_date"], "left").withColumn(
         "label_spend", F.coalesce("label_spend", F.lit(0.0))
     )
@@ -128,29 +162,34 @@ def join_labels(features: DataFrame, spend: DataFrame) -> DataFrame:
 def with_other_horizons(
     rows: DataFrame, daily: DataFrame, as_of: Sequence[date], horizons: Sequence[int], until: date
 ) -> DataFrame:
-    """Add the spend of each further horizon, as ``label_spend_30d``; NULL where it was not over by ``until``.
+    """Add the spend of each further horizon, as ``label_spend_30d``; NULL where the horizon ends after ``until``.
 
     Args:
-        rows: with user_key and as_of_date.
+        rows: rows with user_key and as_of_date.
+        daily: USER_DAILY.
         as_of: the dates of ``rows``.
-        horizons: days of each.
+        horizons: days of each further horizon.
         until: the first day that is not seen.
     """
     if not horizons:
         return rows
     columns = {of_days("label_spend", days): days for days in horizons}
-    found = rows.join(_spend(daily, as_of, columns, until), KEY, "left")
-    over = {name: F.date_add("as_of_date", days) <= F.lit(until) for name, days in columns.items()}
-    return found.withColumns({name: F.when(over[name], F.coalesce(name, F.lit(0.0))) for name in columns})
+    with_spend = rows.join(_spend(daily, as_of, columns, until), KEY, "left")
+    is_over = {name: F.date_add("as_of_date", days) <= F.lit(until) for name, days in columns.items()}
+    return with_spend.withColumns({name: F.when(is_over[name], F.coalesce(name, F.lit(0.0))) for name in columns})
 
 
 def add_weights(rows: DataFrame, test_date: date, config: LabelsConfig) -> DataFrame:
-    """Add what fitting needs to know of a label: ``exposure_days``, ``complete``, ``weight`` and ``given``; scale it up to the
-    horizon.
+    """Add ``exposure_days``, ``complete``, ``weight`` and ``given``, and scale the label up to the horizon.
 
-    The spend of a shorter exposure, times horizon over exposure, has the same expectation under a steady rate and a variance
-    that is larger by that factor, so it weighs exposure over horizon. ``labels.recency_half_life_days`` halves the weight of a
-    row for each so many days that its horizon has been over.
+    The spend of a shorter exposure is multiplied by horizon over exposure. Under a steady rate the expectation stays the same
+    and the variance grows by that factor, so the row weighs exposure over horizon. With ``labels.recency_half_life_days`` the
+    weight halves for each so many days since the horizon ended.
+
+    Args:
+        rows: features with ``label_spend``.
+        test_date: the first day that no label may see.
+        config: horizon and half-life.
     """
     horizon = F.lit(float(config.horizon_days))
     until = F.datediff(F.lit(test_date), "as_of_date")
@@ -168,33 +207,40 @@ def add_weights(rows: DataFrame, test_date: date, config: LabelsConfig) -> DataF
     )
 
 
-def given_before(given: DataFrame, test_date: date, config: LabelsConfig) -> DataFrame:
-    """The given labels that a training sees: given before the test date, of an as-of date before it, and of no horizon that
-    was over by then, for what was spent is known of such a one.
+def given_before(survey_labels: DataFrame, test_date: date, config: LabelsConfig) -> DataFrame:
+    """Return the survey labels that a training run may see.
+
+    A label counts if it was given before the test date and its as-of date lies before the test date. A horizon that is over by
+    then needs no survey: its spend was seen.
 
     Args:
-        given: rows of GIVEN_LABELS.
+        survey_labels: rows of GIVEN_LABELS.
+        test_date: the first day that no label may see.
+        config: the horizon.
 
     Returns:
         ``user_key, as_of_date, spend``.
     """
-    told = F.to_date("given_at") < F.lit(test_date)
-    begun = F.col("as_of_date") < F.lit(test_date)
-    over = F.date_add("as_of_date", config.horizon_days) <= F.lit(test_date)
-    return given.filter(told & begun & ~over).select(*KEY, "spend")
+    was_given = F.to_date("given_at") < F.lit(test_date)
+    has_begun = F.col("as_of_date") < F.lit(test_date)
+    is_over = F.date_add("as_of_date", config.horizon_days) <= F.lit(test_date)
+    return survey_labels.filter(was_given & has_begun & ~is_over).select(*KEY, "spend")
 
 
-def with_given(rows: DataFrame, given: DataFrame, test_date: date, config: LabelsConfig) -> DataFrame:
-    """Features with what was given as label, and the columns of :func:`add_weights`; never ``complete``, so that nothing is
-    calibrated or evaluated by what somebody said.
+def with_given(rows: DataFrame, survey_labels: DataFrame, test_date: date, config: LabelsConfig) -> DataFrame:
+    """Add survey labels to features, with the columns of :func:`add_weights`.
+
+    The rows are never ``complete``: no model is calibrated or evaluated by what somebody stated in a survey.
 
     Args:
-        rows: features; those without a given label are left out.
-        given: ``user_key, as_of_date, spend``; see :func:`given_before`.
+        rows: features; rows without a survey label are left out.
+        survey_labels: ``user_key, as_of_date, spend``; see :func:`given_before`.
+        test_date: the first day that no label may see.
+        config: horizon and weight of a survey label.
     """
     until = F.datediff(F.lit(test_date), "as_of_date")
     return (
-        rows.join(given.withColumnRenamed("spend", "label_spend"), KEY)
+        rows.join(survey_labels.withColumnRenamed("spend", "label_spend"), KEY)
         .withColumn("exposure_days", F.least(until, F.lit(config.horizon_days)))
         .withColumn("complete", F.lit(False))
         .withColumn("weight", F.lit(config.given_weight).cast("float"))
@@ -203,20 +249,20 @@ def with_given(rows: DataFrame, given: DataFrame, test_date: date, config: Label
 
 
 def fold(config: LabelsConfig, user_key: str = "user_key") -> Column:
-    """The user's fold by hash, 0 to ``folds - 1``; HOLDOUT for users held out of all fitting."""
-    place = F.pmod(F.xxhash64(F.lit("split"), F.col(user_key)), F.lit(BUCKETS))
+    """Return the user's fold by hash, 0 to ``folds - 1``; HOLDOUT for users held out of all fitting."""
+    bucket = F.pmod(F.xxhash64(F.lit("split"), F.col(user_key)), F.lit(BUCKETS))
     # another hash: folds stay even however many users are held out
     number = F.pmod(F.xxhash64(F.lit("fold"), F.col(user_key)), F.lit(config.folds)).cast("int")
-    return F.when(place < int(config.holdout_fraction * BUCKETS), HOLDOUT).otherwise(number)
+    return F.when(bucket < int(config.holdout_fraction * BUCKETS), HOLDOUT).otherwise(number)
 
 
 def without_holdout(rows: DataFrame, config: LabelsConfig) -> DataFrame:
-    """The rows of users that models may be fitted on, with their ``fold``."""
+    """Return the rows of users on whom models may be fitted, with their ``fold``."""
     return rows.withColumn("fold", fold(config)).filter(F.col("fold") != HOLDOUT)
 
 
 def training_set_table(config: FeaturesConfig, other_horizons: Sequence[int]) -> Table:
-    """Features, labels and split of all cutoffs."""
+    """Return the table of features, labels and split of all cutoffs."""
     features = user_features_table(config)
     return Table(
         "training_set",
@@ -254,7 +300,7 @@ def training_set_table(config: FeaturesConfig, other_horizons: Sequence[int]) ->
 
 
 def pretraining_set_table() -> Table:
-    """Histories without labels, for :mod:`bp_spark.training.tasks.pretrain`."""
+    """Return the table of histories without labels, for :mod:`bp_spark.training.tasks.pretrain`."""
     return Table(
         "pretraining_set",
         "User histories without labels; holdout users are not in it",

@@ -1,8 +1,8 @@
-"""Events -> ``user_daily``: what each user did on each day, from which every window of
-:mod:`bp_spark.features.catalogue` is built.
+"""Events -> ``user_daily``: what each user did on each day.
 
-A row depends on the events of that user and day alone, so a new or late event touches one row. Every sum is over whole numbers
-(cents, thousandths), so that no order of addition, and so no cluster size and no rebuild, changes a value by a bit.
+Every window of :mod:`bp_spark.features.catalogue` is built from these rows. A row depends only on the events of that user and
+day, so a new or late event touches one row. Every sum is over whole numbers (cents, thousandths), so that the order of
+addition, the size of the cluster and a rebuild change no value by a bit.
 """
 
 from __future__ import annotations
@@ -16,51 +16,61 @@ from pyspark.sql import functions as F
 from bp_spark.lakehouse.tables import CATEGORY_DAY, KINDS, TOKEN, USER_DAILY, Column
 
 FORMAT = 3
-"""Raised when a column of ``user_daily`` means something else than before, or is stored otherwise: it is then built anew."""
+"""Goes up when the meaning or the storage of a column of ``user_daily`` changes: the table is then built anew."""
 
 MONEY = "decimal(18,2)"
 CODES = {kind: code for code, kind in enumerate(KINDS, start=1)}
+"""Kind of an event -> its code in history tokens."""
 KEY = ["user_key", "day"]
+"""Columns that identify a row of ``user_daily``."""
+
+LOW_RATING = 2
+"""Ratings up to this one are low."""
+NIGHT_FROM, NIGHT_UNTIL = 23, 5
+"""Hours (UTC) between which an order counts as one of the night."""
 
 _WORDS = ("cheap", "premium", "brand")
 _ACTIONS = {"browse": "browses", "click": "clicks", "cart": "carts", "favourite": "favourites", "coupon": "coupons"}
 
 
 def user_daily(events: DataFrame, texts: DataFrame, embeddings: DataFrame, tokens_kept: int) -> DataFrame:
-    """Rows of USER_DAILY.
+    """Return rows of USER_DAILY.
 
     Args:
-        events: EVENTS; all of a user's day, or none.
+        events: EVENTS; all events of a user's day, or none.
         texts: TEXTS, for the words of searches.
         embeddings: TEXT_EMBEDDINGS of one model, for the sentiment of reviews.
-        tokens_kept: the day's newest tokens that are kept for the sequence model.
+        tokens_kept: how many of the day's newest tokens are stored for the sequence model.
     """
     tokens = day_tokens(_with_text_facts(events, texts, embeddings))
     parts = [_measures(tokens, tokens_kept), _category_days(events), _item_days(events)]
-    joined = reduce(lambda one, other: one.join(other, KEY, "left"), parts)
+    joined = reduce(lambda left, right: left.join(right, KEY, "left"), parts)
     return joined.select(*(_stored(column) for column in USER_DAILY.columns))
 
 
 def _with_text_facts(events: DataFrame, texts: DataFrame, embeddings: DataFrame) -> DataFrame:
-    """Add what is known of the texts of searches and reviews. Other events aren't joined: their texts are as many as they."""
-    worded = F.col("kind").isin("search", "review") & F.col("text_id").isNotNull()
+    """Add the words and the sentiment of the texts of searches and reviews.
+
+    Other events aren't joined: they have about as many texts as there are events.
+    """
+    has_words = F.col("kind").isin("search", "review") & F.col("text_id").isNotNull()
     words = [f"{word}_words" for word in _WORDS]
     facts = texts.select("text_id", *words).join(embeddings.select("text_id", "sentiment"), "text_id", "left")
-    nothing = {name: F.lit(None).cast("int") for name in words}
-    others = events.filter(~F.coalesce(worded, F.lit(False)))
-    plain = others.withColumns({**nothing, "sentiment": F.lit(None).cast("float")})
-    return events.filter(worded).join(facts, "text_id", "left").unionByName(plain)
+    no_words = {name: F.lit(None).cast("int") for name in words}
+    other_events = events.filter(~F.coalesce(has_words, F.lit(False)))
+    without_facts = other_events.withColumns({**no_words, "sentiment": F.lit(None).cast("float")})
+    return events.filter(has_words).join(facts, "text_id", "left").unionByName(without_facts)
 
 
 def day_tokens(events: DataFrame) -> DataFrame:
-    """One row for each order and day, and for each other event: what histories are made of, and most measures.
+    """Return the history tokens: one row for each order and day, and for each other event.
 
-    An order is split at midnight UTC, so that a token never holds events of two days and the history before a date is the
-    same whatever comes after it. A token whose lines are all refunds or free is no order.
+    An order is split at midnight UTC. So a token never holds events of two days, and later events change no history before a
+    date. A token whose lines are all refunds or free is no order.
     """
     purchase = F.col("kind") == "purchase"
-    bought = purchase & (F.col("amount") >= 0)
-    paid = F.count_if(purchase & (F.col("amount") > 0)) > 0
+    is_line = purchase & (F.col("amount") >= 0)
+    is_paid = F.count_if(purchase & (F.col("amount") > 0)) > 0
     code = F.element_at(F.create_map(*(F.lit(part) for pair in CODES.items() for part in pair)), F.col("kind"))
     day = F.col("event_date").alias("day")
     return (
@@ -69,7 +79,7 @@ def day_tokens(events: DataFrame) -> DataFrame:
         .agg(
             F.min("ts").alias("ts"),
             _total(cents("amount")).alias("amount"),
-            F.when(paid, F.count_if(bought)).otherwise(0).cast("bigint").alias("items"),
+            F.when(is_paid, F.count_if(is_line)).otherwise(0).cast("bigint").alias("items"),
             _total(F.when(purchase, F.greatest(-cents("amount"), F.lit(0)))).alias("refunds"),
             _total(cents("discount")).alias("discount"),
             _total(cents("coupon_discount")).alias("coupon_discount"),
@@ -84,6 +94,7 @@ def day_tokens(events: DataFrame) -> DataFrame:
 
 
 def _measures(tokens: DataFrame, tokens_kept: int) -> DataFrame:
+    """Return the sums, counts and newest tokens of each user and day."""
     kind = F.col("kind")
     purchase = kind == CODES["purchase"]
     order = purchase & (F.col("items") > 0)
@@ -115,20 +126,17 @@ def _measures(tokens: DataFrame, tokens_kept: int) -> DataFrame:
             in_hours(5, 10).alias("morning_orders"),
             in_hours(11, 16).alias("afternoon_orders"),
             in_hours(17, 22).alias("evening_orders"),
-            F.count_if(order & ((hour >= 23) | (hour < 5))).alias("night_orders"),
+            F.count_if(order & ((hour >= NIGHT_FROM) | (hour < NIGHT_UNTIL))).alias("night_orders"),
             *(F.count_if(kind == CODES[action]).alias(name) for action, name in _ACTIONS.items()),
             F.count("dwell_milli").alias("dwelled"),
             _total(F.col("dwell_milli")).alias("dwell_milli"),
             F.count_if(search).alias("searches"),
             F.count_if(search & (F.col("with_item") > 0)).alias("searches_clicked"),
-            *(
-                F.count_if(search & (F.col(f"{word}_words") > 0)).alias(f"searches_{word}")
-                for word in ("cheap", "premium", "brand")
-            ),
+            *(F.count_if(search & (F.col(f"{word}_words") > 0)).alias(f"searches_{word}") for word in _WORDS),
             F.count_if(review).alias("reviews"),
             F.count("rating").alias("rated"),
             _total(F.round(F.col("rating") * 1000).cast("long")).alias("rating_milli"),
-            F.count_if(F.col("rating") <= 2).alias("low_ratings"),
+            F.count_if(F.col("rating") <= LOW_RATING).alias("low_ratings"),
             F.count_if(review & F.col("sentiment").isNotNull()).alias("worded_reviews"),
             _total(F.when(review, F.round(F.col("sentiment") * 100).cast("long"))).alias("sentiment_centi"),
             F.array_sort(F.collect_list(F.when(F.col("n") <= tokens_kept, entry))).alias("tokens"),
@@ -138,11 +146,10 @@ def _measures(tokens: DataFrame, tokens_kept: int) -> DataFrame:
 
 
 def _category_days(events: DataFrame) -> DataFrame:
-    """``categories`` of each user and day."""
+    """Return ``categories`` of each user and day."""
     price = F.try_divide((F.col("amount") + F.coalesce("discount", F.lit(0))).cast("double"), F.col("quantity"))
-    micro = F.round(F.ln(price) * 1e6).try_cast(
-        "long"
-    )  # NULL where the quantity is so small that the price is infinite
+    # NULL where the quantity is so small that the price is infinite
+    micro = F.round(F.ln(price) * 1e6).try_cast("long")
     purchases = events.filter((F.col("kind") == "purchase") & (F.col("amount") >= 0) & F.col("category").isNotNull())
     with_price = purchases.withColumn("micro", F.when((F.col("quantity") > 0) & (price > 0), micro))
     milli = F.col("micro") / 1000
@@ -161,13 +168,13 @@ def _category_days(events: DataFrame) -> DataFrame:
 
 
 def _item_days(events: DataFrame) -> DataFrame:
-    """How many items a user looked at and carted on a day, and how many of these were bought on it."""
+    """Count the items that a user looked at and put into the cart on a day, and those of them bought on the same day."""
     looked = F.col("kind").isin("browse", "click", "favourite")
     counts = {"looked": looked, "carted": F.col("kind") == "cart", "bought": F.col("kind") == "purchase"}
-    named = events.filter(
+    with_item = events.filter(
         (F.col("kind").isin("purchase", "browse", "click", "favourite", "cart")) & F.col("item_id").isNotNull()
     )
-    by_item = named.groupBy("user_key", F.col("event_date").alias("day"), "item_id").agg(
+    by_item = with_item.groupBy("user_key", F.col("event_date").alias("day"), "item_id").agg(
         *(F.bool_or(condition).alias(name) for name, condition in counts.items())
     )
     return (
@@ -183,7 +190,7 @@ def _item_days(events: DataFrame) -> DataFrame:
 
 
 def cents(column: str) -> SparkColumn:
-    """Money as a whole number of cents."""
+    """Return money as a whole number of cents."""
     return F.round(F.col(column).cast("double") * 100).cast("long")
 
 
@@ -192,12 +199,12 @@ def _total(column: SparkColumn) -> SparkColumn:
 
 
 def _bounded_total(column: SparkColumn) -> SparkColumn:
-    """As :func:`_total`, of whole doubles whose sum may be beyond a bigint: it then is the largest one."""
+    """Return the sum of whole doubles, or the largest bigint where the sum exceeds it."""
     return F.least(_total(column.cast("decimal(38,0)")), F.lit(2**63 - 1)).cast("bigint")
 
 
 def _stored(column: Column) -> SparkColumn:
-    """A computed column in its stored type: cents become money, a missing count becomes 0, a missing array an empty one."""
+    """Return a computed column in its stored type: cents as money, 0 for a missing count, an empty array for a missing one."""
     value = F.col(column.name)
     if column.type == MONEY:
         return (F.coalesce(value, F.lit(0)).cast("decimal(20,0)") / 100).cast(MONEY).alias(column.name)

@@ -1,4 +1,4 @@
-"""Sources: each brings a platform's data into the raw contract of :mod:`bp_spark.lakehouse.tables`."""
+"""Sources: each turns a platform's data into the raw contract of :mod:`bp_spark.lakehouse.tables`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bp_spark.ingest.sources.contract import Source
 
 
 def open_source(config: SourceConfig) -> Source:
-    """The configured source.
+    """Open the configured source.
 
     Raises:
         ConfigError: ``source.mapping`` is missing or wrong.
@@ -27,9 +27,10 @@ def open_source(config: SourceConfig) -> Source:
 
 
 def source_digests(config: SourceConfig) -> tuple[str, ...]:
-    """Return the identities of a source in ``deliveries``: the one to write first, then those of earlier versions.
+    """Return the identities of a source in ``deliveries``: first the identity to write, then those of earlier versions.
 
-    A mapping is known by its file's name: named from another folder, by a link, or moved with its files, it is the same.
+    A mapping is identified by its file's name. So it stays the same when it is named from another folder or by a link, or moved
+    with its files.
     """
     if config.mapping is None:
         return (digest(config),)

@@ -24,29 +24,24 @@ FILES = {
     "raw_items": "products",
     "raw_users": "demographics",
 }
+"""Raw table -> file of the package, without its ending."""
 REQUIRED = {
     "raw_transactions": (
-        "household_id",
-        "basket_id",
-        "product_id",
-        "quantity",
-        "sales_value",
-        "retail_disc",
-        "coupon_disc",
-        "coupon_match_disc",
-        "transaction_timestamp",
+        *("household_id", "basket_id", "product_id", "quantity", "sales_value"),
+        *("retail_disc", "coupon_disc", "coupon_match_disc", "transaction_timestamp"),
     ),
     "raw_items": ("product_id", "department", "brand", "product_category", "product_type"),
     "raw_behaviours": ("household_id", "redemption_date"),
     "raw_users": ("household_id",),
 }
+"""Raw table -> columns of the package's file that are read."""
 
 
 class CompleteJourney:
-    """The package as a :class:`~bp_spark.ingest.sources.contract.Source`: no searches, no reviews, one delivery per file."""
+    """The package as a :class:`~bp_spark.ingest.sources.contract.Source`: no searches, no reviews, a delivery per file."""
 
     def deliveries(self, spark: SparkSession) -> list[Delivery]:
-        """The package's files; their data never change without a new version.
+        """Return the package's files; their data never change without a new version.
 
         Raises:
             PlatformError: the package is not installed.
@@ -56,7 +51,11 @@ class CompleteJourney:
         return [Delivery(table, f"{name}.parquet", version) for table, name in FILES.items()]
 
     def read(self, spark: SparkSession, deliveries: Sequence[Delivery]) -> dict[str, DataFrame]:
-        """Rows of the files.
+        """Return the rows of the files.
+
+        Args:
+            spark: session to read with.
+            deliveries: some of :meth:`deliveries`.
 
         Raises:
             PlatformError: the package is not installed.
@@ -73,7 +72,7 @@ class CompleteJourney:
 
 
 def data_folder() -> Path:
-    """Where the package has its Parquet files.
+    """Return the folder of the package's Parquet files.
 
     Raises:
         PlatformError: the package is not installed.

@@ -1,9 +1,8 @@
 """What every source offers: deliveries that can be listed cheaply, and their rows in the raw contract.
 
-In: a platform's own files or tables. Out: DataFrames with the columns of the raw tables of
-:mod:`bp_spark.lakehouse.tables`, less those
-that the ingest adds itself (:data:`INGEST_COLUMNS`), and with the platform's ``user_id``, which the ingest turns into
-``user_key`` before anything is stored.
+In: a platform's own files or tables. Out: DataFrames with the columns of the raw tables of :mod:`bp_spark.lakehouse.tables`,
+less the columns that the ingest adds (:data:`INGEST_COLUMNS`). They hold the platform's ``user_id``, which the ingest turns
+into ``user_key`` before anything is stored.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ _USER_ID = TableColumn("user_id", "string", "Platform's user id")
 
 
 def _as_delivered(table: Table) -> Table:
-    brought = (column for column in table.columns if column.name not in INGEST_COLUMNS)
-    return replace(table, columns=tuple(_USER_ID if c.name == "user_key" else c for c in brought))
+    delivered = (column for column in table.columns if column.name not in INGEST_COLUMNS)
+    return replace(table, columns=tuple(_USER_ID if c.name == "user_key" else c for c in delivered))
 
 
 RAW = {table.name: _as_delivered(table) for table in RAW_TABLES}
@@ -31,9 +30,9 @@ RAW = {table.name: _as_delivered(table) for table in RAW_TABLES}
 
 
 THOUSAND = r"^\s*[-+]?\d{1,3}\.\d{3}\s*$"
-"""A text such as 1.234, which is a thousand and more in half of the world."""
+"""A text such as 1.234, which in half of the world means a thousand and more."""
 BLANKS = " \t\r\n\u00a0\u3000\ufeff"
-"""What may surround an id and is no part of it: a non-breaking space and a byte order mark, too."""
+"""Characters that may surround an id and are no part of it, with the non-breaking space and the byte order mark."""
 
 
 @dataclass(frozen=True, order=True)
@@ -41,9 +40,9 @@ class Delivery:
     """One file (or table version) that a platform delivered; a file changed in place is another delivery.
 
     Args:
-        table: raw table that its rows belong to, as ``raw_transactions``.
-        name: what the platform calls it; stored in the column ``delivery``.
-        fingerprint: changes when its content does (size and time of change, a version).
+        table: raw table to which the rows belong, as ``raw_transactions``.
+        name: the platform's name for the delivery; stored in the column ``delivery``.
+        fingerprint: changes when the content does (size and time of change, a version).
     """
 
     table: str
@@ -55,15 +54,15 @@ class Source(Protocol):
     """A platform's data. Reading the same deliveries gives the same rows."""
 
     def deliveries(self, spark: SparkSession) -> list[Delivery]:
-        """All that is there now, ordered; nothing is read but names.
+        """Return all deliveries that exist now, ordered; only names are read.
 
         Raises:
-            DataError: nothing is there for a table that the source must bring.
+            DataError: a table that the source must bring has no delivery.
         """
         ...
 
     def read(self, spark: SparkSession, deliveries: Sequence[Delivery]) -> dict[str, DataFrame]:
-        """Rows of these deliveries by raw table, as :func:`in_contract` shapes them.
+        """Return the rows of these deliveries by raw table, as :func:`in_contract` shapes them.
 
         Raises:
             DataError: a delivery lacks a column or can't be read.
@@ -72,33 +71,34 @@ class Source(Protocol):
 
 
 def in_contract(df: DataFrame, table: str, unreadable: Column | None = None, **columns: Column) -> DataFrame:
-    """``df`` with the columns of a raw table that a source brings, in order; those not given are NULL.
+    """Return the columns of a raw table that a source brings, in order; columns that aren't given are NULL.
 
-    A value that can't be cast to the column's type becomes NULL, and its text is kept in ``unreadable``, so that cleaning can
+    A value that can't be cast to the column's type becomes NULL. Its text is stored in ``unreadable``, so that cleaning can
     name the column and nothing is lost.
 
     Args:
-        unreadable: more such texts by column, of values that the source could not read itself: a map or NULL.
+        df: a platform's rows.
+        table: raw table, as ``raw_transactions``.
+        unreadable: further texts by column, of values that the source could not read itself: a map or NULL.
+        **columns: value of each column, from the columns of ``df``.
     """
     schema = RAW[table].schema
-    wanted = [field for field in schema.fields if field.name != "unreadable"]
-    given = {field.name: columns.get(field.name, F.lit(None)) for field in wanted}
-    cast = {field.name: given[field.name].try_cast(field.dataType) for field in wanted}
+    fields = [field for field in schema.fields if field.name != "unreadable"]
+    values = {field.name: columns.get(field.name, F.lit(None)) for field in fields}
+    cast = {field.name: values[field.name].try_cast(field.dataType) for field in fields}
     castable = [
         name for name in columns if schema[name].dataType.simpleString() not in ("string", "map<string,string>")
     ]
-    texts = {name: F.when(cast[name].isNull(), given[name].cast("string")) for name in castable}
-    found = (
-        text_map(texts) if unreadable is None else F.map_concat(text_map(texts), F.coalesce(unreadable, text_map({})))
-    )
+    not_cast = text_map({name: F.when(cast[name].isNull(), values[name].cast("string")) for name in castable})
+    texts = not_cast if unreadable is None else F.map_concat(not_cast, F.coalesce(unreadable, text_map({})))
     return df.select(
-        *(cast[field.name].alias(field.name) for field in wanted),
-        F.when(F.size(found) > 0, found).alias("unreadable"),
+        *(cast[field.name].alias(field.name) for field in fields),
+        F.when(F.size(texts) > 0, texts).alias("unreadable"),
     )
 
 
 def text_map(texts: Mapping[str, Column]) -> Column:
-    """A map of those texts that are not NULL."""
+    """Return a map of the texts that are not NULL."""
     pairs = [
         F.when(text.isNotNull(), F.struct(F.lit(name).alias("key"), text.alias("value")))
         for name, text in texts.items()

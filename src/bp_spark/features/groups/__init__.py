@@ -1,0 +1,1 @@
+"""Groups of features: a module a group, each with a pure function ``features`` that returns its definitions in table order."""

@@ -1,0 +1,193 @@
+"""The four logs: what visits leave behind. Each row has the delivered columns, the ``day`` of the event and a ``key``."""
+
+from __future__ import annotations
+
+import numpy as np
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from bp_spark.core.config import SyntheticConfig
+from bp_spark.ingest.sources.synthetic.currency import RATE_DAYS, cny_rates
+from bp_spark.ingest.sources.synthetic.draws import normal, sigmoid, uniform, whole
+from bp_spark.ingest.sources.synthetic.items import brand, item_id, type_name
+from bp_spark.ingest.sources.synthetic.text import pick_in, text_money, text_time
+
+# fmt: off
+PREMIUM_WORDS = (("premium", "luxury", "best", "designer"), ("正品", "高端", "奢华", "旗舰"))
+BARGAIN_WORDS = (("cheap", "discount", "budget", "sale"), ("便宜", "优惠", "打折", "特价"))
+"""Price words of searches: English, Chinese."""
+TONES = (
+    (("The {} broke after a week.", "Disappointed with this {}.", "Poor {}, not as described."),
+     ("{}用了一周就坏了。", "对这个{}很失望。", "{}质量差，与描述不符。")),
+    (("The {} is okay.", "An average {}, nothing special.", "The {} does its job."),
+     ("{}还可以。", "{}一般，没什么特别。", "{}能用。")),
+    (("Love this {}!", "Excellent {}, very happy.", "Great {}, works perfectly."),
+     ("非常喜欢这个{}！", "{}质量很好，很满意。", "{}很棒，强烈推荐。")),
+)
+"""Sentences of reviews with rating 1-2, 3 and 4-5; English, Chinese."""
+PREMIUM_ENDINGS = (
+    ("Superb materials, worth every penny.", "Elegant packaging, I will buy the top model again."),
+    ("用料考究，物有所值。", "包装精美，会再买高端款。"),
+)
+BARGAIN_ENDINGS = (
+    ("Bought it on sale with a coupon.", "Fine for such a low price."),
+    ("用优惠券买的，很划算。", "价格便宜，性价比高。"),
+)
+# fmt: on
+ACTIONS = ((0.6, 1.0, "browse"), (0.35, 0.3, "click"), (0.5, 0.06, "cart"), (0.06, 0.06, "favourite"))
+"""Chances that an item of an order, and of another visit, leaves the action."""
+REDEEMED_FROM = 0.01
+"""Least worth in USD of a coupon that is redeemed."""
+SEARCH_SHARE, SEARCH_CLICKED, WITH_PRICE_WORD, WITH_BRAND = 0.4, 0.6, 0.5, 0.3
+"""Share of visits with a search; shares of searches with a click, a price word, a brand."""
+REVIEW_SHARE, WITH_ENDING = 0.15, 0.6
+"""Share of order lines with a review, and of reviews with a second sentence."""
+LOW_STARS, MIDDLE_STARS = 2, 3
+"""Ratings up to which a review complains, and at which it is neutral."""
+WHALE = "u-whale"
+"""User who leaves ``whale_events`` browse events."""
+
+
+def _before(share: Column) -> Column:
+    """Return a second up to an hour before the visit's order, on the same day; ``share`` of the way back."""
+    return F.col("second") - whole(share * F.least(F.col("second"), F.lit(3600)))
+
+
+def transactions(lines: DataFrame, config: SyntheticConfig) -> DataFrame:
+    """Return a row per order line, and one per refund on a later day."""
+    key = ("id", "visit", "line")
+    delay = 1 + whole(uniform(config, "refund delay", *key) * 14)
+    is_refunded = uniform(config, "refund", *key) < config.refund_rate
+    worth = F.get(F.lit(np.array(cny_rates(config))), whole(F.col("day") / RATE_DAYS))
+    to_currency = F.when(F.col("cny"), 1 / worth).otherwise(1.0)
+    is_refund = F.col("after") > 0
+    sign = F.when(is_refund, -1.0).otherwise(1.0)
+    return (
+        lines.filter("bought")
+        .withColumn("factor", to_currency)
+        .withColumn("after", F.explode(F.when(is_refunded, F.array(F.lit(0), delay)).otherwise(F.array(F.lit(0)))))
+        .filter(F.col("day") + F.col("after") < config.days)
+        .select(
+            "user_id",
+            F.concat_ws("-", F.lit("o"), F.col("id"), F.col("visit")).alias("order_id"),
+            F.concat(F.col("line"), F.when(is_refund, "R").otherwise("")).alias("line_id"),
+            item_id(F.col("item")).alias("item_id"),
+            text_time(config, F.col("day") + F.col("after"), F.col("second")).alias("ts"),
+            F.when(is_refund, -F.col("quantity")).otherwise(F.col("quantity")).alias("quantity"),
+            text_money(F.col("paid") * F.col("factor") * sign).alias("amount"),
+            text_money(F.when(is_refund, 0.0).otherwise(F.col("discount") * F.col("factor"))).alias("discount"),
+            text_money(F.when(is_refund, 0.0).otherwise(F.col("coupon") * F.col("factor"))).alias("coupon_discount"),
+            F.when(F.col("cny"), "CNY").otherwise("USD").alias("currency"),
+            (F.col("day") + F.col("after")).alias("day"),
+            F.xxhash64("id", "visit", "line", "after").alias("key"),
+        )
+    )
+
+
+def behaviours(lines: DataFrame, config: SyntheticConfig) -> DataFrame:
+    """Return a row per browse, click, cart, favourite and redeemed coupon, with those of the whale."""
+    key = ("id", "visit", "line")
+    actions = [
+        F.when(uniform(config, action, *key) < F.when(F.col("bought"), of_order).otherwise(of_visit), F.lit(action))
+        for of_order, of_visit, action in ACTIONS
+    ]
+    redeemed = F.when(F.col("coupon") >= REDEEMED_FROM, F.lit("coupon"))
+    # browse is furthest from the order, coupon next to it
+    distance = F.get(F.lit([0.8, 0.5, 0.3, 0.2, 0.0]), F.col("step"))
+    own = ("id", "visit", "line", "step")
+    dwell = F.round(F.exp(3.0 + 0.8 * normal(config, "dwell", *own)), 1)
+    rows = (
+        lines.select("*", F.posexplode(F.array(*actions, redeemed)).alias("step", "action"))
+        .filter("action IS NOT NULL")
+        .select(
+            "user_id",
+            text_time(config, F.col("day"), _before(distance + 0.1 * uniform(config, "offset", *own))).alias("ts"),
+            "action",
+            item_id(F.col("item")).alias("item_id"),
+            F.when(F.col("action") == "browse", dwell).alias("dwell_s"),
+            "day",
+            F.xxhash64(*own).alias("key"),
+        )
+    )
+    return rows.unionByName(_whale(rows.sparkSession, config)) if config.whale_events else rows
+
+
+def _whale(spark: SparkSession, config: SyntheticConfig) -> DataFrame:
+    """Return the events of a robot that is logged in as one user and browses."""
+
+    def u(purpose: str) -> Column:
+        return uniform(config, f"whale {purpose}", "id")
+
+    return (
+        spark.range(0, config.whale_events, 1, max(2, config.whale_events // 1_000_000))
+        .withColumn("day", whole(u("day") * config.days))
+        .select(
+            F.lit(WHALE).alias("user_id"),
+            text_time(config, F.col("day"), whole(u("second") * 86400)).alias("ts"),
+            F.lit("browse").alias("action"),
+            item_id(whole(u("item") * config.item_count)).alias("item_id"),
+            F.round(0.2 + u("dwell"), 2).alias("dwell_s"),
+            "day",
+            F.xxhash64(F.lit("whale"), "id").alias("key"),
+        )
+    )
+
+
+def searches(lines: DataFrame, config: SyntheticConfig) -> DataFrame:
+    """Return a row per search; a visit has at most one."""
+    key = ("id", "visit")
+
+    def u(purpose: str) -> Column:
+        return uniform(config, f"search {purpose}", *key)
+
+    chinese = F.col("chinese")
+    premium = u("premium") < sigmoid(1.5 * F.col("z"))
+    price_word = F.when(premium, pick_in(chinese, PREMIUM_WORDS, u("word"))).otherwise(
+        pick_in(chinese, BARGAIN_WORDS, u("word"))
+    )
+    words = (
+        F.when(u("has price word") < WITH_PRICE_WORD, price_word),
+        F.when(u("has brand") < WITH_BRAND, brand(config, chinese, F.col("tier"))),
+        type_name(chinese),
+    )
+    return lines.filter((F.col("line") == 1) & (u("made") < SEARCH_SHARE)).select(
+        "user_id",
+        text_time(config, F.col("day"), _before(0.9 + 0.1 * u("offset"))).alias("ts"),
+        F.when(chinese, F.concat_ws("", *words)).otherwise(F.concat_ws(" ", *words)).alias("query"),
+        F.when(u("clicked") < SEARCH_CLICKED, item_id(F.col("item"))).alias("clicked_item_id"),
+        "day",
+        F.xxhash64(*key).alias("key"),
+    )
+
+
+def reviews(lines: DataFrame, config: SyntheticConfig) -> DataFrame:
+    """Return a row per review, 1 to 20 days after the order."""
+    key = ("id", "visit", "line")
+
+    def u(purpose: str) -> Column:
+        return uniform(config, f"review {purpose}", *key)
+
+    chinese = F.col("chinese")
+    opinion = F.round(3.9 + 0.4 * F.col("z") + normal(config, "rating", *key)).cast("int")
+    low, middle, high = (pick_in(chinese, words, u("sentence")) for words in TONES)
+    sentence = F.when(F.col("stars") <= LOW_STARS, low).when(F.col("stars") == MIDDLE_STARS, middle).otherwise(high)
+    premium = u("premium") < sigmoid(1.5 * F.col("z"))
+    ending = F.when(premium, pick_in(chinese, PREMIUM_ENDINGS, u("ending"))).otherwise(
+        pick_in(chinese, BARGAIN_ENDINGS, u("ending"))
+    )
+    words = (F.replace(sentence, F.lit("{}"), type_name(chinese)), F.when(u("has ending") < WITH_ENDING, ending))
+    return (
+        lines.filter(F.col("bought") & (u("made") < REVIEW_SHARE))
+        .withColumn("day", F.col("day") + 1 + whole(u("delay") * 20))
+        .filter(F.col("day") < config.days)
+        .withColumn("stars", F.least(F.greatest(opinion, F.lit(1)), F.lit(5)))
+        .select(
+            "user_id",
+            text_time(config, F.col("day"), whole(u("second") * 86400)).alias("ts"),
+            item_id(F.col("item")).alias("item_id"),
+            F.col("stars").cast("double").cast("string").alias("rating"),
+            F.concat_ws(" ", *words).alias("text"),
+            "day",
+            F.xxhash64(*key).alias("key"),
+        )
+    )
