@@ -1,6 +1,6 @@
 """Data files in a Delta table's folder that its newest version does not need: listed and deleted by pyarrow, without Spark.
 
-No clock decides. The caller lists, ends all writes under way (:meth:`bp_spark.lakehouse.tables.Lakehouse.fence`) and
+No clock decides. The caller lists, ends all writes under way (:meth:`bp_spark.lakehouse.store.Lakehouse.fence`) and
 deletes what was
 listed and is not needed after that. What a later write adds was not listed, and an earlier one can't commit any more.
 """

@@ -33,7 +33,7 @@ def row_locations(rows: DataFrame, *kept: str) -> DataFrame:
 
     Args:
         rows: a table as it was read, of which nothing is left out but whole files;
-        :meth:`bp_spark.lakehouse.tables.Lakehouse.is_plain`
+        :meth:`bp_spark.lakehouse.store.Lakehouse.is_plain`
             must hold of it.
 
     Raises:
