@@ -39,7 +39,7 @@ LOGS = tuple(table.name for table in RAW_LOGS)
 MONEY = "decimal(18,2)"
 
 NEW, CHANGED, KNOWN = "new", "changed", "known"
-"""What :func:`against_known` says of an event."""
+"""What :func:`add_state` says of an event."""
 
 _AMOUNTS = ("amount", "discount", "coupon_discount")
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
@@ -243,7 +243,7 @@ def events(judged: Mapping[str, DataFrame]) -> DataFrame:
     return good.transform(_identified).select(*EVENTS.schema.names, "copy")
 
 
-def against_known(fresh: DataFrame, known: DataFrame) -> DataFrame:
+def add_state(fresh: DataFrame, known: DataFrame) -> DataFrame:
     """Add ``state`` to fresh events: ``new``, ``changed`` (a correction of a known one) or ``known`` (delivered again).
 
     Args:
