@@ -19,7 +19,7 @@ from bp_spark.core import config
 from bp_spark.core.config import Config
 from bp_spark.core.errors import DataError
 from bp_spark.features import job
-from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.tables import Lakehouse
 from tests.support.histories import WRITTEN_TEXTS, clock_at, sorted_rows, write_night
 
 pytestmark = pytest.mark.slow

@@ -1,8 +1,8 @@
 """Rows of a table, read by pyarrow from its Parquet files in the Python workers that need them.
 
 Spark turns the columns that it reads into rows, and for Python the rows into columns again. Here Spark returns only where in
-its file each row lies (:func:`row_locations`), and may filter these rows. A worker then reads the columns straight from the file
-(:func:`read`). As in this package's Spark sessions, each page is compared with its checksum before it is decoded.
+its file each row lies (:func:`row_locations`), and may filter these rows. A worker then reads the columns straight from the
+file (:func:`read`). As in this package's Spark sessions, each page is compared with its checksum before it is decoded.
 """
 
 from __future__ import annotations
