@@ -141,18 +141,18 @@ def rules(table: str, config: CleaningConfig, now: Column | None = None) -> Sequ
 
 
 def validate(
-    raw: Mapping[str, DataFrame], known: Mapping[str, DataFrame], config: CleaningConfig, now: Column | None = None
+    raw: Mapping[str, DataFrame], references: Mapping[str, DataFrame], config: CleaningConfig, now: Column | None = None
 ) -> dict[str, DataFrame]:
     """Add ``rule`` to the raw rows of each log: the first broken rule, or NULL; add item and rate of each row as well.
 
     Args:
         raw: log -> rows to validate; any of RAW_LOGS.
-        known: ``raw_items`` and ``raw_rates``, all rows, where the platform has them.
+        references: ``raw_items`` and ``raw_rates``, all rows, where the platform has them.
         config: settings of cleaning.
         now: see :func:`rules`.
     """
     return {
-        name: _with_references(raw[name], name, known, config).withColumn(
+        name: _with_references(raw[name], name, references, config).withColumn(
             "rule", _first_broken(rules(name, config, now))
         )
         for name in LOGS
@@ -160,15 +160,17 @@ def validate(
     }
 
 
-def _with_references(df: DataFrame, table: str, known: Mapping[str, DataFrame], config: CleaningConfig) -> DataFrame:
+def _with_references(
+    df: DataFrame, table: str, references: Mapping[str, DataFrame], config: CleaningConfig
+) -> DataFrame:
     """Add ``rate`` to transactions, and ``category``, ``item_text`` and ``item_known`` to all rows."""
     if table == "raw_transactions":
-        df = df.transform(lambda rows: _with_rate(rows, known.get("raw_rates"), config.currency))
+        df = df.transform(lambda rows: _with_rate(rows, references.get("raw_rates"), config.currency))
     item = "clicked_item_id" if table == "raw_searches" else "item_id"
-    if "raw_items" not in known:
+    if "raw_items" not in references:
         unknown = F.lit(None).cast("string")
         return df.withColumns({"category": unknown, "item_text": unknown, "item_known": F.lit(False)})
-    items = _item_versions(known["raw_items"])
+    items = _item_versions(references["raw_items"])
     at = df["ingest_id"]
     same_item = (df[item] == items["_item_id"]) & (at >= items["_from"]) & (at < items["_to"])
     described = df.join(items, same_item, "left").withColumn("item_known", F.col("_item_id").isNotNull())
@@ -255,15 +257,15 @@ def events(validated: Mapping[str, DataFrame]) -> DataFrame:
     return good.transform(_identified).select(*EVENTS.schema.names, "copy")
 
 
-def add_state(fresh: DataFrame, known: DataFrame) -> DataFrame:
+def add_state(fresh: DataFrame, stored: DataFrame) -> DataFrame:
     """Add ``state`` to fresh events: ``new``, ``changed`` (corrects a stored event) or ``known`` (delivered again).
 
     Args:
         fresh: EVENTS, each event once.
-        known: stored EVENTS, at least of the days in ``fresh``.
+        stored: stored EVENTS, at least of the days in ``fresh``.
     """
     content = F.xxhash64(*(name for name in EVENTS.schema.names if name != "ingest_id"))
-    seen = known.select("event_id", "event_date", content.alias("_content"), F.col("ingest_id").alias("_first"))
+    seen = stored.select("event_id", "event_date", content.alias("_content"), F.col("ingest_id").alias("_first"))
     state = F.when(F.col("_content").isNull(), NEW).when(F.col("_content") == content, KNOWN).otherwise(CHANGED)
     joined = fresh.join(seen, ["event_id", "event_date"], "left").withColumn("state", state)
     return joined.withColumn("ingest_id", F.coalesce("_first", "ingest_id")).select(*EVENTS.schema.names, "state")

@@ -116,7 +116,7 @@ USER_PROFILE = Table(
         (
             "next_purchase_unknown",
             "string",
-            "Why next_purchase_days is NULL: one purchase day, or unlikely to buy; NULL where it is known",
+            "Why next_purchase_days is NULL: one purchase day, or unlikely to buy; NULL otherwise",
         ),
     ),
     key=("user_key",),
@@ -184,4 +184,4 @@ MARKET_SEGMENTS = Table(
     key=("level", "category", "region"),
 )
 PROFILE_TABLES = (CATEGORY_AFFINITY, USER_PROFILE, RISK_CONTROL, CUSTOMER_SERVICE, MARKET_SEGMENTS)
-"""What is made from the newest scores, in the order in which it is written."""
+"""Tables that are made from the newest scores, in the order of their writes."""
