@@ -11,8 +11,8 @@ from pyspark.sql import functions as F
 from bp_spark.core import config
 from bp_spark.core.config import CleaningConfig
 from bp_spark.core.errors import ConfigError
-from bp_spark.features.job import first_to_clean
 from bp_spark.ingest import cleaning
+from bp_spark.ingest.job import first_to_clean
 from tests.support.histories import raw_frame, sorted_rows
 
 CONFIG = config.load().cleaning
@@ -201,7 +201,7 @@ def test_what_is_known_already_is_told_from_what_is_new_or_corrected(spark: Spar
         cleaning.events(cleaning.validate({"raw_transactions": raw}, {}, CONFIG)).drop("copy")
         for raw in (before, after)
     )
-    found = cleaning.against_known(fresh, known).orderBy("amount").collect()
+    found = cleaning.add_state(fresh, known).orderBy("amount").collect()
     assert [(float(row["amount"]), row["state"], row["ingest_id"]) for row in found] == [
         (1.0, cleaning.CHANGED, 1),
         (2.0, cleaning.NEW, 2),

@@ -17,8 +17,9 @@ from pyspark.sql import SparkSession
 
 from bp_spark.core.config import Config, TablesConfig
 from bp_spark.core.errors import ConflictError, PlatformError
-from bp_spark.lakehouse import leftovers, tables
-from bp_spark.lakehouse.tables import Column, Lakehouse, Table
+from bp_spark.lakehouse import commits, leftovers
+from bp_spark.lakehouse.schema import Column, Table
+from bp_spark.lakehouse.store import Lakehouse
 from tests.support.aged_logs import age_log
 
 THINGS = Table(
@@ -217,7 +218,7 @@ def test_a_folder_that_cannot_be_listed_from_here_is_cleaned_up_by_delta(
         return [path for path in files if pd.read_parquet(path)["name"].str.contains(word).any()]
 
     killed = Path(grown.location("things"), "kind=plain/part-00000-killed.snappy.parquet")
-    for module in (tables, leftovers):
+    for module in (commits, leftovers):
         monkeypatch.setattr(module, "file_system", refused)
     blind = Lakehouse(spark, settings.tables)
     assert len(holding("gone")) >= len(KINDS)

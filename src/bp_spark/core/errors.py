@@ -1,26 +1,30 @@
-"""The project's own errors. Each message names the file or table, the column, the rule and, where one helps, an example."""
+"""The project's own errors; each message names the table or file, the column, the rule and, where useful, an example."""
 
 from __future__ import annotations
 
 
 class BpSparkError(Exception):
-    """Base of all errors that a user can cause and mend; ``exit_code`` is what a job ends with."""
+    """Base of all errors that a user can cause and fix.
+
+    Attributes:
+        exit_code: exit code of a job that ends with the error.
+    """
 
     exit_code = 1
 
 
 class ConfigError(BpSparkError):
-    """A configuration file or override that can't be used: unknown key, wrong type, value out of range."""
+    """A configuration file or an override is unusable: unknown key, wrong type, value out of range."""
 
     exit_code = 2
 
 
 class DataError(BpSparkError):
-    """Data that breaks a contract: missing table or column, wrong type, nothing to work on.
+    """Data break a contract: missing table or column, wrong type, no rows.
 
     Args:
         table: the table or file that breaks the rule.
-        rule: what must hold, in words.
+        rule: the broken rule, in words.
         column: the column at fault, if one is.
         count: how many rows break the rule, if counted.
         example: one offending value (never personal data).
@@ -50,7 +54,7 @@ class DataError(BpSparkError):
 
 
 class OccupiedError(DataError):
-    """A table can't be created where it belongs: files lie in its folder, and they are no Delta table.
+    """A table can't be created, because its folder holds files that are no Delta table.
 
     Args:
         table: the table.
@@ -65,29 +69,29 @@ class OccupiedError(DataError):
 
 
 class FileReadError(DataError):
-    """A Parquet file that a Python worker can't read by itself: of the file and, as the rule, why, in words."""
+    """A Python worker can't read a Parquet file by itself; ``table`` is the file, and ``rule`` the reason."""
 
 
 class BundleError(BpSparkError):
-    """A model bundle that can't be trusted or used: digest mismatch, foreign features, newer format."""
+    """A model bundle can't be trusted or used: digest mismatch, foreign features, newer format."""
 
     exit_code = 4
 
 
 class PlatformError(BpSparkError):
-    """The machine lacks something: no Java, no Delta jars, a worker process that died."""
+    """The machine lacks something: no Java, no Delta jars, a worker process that was killed."""
 
     exit_code = 5
 
 
 class TrackingError(BpSparkError):
-    """The store at ``tracking.uri`` can't be reached or refuses what it is asked."""
+    """The store at ``tracking.uri`` can't be reached or refuses a request."""
 
     exit_code = 6
 
 
 class ConflictError(BpSparkError):
-    """Two jobs wrote one table at the same time: this one ended, the other one's rows are whole.
+    """Two jobs wrote one table at the same time; this job ended, and the other job's rows are whole.
 
     Args:
         table: the table that the other job wrote.
@@ -104,12 +108,12 @@ class ConflictError(BpSparkError):
 
 
 class DriftError(BpSparkError):
-    """Thresholds of a drift check are broken: the rows are in the table drift, and scores stay as they are."""
+    """Thresholds of a drift check are broken; the rows are in the table drift, and the scores stay unchanged."""
 
     exit_code = 8
 
 
 class UnknownUserError(BpSparkError):
-    """Nobody has some of the ids that were to be forgotten; all others were erased."""
+    """Some ids to forget belong to no user; all other users were erased."""
 
     exit_code = 9

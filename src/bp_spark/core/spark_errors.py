@@ -1,9 +1,9 @@
-"""What Spark and Delta raise -> the project's errors: which table or file, which rule, and what to do about it."""
+"""Errors of Spark and Delta -> the project's errors: which table or file, which rule, and what to do about it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from py4j.protocol import Py4JJavaError
@@ -12,13 +12,13 @@ from pyspark.errors import PySparkException
 from bp_spark.core.errors import BpSparkError, ConflictError, DataError, FileReadError, OccupiedError, PlatformError
 
 SPARK_ERRORS = (PySparkException, Py4JJavaError)
-"""What Spark and Delta raise: Spark Connect the first alone, a classic session the second too."""
+"""Errors of Spark and Delta: a Spark Connect session raises the first, a classic session both."""
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
 _CONFLICT = re.compile(
     r"DELTA_CONCURRENT_|DELTA_METADATA_CHANGED|DELTA_PROTOCOL_CHANGED|TABLE_OR_VIEW_ALREADY_EXISTS|"
     r"Concurrent(Write|Append|Transaction|DeleteRead|DeleteDelete)Exception"
 )
-_OCCUPIED = "DELTA_CREATE_TABLE_WITH_NON_EMPTY_LOCATION"
+_OCCUPIED = re.compile("DELTA_CREATE_TABLE_WITH_NON_EMPTY_LOCATION")
 _UNREADABLE = re.compile(r"FAILED_READ_FILE\S* Encountered error while reading file (\S+?)\.?\s")
 _TOO_LONG = re.compile(r"TextParsingException.*exceeds the maximum number of characters")
 _BY_WORKER = re.compile(r"FileReadError: (\S+): ([^\n]*)")
@@ -32,14 +32,14 @@ _WORKER = re.compile(r"Python worker (?:exited unexpectedly|failed to connect)")
 
 @contextmanager
 def translate(table: str = "") -> Iterator[None]:
-    """Raise the project's error for what Spark or Delta raise in the block, where they tell of one of these:
+    """Raise the project's error in the place of an error of Spark or Delta that has a known cause.
 
     Args:
         table: the table that the block writes, where it writes one.
 
     Raises:
         ConflictError: another job wrote the table meanwhile.
-        OccupiedError: the table can't be created, for its folder has files.
+        OccupiedError: the table can't be created, because its folder holds other files.
         PlatformError: a disk is full, a Python worker was killed, or an object store has no connector or refuses the sign-in.
         DataError: a file of a table, or of its log, is damaged or missing.
         FileReadError: a Python worker could not read a file by itself.
@@ -47,58 +47,82 @@ def translate(table: str = "") -> Iterator[None]:
     try:
         yield
     except SPARK_ERRORS as error:
-        explanation = _explanation(_text(error), table)
-        if explanation is None:
+        translated = _translated(_text(error), table)
+        if translated is None:
             raise
-        raise explanation from error
+        raise translated from error
 
 
 def is_gone(error: Exception) -> bool:
-    """Whether Spark or Delta say that a table's version is not there any more: its files or its log were deleted."""
+    """Return whether the error means that a table's version is gone: its files or its log were deleted."""
     return _GONE.search(str(error)) is not None
 
 
 def is_feed_gone(error: Exception) -> bool:
-    """Whether Spark or Delta say that a table's changes since a version can't be read any more: its files or its log were
-    deleted, or it has other columns since."""
+    """Return whether the error means that a table's changes since a version can't be read any more.
+
+    Files or log were deleted, or the table's columns have changed since.
+    """
     return is_gone(error) or "DELTA_" in str(error)
 
 
 def _text(error: PySparkException | Py4JJavaError) -> str:
-    """Message and causes; the class's name too, for Delta's Python errors say no more by their message."""
+    """Return message and causes with the class's name, which is all that some of Delta's Python errors say."""
     return f"{type(error).__name__} {error}"
 
 
-def _explanation(text: str, table: str) -> BpSparkError | None:
-    if found := _BY_WORKER.search(text):
-        return FileReadError(found[1], found[2])
-    if _FULL.search(text):
-        where = f"{table}: can't be written: " if table else ""
-        return PlatformError(
-            f"{where}no space left on a disk; no table holds a part of what was being written: make room and run again"
-        )
-    if _CONFLICT.search(text):
-        return ConflictError(table)
-    if _OCCUPIED in text:
-        return OccupiedError(table)
-    if found := _UNREADABLE.search(text):
-        if _TOO_LONG.search(text):
-            return DataError(found[1], "has a value of too many characters: look for a quote that isn't closed")
-        return DataError(found[1], "is damaged or missing and was not read; restore the file, then run again")
-    if found := _LOG.search(text):
-        return DataError(found[1], "this entry of the table's log is missing; restore the file, then run again")
-    if found := _GAP.search(text):
-        return DataError(table or "a table", f"entries of its log are missing: {found[1]}")
-    if found := _NO_CONNECTOR.search(text):
-        return PlatformError(
-            f"Spark can't read {found[1] or found[2]} addresses: it lacks the connector; conf/object-stores.md says which jar"
-        )
-    if found := _NOT_SIGNED_IN.search(text):
-        return PlatformError(
-            f"the store, or file system, refuses access ({found[0]}); conf/object-stores.md says how jobs sign in to stores"
-        )
-    if _WORKER.search(text):
-        return PlatformError(
-            "a Python worker was killed (out of memory?); no table holds a part of what it computed: run again"
-        )
+def _translated(text: str, table: str) -> BpSparkError | None:
+    for pattern, make in _CAUSES:
+        if match := pattern.search(text):
+            return make(match, table)
     return None
+
+
+def _no_space(_: re.Match[str], table: str) -> BpSparkError:
+    where = f"{table}: can't be written: " if table else ""
+    return PlatformError(
+        f"{where}no space left on a disk; no table holds a part of what was being written: make room and run again"
+    )
+
+
+def _unreadable_file(match: re.Match[str], _: str) -> BpSparkError:
+    if _TOO_LONG.search(match.string):
+        return DataError(match[1], "has a value of too many characters: look for a quote that isn't closed")
+    return DataError(match[1], "is damaged or missing and was not read; restore the file, then run again")
+
+
+def _missing_log_entry(match: re.Match[str], _: str) -> BpSparkError:
+    return DataError(match[1], "this entry of the table's log is missing; restore the file, then run again")
+
+
+def _no_connector(match: re.Match[str], _: str) -> BpSparkError:
+    return PlatformError(
+        f"Spark can't read {match[1] or match[2]} addresses: it lacks the connector; conf/object-stores.md says which jar"
+    )
+
+
+def _refused_access(match: re.Match[str], _: str) -> BpSparkError:
+    return PlatformError(
+        f"the store, or file system, refuses access ({match[0]}); conf/object-stores.md says how jobs sign in to stores"
+    )
+
+
+def _killed_worker(_: re.Match[str], table: str) -> BpSparkError:
+    return PlatformError(
+        "a Python worker was killed (out of memory?); no table holds a part of what it computed: run again"
+    )
+
+
+_CAUSES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str], str], BpSparkError]], ...] = (
+    (_BY_WORKER, lambda match, table: FileReadError(match[1], match[2])),
+    (_FULL, _no_space),
+    (_CONFLICT, lambda match, table: ConflictError(table)),
+    (_OCCUPIED, lambda match, table: OccupiedError(table)),
+    (_UNREADABLE, _unreadable_file),
+    (_LOG, _missing_log_entry),
+    (_GAP, lambda match, table: DataError(table or "a table", f"entries of its log are missing: {match[1]}")),
+    (_NO_CONNECTOR, _no_connector),
+    (_NOT_SIGNED_IN, _refused_access),
+    (_WORKER, _killed_worker),
+)
+"""Pattern in the text of an error -> the project's error; the first match counts."""

@@ -12,13 +12,13 @@ import pyarrow as pa
 from pyarrow import fs
 
 UNREACHABLE = (OSError, ValueError, pa.ArrowException)
-"""What pyarrow raises where it can't reach a store or read a file: Spark, which may sign in in another way, may be able to."""
+"""Errors of pyarrow where it can't reach a store or read a file. Spark may sign in differently, and succeed."""
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """What pyarrow reads a folder or an object-store address by, and the path in it.
+    """Return the pyarrow file system of a folder or an object-store address, and the path in it.
 
-    Of S3 the variable ``AWS_ENDPOINT_URL`` is obeyed, as Spark and deltalake obey it.
+    For S3 the variable ``AWS_ENDPOINT_URL`` counts, as it does for Spark and deltalake.
     """
     if "://" not in address:
         return fs.LocalFileSystem(), address.removeprefix("file:")
@@ -26,20 +26,20 @@ def file_system(address: str) -> tuple[Any, str]:
     store = urlsplit(os.environ.get("AWS_ENDPOINT_URL", ""))
     if address.startswith("s3:") and store.netloc:
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        found = fs.S3FileSystem(endpoint_override=store.netloc, scheme=store.scheme, region=region)
-        return found, address.removeprefix("s3://")
+        s3 = fs.S3FileSystem(endpoint_override=store.netloc, scheme=store.scheme, region=region)
+        return s3, address.removeprefix("s3://")
     system, path = fs.FileSystem.from_uri(address)
     return system, path
 
 
 def folder_of(path: str, namespace: str) -> str:
-    """The folder of a namespace's path-based tables: an address as it is, a folder of this machine from the root on."""
+    """Return the folder of a namespace's path-based tables: an address as given, a local folder as an absolute path."""
     root = path.rstrip("/") if "://" in path else str(Path(path).resolve())
     return f"{root}/{namespace.replace('.', '/')}"
 
 
 def remove_folder(address: str) -> None:
-    """Delete a folder with all that is in it; one that isn't there is no error."""
+    """Delete a folder with all its files; do nothing where it doesn't exist."""
     files, path = file_system(address)
     if files.get_file_info(path).type != fs.FileType.NotFound:
         files.delete_dir(path)

@@ -103,22 +103,19 @@ def check_drift(spark: SparkSession, config: Config, score_date: date) -> DriftR
         inputs = digest(
             __version__, config.drift, config.labels, config.fusion.coverage, read, score_date, bool(reference)
         )
-        with run.stage("drift", inputs) as figures:
-            figures["score_date"], figures["bundle"] = score_date, bundle_digest
-            if lakehouse.inputs("drift", score_date=str(score_date)) == inputs:
-                figures["status"] = "unchanged"
-            else:
+        with run.step("drift", DRIFT, inputs, score_date=str(score_date)) as step:
+            step.figures["score_date"], step.figures["bundle"] = score_date, bundle_digest
+            if not step.unchanged:
                 rows = [
                     *_of_night(run, scores, score_date, reference),
                     *_realised(run, scores, score_date),
                 ]
                 same = {"run_id": run.run_id, "score_date": score_date, "bundle_digest": bundle_digest}
                 written = spark.createDataFrame([{**row, **same} for row in rows], DRIFT.schema)
-                where, note = {"score_date": [score_date]}, {"score_date": str(score_date)}
-                lakehouse.replace(DRIFT, written, where=where, inputs=inputs, note=note)
+                step.replace(written, where={"score_date": [score_date]})
             of_date = lakehouse.read("drift").filter(F.col("score_date") == F.lit(score_date))
             result = DriftResult([row.asDict() for row in of_date.collect()], run.records)
-            figures["rows_out"], figures["broken"] = len(result.rows), len(result.broken)
+            step.figures["rows_out"], step.figures["broken"] = len(result.rows), len(result.broken)
         _warn(result, score_date)
         return result
 
@@ -158,7 +155,7 @@ def store_reference(run: Run, bundle: Bundle) -> Spreads | None:
     lakehouse, trained = run.lakehouse, bundle.manifest["lineage"].get("training_set", {})
     if not lakehouse.exists("training_set") or trained.get("location") != lakehouse.location("training_set"):
         return None
-    with run.stage("drift reference", digest(bundle.digest)) as figures:
+    with run.step("drift reference", DRIFT_REFERENCE, digest(bundle.digest)) as step:
         try:
             rows = lakehouse.read("training_set", trained["version"])
             names = [name for name in bundle.manifest["inputs"]["tabular"] if name in rows.columns]
@@ -166,7 +163,6 @@ def store_reference(run: Run, bundle: Bundle) -> Spreads | None:
         except SPARK_ERRORS as error:
             if not is_gone(error):
                 raise
-            figures["status"] = "unchanged"
             return None
         spreads[SCORE] = SCORE_BORDERS, drift.spread(bundle.fusion.reference_scores, SCORE_BORDERS)
         stored = [
@@ -174,8 +170,8 @@ def store_reference(run: Run, bundle: Bundle) -> Spreads | None:
             for subject, (edges, counts) in spreads.items()
         ]
         rows = run.spark.createDataFrame(stored, DRIFT_REFERENCE.schema)
-        lakehouse.replace(DRIFT_REFERENCE, rows, where={"bundle_digest": [bundle.digest]})
-        figures["rows_out"] = len(stored)
+        step.replace(rows, where={"bundle_digest": [bundle.digest]})
+        step.figures["rows_out"] = len(stored)
         return spreads
 
 
@@ -431,7 +427,8 @@ def fairness(spark: SparkSession, config: Config, score_date: date) -> FairnessR
         if not names:
             raise DataError("raw_users", "no user has a segment; there is nothing to report by", column="segment")
         over = _over(run, scores, score_date)
-        with run.stage("fairness", digest(config.fairness, score_date, over[-1:])) as figures:
+        inputs = digest(config.fairness, score_date, over[-1:])
+        with run.step("fairness", FAIRNESS, inputs, score_date=str(score_date)) as step:
             tonight = scores.filter(F.col("score_date") == F.lit(score_date))
             rows = _by_segment(run, tonight, segments, names, by_segment.of_scores(), score_date)
             for day in over[-1:]:
@@ -440,12 +437,12 @@ def fairness(spark: SparkSession, config: Config, score_date: date) -> FairnessR
                 errors = by_segment.of_errors(max(top, 0.0))
                 rows = rows.unionByName(_by_segment(run, night, segments, names, errors, day))
             rows = rows.withColumns({"run_id": F.lit(run.run_id), "score_date": F.lit(score_date)})
-            lakehouse.replace(FAIRNESS, rows, where={"score_date": [score_date]}, note={"score_date": str(score_date)})
+            step.replace(rows, where={"score_date": [score_date]})
             report = lakehouse.read("fairness").filter(F.col("score_date") == F.lit(score_date))
             counted = report.agg(F.count(F.lit(1)), F.count_if("broken")).collect()[0]
-            figures["segments"], figures["score_date"] = len(names), score_date
-            figures["measured"] = over[-1] if over else None
-            figures["rows_out"], figures["broken"] = counted
+            step.figures["segments"], step.figures["score_date"] = len(names), score_date
+            step.figures["measured"] = over[-1] if over else None
+            step.figures["rows_out"], step.figures["broken"] = counted
         if counted[1]:
             message = "fairness of %s: %d figures of groups break their thresholds (table fairness; docs/monitoring.md)"
             fields = {"score_date": str(score_date), "broken": counted[1]}

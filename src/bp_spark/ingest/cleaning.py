@@ -1,16 +1,16 @@
-"""Raw tables -> ``events``, ``quarantine`` and ``texts``: every raw row ends in exactly one of events, duplicates, quarantine.
+"""Raw tables -> ``events``, ``quarantine`` and ``texts``: each raw row ends in exactly one of events, duplicates, quarantine.
 
-A rule is declared as a name and the condition that a good row meets; a row goes to quarantine with the first rule it breaks.
+A rule is a name and the condition that a good row meets. A row goes to quarantine with the first rule that it breaks.
 
-Point in time. What one ingest brings is judged and described by what was known by then: its own time bounds its timestamps, and
-items and exchange rates count from the ingest that brought them. So cleaning night by night gives the same events as cleaning
-everything at once.
+Point in time. The rows of one ingest are validated and described by what was known then. The ingest's time bounds their
+timestamps; items and exchange rates count from the ingest that brought them. So cleaning ingest by ingest gives the same events
+as cleaning everything at once.
 
-Duplicates. A line with a ``line_id`` is identified by user, order, day and line; its newest delivery wins, as a correction.
-Without one, the identity is the whole content of the row plus its occurrence number within its delivery: two equal lines of one
-basket in one file are two honest lines (two scans of one article); the same two lines in a second file are a repeated delivery,
-and only the larger count is kept. The part files of one write of Spark are one delivery (:func:`_write_of`). The day is part of
-either identity: duplicates are looked for among events of the same days.
+Duplicates. A line with a ``line_id`` is identified by user, order, day and line. Its newest delivery counts, as a correction. A
+line without one is identified by the whole content of the row and its occurrence number within its delivery. Two equal lines of
+one basket in one file are two real lines (two scans of one article). The same two lines in a second file are a repeated
+delivery, and only the larger count is kept. The part files of one write of Spark are one delivery (:func:`_write_of`). The day
+is part of either identity, so that duplicates are searched among events of the same days.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ from bp_spark.ingest.texts import normalised, text_id
 from bp_spark.lakehouse.tables import EVENTS, RAW_LOGS
 
 FORMAT = 3
-"""Raised when events mean something else than before: older ones are then cleaned anew."""
+"""Raised when the meaning of events changes; events of an older format are then cleaned anew."""
 COMPATIBLE = (2,)
-"""Older formats that new events may be added to, where raw rows are not all kept. In 2, equal lines in two part files of one
-write were one event."""
+"""Older formats that new events may join, where old raw rows are deleted.
+
+In format 2, equal lines in two part files of one write were one event.
+"""
 
 ACTIONS = ("browse", "click", "cart", "favourite", "coupon")
 LOGS = tuple(table.name for table in RAW_LOGS)
 MONEY = "decimal(18,2)"
 
 NEW, CHANGED, KNOWN = "new", "changed", "known"
-"""What :func:`against_known` says of an event."""
+"""States of an event, by :func:`add_state`."""
 
 _AMOUNTS = ("amount", "discount", "coupon_discount")
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
@@ -50,17 +52,24 @@ _CONTENT = ("item_id", "ts", "quantity", "amount", "discount", "coupon_discount"
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule's name, as it stands in quarantine, and the condition that good rows meet (NULL counts as broken)."""
+    """A cleaning rule.
+
+    Attributes:
+        name: name of the rule in quarantine.
+        holds: condition that good rows meet; NULL counts as broken.
+    """
 
     name: str
     holds: Column
 
 
 def rules(table: str, config: CleaningConfig, now: Column | None = None) -> Sequence[Rule]:
-    """The rules of a raw table, in the order in which they are tried, on rows with the columns of :func:`_judgeable`.
+    """Return the rules of a raw table in their order, for rows with the columns of :func:`_with_references`.
 
     Args:
-        now: by when a timestamp must be over; by default the time of the row's ingest.
+        table: raw table.
+        config: settings of cleaning.
+        now: latest valid time of an event; by default the time of the row's ingest.
     """
     latest = (F.col("ingested_at") if now is None else now) + F.expr(f"INTERVAL {config.ahead_minutes} MINUTES")
 
@@ -77,12 +86,12 @@ def rules(table: str, config: CleaningConfig, now: Column | None = None) -> Sequ
         return absent_or(column, ~F.col(column).rlike(BROKEN_TEXT), "is broken text")
 
     def plausible(column: str) -> Rule:
-        # converted: what a rate makes of it has to fit into its column too
+        # converted, too, the amount has to fit into its column
         converted = F.abs(F.col(column) * F.col("rate"))
         return absent_or(column, converted <= config.max_amount, f"is beyond {config.max_amount:g}")
 
     def not_negative(column: str) -> Rule:
-        # a refund gives its reduction back
+        # a refund takes the reduction back
         return absent_or(column, (F.col(column) >= 0) | (F.col("amount") < 0), "is negative")
 
     timed = [
@@ -132,39 +141,44 @@ def rules(table: str, config: CleaningConfig, now: Column | None = None) -> Sequ
 
 
 def validate(
-    raw: Mapping[str, DataFrame], known: Mapping[str, DataFrame], config: CleaningConfig, now: Column | None = None
+    raw: Mapping[str, DataFrame], references: Mapping[str, DataFrame], config: CleaningConfig, now: Column | None = None
 ) -> dict[str, DataFrame]:
-    """Raw rows of each log with ``rule``, the first one broken or NULL, and what cleaning knows of them beside.
+    """Add ``rule`` to the raw rows of each log: the first broken rule, or NULL; add item and rate of each row as well.
 
     Args:
-        raw: log -> rows to judge; any of RAW_LOGS.
-        known: ``raw_items`` and ``raw_rates``, whole, where the platform has them.
+        raw: log -> rows to validate; any of RAW_LOGS.
+        references: ``raw_items`` and ``raw_rates``, all rows, where the platform has them.
+        config: settings of cleaning.
         now: see :func:`rules`.
     """
     return {
-        name: _judgeable(raw[name], name, known, config).withColumn("rule", _first_broken(rules(name, config, now)))
+        name: _with_references(raw[name], name, references, config).withColumn(
+            "rule", _first_broken(rules(name, config, now))
+        )
         for name in LOGS
         if name in raw
     }
 
 
-def _judgeable(df: DataFrame, table: str, known: Mapping[str, DataFrame], config: CleaningConfig) -> DataFrame:
-    """Add ``rate`` to transactions, and ``category``, ``item_text`` and ``item_known`` to all that name an item."""
+def _with_references(
+    df: DataFrame, table: str, references: Mapping[str, DataFrame], config: CleaningConfig
+) -> DataFrame:
+    """Add ``rate`` to transactions, and ``category``, ``item_text`` and ``item_known`` to all rows."""
     if table == "raw_transactions":
-        df = df.transform(lambda rows: _with_rate(rows, known.get("raw_rates"), config.currency))
+        df = df.transform(lambda rows: _with_rate(rows, references.get("raw_rates"), config.currency))
     item = "clicked_item_id" if table == "raw_searches" else "item_id"
-    if "raw_items" not in known:
-        nothing = F.lit(None).cast("string")
-        return df.withColumns({"category": nothing, "item_text": nothing, "item_known": F.lit(False)})
-    items = _item_versions(known["raw_items"])
+    if "raw_items" not in references:
+        unknown = F.lit(None).cast("string")
+        return df.withColumns({"category": unknown, "item_text": unknown, "item_known": F.lit(False)})
+    items = _item_versions(references["raw_items"])
     at = df["ingest_id"]
-    same = (df[item] == items["_item_id"]) & (at >= items["_from"]) & (at < items["_to"])
-    described = df.join(items, same, "left").withColumn("item_known", F.col("_item_id").isNotNull())
+    same_item = (df[item] == items["_item_id"]) & (at >= items["_from"]) & (at < items["_to"])
+    described = df.join(items, same_item, "left").withColumn("item_known", F.col("_item_id").isNotNull())
     return described.drop("_item_id", "_from", "_to")
 
 
 def _item_versions(raw_items: DataFrame) -> DataFrame:
-    """What was known of each item from one ingest (``_from``) to before another (``_to``)."""
+    """Return what was known of each item from one ingest (``_from``) until another (``_to``, exclusive)."""
     newest = Window.partitionBy("item_id", "ingest_id").orderBy(F.desc("delivery"), F.desc("title"), F.desc("category"))
     later = Window.partitionBy("item_id").orderBy("ingest_id")
     forever = F.lit(2**62)
@@ -183,13 +197,13 @@ def _item_versions(raw_items: DataFrame) -> DataFrame:
 
 
 def _item_text() -> Column:
-    """The text that describes an item: its title, else the narrowest part of its category."""
+    """Return the text that describes an item: its title, or the narrowest part of its category."""
     leaf = F.element_at(F.split("category", " > "), -1)
     return normalised(F.coalesce(F.col("title"), leaf))
 
 
 def _with_rate(df: DataFrame, raw_rates: DataFrame | None, currency: str) -> DataFrame:
-    """Add ``rate`` into the platform's currency, 1 for its own: of those known by the row's ingest the newest by its day."""
+    """Add ``rate`` into the platform's currency: the newest by the row's day that was known at its ingest, 1 for its own."""
     own = F.coalesce(F.col("currency"), F.lit(currency)) == currency
     if raw_rates is None:
         return df.withColumn("rate", F.when(own, F.lit(1).cast("decimal(18,8)")))
@@ -208,16 +222,16 @@ def _with_rate(df: DataFrame, raw_rates: DataFrame | None, currency: str) -> Dat
 def _first_broken(rules_of_table: Sequence[Rule]) -> Column:
     name = F.array_min(F.map_keys("unreadable"))
     text = F.when(name.isin(*_AMOUNTS), F.try_element_at("unreadable", name))
-    why = F.when(text.rlike(THOUSAND), F.lit(" has a point that may part thousands")).when(
+    reason = F.when(text.rlike(THOUSAND), F.lit(" has a point that may part thousands")).when(
         text.rlike(r"^\s*[-+]?\d*\.\d{3,}\s*$"), F.lit(" has more than 2 decimals")
     )
-    unreadable = F.concat(name, F.coalesce(why, F.lit(" is unreadable")))
+    unreadable = F.concat(name, F.coalesce(reason, F.lit(" is unreadable")))
     broken = (F.when(~F.coalesce(rule.holds, F.lit(False)), F.lit(rule.name)) for rule in rules_of_table)
     return F.coalesce(F.when(F.size("unreadable") > 0, unreadable), *broken)
 
 
-def quarantine(judged: Mapping[str, DataFrame]) -> DataFrame:
-    """Rows of QUARANTINE: the judged rows that broke a rule, as they came."""
+def quarantine(validated: Mapping[str, DataFrame]) -> DataFrame:
+    """Return rows of QUARANTINE: the validated rows that broke a rule, as delivered."""
     return _union(
         [
             df.filter(F.col("rule").isNotNull()).select(
@@ -226,32 +240,32 @@ def quarantine(judged: Mapping[str, DataFrame]) -> DataFrame:
                 F.to_json(F.struct(*_RAW[name].schema.names), {"ignoreNullFields": "false", **_JSON}).alias("row"),
                 F.col("ingest_id"),
             )
-            for name, df in judged.items()
+            for name, df in validated.items()
         ]
     )
 
 
 def from_quarantine(rows: DataFrame, table: str) -> DataFrame:
-    """Rows of a raw table as they went into quarantine."""
+    """Return the rows of a raw table as they went into quarantine."""
     row = F.from_json("row", _RAW[table].schema, _JSON)
     return rows.filter(F.col("source") == table).select(row.alias("row")).select("row.*")
 
 
-def events(judged: Mapping[str, DataFrame]) -> DataFrame:
-    """The good rows as EVENTS with ``copy``, which numbers the deliveries of one event from 1: the first is the event."""
-    good = _union([_EVENT_OF[name](df.filter(F.col("rule").isNull())) for name, df in judged.items()])
+def events(validated: Mapping[str, DataFrame]) -> DataFrame:
+    """Return the good rows as EVENTS with ``copy``: the number of a delivery of the event, from 1, the one that counts."""
+    good = _union([_EVENT_OF[name](df.filter(F.col("rule").isNull())) for name, df in validated.items()])
     return good.transform(_identified).select(*EVENTS.schema.names, "copy")
 
 
-def against_known(fresh: DataFrame, known: DataFrame) -> DataFrame:
-    """Add ``state`` to fresh events: ``new``, ``changed`` (a correction of a known one) or ``known`` (delivered again).
+def add_state(fresh: DataFrame, stored: DataFrame) -> DataFrame:
+    """Add ``state`` to fresh events: ``new``, ``changed`` (corrects a stored event) or ``known`` (delivered again).
 
     Args:
         fresh: EVENTS, each event once.
-        known: EVENTS of at least the days in ``fresh``.
+        stored: stored EVENTS, at least of the days in ``fresh``.
     """
     content = F.xxhash64(*(name for name in EVENTS.schema.names if name != "ingest_id"))
-    seen = known.select("event_id", "event_date", content.alias("_content"), F.col("ingest_id").alias("_first"))
+    seen = stored.select("event_id", "event_date", content.alias("_content"), F.col("ingest_id").alias("_first"))
     state = F.when(F.col("_content").isNull(), NEW).when(F.col("_content") == content, KNOWN).otherwise(CHANGED)
     joined = fresh.join(seen, ["event_id", "event_date"], "left").withColumn("state", state)
     return joined.withColumn("ingest_id", F.coalesce("_first", "ingest_id")).select(*EVENTS.schema.names, "state")
@@ -269,8 +283,8 @@ def _event(kind: Column, **columns: Column) -> list[Column]:
     }
     given["text_id"] = text_id(F.coalesce(columns.get("own_text", F.lit(None)), F.col("item_text")))
     types = {field.name: field.dataType for field in EVENTS.schema.fields}
-    wanted = [name for name in EVENTS.schema.names if name != "event_id"]
-    selected = [given.get(name, F.lit(None)).cast(types[name]).alias(name) for name in wanted]
+    names = [name for name in EVENTS.schema.names if name != "event_id"]
+    selected = [given.get(name, F.lit(None)).cast(types[name]).alias(name) for name in names]
     extra = {name: columns.get(name, F.lit(None)).cast("string").alias(name) for name in ("line_id", "own_text")}
     return [*selected, *extra.values(), F.coalesce(F.col("delivery"), F.lit("")).alias("delivery")]
 
@@ -279,7 +293,7 @@ def _purchases(df: DataFrame) -> DataFrame:
     def converted(column: str) -> Column:
         return (F.col(column) * F.col("rate")).cast(MONEY)
 
-    # a log without orders: what a user bought in one moment is one
+    # in a log without orders, lines of one user and one moment are an order
     order = F.coalesce(F.col("order_id"), F.date_format("ts", "yyyy-MM-dd'T'HH:mm:ss"))
     money = {name: converted(name) for name in _AMOUNTS}
     names = ("line_id", "item_id", "quantity")
@@ -310,9 +324,9 @@ _EVENT_OF = {
 
 
 def _identified(df: DataFrame) -> DataFrame:
-    """Add ``event_id`` and ``copy``, which numbers the deliveries of one event from 1, the newest first.
+    """Add ``event_id`` and ``copy``: the number of a delivery of one event, from 1, newest first.
 
-    ``ingest_id`` becomes that of the first of them.
+    ``ingest_id`` becomes that of the event's first delivery.
     """
     by_line = F.to_json(F.struct("kind", "user_key", "order_id", "event_date", "line_id"))
     by_content = F.to_json(F.struct("kind", "user_key", "order_id", *_CONTENT))
@@ -332,25 +346,25 @@ def _identified(df: DataFrame) -> DataFrame:
 
 
 def _write_of(delivery: str) -> Column:
-    """The write that a file is a part of: Spark names the files that its tasks write by their number and the write's UUID."""
+    """Return the write that a file is part of: Spark names a file by the number of its task and the write's UUID."""
     named = F.regexp_replace(delivery, rf"part-\d+-({_UUID})[^/]*$", "$1")
     return F.when(F.contains(F.col(delivery), F.lit("part-")), named).otherwise(F.col(delivery))
 
 
 def texts(raw: Mapping[str, DataFrame]) -> DataFrame:
-    """Every normalised text of items, queries and reviews: ``text``, ``ingest_id`` of the ingest that brought it."""
+    """Return every normalised text of items, queries and reviews: ``text``, ``ingest_id`` of the ingest that brought it."""
     source = {
         "raw_items": _item_text(),
         "raw_searches": normalised(F.col("query")),
         "raw_reviews": normalised(F.col("text")),
     }
-    found = [raw[name].select(text.alias("text"), "ingest_id") for name, text in source.items() if name in raw]
-    nothing = raw[next(iter(raw))].select(F.lit(None).cast("string").alias("text"), "ingest_id").limit(0)
-    return _union([nothing, *found]).filter(F.col("text").isNotNull())
+    frames = [raw[name].select(text.alias("text"), "ingest_id") for name, text in source.items() if name in raw]
+    no_rows = raw[next(iter(raw))].select(F.lit(None).cast("string").alias("text"), "ingest_id").limit(0)
+    return _union([no_rows, *frames]).filter(F.col("text").isNotNull())
 
 
 def brands(raw_items: DataFrame) -> DataFrame:
-    """Normalised brand names: ``brand``, ``known_from``, the first ingest that brought it."""
+    """Return normalised brand names: ``brand``, and ``known_from``, the first ingest that brought it."""
     brand = normalised(F.col("brand"))
     return (
         raw_items.select(brand.alias("brand"), "ingest_id")

@@ -1,11 +1,11 @@
-"""User ids -> keyed pseudonyms, and free text -> text without what tells who wrote it.
+"""User ids -> keyed pseudonyms, and free text -> text without personal identifiers.
 
-In: rows as a source delivers them, with ``user_id``. Out: the same rows with ``user_key``, the HMAC-SHA256 (RFC 2104) of the
-id by a secret: without the secret nobody can compute the key of an id, and from a key nobody gets back to the id. Only the
-table ``user_keys`` holds both.
+In: rows as a source delivers them, with ``user_id``. Out: the same rows with ``user_key``, the HMAC-SHA256 (RFC 2104) of the id
+with a secret. Without the secret nobody can compute a key from an id, and nobody can compute an id from a key. Only the table
+``user_keys`` holds both.
 
-The secret is read by whoever needs it, and handed to executors inside a Python function, never as a literal of a query: it
-stands in no plan, table, bundle, configuration or log.
+Jobs read the secret themselves and pass it to executors inside a Python function, never as a literal of a query. So no plan,
+table, bundle, configuration or log holds it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.functions import pandas_udf
 
 from bp_spark.core import secret
 from bp_spark.core.errors import ConfigError
@@ -30,12 +31,13 @@ from bp_spark.ingest.sources.contract import BLANKS
 Group = TypeVar("Group", bound=Hashable)
 
 BROKEN_TEXT = r"[\x00-\x08\x0B\x0C\x0E-\x1F\x{FFFD}]"
-"""What no whole text holds: control characters, and what stands for bytes that could not be read."""
+"""Pattern of broken text: control characters, and the replacement of unreadable bytes."""
 FREE_TEXT: Mapping[str, tuple[str, ...]] = {"raw_searches": ("query",), "raw_reviews": ("text",)}
-"""Raw table -> its columns that users wrote."""
+"""Raw table -> columns with text that users wrote."""
 MIN_SECRET_BYTES = 32
 _HOW_TO = "`openssl rand -hex 32` makes one; keep it: another secret gives users other keys"
-_MIN_TOLD = 6
+_MIN_REPLACED = 6
+"""Length from which an id is replaced inside of other values."""
 
 
 # --- the secret --------------------------------------------------------------------------------------------------------
@@ -43,7 +45,7 @@ _MIN_TOLD = 6
 
 @dataclass(frozen=True)
 class Secret:
-    """The key of the HMAC; printing it tells nothing.
+    """The key of the HMAC; its printed form hides the value.
 
     Attributes:
         value: at least 32 bytes.
@@ -53,11 +55,11 @@ class Secret:
 
     @property
     def key_id(self) -> str:
-        """Tells one secret from another, and nothing of either."""
+        """Identity of the secret, from which the secret can't be computed."""
         return hmac.digest(self.value, b"bp-spark key id", "sha256").hex()[:16]
 
     def key_of(self, user_id: str) -> str:
-        """``user_key`` of an id.
+        """Return the ``user_key`` of an id.
 
         >>> Secret(b"0123456789abcdef0123456789abcdef").key_of(" u1 ")[:16]
         '39536bc0c20e6efc'
@@ -66,10 +68,10 @@ class Secret:
 
 
 def load_secret(address: str) -> Secret:
-    """The secret at an address as ``privacy.secret`` has it.
+    """Return the secret at an address in the form of ``privacy.secret``.
 
     Raises:
-        ConfigError: there is none, or it is shorter than 32 bytes.
+        ConfigError: there is no secret, or it is shorter than 32 bytes.
     """
     try:
         value = secret.read("privacy.secret", address)
@@ -81,7 +83,7 @@ def load_secret(address: str) -> Secret:
 
 
 def make_secret(path: Path, text: str = "") -> None:
-    """Write a secret, by default a new random one, to a file that only its owner may read; one that is there stays."""
+    """Write a secret, by default a random one, to a file that only its owner may read; an existing file stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -95,33 +97,33 @@ def make_secret(path: Path, text: str = "") -> None:
 
 
 def withheld(counts: Mapping[Group, int], totals: Collection[Collection[Group]], smallest: int) -> set[Group]:
-    """Groups whose users are not to be told: those that are too small, and more where a total would give these away.
+    """Return the groups to withhold: those that are too small, and more where a published total would reveal these.
 
-    Complementary suppression, as statistical offices do it (Hundepool et al. 2012, "Statistical Disclosure Control", 4.3): in
-    each total that is told, either no group is withheld or several with ``smallest`` users at least together, if the total
-    has as many. The next larger group is then withheld too.
+    This is complementary suppression (Hundepool et al. 2012, "Statistical Disclosure Control", 4.3). In each published total
+    either no group is withheld, or several groups with at least ``smallest`` users together, if the total has as many. For
+    that, the next larger group is withheld too.
 
     Args:
-        counts: users of each group. One without any tells of nobody.
-        totals: groups whose sum is told, as rows, columns and the whole of a table.
-        smallest: users of which figures may be told.
+        counts: users of each group. A group without users reveals nobody.
+        totals: groups whose sum is published, such as the rows, columns and total of a table.
+        smallest: the fewest users whose figures may be published.
     """
     hidden = {group for group, users in counts.items() if 0 < users < smallest}
     parts = [{group for group in total if counts.get(group)} for total in totals]
     while True:
         more = {
-            _next_larger(counts, part, part & hidden) for part in parts if _given_away(counts, part, hidden, smallest)
+            _next_larger(counts, part, part & hidden) for part in parts if _is_revealed(counts, part, hidden, smallest)
         }
         if not more:
             return hidden
         hidden |= more
 
 
-def _given_away(counts: Mapping[Group, int], part: set[Group], hidden: set[Group], smallest: int) -> bool:
-    of_part = part & hidden
-    if not of_part or part == of_part:
+def _is_revealed(counts: Mapping[Group, int], part: set[Group], hidden: set[Group], smallest: int) -> bool:
+    hidden_part = part & hidden
+    if not hidden_part or part == hidden_part:
         return False
-    return len(of_part) == 1 or sum(counts[group] for group in of_part) < smallest
+    return len(hidden_part) == 1 or sum(counts[group] for group in hidden_part) < smallest
 
 
 def _next_larger(counts: Mapping[Group, int], part: set[Group], hidden: set[Group]) -> Group:
@@ -132,7 +134,7 @@ def _next_larger(counts: Mapping[Group, int], part: set[Group], hidden: set[Grou
 
 
 def user_id(column: Column | str) -> Column:
-    """An id as it is keyed: whole text without surrounding blanks; NULL where blank or broken."""
+    """Return the id that is keyed: text without surrounding blanks; NULL where blank or broken."""
     trimmed = _trimmed(F.make_valid_utf8(column))
     return F.when((F.length(trimmed) > 0) & ~trimmed.rlike(BROKEN_TEXT), trimmed)
 
@@ -142,49 +144,51 @@ def _trimmed(column: Column) -> Column:
 
 
 def user_key(ids: Column, secret: Secret) -> Column:
-    """The key of each id, NULL of NULL; each distinct id of an Arrow batch is computed once."""
+    """Return the key of each id, NULL for NULL; each distinct id of an Arrow batch is computed once."""
     return _key_udf(secret.value)(ids)
 
 
 def key_hash(keys: Column) -> Column:
-    """Return what stands in ``forgotten`` for a user's key: a key is recognised by it, and can't be told from it."""
+    """Return the hash of a user's key for ``forgotten``: it recognises a key, and the key can't be computed from it."""
     return F.sha2(keys, 256)
 
 
 def _key_udf(value: bytes) -> Callable[[Column], Column]:
-    @F.pandas_udf("string")  # type: ignore[call-overload]
     def keys(ids: pd.Series) -> pd.Series:
-        place, distinct = pd.factorize(ids)
-        # a NULL has place -1: the last
-        made = [*(hmac.digest(value, one.encode(), "sha256").hex() for one in distinct), None]
-        return pd.Series(np.array(made, object)[place])
+        positions, distinct_ids = pd.factorize(ids)
+        # a NULL has position -1: the last
+        distinct_keys = [*(hmac.digest(value, one.encode(), "sha256").hex() for one in distinct_ids), None]
+        return pd.Series(np.array(distinct_keys, object)[positions])
 
-    return keys
+    udf: Callable[[Column], Column] = pandas_udf(keys, "string")  # type: ignore[call-overload]
+    return udf
 
 
-def pseudonymous(df: DataFrame, table: str, secret: Secret, masked: Callable[[Column], Column]) -> DataFrame:
-    """Rows of a raw table as they may be stored: ``user_key`` instead of ``user_id``, free text masked.
+def pseudonymous(df: DataFrame, table: str, secret: Secret, mask_text: Callable[[Column], Column]) -> DataFrame:
+    """Return rows of a raw table as they may be stored: ``user_key`` instead of ``user_id``, free text masked.
 
-    An id that is broken text counts as unreadable. Of a line that could not be taken apart only the length is kept: nobody can
-    tell where in it the user's id stands, and ``delivery`` names the file to look into.
+    An id that is broken text counts as unreadable. For a line that could not be parsed only its length is stored: the user's id
+    may be anywhere in it, and ``delivery`` names the file to look into.
 
     Args:
         df: rows as :func:`bp_spark.ingest.sources.contract.in_contract` shapes them; a table without users is only masked.
-        masked: what becomes of a text that users wrote; see :func:`mask`.
+        table: raw table of the rows.
+        secret: secret of the keys.
+        mask_text: masks a text that users wrote; see :func:`mask` and :func:`as_written`.
     """
     for name in FREE_TEXT.get(table, ()):
-        df = df.withColumn(name, masked(F.col(name)))
-    own = _trimmed(F.col("user_id")) if "user_id" in df.columns else F.lit(None).cast("string")
+        df = df.withColumn(name, mask_text(F.col(name)))
+    own_id = _trimmed(F.col("user_id")) if "user_id" in df.columns else F.lit(None).cast("string")
 
-    def told(name: Column, value: Column) -> Column:
-        """An unreadable value without the row's own user id."""
+    def without_id(name: Column, value: Column) -> Column:
+        """Return an unreadable value without the row's own user id."""
         line = F.concat(F.lit("<"), F.length(value).cast("string"), F.lit(" characters>"))
-        without = F.when(F.trim(value) == own, "<user>").when(
-            F.length(own) >= _MIN_TOLD, F.replace(value, own, F.lit("<user>"))
+        without = F.when(F.trim(value) == own_id, "<user>").when(
+            F.length(own_id) >= _MIN_REPLACED, F.replace(value, own_id, F.lit("<user>"))
         )
-        return F.when(name == "row", line).otherwise(masked(F.coalesce(without, value)))
+        return F.when(name == "row", line).otherwise(mask_text(F.coalesce(without, value)))
 
-    unreadable = F.transform_values("unreadable", told)
+    unreadable = F.transform_values("unreadable", without_id)
     if "user_id" not in df.columns:
         return df.withColumn("unreadable", unreadable)
     broken = _trimmed(F.make_valid_utf8("user_id")).rlike(BROKEN_TEXT)
@@ -203,7 +207,7 @@ def pseudonymous(df: DataFrame, table: str, secret: Secret, masked: Callable[[Co
 
 _START, _END = r"(?<![A-Za-z0-9])", r"(?![A-Za-z0-9])"
 _SPACE = r"[ .-]?"
-# from a word's beginning and without going back, or a text of megabytes without a space would cost its square
+# from a word's beginning and without backtracking, or a text of megabytes without a space would cost quadratic time
 _LOCAL = r"[\p{L}\p{N}._%+'\-&&[^\p{IsHan}]]"
 _LABEL = r"[\p{L}\p{N}\-&&[^\p{IsHan}]]{1,63}"
 _EMAIL = rf"(?<!{_LOCAL}){_LOCAL}++@(?:{_LABEL}\.){{1,8}}[\p{{L}}&&[^\p{{IsHan}}]]{{2,24}}"
@@ -224,41 +228,41 @@ _CARD_NUMBER = (
 _ID = rf"{_START}[1-8]\d{{5}}(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{{3}}[\dXx]{_END}"
 _IBAN = rf"(?i){_START}[A-Z]{{2}}\d\d(?: ?[A-Z0-9]{{4}}){{2,7}}(?: ?[A-Z0-9]{{1,3}})?{_END}"
 _SUSPECT = r"@|\d(?:[ .()-]{0,2}\d){6}"
-"""What a text has that holds any of these: most have none, and cost one look."""
+"""Pattern of every text that may hold one of these numbers; most texts don't match, and cost one search."""
 
 
 def mask(text: Column) -> Column:
-    """The text with ``<email>``, ``<phone>``, ``<card>``, ``<id>`` and ``<iban>`` in the place of such numbers.
+    """Replace personal numbers in a text by ``<email>``, ``<phone>``, ``<card>``, ``<id>`` and ``<iban>``.
 
-    Numbers with check digits are masked only where these fit: cards (Luhn), identity numbers of China (GB 11643, ISO 7064
-    MOD 11-2), IBANs (ISO 13616, MOD 97-10). In a text with any of these, full-width digits become plain ones.
+    Numbers with check digits are masked only where the digits fit: cards (Luhn), identity numbers of China (GB 11643, ISO 7064
+    MOD 11-2), IBANs (ISO 13616, MOD 97-10). In a text with any of these, full-width digits become plain digits.
 
-    What looks like none of them stays: prices, sizes, years, model and order numbers. An order number of eleven digits that
-    begins with 13 to 19 looks like a mobile number of China, and is masked.
+    Other numbers stay: prices, sizes, years, model and order numbers. An order number of eleven digits that begins with 13 to
+    19 looks like a mobile number of China, and is masked.
     """
     plain = F.translate(text, "０１２３４５６７８９＠＋－", "0123456789@+-")
-    found = F.regexp_replace(plain, _EMAIL, "<email>")
-    found = _replaced(found, _IBAN, _is_iban, "<iban>")
-    found = _replaced(found, _ID, _is_id, "<id>")
-    found = _replaced(found, _CARD, _is_card, "<card>")
+    masked = F.regexp_replace(plain, _EMAIL, "<email>")
+    masked = _replaced(masked, _IBAN, _is_iban, "<iban>")
+    masked = _replaced(masked, _ID, _is_id, "<id>")
+    masked = _replaced(masked, _CARD, _is_card, "<card>")
     for pattern in _PHONES:
-        found = F.regexp_replace(found, pattern, "<phone>")
-    return F.when(plain.rlike(_SUSPECT), found).otherwise(text)
+        masked = F.regexp_replace(masked, pattern, "<phone>")
+    return F.when(plain.rlike(_SUSPECT), masked).otherwise(text)
 
 
 def as_written(text: Column) -> Column:
-    """What stands for :func:`mask` where texts are not masked."""
+    """Return the text unchanged, in the place of :func:`mask`."""
     return text
 
 
 def _replaced(text: Column, pattern: str, holds: Callable[[Column], Column], by: str) -> Column:
-    """The text with what matches the pattern, and passes a check of its digits, replaced."""
+    """Replace the parts of a text that match a pattern and pass a check of their digits."""
 
     def without(whole: Column) -> Column:
         candidates = F.filter(F.regexp_extract_all(whole, F.lit(pattern), F.lit(0)), holds)
-        return F.aggregate(candidates, whole, lambda found, candidate: F.replace(found, candidate, F.lit(by)))
+        return F.aggregate(candidates, whole, lambda rest, candidate: F.replace(rest, candidate, F.lit(by)))
 
-    # as a variable: what the text is made by would stand, and be computed, twice in each of several steps
+    # as a lambda variable: otherwise the expression of the text would be computed twice in each of several steps
     return F.transform(F.array(text), without)[0]
 
 

@@ -1,5 +1,6 @@
-"""Texts as the platform has them -> ``texts``, each distinct one once, and ``text_embeddings``, what a frozen, pre-trained
-language model makes of them; each text is read once per model, ever.
+"""Texts of the platform -> ``texts``, each distinct text once, and ``text_embeddings`` by a language model.
+
+The language model is pre-trained and frozen. It reads each text once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 MAX_CHARACTERS = 2_000
 TEXTS_PER_TASK = 500
-"""To read fewer takes less time than to load the model."""
+"""Texts per task; to embed fewer takes less time than to load the model."""
+_RUN_LENGTHS = (2, 3, 4)
+"""Lengths of the runs of Chinese characters that may be a term."""
 PRAISE = (
     "excellent quality i love it",
     "great product works perfectly highly recommended",
@@ -41,7 +44,7 @@ COMPLAINT = (
 
 
 def normalised(text: Column) -> Column:
-    """Lower case, letters (with their marks) and digits of any script, single spaces; NULL where nothing is left."""
+    """Return a text in lower case, with letters (and their marks), digits and single spaces only; NULL where that is empty."""
     # from the first character that belongs to no letter or digit to the next letter or digit
     between = r"^[^\p{L}\p{N}]+|[^\p{L}\p{M}\p{N}][^\p{L}\p{N}]*"
     plain = F.regexp_replace(F.lower(F.substring(text, 1, MAX_CHARACTERS)), between, " ")
@@ -49,13 +52,16 @@ def normalised(text: Column) -> Column:
 
 
 def text_id(text: Column) -> Column:
-    """Identity of a normalised text (xxhash64); NULL for NULL."""
+    """Return the identity of a normalised text (xxhash64); NULL for NULL."""
     return F.when(text.isNotNull(), F.xxhash64(text))
 
 
 def terms(text: Column) -> Column:
-    """What a word or a brand may be in a normalised text: its words, pairs of neighbouring words, and, since Chinese is written
-    without spaces, the runs of 2 to 4 characters of words that have Chinese ones."""
+    """Return the terms of a normalised text: each may be a price word or a brand.
+
+    Terms are words and pairs of neighbouring words. Chinese is written without spaces, so words with Chinese characters also
+    give their runs of 2 to 4 characters.
+    """
     words = F.split(text, " ")
     after = F.concat(F.slice(words, 2, F.size(words)), F.array(F.lit("")))
     pairs = F.zip_with(words, after, lambda one, other: F.trim(F.concat_ws(" ", one, other)))
@@ -66,27 +72,29 @@ def terms(text: Column) -> Column:
         def of_length(size: int) -> Column:
             return F.transform(starts, lambda at: word.substr(at, F.lit(size)))
 
-        found = F.filter(F.concat(*(of_length(size) for size in (2, 3, 4))), lambda run: F.length(run) >= 2)
-        return F.when(word.rlike(r"\p{IsHan}"), found).otherwise(F.array().cast("array<string>"))
+        all_runs = F.concat(*(of_length(size) for size in _RUN_LENGTHS))
+        whole_runs = F.filter(all_runs, lambda run: F.length(run) >= min(_RUN_LENGTHS))
+        return F.when(word.rlike(r"\p{IsHan}"), whole_runs).otherwise(F.array().cast("array<string>"))
 
     return F.array_distinct(F.concat(words, pairs, F.flatten(F.transform(words, runs))))
 
 
-def distinct_texts(found: DataFrame, brands: DataFrame | None, config: TextsConfig) -> DataFrame:
-    """Rows of TEXTS, each text once.
+def distinct_texts(rows: DataFrame, brands: DataFrame | None, config: TextsConfig) -> DataFrame:
+    """Return rows of TEXTS, each text once.
 
     Args:
-        found: ``text``, normalised, and ``ingest_id``; as often as it comes.
-        brands: ``brand``, normalised, and ``known_from``: what the source calls brands, where it has items.
+        rows: ``text``, normalised, and ``ingest_id``; a text may repeat.
+        brands: ``brand``, normalised, and ``known_from``: the source's brands, where it has items.
+        config: settings of texts.
     """
-    distinct = found.groupBy("text").agg(F.min("ingest_id").alias("ingest_id"))
+    distinct = rows.groupBy("text").agg(F.min("ingest_id").alias("ingest_id"))
     identified = distinct.select(text_id(F.col("text")).alias("text_id"), "text", "ingest_id")
-    # two texts of one hash, which 64 bits make all but impossible, would be one
+    # two texts with one hash would be one; with 64 bits that is all but impossible
     once = identified.groupBy("text_id").agg(F.min_by(F.struct("text", "ingest_id"), "text").alias("t"))
     counted = once.select("text_id", "t.*").withColumn("terms", terms(F.col("text")))
     for column, words in (("cheap_words", config.cheap_words), ("premium_words", config.premium_words)):
-        wanted = F.array(*(normalised(F.lit(word)) for word in words)).cast("array<string>")
-        counted = counted.withColumn(column, F.size(F.array_intersect("terms", wanted)))
+        price_words = F.array(*(normalised(F.lit(word)) for word in words)).cast("array<string>")
+        counted = counted.withColumn(column, F.size(F.array_intersect("terms", price_words)))
     if brands is None:
         return counted.withColumn("brand_words", F.lit(0)).drop("terms")
     named = (
@@ -100,9 +108,9 @@ def distinct_texts(found: DataFrame, brands: DataFrame | None, config: TextsConf
 
 
 def unread(texts: DataFrame, embeddings: DataFrame, model_digest: str) -> DataFrame:
-    """The texts that the model with this digest has not embedded."""
-    read = embeddings.filter(F.col("model_digest") == model_digest).select("text_id")
-    return texts.join(read, "text_id", "left_anti")
+    """Return the texts that the model with this digest has not embedded."""
+    embedded = embeddings.filter(F.col("model_digest") == model_digest).select("text_id")
+    return texts.join(embedded, "text_id", "left_anti")
 
 
 def embed(texts: DataFrame, config: TextsConfig) -> DataFrame:
@@ -110,10 +118,11 @@ def embed(texts: DataFrame, config: TextsConfig) -> DataFrame:
 
     Args:
         texts: ``text_id``, ``text``.
+        config: settings of texts.
 
     Returns:
         ``text_id``, ``model_digest``, ``embedding`` (float32 [D], mean over tokens, unit length: Reimers & Gurevych 2019),
-        ``sentiment``: cosine to the mean of praising sentences less that to the mean of complaining ones, halved.
+        ``sentiment``: half of the cosine to the mean of praising sentences minus that to the mean of complaining sentences.
     """
     folder, batch_size, max_tokens = model_folder(config.model), config.batch_size, config.max_tokens
 
@@ -166,17 +175,17 @@ def _model(folder: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    # One task has one core: more threads would only fight for it.
+    # a task has one core, and more threads would only compete for it
     torch.set_num_threads(1)
     return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, use_safetensors=True).eval()
 
 
 def model_folder(name: str) -> str:
-    """Folder or hub name of a configured model; ``package:NAME`` asks the package for its folder.
+    """Return the folder or hub name of a configured model; ``package:NAME`` asks the package for its folder.
 
     Raises:
-        PlatformError: the folder isn't there, or the package is not installed or holds no model; or its weights are no
-            safetensors, for others would be unpickled.
+        PlatformError: the folder is missing, the package is not installed or holds no model, or the weights are no safetensors:
+            other weights would be unpickled.
     """
     folder = _named_folder(name)
     if Path(folder).is_dir() and not any(Path(folder).glob("*.safetensors")):
@@ -199,7 +208,7 @@ def _named_folder(name: str) -> str:
 
 
 def model_digest(config: TextsConfig) -> str:
-    """Identity of the embeddings: digest of the model's files (or its hub name) and of the settings that change them."""
+    """Return the identity of the embeddings: a digest of the model's files (or hub name) and of the settings that matter."""
     folder = Path(model_folder(config.model))
     if not folder.is_dir():
         return digest(config.model, config.max_tokens, PRAISE, COMPLAINT)

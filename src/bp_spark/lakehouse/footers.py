@@ -1,7 +1,7 @@
-"""Footers of Parquet files, held against what Delta's log says of these files.
+"""Footers of Parquet files, compared with Delta's log.
 
-Pages have checksums, footers have none: a bit that is flipped in one can hide rows from every reader. The log knows the size of
-each file and how many rows were written to it.
+Pages have checksums, and footers have none: one flipped bit in a footer can hide rows from every reader. The log has the size
+and the number of rows of each file.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ def read(table: DeltaTable, files: Sequence[str]) -> list[pq.FileMetaData]:
     """Return the footers of some files of a Delta table's version, in their order.
 
     Args:
-        files: their addresses.
+        table: the table at that version.
+        files: addresses of the files.
 
     Raises:
-        DataError: a footer is damaged, or does not say what the log says.
+        DataError: a footer is damaged, or disagrees with the log.
         OSError: a file can't be read from here.
     """
     if not files:
@@ -47,11 +48,11 @@ def read(table: DeltaTable, files: Sequence[str]) -> list[pq.FileMetaData]:
                 raise DataError(address, "its footer is damaged; restore the file, then run again") from error
         logged_size, logged_rows = logged[address.rpartition("/")[2]]
         if size != logged_size or (logged_rows is not None and rows != {logged_rows}):
-            told = " or ".join(f"{count:,}" for count in sorted(rows))
+            footer_rows = " or ".join(f"{count:,}" for count in sorted(rows))
             raise DataError(
                 address,
-                f"has {size:,} bytes and {told} rows by its footer, and {logged_size:,} bytes and {logged_rows} rows by the "
-                "table's log: it is damaged; restore the file, then run again",
+                f"has {size:,} bytes and {footer_rows} rows by its footer, and {logged_size:,} bytes and {logged_rows} rows by "
+                "the table's log: it is damaged; restore the file, then run again",
             )
         return metadata
 

@@ -1,8 +1,8 @@
 """Data files in a Delta table's folder that its newest version does not need: listed and deleted by pyarrow, without Spark.
 
-No clock decides. The caller lists, ends all writes under way (:meth:`bp_spark.lakehouse.tables.Lakehouse.fence`) and
-deletes what was
-listed and is not needed after that. What a later write adds was not listed, and an earlier one can't commit any more.
+No clock decides. The caller lists the files, ends all running writes (:meth:`bp_spark.lakehouse.store.Lakehouse.fence`), and
+then deletes the listed files that the newest version doesn't need. A later write's files were not listed, and an earlier write
+can't commit any more.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ _COMMITS_SEARCHED = 20
 
 
 def data_files(address: str) -> list[str]:
-    """Return the paths of all data files in a table's folder, those of its change feed among them, by one listing.
+    """Return the paths of all data files in a table's folder, the change feed's included, by one listing.
 
-    Left out are hidden files and folders (the log is one), as by Delta's own VACUUM, and deletion vectors: they hold row
-    numbers, and no value of a row.
+    As in Delta's own VACUUM, hidden files and folders are left out, such as the log. So are deletion vectors: they hold row
+    numbers, and no values.
 
     Raises:
         OSError, ValueError, pyarrow.ArrowException: the folder can't be listed from here.
     """
     system, folder = file_system(address)
-    found = system.get_file_info(fs.FileSelector(folder, recursive=True))
-    return [info.path for info in found if info.type == fs.FileType.File and _is_data(info.path, folder)]
+    listed = system.get_file_info(fs.FileSelector(folder, recursive=True))
+    return [info.path for info in listed if info.type == fs.FileType.File and _is_data(info.path, folder)]
 
 
 def require_commit(address: str, text: str) -> None:
-    """Require that one of the newest commits in a table's log holds a text: of a Spark elsewhere, the same path may be another
-    folder.
+    """Require that one of the newest commits in a table's log holds a text.
+
+    For a Spark on another machine, the same path may be another folder.
 
     Raises:
-        FileNotFoundError: none does.
+        FileNotFoundError: no commit holds it.
         OSError, ValueError, pyarrow.ArrowException: the log can't be read from here.
     """
     system, folder = file_system(address)
@@ -55,27 +56,28 @@ def require_commit(address: str, text: str) -> None:
 
 
 def delete(address: str, paths: Sequence[str], needed: Collection[str]) -> int:
-    """Delete those of a table's files that a version does not need; return how many.
+    """Delete the files of a table that its newest version does not need; return how many.
 
     Args:
+        address: folder of the table.
         paths: as :func:`data_files` gave them.
-        needed: addresses of the version's data files, as Spark tells them.
+        needed: addresses of the version's data files, as Spark lists them.
 
     Raises:
         PlatformError: a file can't be deleted.
     """
     system, _ = file_system(address)
-    # by their names, which are unique: in addresses, the names of folders are escaped by rules of their own
+    # compare file names, which are unique: folder names are escaped differently in addresses
     names = {name for uri in needed for name in _forms(uri.rpartition("/")[2])}
-    gone = [path for path in paths if names.isdisjoint(_forms(_data_name(path)))]
+    unneeded = [path for path in paths if names.isdisjoint(_forms(_data_name(path)))]
 
     def delete_some(first: int) -> None:
-        for path in gone[first::_DELETES_AT_ONCE]:
+        for path in unneeded[first::_DELETES_AT_ONCE]:
             _delete_file(system, path)
 
     with ThreadPoolExecutor(_DELETES_AT_ONCE) as pool:
         list(pool.map(delete_some, range(_DELETES_AT_ONCE)))
-    return len(gone)
+    return len(unneeded)
 
 
 def _delete_file(system: Any, path: str) -> None:
@@ -101,7 +103,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _data_name(path: str) -> str:
-    """The file's name; of a checksum that Hadoop keeps beside a file of this machine, the name of that file."""
+    """Return the file's name; for a checksum that Hadoop keeps beside a local file, the name of that file."""
     name = path.rpartition("/")[2]
     return name[1:-4] if name.startswith(".") and name.endswith(".crc") else name
 

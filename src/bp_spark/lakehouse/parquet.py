@@ -1,9 +1,8 @@
 """Rows of a table, read by pyarrow from its Parquet files in the Python workers that need them.
 
-Spark hands wide rows to Python by making rows of the columns that it reads, and columns of the rows. Here Spark says
-which rows there are and where in its file each lies (:func:`row_locations`), and may choose some of them. A worker then
-reads the columns as they are in the file (:func:`read`). Each page is held against its checksum before it is decoded,
-as Spark does in sessions of this package.
+Spark turns the columns that it reads into rows, and for Python the rows into columns again. Here Spark returns only where in
+its file each row lies (:func:`row_locations`), and may filter these rows. A worker then reads the columns straight from the
+file (:func:`read`). As in this package's Spark sessions, each page is compared with its checksum before it is decoded.
 """
 
 from __future__ import annotations
@@ -24,50 +23,50 @@ from bp_spark.core.errors import FileReadError
 from bp_spark.core.stores import file_system
 
 LOCATION_COLUMNS = ("file_path", "row_index")
-"""Columns that say where a row lies: the file's address, and how many rows of it come before."""
+"""Columns with the location of a row: the file's address, and the number of rows before it."""
 _UNREADABLE = (OSError, ValueError, pa.ArrowException)
 
 
-def row_locations(rows: DataFrame, *kept: str) -> DataFrame:
-    """Some columns of a table's rows, and where these lie: LOCATION_COLUMNS.
+def row_locations(rows: DataFrame, *columns: str) -> DataFrame:
+    """Return some columns of a table's rows, with LOCATION_COLUMNS.
 
     Args:
-        rows: a table as it was read, of which nothing is left out but whole files;
-        :meth:`bp_spark.lakehouse.tables.Lakehouse.is_plain`
-            must hold of it.
+        rows: a table as it was read, without filters but those that leave out whole files;
+            :meth:`bp_spark.lakehouse.store.Lakehouse.is_plain` must hold for it.
+        *columns: columns to return beside the locations.
 
     Raises:
-        FileReadError: a file is not there.
+        FileReadError: a file is missing.
     """
     files = [re.sub(r"([\\*?\[\]{}])", r"\\\1", unquote(address)) for address in rows.inputFiles()]
-    reader = rows.sparkSession.read.schema(rows.select(*kept).schema)
+    reader = rows.sparkSession.read.schema(rows.select(*columns).schema)
     try:
-        found = reader.parquet(*files)
+        located = reader.parquet(*files)
     except AnalysisException as error:
         raise FileReadError("a table's files", str(error)) from error
-    return found.select(*kept, *(F.col(f"_metadata.{name}").alias(name) for name in LOCATION_COLUMNS))
+    return located.select(*columns, *(F.col(f"_metadata.{name}").alias(name) for name in LOCATION_COLUMNS))
 
 
-def in_file_order(places: DataFrame, files: int) -> DataFrame:
-    """Rows of :func:`row_locations`, of so many files, as :func:`read` wants them, whatever was done to their order."""
-    return places.repartition(files, LOCATION_COLUMNS[0]).sortWithinPartitions(*LOCATION_COLUMNS)
+def in_file_order(locations: DataFrame, files: int) -> DataFrame:
+    """Sort rows of :func:`row_locations` as :func:`read` needs them, by file and row; ``files`` is the number of files."""
+    return locations.repartition(files, LOCATION_COLUMNS[0]).sortWithinPartitions(*LOCATION_COLUMNS)
 
 
 def read(
     batches: Iterable[pa.RecordBatch], schema: pa.Schema, batch_bytes: int, most_rows: int
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of :func:`row_locations` -> the same rows, with the columns of ``schema`` from their files
-    in the place of LOCATION_COLUMNS.
+    """Read columns of located rows from their files; yield the rows with these columns instead of LOCATION_COLUMNS.
 
     Args:
-        batches: rows of a file one after the other and in its order, as a scan gives them; rows may be left out.
-        schema: columns to read, with the types that they must have; the names of lists' items don't matter.
-        batch_bytes: of a batch, decoded, at least where there are as many rows.
-        most_rows: that are decoded at once, however narrow they are.
+        batches: rows of :func:`row_locations`, each file's rows together and in order, as a scan returns them; rows may be
+            missing.
+        schema: columns to read, with their required types; the names of lists' items don't matter.
+        batch_bytes: least size of a decoded batch, where enough rows remain.
+        most_rows: the most rows that are decoded at once, however narrow they are.
 
     Raises:
-        FileReadError: a file can't be read from here, is damaged, or holds other columns. Spark's own reader, which knows
-            more kinds of tables and stores, may read it all the same.
+        FileReadError: a file can't be read from here, is damaged, or holds other columns. Spark's own reader may still read
+            it, for it supports more kinds of tables and stores.
     """
     file: _File | None = None
     pieces: list[pa.Table] = []
@@ -86,12 +85,13 @@ def read(
             address = paths.dictionary[int(numbers[start])].as_py()
             if file is None or file.address != address:
                 file = _File(address, schema, batch_bytes, most_rows)
-            for found in file.take(rows[start:end]):
-                theirs = others.slice(start, found.num_rows)
-                start += found.num_rows
-                both = [*theirs.columns, *found.columns]
-                pieces.append(pa.Table.from_arrays(both, [*theirs.schema.names, *schema.names]))
-                gathered += found.num_rows
+            position = start
+            for decoded in file.take(rows[start:end]):
+                given = others.slice(position, decoded.num_rows)
+                position += decoded.num_rows
+                columns = [*given.columns, *decoded.columns]
+                pieces.append(pa.Table.from_arrays(columns, [*given.schema.names, *schema.names]))
+                gathered += decoded.num_rows
                 if gathered >= file.rows_at_once:
                     yield _one_batch(pieces)
                     pieces, gathered = [], 0
@@ -105,21 +105,21 @@ def _one_batch(pieces: Sequence[pa.Table]) -> pa.RecordBatch:
 
 
 class _File:
-    """Columns of one file, decoded a few rows at a time, for rows that are asked for in its order."""
+    """Columns of one file, decoded a few rows at a time; rows must be asked for in the file's order."""
 
     def __init__(self, address: str, schema: pa.Schema, batch_bytes: int, most_rows: int) -> None:
         self.address, self.rows_at_once = address, most_rows
         self._schema, self._batch_bytes, self._most_rows = schema, batch_bytes, most_rows
         try:
-            # what Spark calls a file is a URI, which of this machine's files is no more than a path with escapes
+            # Spark names a file by a URI; for a local file that is a path with escapes
             system, path = file_system(unquote(address) if address.startswith("file:") else address)
             source = system.open_input_file(path)
             self._file = pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
         except _UNREADABLE as error:
             raise FileReadError(address, str(error)) from error
-        found = self._file.schema_arrow
+        present = self._file.schema_arrow
         for field in schema:
-            if field.name not in found.names or not _same_type(found.field(field.name).type, field.type):
+            if field.name not in present.names or not _same_type(present.field(field.name).type, field.type):
                 raise FileReadError(address, f"holds no column {field.name} of the type {field.type}")
         groups = range(self._file.metadata.num_row_groups)
         self._borders = np.cumsum([0, *(self._file.metadata.row_group(group).num_rows for group in groups)])
@@ -128,7 +128,7 @@ class _File:
         self._end = self._group_end = self._next = 0
 
     def take(self, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
-        """Rows by their ascending numbers, as batches one after the other."""
+        """Yield rows by their ascending numbers, in batches."""
         if rows[0] < self._next or rows[-1] >= self._borders[-1] or (np.diff(rows) < 1).any():
             raise FileReadError(self.address, "its rows are not asked for in their order, or it has fewer")
         self._next = int(rows[-1]) + 1
@@ -136,15 +136,15 @@ class _File:
             while rows[0] >= self._end:
                 self._advance(int(rows[0]))
             assert self._batch is not None
-            here = rows[: np.searchsorted(rows, self._end)] - (self._end - self._batch.num_rows)
-            if here[-1] - here[0] + 1 == len(here):
-                yield self._batch.slice(int(here[0]), len(here))
+            in_batch = rows[: np.searchsorted(rows, self._end)] - (self._end - self._batch.num_rows)
+            if in_batch[-1] - in_batch[0] + 1 == len(in_batch):
+                yield self._batch.slice(int(in_batch[0]), len(in_batch))
             else:
-                yield self._batch.take(pa.array(here))
-            rows = rows[len(here) :]
+                yield self._batch.take(pa.array(in_batch))
+            rows = rows[len(in_batch) :]
 
     def _advance(self, row: int) -> None:
-        """Decode the next batch; of the row's own row group, where that is another."""
+        """Decode the next batch; begin the row's own row group, where it is another one."""
         try:
             if row >= self._group_end:
                 self._open(int(np.searchsorted(self._borders, row, side="right")) - 1)
@@ -158,8 +158,8 @@ class _File:
         names = set(self._schema.names)
         chunks = [metadata.column(number) for number in range(metadata.num_columns)]
         chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in names]
-        a_row = max(1, sum(_decoded_bytes(chunk) for chunk in chunks) // metadata.num_rows)
-        self.rows_at_once = int(min(self._most_rows, max(1, self._batch_bytes // a_row)))
+        row_bytes = max(1, sum(_decoded_bytes(chunk) for chunk in chunks) // metadata.num_rows)
+        self.rows_at_once = int(min(self._most_rows, max(1, self._batch_bytes // row_bytes)))
         decoded = self._file.iter_batches(self.rows_at_once, [group], self._schema.names, use_threads=False)
         self._decoded = (batch.select(self._schema.names) for batch in decoded)
         self._end, self._group_end = int(self._borders[group]), int(self._borders[group + 1])
@@ -170,7 +170,7 @@ def _decoded_bytes(chunk: pq.ColumnChunkMetaData) -> int:
     return int(chunk.num_values) * width
 
 
-def _same_type(found: pa.DataType, wanted: pa.DataType) -> bool:
-    if pa.types.is_list(found) and pa.types.is_list(wanted):
-        return _same_type(found.value_type, wanted.value_type)
-    return bool(found == wanted)
+def _same_type(present: pa.DataType, required: pa.DataType) -> bool:
+    if pa.types.is_list(present) and pa.types.is_list(required):
+        return _same_type(present.value_type, required.value_type)
+    return bool(present == required)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,16 +20,20 @@ from bp_spark.core.config import Config, TablesConfig, digest
 from bp_spark.core.errors import BpSparkError
 from bp_spark.core.spark_errors import translate
 from bp_spark.core.version import __version__
-from bp_spark.lakehouse.tables import RUNS, Lakehouse, Table
+from bp_spark.lakehouse.schema import Table
+from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.tables import RUNS
 
 _MESSAGE = 500
-_TOLD = ("rows_in", "rows_out")
+"""Characters of an error that are recorded."""
+_ROW_COUNTS = ("rows_in", "rows_out")
+"""Figures with a column of their own in ``runs``."""
 
 logger = logging.getLogger(__name__)
 
 
 class TrackedLakehouse(Lakehouse):
-    """A lakehouse that knows which versions were read and written since :meth:`touched` was last asked.
+    """A lakehouse that records which versions were read and written since :meth:`touched` was last called.
 
     A table that is read more than once counts as of the first time, unless a version is asked for.
     """
@@ -40,39 +44,159 @@ class TrackedLakehouse(Lakehouse):
         self._written: dict[str, int] = {}
 
     def touched(self) -> dict[str, dict[str, int]]:
-        """``read`` and ``written``: table -> version; what a stage reads of its own result is not counted."""
+        """Return ``read`` and ``written``, table -> version each, and begin anew.
+
+        What a stage reads of its own result does not count as read.
+        """
         touched = {"read": self._read, "written": self._written}
         self._read, self._written = {}, {}
         return touched
 
     def read(self, name: str, version: int | None = None) -> DataFrame:
-        found = super().read(name, version)
+        """Read a table and record its version; see :meth:`Lakehouse.read`."""
+        rows = super().read(name, version)
         if version is not None:
             self._read[name] = version
         elif name != RUNS.name and name not in self._read and name not in self._written:
             self._read[name] = self.version(name)
-        return found
+        return rows
 
-    def replace(self, table: Table, df: DataFrame, **how: Any) -> int:
-        return self._written_by(super().replace, table, df, how)
+    def replace(self, table: Table, df: DataFrame, **arguments: Any) -> int:
+        """Replace rows and record the version; see :meth:`Lakehouse.replace`."""
+        return self._recorded_write(super().replace, table, df, arguments)
 
-    def append(self, table: Table, df: DataFrame, **how: Any) -> int:
-        return self._written_by(super().append, table, df, how)
+    def append(self, table: Table, df: DataFrame, **arguments: Any) -> int:
+        """Append rows and record the version; see :meth:`Lakehouse.append`."""
+        return self._recorded_write(super().append, table, df, arguments)
 
-    def merge(self, table: Table, df: DataFrame, **how: Any) -> int:
-        return self._written_by(super().merge, table, df, how)
+    def merge(self, table: Table, df: DataFrame, **arguments: Any) -> int:
+        """Merge rows and record the version; see :meth:`Lakehouse.merge`."""
+        return self._recorded_write(super().merge, table, df, arguments)
 
-    def _written_by(self, write: Callable[..., int], table: Table, df: DataFrame, how: Mapping[str, Any]) -> int:
-        # a write looks at the table itself: that is no reading
-        before = dict(self._read)
-        version = write(table, df, **how)
-        self._read, self._written[table.name] = before, version
+    def _recorded_write(
+        self, write: Callable[..., int], table: Table, df: DataFrame, arguments: Mapping[str, Any]
+    ) -> int:
+        # a write looks at the table itself, which is no reading
+        read_before = dict(self._read)
+        version = write(table, df, **arguments)
+        self._read, self._written[table.name] = read_before, version
+        return version
+
+
+@dataclass
+class Step:
+    """The write of one table: what its newest commit recorded, and what the next one will.
+
+    A write that adds to the table, and any write after :meth:`reserve`, fails with a conflict if another run has written the
+    table since the step began.
+
+    Attributes:
+        lakehouse: where the table is.
+        output: the table.
+        inputs: digest of all that the rows are made from; the block may set it, where only it knows.
+        recorded: more values that each commit records, such as the date that its rows are of.
+        newest: metadata of the newest commit (:meth:`Lakehouse.commit_metadata`).
+        previous: metadata of the newest commit that recorded the same values.
+        version: version that writes follow: the newest commit's, then the reservation's, then that of the step's own write.
+        figures: figures of the stage, for ``runs``.
+        written: whether the step wrote the table.
+    """
+
+    lakehouse: Lakehouse
+    output: Table
+    inputs: str
+    recorded: Mapping[str, str]
+    newest: Mapping[str, Any]
+    previous: Mapping[str, Any]
+    version: int
+    figures: dict[str, Any] = field(default_factory=dict)
+    written: bool = False
+
+    @classmethod
+    def begin(cls, lakehouse: Lakehouse, output: Table, inputs: str = "", **recorded: str) -> Step:
+        """Look at the newest commit of the output; no stage is recorded, as :meth:`Run.step` does."""
+        newest = lakehouse.commit_metadata(output.name)
+        previous = lakehouse.commit_metadata(output.name, **recorded) if recorded else newest
+        return cls(lakehouse, output, inputs, recorded, newest, previous, newest["version"])
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the newest commit was made from the same inputs."""
+        return bool(self.previous.get("inputs") == self.inputs)
+
+    def reserve(self) -> int:
+        """Reserve the output, for a step that writes other tables before it; see :meth:`Lakehouse.reserve`.
+
+        Returns:
+            The reservation, for ``after`` of these other writes.
+        """
+        self.version = self.lakehouse.reserve(self.output, {**self.newest, "version": self.version})
+        return self.version
+
+    def replace(
+        self,
+        df: DataFrame,
+        *,
+        where: Mapping[str, Sequence[object]] | None = None,
+        after: int | None = None,
+        **note: Any,
+    ) -> int:
+        """Replace the output's rows; see :meth:`Lakehouse.replace`.
+
+        Args:
+            df: the new rows.
+            where: partition column -> values, to replace only these.
+            after: :attr:`version`, where the rows depend on what the table held.
+            **note: more values to record with the commit.
+
+        Returns:
+            The version written.
+        """
+        return self._wrote(self.lakehouse.replace(self.output, df, where=where, after=after, **self._metadata(note)))
+
+    def append(self, df: DataFrame, **note: Any) -> int:
+        """Add rows to the output after :attr:`version`; see :meth:`Lakehouse.append`."""
+        return self._wrote(self.lakehouse.append(self.output, df, after=self.version, **self._metadata(note)))
+
+    def merge(
+        self,
+        df: DataFrame,
+        *,
+        within: Mapping[str, Sequence[object]],
+        deleted_keys: DataFrame | None = None,
+        **note: Any,
+    ) -> int:
+        """Update and insert rows of the output after :attr:`version`; see :meth:`Lakehouse.merge`."""
+        return self._wrote(
+            self.lakehouse.merge(
+                self.output,
+                df,
+                within=within,
+                deleted_keys=deleted_keys,
+                after=self.version,
+                **self._metadata(note),
+            )
+        )
+
+    def _metadata(self, note: Mapping[str, Any]) -> dict[str, Any]:
+        return {"inputs": self.inputs, "note": {**self.recorded, **note}}
+
+    def _wrote(self, version: int) -> int:
+        self.version, self.written = version, True
         return version
 
 
 @dataclass
 class Run:
-    """One call of a job: its stages, recorded in ``runs`` when it ends, well or not."""
+    """One call of a job: its stages, recorded in ``runs`` when it ends, well or not.
+
+    Attributes:
+        spark: session to work in.
+        config: all settings.
+        job: name of the job.
+        run_id: identity of the run.
+        records: rows of ``runs``, one per stage that ended.
+    """
 
     spark: SparkSession
     config: Config
@@ -84,36 +208,64 @@ class Run:
         self.lakehouse = TrackedLakehouse(self.spark, self.config.tables)
 
     @contextmanager
-    def stage(self, name: str, inputs: str = "") -> Iterator[dict[str, object]]:
-        """Time a stage; the figures that the block puts into the yielded mapping are kept.
+    def stage(self, name: str, inputs: str = "") -> Iterator[dict[str, Any]]:
+        """Time a stage and record the figures that the block puts into the yielded mapping.
 
         ``figures["status"]`` may be set to ``unchanged``; ``rows_in`` and ``rows_out`` become columns of their own. An error
         is recorded and passed on.
         """
-        started, clock = datetime.now(UTC), time.monotonic()
         figures: dict[str, Any] = {}
+        with self._timed(name, figures, lambda: inputs):
+            yield figures
+
+    @contextmanager
+    def step(self, name: str, output: Table, inputs: str = "", **recorded: str) -> Iterator[Step]:
+        """Record a stage that writes one table, and give the block what it needs to skip, reserve and write.
+
+        The block returns early where :attr:`Step.unchanged` holds, or where it finds nothing to write. A block that writes
+        nothing to the output is recorded as ``unchanged``. A write records ``inputs`` in the output's log, so that a run that
+        was killed later need not do it again.
+
+        Args:
+            name: name of the stage.
+            output: the table that the step writes, last if it writes several.
+            inputs: digest of all that the rows are made from.
+            **recorded: more values to record with each commit; only commits with the same values count as previous ones.
+        """
+        figures: dict[str, Any] = {}
+        begun: list[Step] = []
+        with self._timed(name, figures, lambda: begun[0].inputs if begun else inputs):
+            begun.append(step := Step.begin(self.lakehouse, output, inputs, **recorded))
+            step.figures = figures
+            yield step
+            if not step.written:
+                figures["status"] = "unchanged"
+
+    @contextmanager
+    def _timed(self, name: str, figures: dict[str, Any], inputs: Callable[[], str]) -> Iterator[None]:
+        started, clock = datetime.now(UTC), time.monotonic()
         status, error = "failed", None
         self._log(name, "started")
         try:
             with translate():
-                yield figures
+                yield
             status = str(figures.pop("status", "done"))
         except BaseException as raised:
-            error = described(raised)
+            error = describe_error(raised)
             raise
         finally:
             seconds = time.monotonic() - clock
-            self._record(name, status, error, started=started, seconds=seconds, inputs=inputs, figures=figures)
+            self._record(name, status, error, started=started, seconds=seconds, inputs=inputs(), figures=figures)
 
     @property
     def failed(self) -> bool:
-        """Whether a stage has."""
+        """Whether a stage failed."""
         return any(record["status"] == "failed" for record in self.records)
 
     def fail(self, error: BaseException) -> None:
-        """Log, and record as a stage that bears the job's name, an error between two stages."""
+        """Log an error between two stages, and record it as a stage that bears the job's name."""
         self._record(
-            self.job, "failed", described(error), started=datetime.now(UTC), seconds=0.0, inputs="", figures={}
+            self.job, "failed", describe_error(error), started=datetime.now(UTC), seconds=0.0, inputs="", figures={}
         )
 
     def close(self) -> None:
@@ -133,7 +285,7 @@ class Run:
         inputs: str,
         figures: dict[str, Any],
     ) -> None:
-        rows = {name: figures.pop(name, None) for name in _TOLD}
+        row_counts = {name: figures.pop(name, None) for name in _ROW_COUNTS}
         self.records.append(
             {
                 "run_id": self.run_id,
@@ -143,7 +295,7 @@ class Run:
                 "seconds": seconds,
                 "status": status,
                 "error": error,
-                **rows,
+                **row_counts,
                 **self.lakehouse.touched(),
                 "inputs": inputs,
                 "code_version": __version__,
@@ -151,43 +303,49 @@ class Run:
                 "figures": {key: str(value) for key, value in figures.items()},
             }
         )
-        self._log(stage, status, seconds=round(seconds, 3), error=error, **rows)
+        self._log(stage, status, seconds=round(seconds, 3), error=error, **row_counts)
 
-    def _log(self, stage: str, status: str, **told: Any) -> None:
-        told = {key: value for key, value in told.items() if value is not None}
+    def _log(self, stage: str, status: str, **facts: Any) -> None:
+        facts = {key: value for key, value in facts.items() if value is not None}
         words = [f"{self.job} {self.run_id}, {stage}: {status}"]
-        if "seconds" in told:
-            words.append(f"after {told['seconds']:.1f} s")
-        words += [f"{told[name]:,} {name.replace('_', ' ')}" for name in _TOLD if name in told]
-        if "error" in told:
-            words.append(told["error"])
+        if "seconds" in facts:
+            words.append(f"after {facts['seconds']:.1f} s")
+        words += [f"{facts[name]:,} {name.replace('_', ' ')}" for name in _ROW_COUNTS if name in facts]
+        if "error" in facts:
+            words.append(facts["error"])
         level = logging.ERROR if status == "failed" else logging.INFO
-        fields = {"run_id": self.run_id, "job": self.job, "stage": stage, "status": status, **told}
+        fields = {"run_id": self.run_id, "job": self.job, "stage": stage, "status": status, **facts}
         logger.log(level, "%s", ", ".join(words), extra={"fields": fields})
 
 
 @contextmanager
 def recorded(spark: SparkSession, config: Config, job: str) -> Iterator[Run]:
-    """A run, whose stages are written to ``runs`` when the block ends; an error of the block goes before one of that write."""
+    """Yield a run whose stages are written to ``runs`` when the block ends.
+
+    An error of the block is raised in preference to an error of that write.
+    """
     run = Run(spark, config, job)
     try:
         with translate(), scratch.opened(spark, config.tables):
             yield run
     except BaseException as error:
-        # a mistaken tables.path shall not become a lakehouse by the record of the mistake
+        # a mistaken tables.path must not become a lakehouse by the record of the mistake
         if not run.failed and run.lakehouse.exists(RUNS.name):
             run.fail(error)
         try:
             run.close()
-        except Exception as trouble:
-            # what the job died of is what people have to see
-            logger.warning("runs: can't be written (%s)", described(trouble))
+        except Exception as write_error:
+            # people have to see the error that ended the job
+            logger.warning("runs: can't be written (%s)", describe_error(write_error))
         raise
     run.close()
 
 
-def described(error: BaseException) -> str:
-    """An error in one line, for the record and the log: without the words of foreign errors, for these may quote a row."""
+def describe_error(error: BaseException) -> str:
+    """Describe an error in one line, for the record and the log.
+
+    The words of foreign errors are left out, for these may quote a row.
+    """
     name, words = type(error).__name__, ""
     if isinstance(error, BpSparkError):
         words = str(error)

@@ -18,19 +18,12 @@ from pyspark.sql import functions as F
 from bp_spark.core import config
 from bp_spark.core.config import TablesConfig
 from bp_spark.core.errors import ConfigError, DataError
-from bp_spark.lakehouse import tables
-from bp_spark.lakehouse.tables import (
-    BACKTESTS,
-    RAW_TRANSACTIONS,
-    RUNS,
-    SCORES,
-    USER_KEYS,
-    Column,
-    Lakehouse,
-    Table,
-    conform,
-    managed_extras,
-)
+from bp_spark.core.stores import file_system
+from bp_spark.lakehouse import commits, sql, store
+from bp_spark.lakehouse.schema import Column, Table, conform
+from bp_spark.lakehouse.sql import key_and_clustering
+from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.tables import BACKTESTS, RAW_TRANSACTIONS, RUNS, SCORES, TABLE_NAMES, USER_KEYS
 
 TABLE = Table(
     "things",
@@ -84,7 +77,7 @@ def test_a_table_that_another_run_is_about_to_create_is_waited_for(
 def test_a_folder_with_other_files_is_no_place_for_a_table(
     spark: SparkSession, lakehouse: Lakehouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "_CREATION_S", 0)
+    monkeypatch.setattr(store, "_CREATION_S", 0)
     folder = Path(lakehouse.location("things"))
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
@@ -109,7 +102,7 @@ def test_a_merge_updates_inserts_and_deletes_by_key(spark: SparkSession, lakehou
     fresh = things(spark, [("2024-01-01", "a", 10), ("2024-01-02", "new", 3)])
     gone = spark.createDataFrame([("old",), ("never there",)], "name string")
     days = {"day": ["2024-01-01", "2024-01-02"]}
-    lakehouse.merge(TABLE, fresh, within=days, gone=gone.withColumn("day", F.lit("2024-01-02").cast("date")))
+    lakehouse.merge(TABLE, fresh, within=days, deleted_keys=gone.withColumn("day", F.lit("2024-01-02").cast("date")))
     assert stored(lakehouse) == [("a", 10), ("b", 2), ("new", 3)]
 
 
@@ -201,10 +194,10 @@ def test_hostile_values_are_values(spark: SparkSession, lakehouse: Lakehouse) ->
 
 
 def test_hostile_values_bound_a_range(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_LISTED_VALUES", 1)
+    monkeypatch.setattr(sql, "_LISTED_VALUES", 1)
     rows = spark.createDataFrame([(name,) for name in [*HOSTILE, "below"]], "name string")
     for names in ([name, name + "x"] for name in HOSTILE):
-        found = {row["name"] for row in rows.filter(tables._narrowed("name", names)).collect()}
+        found = {row["name"] for row in rows.filter(sql.skipping_condition("name", names)).collect()}
         assert found == {name for name in HOSTILE if names[0] <= name <= names[1]}
 
 
@@ -226,7 +219,7 @@ def test_tables_in_a_folder_with_quotes_are_known_by_name(spark: SparkSession, t
     held = Lakehouse(spark, TablesConfig(path=str(folder), namespace="quoted"))
     held.replace(RUNS, spark.createDataFrame([], RUNS.schema))
     try:
-        assert held.register() == ["runs"]
+        assert held.register(TABLE_NAMES) == ["runs"]
         assert spark.sql("SELECT * FROM quoted.runs").count() == 0
     finally:
         spark.sql("DROP SCHEMA IF EXISTS quoted CASCADE")
@@ -251,7 +244,7 @@ def test_s3_is_asked_where_spark_asks_it(address: str, monkeypatch: pytest.Monke
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
             monkeypatch.setenv(name, "eu-central-1")
-        system, path = tables.file_system(address)
+        system, path = file_system(address)
         info = system.get_file_info(path)
         server.shutdown()
     assert (info.size, asked) == (7, ["/bucket/lake/a.parquet"])
@@ -259,7 +252,7 @@ def test_s3_is_asked_where_spark_asks_it(address: str, monkeypatch: pytest.Monke
 
 def test_a_folder_and_its_url_are_the_same_place(tmp_path: Path) -> None:
     for address in (str(tmp_path), f"file:{tmp_path}", tmp_path.as_uri()):
-        system, path = tables.file_system(address)
+        system, path = file_system(address)
         assert system.get_file_info(path).type.name == "Directory"
         assert Path(path) == tmp_path
 
@@ -272,7 +265,7 @@ def test_a_log_that_only_spark_can_read_says_the_same(
     def refused(address: str) -> None:
         raise PermissionError(address)
 
-    monkeypatch.setattr(tables, "file_system", refused)
+    monkeypatch.setattr(commits, "file_system", refused)
     blind = Lakehouse(spark, settings.tables)
     Path(lakehouse.location("notes")).mkdir()
     Path(lakehouse.location("notes"), "notes.txt").touch()
@@ -304,7 +297,7 @@ def managed(recorder: Recorder) -> Lakehouse:
 def test_a_managed_table_on_databricks_has_its_key_and_is_clustered_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "17.3")
     recorder = Recorder()
-    managed(recorder).declare_extras(USER_KEYS)
+    managed(recorder).declare_key(USER_KEYS)
     assert recorder.statements == [
         "ALTER TABLE `main`.`bp`.`user_keys` SET TBLPROPERTIES ('delta.dataSkippingStatsColumns' = 'key_id,user_key')",
         "ALTER TABLE `main`.`bp`.`user_keys` CLUSTER BY (`user_key`)",
@@ -313,15 +306,15 @@ def test_a_managed_table_on_databricks_has_its_key_and_is_clustered_by_it(monkey
 
 
 def test_a_partitioned_table_has_a_key_and_no_clustering() -> None:
-    assert managed_extras(SCORES, "scores") == [
+    assert key_and_clustering(SCORES, "scores") == [
         "ALTER TABLE scores ADD CONSTRAINT `scores_key` PRIMARY KEY (`user_key`, `score_date`) NOT ENFORCED RELY"
     ]
 
 
 def test_a_key_that_may_be_null_is_no_primary_key() -> None:
     assert "peer" in BACKTESTS.key
-    assert managed_extras(BACKTESTS, "backtests") == []
-    assert managed_extras(RAW_TRANSACTIONS, "raw_transactions") == []
+    assert key_and_clustering(BACKTESTS, "backtests") == []
+    assert key_and_clustering(RAW_TRANSACTIONS, "raw_transactions") == []
 
 
 def test_a_catalog_that_refuses_a_key_gets_a_table_without_it(
@@ -329,17 +322,17 @@ def test_a_catalog_that_refuses_a_key_gets_a_table_without_it(
 ) -> None:
     monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "17.3")
     recorder = Recorder(refused="PRIMARY KEY")
-    managed(recorder).declare_extras(USER_KEYS)
+    managed(recorder).declare_key(USER_KEYS)
     assert len(recorder.statements) == 3
     assert "main.bp.user_keys: goes without" in caplog.text
 
 
 def test_tables_elsewhere_get_no_sql_of_databricks(lakehouse: Lakehouse, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
-    managed(recorder).declare_extras(USER_KEYS)
+    managed(recorder).declare_key(USER_KEYS)
     monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "17.3")
     by_path = Lakehouse(cast(SparkSession, recorder), TablesConfig(path="/data"))
-    by_path.declare_extras(USER_KEYS)
+    by_path.declare_key(USER_KEYS)
     assert recorder.statements == []
 
 
@@ -354,7 +347,7 @@ def test_delta_clusters_a_table_by_these_statements(spark: SparkSession, lakehou
     rows = things(spark, ROWS).select("name", "n")
     lakehouse.replace(clustered, rows)
     name = f"delta.`{lakehouse.location('clustered')}`"
-    statistics, clustering, primary = managed_extras(clustered, name)
+    statistics, clustering, primary = key_and_clustering(clustered, name)
     spark.sql(statistics)
     spark.sql(clustering)
     with pytest.raises(AnalysisException):

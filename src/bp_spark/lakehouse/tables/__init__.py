@@ -1,0 +1,107 @@
+"""Declarations of all tables: name, columns with their comments, key and layout. A declaration holds no code."""
+
+from bp_spark.lakehouse.tables.audit import BACKTESTS, DRIFT, DRIFT_REFERENCE, FAIRNESS, METRICS, RUNS, TRIALS
+from bp_spark.lakehouse.tables.events import (
+    DELIVERIES,
+    EVENTS,
+    FORGOTTEN,
+    KINDS,
+    QUARANTINE,
+    TEXT_EMBEDDINGS,
+    TEXTS,
+    USER_KEYS,
+)
+from bp_spark.lakehouse.tables.features import CATEGORY_DAY, TOKEN, USER_DAILY
+from bp_spark.lakehouse.tables.profiles import (
+    CATEGORY_AFFINITY,
+    CUSTOMER_SERVICE,
+    MARKET_SEGMENTS,
+    PROFILE_TABLES,
+    RISK_CONTROL,
+    RISK_REASON,
+    USER_PROFILE,
+)
+from bp_spark.lakehouse.tables.raw import (
+    INGEST_COLUMNS,
+    RAW_BEHAVIOURS,
+    RAW_ITEMS,
+    RAW_LOGS,
+    RAW_RATES,
+    RAW_REVIEWS,
+    RAW_SEARCHES,
+    RAW_TABLES,
+    RAW_TRANSACTIONS,
+    RAW_USERS,
+)
+from bp_spark.lakehouse.tables.scores import GIVEN_LABELS, LABEL_REQUESTS, SCORES, SCORES_LATEST
+
+SHARED_TABLES = (
+    *RAW_TABLES,
+    USER_KEYS,
+    FORGOTTEN,
+    DELIVERIES,
+    EVENTS,
+    QUARANTINE,
+    TEXTS,
+    TEXT_EMBEDDINGS,
+    USER_DAILY,
+    SCORES,
+    SCORES_LATEST,
+    *PROFILE_TABLES,
+    RUNS,
+    METRICS,
+    TRIALS,
+    BACKTESTS,
+    DRIFT_REFERENCE,
+    DRIFT,
+    FAIRNESS,
+    LABEL_REQUESTS,
+    GIVEN_LABELS,
+)
+"""Tables whose columns don't depend on the settings."""
+TABLE_NAMES = (*(table.name for table in SHARED_TABLES), "user_features", "training_set", "pretraining_set")
+"""Names of all tables; the settings of features and labels decide the columns of the last three."""
+
+__all__ = [
+    "BACKTESTS",
+    "CATEGORY_AFFINITY",
+    "CATEGORY_DAY",
+    "CUSTOMER_SERVICE",
+    "DELIVERIES",
+    "DRIFT",
+    "DRIFT_REFERENCE",
+    "EVENTS",
+    "FAIRNESS",
+    "FORGOTTEN",
+    "GIVEN_LABELS",
+    "INGEST_COLUMNS",
+    "KINDS",
+    "LABEL_REQUESTS",
+    "MARKET_SEGMENTS",
+    "METRICS",
+    "PROFILE_TABLES",
+    "QUARANTINE",
+    "RAW_BEHAVIOURS",
+    "RAW_ITEMS",
+    "RAW_LOGS",
+    "RAW_RATES",
+    "RAW_REVIEWS",
+    "RAW_SEARCHES",
+    "RAW_TABLES",
+    "RAW_TRANSACTIONS",
+    "RAW_USERS",
+    "RISK_CONTROL",
+    "RISK_REASON",
+    "RUNS",
+    "SCORES",
+    "SCORES_LATEST",
+    "SHARED_TABLES",
+    "TABLE_NAMES",
+    "TEXTS",
+    "TEXT_EMBEDDINGS",
+    "TOKEN",
+    "TRIALS",
+    "USER_DAILY",
+    "USER_KEYS",
+    "USER_PROFILE",
+]

@@ -1,0 +1,60 @@
+"""User-days: the pre-aggregates that all features are built from."""
+
+from bp_spark.lakehouse.schema import Table, columns
+
+TOKEN = "struct<ts:timestamp,kind:int,amount:bigint,items:bigint,discount:bigint,text_id:bigint>"  # noqa: S105
+CATEGORY_DAY = "struct<category:string,spend:bigint,priced:bigint,price_micro:bigint,price_sq:bigint>"
+USER_DAILY = Table(
+    "user_daily",
+    "One row per user and day: the pre-aggregates that all features are built from",
+    columns(
+        ("user_key", "string!", "User"),
+        ("day", "date!", "UTC day"),
+        ("orders", "bigint!", "Orders, without refunds and orders for which nothing was paid"),
+        ("items", "bigint!", "Lines of these orders, without refunds"),
+        ("spend", "decimal(18,2)!", "Money paid minus refunds"),
+        ("refunds", "decimal(18,2)!", "Money paid back, as a positive amount"),
+        ("discount", "decimal(18,2)!", "Price reductions"),
+        ("coupon_discount", "decimal(18,2)!", "Price reductions from coupons"),
+        ("discounted_items", "bigint!", "Order lines with a reduction"),
+        ("order_value_max", "decimal(18,2)!", "Value of the largest order"),
+        ("order_value_sq", "bigint!", "Sum of squared order values, each square rounded to a whole number"),
+        ("morning_orders", "bigint!", "Orders from 05:00 to 10:59 UTC"),
+        ("afternoon_orders", "bigint!", "Orders from 11:00 to 16:59 UTC"),
+        ("evening_orders", "bigint!", "Orders from 17:00 to 22:59 UTC"),
+        ("night_orders", "bigint!", "Orders from 23:00 to 04:59 UTC"),
+        ("browses", "bigint!", "Browse actions"),
+        ("clicks", "bigint!", "Click actions"),
+        ("carts", "bigint!", "Cart actions"),
+        ("favourites", "bigint!", "Favourite actions"),
+        ("coupons", "bigint!", "Coupons redeemed"),
+        ("dwelled", "bigint!", "Browse actions with a measured duration"),
+        ("dwell_milli", "bigint!", "Milliseconds of these actions"),
+        ("items_browsed", "bigint!", "Distinct items browsed, clicked or marked as favourite"),
+        ("items_browsed_bought", "bigint!", "Number of these items that were bought on the same day"),
+        ("items_carted", "bigint!", "Distinct items put into the cart"),
+        ("items_carted_bought", "bigint!", "Number of these items that were bought on the same day"),
+        ("searches", "bigint!", "Searches"),
+        ("searches_clicked", "bigint!", "Searches with a click on a result"),
+        ("searches_cheap", "bigint!", "Searches with a word that asks for a low price"),
+        ("searches_premium", "bigint!", "Searches with a word that asks for high quality"),
+        ("searches_brand", "bigint!", "Searches that name a brand"),
+        ("reviews", "bigint!", "Reviews"),
+        ("rated", "bigint!", "Reviews with a rating"),
+        ("rating_milli", "bigint!", "Sum of 1000 x rating"),
+        ("low_ratings", "bigint!", "Ratings of 2 or less"),
+        ("worded_reviews", "bigint!", "Reviews with a text"),
+        ("sentiment_centi", "bigint!", "Sum of 100 x sentiment over these reviews"),
+        (
+            "categories",
+            f"array<{CATEGORY_DAY}>!",
+            "By category path: positive spend in cents; number of lines with a unit price; sum of its logarithm in "
+            "millionths, and of the squared logarithm in millionths",
+        ),
+        ("tokens", f"array<{TOKEN}>!", "The day's last orders and other events, oldest first; money in cents"),
+    ),
+    key=("user_key", "day"),
+    partition_by=("month",),
+    month_of="day",
+    skipped_by=("day",),
+)

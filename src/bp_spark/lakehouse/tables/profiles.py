@@ -1,0 +1,187 @@
+"""Profiles and the tables of the applications that read the scores."""
+
+from bp_spark.lakehouse.schema import Table, columns
+
+CATEGORY_AFFINITY = Table(
+    "category_affinity",
+    "For recommendation: categories that interest each user most, and how affordable each is",
+    columns(
+        ("user_key", "string!", "User"),
+        ("score_date", "date!", "Scored date; only events before this day are used"),
+        ("rank", "int!", "Rank of the category among the user's categories by fit, from 1"),
+        ("category", "string!", "Category path, shortened to profiles.category_levels levels"),
+        (
+            "affinity",
+            "double!",
+            "Interest in the category, 0-1: weighted mean of purchase_share, click_share and search_share",
+        ),
+        (
+            "affordability",
+            "double",
+            "0-1: budget / (budget + price) of the user's usual order value and the expected price of a unit; 0.5 where "
+            "the two are equal; NULL where the category has no usual price",
+        ),
+        ("fit", "double!", "affinity x affordability; an unknown affordability counts as 0.5"),
+        ("purchase_share", "double!", "Recency-weighted share of the user's spend, 0-1"),
+        (
+            "click_share",
+            "double!",
+            "Recency-weighted share of the user's browse, click, cart and favourite actions, 0-1",
+        ),
+        ("search_share", "double!", "Recency-weighted share of the user's searches with a click on a result, 0-1"),
+        (
+            "usual_price",
+            "double",
+            "Geometric mean of all users' unit prices in the category, in the platform's currency; NULL where fewer than "
+            "privacy.smallest_group users bought",
+        ),
+    ),
+    key=("user_key", "category"),
+)
+RISK_REASON = "struct<signal:string,value:double,points:int>"
+USER_PROFILE = Table(
+    "user_profile",
+    "Profile of each user on the newest scored date, for people to read; docs/profiles.md defines each column",
+    columns(
+        ("user_key", "string!", "User"),
+        ("score_date", "date!", "Scored date; only events before this day are used"),
+        ("score", "double!", "Purchasing-power score 0-100, as in scores"),
+        ("level", "string!", "A (score >= 80), B, C, D, E (score < 20)"),
+        ("expected_spend", "double!", "Expected spend over the bundle's horizon, in the platform's currency"),
+        ("low", "double!", "Lower end of the 90 % prediction interval"),
+        ("high", "double!", "Upper end of the 90 % prediction interval"),
+        ("p_active", "double!", "Probability of any spend in the horizon"),
+        ("reasons", "array<string>!", "Reasons for the expected spend in words, strongest first"),
+        ("compared_30d", "date", "Scored date nearest to 30 days before, at most a week off; NULL: no such date"),
+        ("score_change_30d", "double", "Score minus the score of compared_30d; NULL: no score on that date"),
+        (
+            "trend_30d",
+            "string",
+            "rising, steady or falling (by profiles.trend_points); new: no score on compared_30d; NULL: no such date",
+        ),
+        ("compared_90d", "date", "Scored date nearest to 90 days before, at most a week off; NULL: no such date"),
+        ("score_change_90d", "double", "Score minus the score of compared_90d; NULL: no score on that date"),
+        (
+            "trend_90d",
+            "string",
+            "rising, steady or falling (by profiles.trend_points); new: no score on compared_90d; NULL: no such date",
+        ),
+        (
+            "interests",
+            "array<struct<category:string,weight:double>>!",
+            "Categories of most interest, highest weight first; the weight is the affinity of category_affinity",
+        ),
+        ("price_tier", "string", "budget, standard or premium, by price_position; NULL: price_position is unknown"),
+        (
+            "price_position",
+            "double",
+            "Mean z-score of the year's log unit prices within their categories, among all users",
+        ),
+        ("activity", "string!", "active, cooling or dormant, by the days since the last purchase or visit"),
+        ("days_since_purchase", "int", "Days since the last purchase"),
+        (
+            "days_since_visit",
+            "int",
+            "Days since the last browse, click, cart, favourite or search; NULL: no such event",
+        ),
+        ("purchase_days", "int", "Number of days with a purchase, ever"),
+        ("usual_gap_days", "double", "Mean days between purchase days; NULL: fewer than two purchase days"),
+        ("usual_order_value", "double", "Mean spend of a purchase day, in the platform's currency"),
+        ("refund_share", "double", "Money paid back over money paid, 365 days; NULL: nothing was paid"),
+        ("discount_share", "double", "Reductions over undiscounted spend, 90 days; NULL: no spend"),
+        ("low_rating_share", "double", "Share of ratings of 2 or less, 365 days; NULL: no rating"),
+        (
+            "spend_volatility",
+            "double",
+            "Standard deviation over mean of weekly spend, 12 weeks; NULL: no spend in these weeks",
+        ),
+        ("interval_width", "double!", "Width of the prediction interval over the expected spend"),
+        (
+            "risk_level",
+            "string!",
+            "low (risk_points 0-1), medium (2-3) or high (4-6); scores.risk_level uses the interval's width alone",
+        ),
+        ("risk_points", "int!", "Sum of the points of the three signals, each 0 to 2"),
+        (
+            "risk_reasons",
+            f"array<{RISK_REASON}>!",
+            "Signals with points: interval (interval_width), refunds (refund_share), volatility (spend_volatility)",
+        ),
+        (
+            "next_purchase_days",
+            "double",
+            "Expected days from score_date to the next purchase (gamma-Poisson); NULL: see next_purchase_unknown",
+        ),
+        ("next_purchase_on", "date", "score_date plus next_purchase_days, rounded"),
+        (
+            "next_purchase_unknown",
+            "string",
+            "Why next_purchase_days is NULL: one purchase day, or unlikely to buy; NULL otherwise",
+        ),
+    ),
+    key=("user_key",),
+)
+RISK_CONTROL = Table(
+    "risk_control",
+    "For risk control: the risk of relying on each user's expected spend, and its reasons",
+    columns(
+        ("user_key", "string!", "User"),
+        ("score_date", "date!", "Scored date; only events before this day are used"),
+        ("risk_band", "string!", "low, medium or high; equals risk_level of user_profile"),
+        ("risk_points", "int!", "Sum of the points of the three signals, each 0 to 2"),
+        (
+            "reasons",
+            "array<struct<signal:string,value:double,points:int,text:string>>!",
+            "Signals with points, most points first: signal, value, points, and the reason in words",
+        ),
+        ("level", "string!", "A to E, as in scores"),
+        ("expected_spend", "double!", "Expected spend over the bundle's horizon, in the platform's currency"),
+        ("low", "double!", "Lower end of the 90 % prediction interval"),
+        ("p_active", "double!", "Probability of any spend in the horizon"),
+    ),
+    key=("user_key",),
+)
+CUSTOMER_SERVICE = Table(
+    "customer_service",
+    "For customer service: service tier and talking points of each user",
+    columns(
+        ("user_key", "string!", "User"),
+        ("score_date", "date!", "Scored date; only events before this day are used"),
+        ("service_tier", "string!", "premier, preferred, standard or win_back, by level, activity and risk"),
+        (
+            "talking_points",
+            "array<struct<topic:string,text:string>>!",
+            "Topics and words for a conversation (profiles.phrases), most important first, at most three",
+        ),
+        ("level", "string!", "A to E, as in scores"),
+        ("activity", "string!", "active, cooling or dormant, as in user_profile"),
+        ("risk_level", "string!", "low, medium or high, as in user_profile"),
+    ),
+    key=("user_key",),
+)
+MARKET_SEGMENTS = Table(
+    "market_segments",
+    "For market analysis: users by level, top category and region; small cells are merged into rows named other, "
+    "so that no row describes fewer than privacy.smallest_group users (docs/profiles.md)",
+    columns(
+        ("score_date", "date!", "Scored date; only events before this day are used"),
+        ("level", "string!", "A to E, as in scores; other: several levels"),
+        (
+            "category",
+            "string!",
+            "Broadest level of the users' first interest; none: no interest; other: several categories",
+        ),
+        (
+            "region",
+            "string!",
+            "Region; unknown: users without a region; all: no region is configured; other: several regions",
+        ),
+        ("users", "bigint!", "Number of users; the rows together count each user once"),
+        ("mean_score", "double!", "Mean score of these users"),
+        ("mean_expected_spend", "double!", "Mean expected spend of these users, in the platform's currency"),
+        ("mean_p_active", "double!", "Mean probability of any spend in the horizon of these users"),
+    ),
+    key=("level", "category", "region"),
+)
+PROFILE_TABLES = (CATEGORY_AFFINITY, USER_PROFILE, RISK_CONTROL, CUSTOMER_SERVICE, MARKET_SEGMENTS)
+"""Tables that are made from the newest scores, in the order of their writes."""
