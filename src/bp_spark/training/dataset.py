@@ -60,7 +60,7 @@ def write_training_set(run: Run, dates: Sequence[date], test_date: date) -> int:
     """
     lakehouse, config = run.lakehouse, run.config
     source = lakehouse.read("user_features").filter(F.col("as_of_date").isin(*dates))
-    survey = _survey_labels(run, test_date)
+    survey = survey_labels(run, test_date)
     inputs = digest(
         __version__,
         config.labels,
@@ -108,7 +108,7 @@ class _SurveyLabels(NamedTuple):
     digest: str
 
 
-def _survey_labels(run: Run, test_date: date) -> _SurveyLabels | None:
+def survey_labels(run: Run, test_date: date) -> _SurveyLabels | None:
     """Return the survey labels that a training as of the test date may see; ``None`` if there are none."""
     if not run.lakehouse.exists(GIVEN_LABELS.name):
         return None
