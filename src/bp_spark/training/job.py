@@ -16,7 +16,7 @@ from bp_spark.core import extras
 from bp_spark.core.config import Config
 from bp_spark.core.errors import PlatformError
 from bp_spark.core.session import is_connect
-from bp_spark.evaluation.job import store_reference
+from bp_spark.evaluation.drift_reference import store_reference
 from bp_spark.features import catalogue as features
 from bp_spark.features import labels
 from bp_spark.features.aggregates import SEQUENCE_COLUMNS
