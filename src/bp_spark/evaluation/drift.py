@@ -1,7 +1,7 @@
 """Measure drift: distributions of features and scores in bins, their distances, and users whose score changed between runs.
 
-The functions count the rows of each bin in one pass over all columns, compute the distance of two such distributions, compare
-two scoring runs user by user, and make figures with the threshold at which they alarm.
+The functions count the rows of each bin in one pass over all columns, and compute the distance of two such distributions. They
+also compare two scoring runs user by user, and make figures with the threshold at which they alarm.
 
 A spread is a distribution in bins, ``int64 [borders + 2]``: the rows of each bin, then the rows above the last border, and last
 the missing values.

@@ -6,8 +6,8 @@ and for reports of backtests: no feature and no model sees them.
 
 A figure is a ratio of sums ``R = N / D`` over users, which is a mean if ``D`` counts users. Its standard error is that of the
 delta method, ``sqrt(m / (m - 1) Σ (n_i - R d_i)²) / D`` with ``m`` users (Deng, Knoblich and Lu 2018, "Applying the delta
-method in metric analytics"), so no resampling is needed. A group and the others share no user. So the variance of the
-logarithm of their ratio is the sum of the two variances, each relative to the square of its figure (Katz et al. 1978).
+method in metric analytics"), so no resampling is needed. A group and the others share no user. So the logarithm of their
+ratio has the sum of the two variances, each relative to the square of its figure (Katz et al. 1978).
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ process group, checkpoints, resumption, early stopping and progress.
 
 Training is data-parallel (DDP), and all ranks take the same number of steps. Each part of a loss is the mean over its targets
 (rows, masked tokens) of all ranks together. Each rank divides its sum by the number of targets of all ranks, counted in the
-same step, and undoes DDP's division by the number of ranks. A rank without a target takes part with a weight of zero. So each
-target counts once per epoch, no rank waits for one that has run out of rows, and the gradient is that of one process with the
-whole batch.
+same step. It also undoes DDP's division by the number of ranks. A rank without a target takes part with a weight of zero. So
+each target counts once per epoch, and no rank waits for one that has run out of rows. The gradient is that of one process
+with the whole batch.
 
 Every epoch draws its random numbers from (seed, epoch, rank) and orders its rows by (seed, epoch). So a checkpoint needs no
 state of generators, and a resumed run does what an undisturbed run does.

@@ -4,7 +4,7 @@
 files and would take the files of other versions too.
 
 :meth:`Snapshot.shard` divides the row groups among the ranks. A :class:`ShardLoader` passes over a shard once per epoch in a
-fixed number of batches, so all ranks take equally many steps, however unequal their shards are. The setting ``training.feed``
+fixed number of batches. So all ranks take equally many steps, however unequal their shards are. The setting ``training.feed``
 chooses the reader: Petastorm, or pyarrow alone.
 """
 

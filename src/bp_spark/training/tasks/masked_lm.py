@@ -7,8 +7,8 @@ Masked language modelling (Devlin et al. 2019) runs data-parallel over ranks (DD
 as tokens, those that a hash assigns to it. All ranks take the same number of steps in every epoch, and a rank's texts of a
 step are about its share of ``language.batch_size``. :mod:`bp_spark.training.fit` has the loop.
 
-The masked tokens are drawn anew in each epoch, from (seed, epoch, rank). For the validation texts they are always the same, so
-that losses before and after can be compared, and a resumed run does what an undisturbed run does.
+The masked tokens are drawn anew in each epoch, from (seed, epoch, rank). For the validation texts they are always the same,
+so that losses before and after can be compared. A resumed run does what an undisturbed run does.
 """
 
 from __future__ import annotations

@@ -115,8 +115,8 @@ class HistorySplit:
 
     def _exercise(self, columns: Columns | None, rng: np.random.Generator) -> Exercise:
         rows = empty_user(InputSpec((), frozenset(), self.history_length)) if columns is None else columns
-        made = exercise(rows, self.history_length, self.vocabulary_ids, self.config.pretraining, rng)
-        return made.to(self.group.device)
+        batch = exercise(rows, self.history_length, self.vocabulary_ids, self.config.pretraining, rng)
+        return batch.to(self.group.device)
 
 
 @dataclass(frozen=True)
