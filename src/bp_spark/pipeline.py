@@ -14,10 +14,10 @@ from bp_spark.scoring.counterfactual_job import what_if
 from bp_spark.scoring.job import ScoreResult, score
 from bp_spark.scoring.lineage import Origin, Reproduction, explain_run, explain_score, reproduce
 from bp_spark.scoring.profiles_job import profile
+from bp_spark.training.adapt_language import adapt_language
 from bp_spark.training.backtest import BacktestResult, backtest
 from bp_spark.training.job import TrainResult, train
-from bp_spark.training.language import adapt_language
-from bp_spark.training.search_job import SearchResult, search
+from bp_spark.training.search import SearchResult, search
 
 __all__ = [
     "BacktestResult",

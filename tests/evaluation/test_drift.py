@@ -125,7 +125,7 @@ def test_wide_rows_are_counted_as_numpy_counts_them(spark: SparkSession) -> None
     frame["day"] = np.where(np.arange(300) % 3 == 0, "2024-01-01", "2024-01-02")
     edges = {name: drift.borders(frame[name].to_numpy()) for name in "ab"}
     rows = spark.createDataFrame(frame).withColumn("b", F.nullif("b", F.lit(3.0)).cast("float")).repartition(3)
-    found = drift.counted(rows, edges, "day")
+    found = drift.count_spreads(rows, edges, "day")
     frame.loc[frame["b"] == 3, "b"] = np.nan
     assert set(found) == {"2024-01-01", "2024-01-02"}
     for day, part in frame.groupby("day"):

@@ -23,9 +23,9 @@ from bp_spark.model.network import WEIGHTS_FILE
 from bp_spark.training import fit
 from bp_spark.training.distributed import process_group, run_ranks
 from bp_spark.training.loader import Snapshot, snapshot
-from bp_spark.training.progress import CHECKPOINT_FILE, TENSORBOARD_FOLDER, WeightAverage
+from bp_spark.training.progress import CHECKPOINT_FILE, TENSORBOARD_FOLDER, Progress, WeightAverage
 from bp_spark.training.tasks import finetune as module
-from bp_spark.training.tasks.finetune import Job, finetune, inputs_digest, train_rank
+from bp_spark.training.tasks.finetune import FineTuneTask, finetune, inputs_digest
 from tests.support.ranks import as_rank, free_port
 from tests.support.training_rows import SPEC, make_rows, write_language_model, write_table, write_texts
 
@@ -50,13 +50,17 @@ def splits(folder: Path) -> tuple[Snapshot, Snapshot]:
     return tuple(snapshot(str(folder / "table"), where={"split": name}) for name in ("train", "valid"))  # type: ignore
 
 
-def job(folder: Path, run: str, *overrides: str) -> Job:
+def job(folder: Path, run: str, *overrides: str) -> FineTuneTask:
     train, valid = splits(folder)
     conf, texts = config(*overrides), folder / "texts.safetensors"
     run_dir = folder / run
     run_dir.mkdir(exist_ok=True)
     identity = inputs_digest(train, valid, SPEC, texts, conf)
-    return Job(train, valid, conf.training.max_epochs, SPEC, texts, conf, run_dir, identity)
+    return FineTuneTask(train, valid, conf.training.max_epochs, SPEC, texts, conf, run_dir, identity)
+
+
+def train_rank(task: FineTuneTask) -> Progress:
+    return fit.fit(task).progress
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -93,7 +97,7 @@ class StoppedError(Exception):
     pass
 
 
-def train_and_stop_after(epochs: int, stopped: Job) -> None:
+def train_and_stop_after(epochs: int, stopped: FineTuneTask) -> None:
     """Train until the checkpoint of that epoch is written and another epoch is under way, then fail."""
     count, mean_losses = itertools.count(1), fit.mean_losses
 
@@ -141,7 +145,7 @@ def two_ranks(folder: Path) -> Path:
 
 
 def test_uneven_ranks_make_the_step_of_one_process_with_all_rows(two_ranks: Path, single_rank: None) -> None:
-    shares = [splits(two_ranks)[0].share(rank, 2).rows for rank in range(2)]
+    shares = [splits(two_ranks)[0].shard(rank, 2).rows for rank in range(2)]
     assert max(shares) > 5 * min(shares)
     train_rank(job(two_ranks, "alone", *ONE_STEP))
     assert_equal_weights(two_ranks / "uneven", two_ranks / "alone", 1e-5)
@@ -256,8 +260,8 @@ def test_a_loss_that_is_not_finite_is_an_error(folder: Path, single_rank: None) 
 def test_statistics_are_those_of_all_rows(folder: Path, single_rank: None) -> None:
     rows = make_rows(240, seed=1)
     with process_group() as group:
-        data = module._data(splits(folder)[0], job(folder, "statistics"), torch.zeros(0, dtype=torch.int64), group)
-        found = module.training_statistics(data, 4, group)
+        rows_of_rank = job(folder, "statistics").split(splits(folder)[0], group)
+        found = module.training_statistics(rows_of_rank, 4, group)
     spend, label = np.log1p(rows["spend_90d"]), rows["label_spend"]
     logs = np.log(label[label > 0])
     main, month, half_year = found.labels

@@ -21,14 +21,14 @@ from bp_spark.core.errors import DataError
 from bp_spark.lakehouse import footers
 from bp_spark.model.inputs import HISTORY_COLUMNS
 from bp_spark.training import loader, petastorm_reader
-from bp_spark.training.loader import Feed, ReaderName, snapshot, split_sizes
+from bp_spark.training.loader import ReaderName, ShardLoader, snapshot, split_sizes
 from tests.support.training_rows import make_rows, take, write_table
 
 SCALARS = ("row", "label_spend")
 READERS = get_args(ReaderName)
 
 
-def read(feed: Feed, steps: int = 5, seed: int = 0) -> list[dict[str, np.ndarray] | None]:
+def read(feed: ShardLoader, steps: int = 5, seed: int = 0) -> list[dict[str, np.ndarray] | None]:
     with feed.batches(steps, seed) as batches:
         return list(batches)
 
@@ -49,7 +49,7 @@ def test_removed_rows_do_not_come_back_after_an_overwrite(table: Path) -> None:
     now = snapshot(str(table))
     assert now.rows == 1
     assert len(list(table.rglob("*.parquet"))) > len(now.files)
-    feed = Feed(snapshot(str(table), version=now.version - 1).share(0, 1), SCALARS, HISTORY_COLUMNS)
+    feed = ShardLoader(snapshot(str(table), version=now.version - 1).shard(0, 1), SCALARS, HISTORY_COLUMNS)
     assert sorted(row_numbers(read(feed))) == list(range(90))
 
 
@@ -92,8 +92,8 @@ def test_deletion_vectors_are_refused(spark: SparkSession, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
 def test_ranks_see_each_row_once_in_equally_many_steps(table: Path, ranks: int) -> None:
-    shares = [snapshot(str(table)).share(rank, ranks) for rank in range(ranks)]
-    feeds = [Feed(share, SCALARS, HISTORY_COLUMNS) for share in shares]
+    shares = [snapshot(str(table)).shard(rank, ranks) for rank in range(ranks)]
+    feeds = [ShardLoader(share, SCALARS, HISTORY_COLUMNS) for share in shares]
     for epoch in range(2):
         batches = [read(feed, steps=9, seed=epoch) for feed in feeds]
         assert sorted(row_numbers([batch for own in batches for batch in own])) == list(range(90))
@@ -109,7 +109,7 @@ def test_a_share_too_large_for_memory_is_read_once_per_pass(
 ) -> None:
     monkeypatch.setattr(loader, "MEMORY_LIMIT", 0)
     monkeypatch.setattr(loader, "SHUFFLE_BYTES", 10_000)
-    feeds = [Feed(snapshot(str(table)).share(rank, ranks), SCALARS, HISTORY_COLUMNS) for rank in range(ranks)]
+    feeds = [ShardLoader(snapshot(str(table)).shard(rank, ranks), SCALARS, HISTORY_COLUMNS) for rank in range(ranks)]
     for epoch in range(2):
         batches = [read(feed, steps=11, seed=epoch) for feed in feeds]
         assert sorted(row_numbers([batch for own in batches for batch in own])) == list(range(90))
@@ -134,7 +134,7 @@ def test_an_object_store_is_read_as_a_folder_is(
     schema, groups = loader._described(footers.read(DeltaTable(str(table)), files))
     assert (schema, groups) == (here.schema, here.groups)
     there = replace(here, files=files)
-    batches = [read(Feed(found.share(0, 1), SCALARS, HISTORY_COLUMNS, reader)) for found in (here, there)]
+    batches = [read(ShardLoader(found.shard(0, 1), SCALARS, HISTORY_COLUMNS, reader)) for found in (here, there)]
     assert row_numbers(batches[0]) == row_numbers(batches[1])
     assert sorted(row_numbers(batches[1])) == list(range(90))
 
@@ -162,7 +162,7 @@ def test_petastorm_and_pyarrow_read_the_same_rows(tmp_path: Path) -> None:
 
     def rows_of(reader: ReaderName, rank: int) -> dict[float, list[object]]:
         found = dict[float, list[object]]()
-        for batch in read(Feed(whole.share(rank, 3), scalars, arrays, reader), steps=4):
+        for batch in read(ShardLoader(whole.shard(rank, 3), scalars, arrays, reader), steps=4):
             assert batch is not None
             for at, row in enumerate(batch["row"]):
                 plain = [str(batch[name][at]) for name in scalars]
@@ -181,7 +181,7 @@ def test_values_arrive_unchanged(tmp_path: Path) -> None:
     rows = make_rows(40)
     write_table(tmp_path / "t", rows)
     names = ("row", "recency", "label_spend")
-    (batch,) = read(Feed(snapshot(str(tmp_path / "t")).share(0, 1), names, HISTORY_COLUMNS), steps=1)
+    (batch,) = read(ShardLoader(snapshot(str(tmp_path / "t")).shard(0, 1), names, HISTORY_COLUMNS), steps=1)
     assert batch is not None
     assert set(batch) == {*names, *HISTORY_COLUMNS}
     expected = take(rows, batch["row"].astype(int))
@@ -196,7 +196,7 @@ def test_values_arrive_unchanged(tmp_path: Path) -> None:
 def test_a_table_without_arrays_is_read_texts_included(tmp_path: Path) -> None:
     texts = [f"text {number} 牛奶" for number in range(40)]
     write_deltalake(str(tmp_path / "t"), pa.table({"row": range(40), "text": texts}))
-    batches = read(Feed(snapshot(str(tmp_path / "t")).share(0, 1), ("row", "text"), ()))
+    batches = read(ShardLoader(snapshot(str(tmp_path / "t")).shard(0, 1), ("row", "text"), ()))
     assert [len(batch["row"]) for batch in batches if batch is not None] == [8] * 5
     assert sorted(
         (row, text) for b in batches if b is not None for row, text in zip(b["row"], b["text"], strict=True)
@@ -206,21 +206,21 @@ def test_a_table_without_arrays_is_read_texts_included(tmp_path: Path) -> None:
 def test_the_size_of_texts_is_that_of_their_characters(tmp_path: Path) -> None:
     texts = [f"{number:4}" + "x" * 996 for number in range(500)]
     write_deltalake(str(tmp_path / "t"), pa.table({"text": texts}))
-    assert 500 * 1000 < snapshot(str(tmp_path / "t")).share(0, 1).size < 500 * 1200
+    assert 500 * 1000 < snapshot(str(tmp_path / "t")).shard(0, 1).size < 500 * 1200
 
 
 def test_the_order_depends_on_the_seed_alone(table: Path) -> None:
-    share = snapshot(str(table)).share(0, 1)
-    used = Feed(share, SCALARS, HISTORY_COLUMNS)
+    share = snapshot(str(table)).shard(0, 1)
+    used = ShardLoader(share, SCALARS, HISTORY_COLUMNS)
     first = row_numbers(read(used, seed=1))
     second = row_numbers(read(used, seed=2))
     assert first != second
-    assert row_numbers(read(Feed(share, SCALARS, HISTORY_COLUMNS), seed=2)) == second
+    assert row_numbers(read(ShardLoader(share, SCALARS, HISTORY_COLUMNS), seed=2)) == second
 
 
 def test_batches_hold_histories_of_like_length(tmp_path: Path) -> None:
     write_table(tmp_path / "t", make_rows(600))
-    batches = read(Feed(snapshot(str(tmp_path / "t")).share(0, 1), SCALARS, HISTORY_COLUMNS), steps=60)
+    batches = read(ShardLoader(snapshot(str(tmp_path / "t")).shard(0, 1), SCALARS, HISTORY_COLUMNS), steps=60)
     lengths = [[len(kinds) for kinds in batch["seq_kind"]] for batch in batches if batch is not None]
     padded = sum(max(batch) * len(batch) for batch in lengths)
     assert padded < 1.3 * sum(map(sum, lengths))
@@ -248,7 +248,7 @@ def test_a_pass_that_petastorm_ends_too_early_is_read_to_its_end(table: Path, mo
 
     monkeypatch.setattr(ConcurrentVentilator, "_ventilate", after_a_look)
     monkeypatch.setattr(ThreadPool, "all_workers_done", look)
-    feed = Feed(snapshot(str(table)).share(0, 1), SCALARS, HISTORY_COLUMNS)
+    feed = ShardLoader(snapshot(str(table)).shard(0, 1), SCALARS, HISTORY_COLUMNS)
     assert sorted(row_numbers(read(feed))) == list(range(90))
 
 
@@ -256,7 +256,7 @@ def test_an_abandoned_pass_leaves_no_reader_open(table: Path, monkeypatch: pytes
     monkeypatch.setattr(loader, "MEMORY_LIMIT", 0)
     monkeypatch.setattr(loader, "SHUFFLE_BYTES", 1)
     before = threading.active_count()
-    with Feed(snapshot(str(table)).share(0, 1), SCALARS, HISTORY_COLUMNS).batches(9, 0) as batches:
+    with ShardLoader(snapshot(str(table)).shard(0, 1), SCALARS, HISTORY_COLUMNS).batches(9, 0) as batches:
         next(batches)
         assert threading.active_count() > before
     assert threading.active_count() == before
@@ -278,7 +278,7 @@ def test_pickles_in_the_metadata_of_a_dataset_are_not_read(tmp_path: Path, file:
     write_table(path, make_rows(10))
     for folder in (path, path / "split=train"):
         pq.write_metadata(pa.schema([("row", pa.float64())], {key: pickle.dumps(Trap(marker))}), folder / file)
-    feed = Feed(snapshot(str(path)).share(0, 1), SCALARS, HISTORY_COLUMNS)
+    feed = ShardLoader(snapshot(str(path)).shard(0, 1), SCALARS, HISTORY_COLUMNS)
     assert len(row_numbers(read(feed))) == 10
     assert not marker.exists()
 
@@ -306,7 +306,7 @@ def test_a_damaged_page_is_refused(tmp_path: Path, reader: ReaderName) -> None:
     content[start + column.total_compressed_size - 3] ^= 1
     file.write_bytes(content)
     with pytest.raises(OSError, match="CRC"):
-        read(Feed(snapshot(str(path)).share(0, 1), (column.path_in_schema,), (), reader))
+        read(ShardLoader(snapshot(str(path)).shard(0, 1), (column.path_in_schema,), (), reader))
 
 
 def test_a_footer_that_says_other_than_the_log_is_refused_by_the_files_name(tmp_path: Path) -> None:
@@ -326,19 +326,19 @@ def test_a_footer_that_says_other_than_the_log_is_refused_by_the_files_name(tmp_
 
 def test_a_missing_column_is_named(table: Path) -> None:
     with pytest.raises(DataError, match="no_such_feature"):
-        Feed(snapshot(str(table)).share(0, 1), ("no_such_feature",), HISTORY_COLUMNS)
+        ShardLoader(snapshot(str(table)).shard(0, 1), ("no_such_feature",), HISTORY_COLUMNS)
 
 
 def test_a_column_that_only_newer_files_have_is_refused(table: Path) -> None:
     newer = pa.table({"row": [1.0], "added": [1.0], "split": ["train"]})
     write_deltalake(str(table), newer, mode="append", schema_mode="merge")
     with pytest.raises(DataError, match="added"):
-        Feed(snapshot(str(table)).share(0, 1), ("added",), HISTORY_COLUMNS)
+        ShardLoader(snapshot(str(table)).shard(0, 1), ("added",), HISTORY_COLUMNS)
 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_path_may_have_what_urls_and_globs_have_a_use_for(tmp_path: Path, reader: ReaderName) -> None:
     path = tmp_path / "no#1; 50% of é"
     write_table(path, make_rows(20))
-    feed = Feed(snapshot(str(path)).share(0, 1), SCALARS, HISTORY_COLUMNS, reader)
+    feed = ShardLoader(snapshot(str(path)).shard(0, 1), SCALARS, HISTORY_COLUMNS, reader)
     assert sorted(row_numbers(read(feed))) == list(range(20))

@@ -42,21 +42,19 @@ from bp_spark.ingest import texts
 from bp_spark.lakehouse.tables import Lakehouse
 from bp_spark.training import fit
 from bp_spark.training.distributed import process_group
+from bp_spark.training.fit import FitResult
 from bp_spark.training.loader import Snapshot, snapshot
 from bp_spark.training.progress import TENSORBOARD_FOLDER
 from bp_spark.training.tasks import masked_lm as module
 from bp_spark.training.tasks.masked_lm import (
     HELD_OUT,
-    Job,
-    LanguageResult,
-    MaskedLanguageModel,
-    Masking,
-    Outcome,
-    adapt,
-    adapt_rank,
+    MaskedLmResult,
+    MaskedLmTask,
     inputs_digest,
     read_texts,
+    train_masked_lm,
 )
+from bp_spark.training.tasks.masking import MaskedLanguageModel, Masking, TokenizedTexts
 
 pytestmark = pytest.mark.slow
 
@@ -128,10 +126,10 @@ def config(folder: Path, *overrides: str) -> Config:
     return load(overrides=[f"texts.model={folder}/bert", *tiny, *overrides])
 
 
-def job(folder: Path, run: str, *overrides: str) -> Job:
+def job(folder: Path, run: str, *overrides: str) -> MaskedLmTask:
     found, conf, run_dir = snapshot(str(folder / "texts")), config(folder, *overrides), folder / run
     run_dir.mkdir(exist_ok=True)
-    return Job(found, conf, run_dir, run_dir / "out", inputs_digest(found, conf))
+    return MaskedLmTask(found, conf, run_dir, run_dir / "out", inputs_digest(found, conf))
 
 
 def as_rank(rank: int, ranks: int, port: int) -> None:
@@ -225,7 +223,7 @@ def rank_scenario(rank: int, folder: Path, ports: list[int]) -> None:
         seen["few"] = [decoded(words, ids) for ids, _ in few.epoch(0)]
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
     as_rank(rank, 2, ports[1])
-    adapt_rank(job(folder, "two ranks", "language.epochs=1"))
+    fit.fit(job(folder, "two ranks", "language.epochs=1"))
 
 
 def decoded(words: Any, ids: torch.Tensor) -> list[str]:
@@ -263,7 +261,7 @@ def test_batches_hold_texts_of_like_length() -> None:
     rng = np.random.default_rng(1)
     tokens = np.empty(600, object)
     tokens[:] = [np.full(length, 9, np.int32) for length in rng.integers(3, 30, 600)]
-    batches = list(module.Data(tokens, 60, 600, padding_id=0, filler_id=4).epoch(1))
+    batches = list(TokenizedTexts(tokens, 60, 600, padding_id=0, filler_id=4).epoch(1))
     assert sum(attention.numel() for _, attention in batches) < 1.3 * sum(int(a.sum()) for _, a in batches)
     assert all(torch.equal(ids == 0, attention == 0) for ids, attention in batches)
     widths = [ids.shape[1] for ids, _ in batches]
@@ -275,8 +273,8 @@ def test_no_more_texts_than_allowed_are_read_chosen_by_hash(folder: Path, single
     with process_group() as group:
         for limit in (100, 300):
             learned, held_out = read_texts(job(folder, "limit", f"language.max_texts={limit}"), words, group)
-            assert 0.7 * limit < learned.total + held_out.total < 1.3 * limit
-            assert 0 < held_out.total < 0.15 * limit
+            assert 0.7 * limit < learned.rows + held_out.rows < 1.3 * limit
+            assert 0 < held_out.rows < 0.15 * limit
 
 
 # --- learning ----------------------------------------------------------------------------------------------------------
@@ -286,7 +284,9 @@ def test_two_ranks_adapt_a_model_that_texts_can_be_embedded_with(
     spark: SparkSession, folder: Path, tmp_path: Path
 ) -> None:
     conf = config(folder, "language.epochs=8", "language.patience=8")
-    result = adapt(spark, snapshot(str(folder / "texts")), conf, tmp_path / "run", tmp_path / "models" / "adapted")
+    result = train_masked_lm(
+        spark, snapshot(str(folder / "texts")), conf, tmp_path / "run", tmp_path / "models" / "adapted"
+    )
 
     uniform = math.log(len(WORDS))
     assert result.loss_before > 0.9 * uniform
@@ -316,19 +316,19 @@ class StoppedError(Exception):
     pass
 
 
-def adapt_and_stop_after(epochs: int, stopped: Job) -> None:
+def adapt_and_stop_after(epochs: int, stopped: MaskedLmTask) -> None:
     """Adapt until the checkpoint of that epoch is written and another epoch is under way, then fail."""
     count, mean_losses = itertools.count(1), fit.mean_losses
 
     def fail_later(*args: Any) -> list[float]:
-        if next(count) > epochs:
+        if next(count) > epochs + 1:  # one more before the first epoch
             raise StoppedError
         return mean_losses(*args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit, "mean_losses", fail_later)
         with pytest.raises(StoppedError):
-            adapt_rank(stopped)
+            fit.fit(stopped)
     assert not stopped.output.exists()
 
 
@@ -344,10 +344,10 @@ def test_a_stopped_run_goes_on_where_it_was(folder: Path, single_rank: None) -> 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit, "train_epoch", counted)
-        resumed = adapt_rank(stopped)
+        resumed = fit.fit(stopped)
     assert epochs == [3]
     undisturbed_job = job(folder, "undisturbed", "language.epochs=3")
-    undisturbed = adapt_rank(undisturbed_job)
+    undisturbed = fit.fit(undisturbed_job)
     assert losses(resumed) == losses(undisturbed)
     found, expected = (load_file(str(one.output / "model.safetensors")) for one in (stopped, undisturbed_job))
     assert found.keys() == expected.keys()
@@ -355,16 +355,15 @@ def test_a_stopped_run_goes_on_where_it_was(folder: Path, single_rank: None) -> 
         torch.testing.assert_close(found[name], expected[name], msg=name)
 
 
-def losses(outcome: Outcome) -> list[float]:
+def losses(outcome: FitResult) -> list[float]:
     return [row["valid_loss"] for row in outcome.progress.history]
 
 
 def test_a_model_that_gets_no_better_stays_as_it_is(folder: Path, single_rank: None) -> None:
     useless = job(folder, "useless", "language.learning_rate=1e-30", "language.epochs=5", "language.patience=1")
     with pytest.MonkeyPatch.context() as patch:
-        for where in (module, fit):
-            patch.setattr(where, "mean_losses", lambda *args: [3.0])
-        progress = adapt_rank(useless).progress
+        patch.setattr(fit, "mean_losses", lambda *args: [3.0])
+        progress = fit.fit(useless).progress
     assert (progress.epoch, progress.best_epoch) == (1, 0)
     before, after = (load_file(str(path / "model.safetensors")) for path in (folder / "bert", useless.output))
     for name in before:
@@ -375,7 +374,7 @@ def test_a_loss_that_is_not_finite_is_an_error(folder: Path, single_rank: None) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit, "mean_losses", lambda *args: [math.nan])
         with pytest.raises(ConfigError, match=r"language\.learning_rate"):
-            adapt_rank(job(folder, "wild", "language.epochs=1"))
+            fit.fit(job(folder, "wild", "language.epochs=1"))
 
 
 # --- as a stage --------------------------------------------------------------------------------------------------------
@@ -389,12 +388,12 @@ def test_the_stage_reads_the_table_of_texts_and_records_what_came_out(
         pipeline.adapt_language(lakehouse.spark, conf, tmp_path / "out")
     write_texts(Path(lakehouse.location("texts")), all_texts())
 
-    def adapted(spark: SparkSession, found: Snapshot, config: Config, run_dir: Path, output: Path) -> LanguageResult:
+    def adapted(spark: SparkSession, found: Snapshot, config: Config, run_dir: Path, output: Path) -> MaskedLmResult:
         assert found.rows == len(all_texts())
         assert run_dir.is_relative_to(tmp_path / "work")
-        return LanguageResult(output, "digest", 600, 40, 3, 0, 4.0, 4.0, [], 1.0)
+        return MaskedLmResult(output, "digest", 600, 40, 3, 0, 4.0, 4.0, [], 1.0)
 
-    monkeypatch.setattr(module, "adapt", adapted)
+    monkeypatch.setattr(module, "train_masked_lm", adapted)
     (stage,) = pipeline.adapt_language(lakehouse.spark, conf, tmp_path / "out")
     assert (stage["stage"], stage["status"], stage["figures"]["held_out"]) == ("adapt language", "done", "40")
     assert "no epoch was better" in stage["figures"]["note"]
@@ -416,19 +415,19 @@ def test_an_empty_table_or_too_few_texts_are_refused(spark: SparkSession, folder
         snapshot(str(tmp_path / "empty"))
     few = snapshot(str(write_texts(tmp_path / "few", all_texts()[:20])))
     with pytest.raises(DataError, match="at least 200 texts"):
-        adapt(spark, few, config(folder), tmp_path / "run", tmp_path / "out")
+        train_masked_lm(spark, few, config(folder), tmp_path / "run", tmp_path / "out")
 
 
 def test_a_table_without_texts_is_refused(spark: SparkSession, folder: Path, tmp_path: Path) -> None:
     write_deltalake(str(tmp_path / "other"), pa.table({"text_id": pa.array(range(300), pa.int64())}))
     with pytest.raises(DataError, match=r"\.text: must be a column"):
-        adapt(spark, snapshot(str(tmp_path / "other")), config(folder), tmp_path / "run", tmp_path / "out")
+        train_masked_lm(spark, snapshot(str(tmp_path / "other")), config(folder), tmp_path / "run", tmp_path / "out")
 
 
 def test_an_output_that_is_there_is_left_alone(spark: SparkSession, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match="is there already"):
-        adapt(spark, snapshot(str(folder / "texts")), config(folder), tmp_path / "run", tmp_path / "out")
+        train_masked_lm(spark, snapshot(str(folder / "texts")), config(folder), tmp_path / "run", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -437,7 +436,7 @@ def test_a_model_that_guesses_no_masked_tokens_is_refused(spark: SparkSession, f
     tokenizer().save_pretrained(tmp_path / "gpt")
     conf = config(folder, f"texts.model={tmp_path}/gpt")
     with pytest.raises(ConfigError, match=r"texts\.model.*masked"):
-        adapt(spark, snapshot(str(folder / "texts")), conf, tmp_path / "run", tmp_path / "out")
+        train_masked_lm(spark, snapshot(str(folder / "texts")), conf, tmp_path / "run", tmp_path / "out")
 
 
 def test_ids_of_neighbouring_numbers_are_spread_evenly() -> None:

@@ -38,8 +38,7 @@ from bp_spark.registry import bundle as bundles
 from bp_spark.registry.predictions import REASONS, as_frame, predict
 from bp_spark.scoring import prediction
 from bp_spark.scoring.counterfactual import one_more_order
-from bp_spark.training import backtest
-from bp_spark.training import job as training_job
+from bp_spark.training import backtest, cross_fit, dataset, promote
 from bp_spark.training.loader import snapshot
 from tests.support.histories import SECRET
 from tests.support.signing_keys import new_keys
@@ -202,7 +201,7 @@ def test_a_second_featurize_changes_no_table(line: Line) -> None:
 
 def test_the_vocabulary_brings_tokens_where_a_language_model_reads_histories(line: Line, tmp_path: Path) -> None:
     settings = config.changed(line.config, {"network.backbone": "text"})
-    found = load_file(training_job.write_vocabulary(Run(line.spark, settings), TEST_DATE, tmp_path))
+    found = load_file(dataset.write_vocabulary(Run(line.spark, settings), TEST_DATE, tmp_path))
     tokenizer = AutoTokenizer.from_pretrained(texts.model_folder(settings.history_model))
     known = {row["text_id"]: row["text"] for row in line.lakehouse.read("texts").collect()}
     count = len(found["ids"])
@@ -313,8 +312,8 @@ def test_pre_training_reads_what_is_known_on_the_test_date_of_users_that_are_not
 ) -> None:
     pretraining = line.config.pretraining.model_copy(update={"max_epochs": 2})
     run = Run(line.spark, line.config.model_copy(update={"pretraining": pretraining}))
-    vocabulary = training_job.write_vocabulary(run, TEST_DATE, tmp_path)
-    encoder, epochs = training_job.pretrain_encoder(run, TEST_DATE, vocabulary, fold=0, epochs=None)
+    vocabulary = dataset.write_vocabulary(run, TEST_DATE, tmp_path)
+    encoder, epochs = cross_fit.pretrain_encoder(run, TEST_DATE, vocabulary, fold=0, epochs=None)
     assert (encoder / "encoder.safetensors").exists()
     assert 1 <= epochs <= 2
     rows, fold = line.lakehouse.read("pretraining_set"), labels.fold(line.config.labels)
@@ -333,7 +332,7 @@ def test_what_is_said_of_a_user_out_of_fold_leans_on_no_label_of_the_fold(line: 
         "label_spend", F.when(in_fold, F.col("label_spend") * 50 + 1000).otherwise(F.col("label_spend"))
     )
     said = [
-        training_job.cross_fit(run, labelled, TEST_DATE, tmp_path, tmp_path)[1]
+        cross_fit.cross_fit(run, labelled, TEST_DATE, tmp_path, tmp_path)[1]
         .set_index(["user_key", "as_of_date"])
         .sort_index()
         for labelled in (rows, spoiled)
@@ -696,14 +695,16 @@ def test_a_worse_bundle_does_not_replace_the_promoted_one(
     trained = refused[1]
     # the gate again, of the same fit, where a better bundle is promoted
     with recorded(line.spark, line.config, "train") as run:
-        again = training_job.promote(run, trained.bundle, lambda: training_job.decide(run, trained.fitted, True))
-        training_job.enter_registry(run, trained.bundle, trained.fitted.history)
+        again = promote.promote(run, trained.bundle, lambda: promote.decide(run, trained.fitted, True))
+        promote.enter_registry(run, trained.bundle, trained.fitted.history)
     assert not again.promoted
     assert f"worse than {before.name}" in again.reason
     assert bundles.current(line.config.bundles) == before
     assert _champion(registry)["bundle"] == before.name
     # nor would it, had it been fitted anew
-    decision = training_job.decide_refit(Run(line.spark, line.config), trained.bundle, line.trained)
+    decision = promote.decide_refit(
+        Run(line.spark, line.config), trained.bundle, line.trained.fitted, line.trained.bundle, line.trained.reason
+    )
     assert not decision.promoted
     assert f"worse than {line.trained.bundle.folder.name}" in decision.reason
 

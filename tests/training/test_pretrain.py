@@ -24,9 +24,10 @@ from bp_spark.model.network import SpendNetwork
 from bp_spark.model.pretraining import PARTS, PretrainingNetwork, cut, exercise
 from bp_spark.training import fit
 from bp_spark.training.loader import Snapshot, snapshot
+from bp_spark.training.progress import Progress
 from bp_spark.training.tasks import finetune
 from bp_spark.training.tasks import pretrain as module
-from bp_spark.training.tasks.pretrain import ENCODER_FOLDER, Job, inputs_digest, pretrain_rank
+from bp_spark.training.tasks.pretrain import ENCODER_FOLDER, PretrainTask, inputs_digest
 from tests.support.ranks import as_rank, free_port
 from tests.support.training_rows import SPEC, TEXT_IDS, arrays, make_rows, write_table, write_texts
 
@@ -47,12 +48,16 @@ def splits(folder: Path) -> tuple[Snapshot, Snapshot]:
     return train, valid
 
 
-def job(folder: Path, run: str, *overrides: str) -> Job:
+def job(folder: Path, run: str, *overrides: str) -> PretrainTask:
     train, valid = splits(folder)
     conf, texts, run_dir = config(*overrides), folder / "texts.safetensors", folder / run
     run_dir.mkdir(exist_ok=True)
     epochs = conf.pretraining.max_epochs
-    return Job(train, valid, epochs, LENGTH, texts, conf, run_dir, inputs_digest(train, valid, texts, conf))
+    return PretrainTask(train, valid, epochs, LENGTH, texts, conf, run_dir, inputs_digest(train, valid, texts, conf))
+
+
+def pretrain_rank(task: PretrainTask) -> Progress:
+    return fit.fit(task).progress
 
 
 def encoder(folder: Path) -> dict[str, torch.Tensor]:
@@ -204,7 +209,7 @@ class StoppedError(Exception):
     pass
 
 
-def stop_in_epoch(number: int, stopped: Job) -> None:
+def stop_in_epoch(number: int, stopped: PretrainTask) -> None:
     train_epoch = fit.train_epoch
 
     def fail_later(*args: object) -> list[float]:
@@ -271,16 +276,16 @@ def test_fine_tuning_starts_from_the_encoder_and_takes_no_other(folder: Path, si
     train, valid = splits(folder)
     conf = config("training.max_epochs=1", "training.learning_rate=1e-30", "training.weight_decay=0")
 
-    def start(initial: Path | None) -> finetune.Job:
+    def start(initial: Path | None) -> finetune.FineTuneTask:
         identity = finetune.inputs_digest(train, valid, SPEC, run.texts, conf, initial)
-        return finetune.Job(
+        return finetune.FineTuneTask(
             train, valid, conf.training.max_epochs, SPEC, run.texts, conf, folder / "fine-tuned", identity, initial
         )
 
     (folder / "fine-tuned").mkdir()
     assert start(initial).digest != start(None).digest
     os.environ["MASTER_PORT"] = str(free_port())
-    finetune.train_rank(start(initial))
+    fit.fit(start(initial))
     tuned = SpendNetwork.load(folder / "fine-tuned" / finetune.MODEL_FOLDER)
     pretrained = encoder(run.run_dir)
     for name, tensor in tuned.history.state_dict().items():

@@ -1,0 +1,1 @@
+"""Judge predictions: metrics, bootstrap, promotion, drift and fairness."""

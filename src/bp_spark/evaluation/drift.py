@@ -1,9 +1,10 @@
-"""Have users, their features or their scores moved? Spreads of numbers in bins, their distances, and who moved between nights.
+"""Measure drift: distributions of features and scores in bins, their distances, and users whose score changed between runs.
 
-In: rows of users, as wide as ``user_features``, and borders between bins. Out: how many rows are in each bin, in one pass over
-all columns; the distance of two such spreads; users by their level before and now; figures with the border they alarm at.
+The functions count the rows of each bin in one pass over all columns, and compute the distance of two such distributions. They
+also compare two scoring runs user by user, and make figures with the threshold at which they alarm.
 
-A spread is ``int64 [borders + 2]``: the rows in each bin, one more above the last border, and last the missing values.
+A spread is a distribution in bins, ``int64 [borders + 2]``: the rows of each bin, then the rows above the last border, and last
+the missing values.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from scipy.special import chdtri
 from bp_spark.model.columns import from_arrow
 
 BINS = 100
-"""Bins of a spread, of equally many rows each where no value is frequent."""
+"""Bins of a spread, with equally many rows each unless a value is frequent."""
 GROUPS = 10
-"""Groups of bins, of about a tenth of the reference each, that the population stability index is of."""
+"""Groups of bins for the population stability index, with about a tenth of the reference each."""
 SAMPLE = 20_000
-"""Rows that borders are taken from; what lies between them is counted over more."""
+"""Rows from which borders are taken; the rows of each bin are counted over a larger sample."""
 CHANCE = 0.001
-"""A distance that chance alone would exceed no more often is no drift, however small the two samples are."""
+"""A distance that chance alone exceeds with this probability is no drift, however small the two samples are."""
 NEW, GONE = "new", "gone"
-"""Level before of who had no score then, and now of who has none now."""
-OF_EVENTS = ("seq_kind", "seq_amount", "seq_items", "seq_discount", "seq_text_id")
-"""Columns of a history that change with its events and not with the clock."""
+"""Level before of a user who had no score then, and level now of a user who has no score now."""
+EVENT_COLUMNS = ("seq_kind", "seq_amount", "seq_items", "seq_discount", "seq_text_id")
+"""Columns of a history that change with its events, and not with time."""
 
 _HASHES = 1_000_000
 
@@ -42,42 +43,42 @@ _HASHES = 1_000_000
 
 
 def borders(values: np.ndarray) -> np.ndarray:
-    """Borders of up to BINS bins that hold equally many of the values; missing ones are left out.
+    """Return the borders of up to BINS bins with equally many of the values; missing values are left out.
 
-    Each is one of the values, and the upper end of its bin, so that a frequent value has a bin of its own.
+    Each border is one of the values and the upper end of its bin, so that a frequent value has its own bin.
 
     Returns:
-        float64, rising, at most ``BINS - 1``; none where no value is finite.
+        float64, rising, at most ``BINS - 1``; empty if no value is finite.
 
     >>> borders(np.array([0.0, 0.0, 0.0, 5.0, np.nan])).tolist()
     [0.0, 5.0]
     """
-    known = np.asarray(values, np.float64)
-    known = known[np.isfinite(known)]
-    if not known.size:
+    finite = np.asarray(values, np.float64)
+    finite = finite[np.isfinite(finite)]
+    if not finite.size:
         return np.zeros(0)
-    return np.unique(np.quantile(known, np.arange(1, BINS) / BINS, method="inverted_cdf"))
+    return np.unique(np.quantile(finite, np.arange(1, BINS) / BINS, method="inverted_cdf"))
 
 
 def spread(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """How many of the values lie in each bin, ``int64 [edges + 2]``.
+    """Count the values in each bin, ``int64 [edges + 2]``.
 
     >>> spread(np.array([0.0, 1.0, 7.0, np.nan]), np.array([0.0, 5.0])).tolist()
     [1, 1, 1, 1]
     """
     values = np.asarray(values, np.float64)
-    place = np.searchsorted(edges, values, side="left")
-    place[np.isnan(values)] = len(edges) + 1
-    return np.bincount(place, minlength=len(edges) + 2)
+    bins = np.searchsorted(edges, values, side="left")
+    bins[np.isnan(values)] = len(edges) + 1
+    return np.bincount(bins, minlength=len(edges) + 2)
 
 
-def counted(rows: DataFrame, edges: Mapping[str, np.ndarray], by: str) -> dict[str, dict[str, np.ndarray]]:
-    """Spreads of many columns in one pass: each batch is counted where it lies, and only counts travel.
+def count_spreads(rows: DataFrame, edges: Mapping[str, np.ndarray], by: str) -> dict[str, dict[str, np.ndarray]]:
+    """Compute the spreads of many columns in one pass: executors count each batch, and only counts are sent.
 
     Args:
-        rows: with the columns of ``edges`` and ``by``.
+        rows: rows with the columns of ``edges`` and ``by``.
         edges: column -> its borders.
-        by: column that parts the rows; it has few values.
+        by: column to group the rows by; it has few values.
 
     Returns:
         Value of ``by``, as text -> column -> spread. Values without rows are left out.
@@ -87,13 +88,13 @@ def counted(rows: DataFrame, edges: Mapping[str, np.ndarray], by: str) -> dict[s
         return {}
     ends = np.cumsum([len(edges[name]) + 2 for name in names])
 
-    def parts(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+    def count_batches(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
         totals: dict[str, np.ndarray] = {}
         for batch in batches:
             for part in pc.unique(batch.column(0)).to_pylist():
                 columns = from_arrow(batch.filter(pc.equal(batch.column(0), part)))
-                found = np.concatenate([spread(np.asarray(columns[name]), edges[name]) for name in names])
-                totals[part] = totals.get(part, 0) + found
+                counts = np.concatenate([spread(np.asarray(columns[name]), edges[name]) for name in names])
+                totals[part] = totals.get(part, 0) + counts
         for part, total in totals.items():
             cells = np.flatnonzero(total)
             yield pa.RecordBatch.from_pydict(
@@ -101,7 +102,7 @@ def counted(rows: DataFrame, edges: Mapping[str, np.ndarray], by: str) -> dict[s
             )
 
     narrow = rows.select(F.col(by).cast("string").alias("_by"), *names)
-    cells = narrow.mapInArrow(parts, "part string, cell int, rows bigint").groupBy("part", "cell")
+    cells = narrow.mapInArrow(count_batches, "part string, cell int, rows bigint").groupBy("part", "cell")
     frame = cells.agg(F.sum("rows").alias("rows")).toPandas()
     return {str(part): dict(zip(names, _split(group, ends), strict=True)) for part, group in frame.groupby("part")}
 
@@ -113,7 +114,7 @@ def _split(cells: pd.DataFrame, ends: np.ndarray) -> list[np.ndarray]:
 
 
 def sampled(rows: DataFrame, total: int, most: int, *key: str) -> DataFrame:
-    """About ``most`` of the ``total`` rows, by hash of their key: the same users night after night."""
+    """Take about ``most`` of the ``total`` rows, by a hash of their key: the same users in each scoring run."""
     if total <= most:
         return rows
     return rows.filter(F.pmod(F.xxhash64(*key), F.lit(_HASHES)) < int(_HASHES * most / total))
@@ -123,18 +124,18 @@ def sampled(rows: DataFrame, total: int, most: int, *key: str) -> DataFrame:
 
 
 def psi(reference: np.ndarray, current: np.ndarray) -> float:
-    """Population stability index: ``Σ (q - p) ln(q / p)`` over groups with shares ``p`` before and ``q`` now.
+    """Return the population stability index ``Σ (q - p) ln(q / p)`` over groups with shares ``p`` before and ``q`` now.
 
-    Jeffreys' divergence under the name it has in credit scoring (Siddiqi 2006, "Credit risk scorecards"; Yurdakul and Naranjo
-    2020, "Statistical properties of the population stability index"). Groups are bins joined to about a tenth of the
-    reference each, and the missing values. Half a row is added to each group, so that an empty one has a logarithm.
+    It is Jeffreys' divergence under its name in credit scoring (Siddiqi 2006, "Credit risk scorecards"; Yurdakul and Naranjo
+    2020, "Statistical properties of the population stability index"). The groups are bins joined to about a tenth of the
+    reference each, and the missing values. Half a row is added to each group, so that an empty group has a logarithm.
 
     Args:
         reference: spread before.
         current: spread now, over the same borders.
 
     Returns:
-        NaN where either is of no rows.
+        The index; NaN if either spread has no rows.
     """
     if not reference.sum() or not current.sum():
         return math.nan
@@ -145,21 +146,27 @@ def psi(reference: np.ndarray, current: np.ndarray) -> float:
 
 
 def psi_by_chance(reference: np.ndarray, current: np.ndarray) -> float:
-    """What the index of two samples of one population exceeds with probability CHANCE: it is about
-    ``(1 / rows + 1 / rows)`` times chi-squared with a degree less than groups (Yurdakul and Naranjo 2020).
+    """Return the index that two samples of one population exceed with probability CHANCE.
+
+    The index of such samples is about ``(1 / rows + 1 / rows)`` times chi-squared with one degree of freedom less than groups
+    (Yurdakul and Naranjo 2020).
     """
     degrees = max(1, int(_groups(reference).max()))
-    return float(chdtri(degrees, CHANCE) * _both(reference, current))
+    return float(chdtri(degrees, CHANCE) * _inverse_rows(reference, current))
 
 
 def ks(reference: np.ndarray, current: np.ndarray) -> float:
-    """Kolmogorov-Smirnov distance: the largest difference of the two cumulative shares; missing values come last.
+    """Return the Kolmogorov-Smirnov distance: the largest difference of cumulative shares, with missing values last.
 
-    It is taken at the borders. Within a bin it may be larger, by no more than the smaller of the two shares of that bin:
-    about a hundredth, and nothing in the bin of a single value.
+    It is taken at the borders. Within a bin the difference may be larger, by no more than the smaller of the two shares of that
+    bin: about a hundredth, and nothing in the bin of a single value.
+
+    Args:
+        reference: spread before.
+        current: spread now, over the same borders.
 
     Returns:
-        NaN where either is of no rows.
+        The distance; NaN if either spread has no rows.
     """
     if not reference.sum() or not current.sum():
         return math.nan
@@ -168,39 +175,43 @@ def ks(reference: np.ndarray, current: np.ndarray) -> float:
 
 
 def ks_by_chance(reference: np.ndarray, current: np.ndarray) -> float:
-    """What the distance of two samples of one population exceeds with probability CHANCE (Smirnov 1948)."""
-    return math.sqrt(-math.log(CHANCE / 2) / 2 * _both(reference, current))
+    """Return the distance that two samples of one population exceed with probability CHANCE (Smirnov 1948)."""
+    return math.sqrt(-math.log(CHANCE / 2) / 2 * _inverse_rows(reference, current))
 
 
 def _groups(reference: np.ndarray) -> np.ndarray:
-    """Number of each bin's group, from 0: its middle's tenth of the reference; missing values are the last group."""
-    known = reference[:-1]
-    middle = (np.cumsum(known) - known / 2) / max(int(known.sum()), 1)
+    """Return the group of each bin, from 0: the tenth of the reference with the middle of the bin; missing values are last."""
+    present = reference[:-1]
+    middle = (np.cumsum(present) - present / 2) / max(int(present.sum()), 1)
     tenth = np.minimum((middle * GROUPS).astype(int), GROUPS - 1)
     group = np.unique(tenth, return_inverse=True)[1]
     return np.append(group, group.max() + 1)
 
 
-def _both(reference: np.ndarray, current: np.ndarray) -> float:
+def _inverse_rows(reference: np.ndarray, current: np.ndarray) -> float:
+    """Return the sum of the inverse numbers of rows, which the variance of a distance is proportional to."""
     return 1 / max(int(reference.sum()), 1) + 1 / max(int(current.sum()), 1)
 
 
-# --- two nights --------------------------------------------------------------------------------------------------------
+# --- two scoring runs ---------------------------------------------------------------------------------------------------
 
 
-def beside(earlier: DataFrame, tonight: DataFrame) -> DataFrame:
-    """Users of two nights: ``user_key``, ``before`` and ``after`` (level; NEW, GONE where there is none), ``points`` that the
-    score moved, up or down (NULL for who is new or gone).
+def join_runs(earlier: DataFrame, later: DataFrame) -> DataFrame:
+    """Join the users of two scoring runs.
 
     Args:
-        earlier: rows of SCORES of a night.
-        tonight: of a later one.
+        earlier: rows of SCORES of one date.
+        later: rows of SCORES of a later date.
+
+    Returns:
+        ``user_key``; ``before`` and ``after``, the levels, or NEW and GONE; and ``points`` by which the score changed, up or
+        down, NULL for new and gone users.
     """
 
-    def of(night: DataFrame, side: str) -> DataFrame:
-        return night.select("user_key", F.col("level").alias(f"{side}_level"), F.col("score").alias(f"{side}_score"))
+    def renamed(scores: DataFrame, side: str) -> DataFrame:
+        return scores.select("user_key", F.col("level").alias(f"{side}_level"), F.col("score").alias(f"{side}_score"))
 
-    both = of(earlier, "before").join(of(tonight, "after"), "user_key", "full_outer")
+    both = renamed(earlier, "before").join(renamed(later, "after"), "user_key", "full_outer")
     return both.select(
         "user_key",
         F.coalesce("before_level", F.lit(NEW)).alias("before"),
@@ -209,29 +220,29 @@ def beside(earlier: DataFrame, tonight: DataFrame) -> DataFrame:
     )
 
 
-def without_new_events(users: DataFrame, features_earlier: DataFrame, features_tonight: DataFrame) -> DataFrame:
-    """Those of the users of whom no event came in between two nights: their histories hold the same events.
+def without_new_events(users: DataFrame, earlier_features: DataFrame, later_features: DataFrame) -> DataFrame:
+    """Return the users without a new event between two scoring runs: their histories hold the same events.
 
-    An event that came late, or was corrected, is a new one too, which its day would not tell; one that is older than all
-    that a history holds is not seen.
+    An event that came late or was corrected is new too, although its day is old. An event that is older than all events of a
+    history is not seen.
 
     Args:
-        users: with ``user_key``.
-        features_earlier: rows of ``user_features`` of the earlier night.
-        features_tonight: of the later one.
+        users: users by ``user_key``.
+        earlier_features: rows of ``user_features`` of the earlier run.
+        later_features: rows of ``user_features`` of the later run.
     """
 
-    def told(features: DataFrame, name: str) -> DataFrame:
-        return features.select("user_key", F.xxhash64(*(F.col(column) for column in OF_EVENTS)).alias(name))
+    def event_hash(features: DataFrame, name: str) -> DataFrame:
+        return features.select("user_key", F.xxhash64(*(F.col(column) for column in EVENT_COLUMNS)).alias(name))
 
-    with_both = users.join(told(features_earlier, "_before"), "user_key").join(
-        told(features_tonight, "_after"), "user_key"
+    with_both = users.join(event_hash(earlier_features, "_before"), "user_key").join(
+        event_hash(later_features, "_after"), "user_key"
     )
     return with_both.filter(F.col("_before") == F.col("_after")).drop("_before", "_after")
 
 
-def moved(points: float) -> Column:
-    """Of rows of :func:`beside`, whether the score moved by more points."""
+def has_moved(points: float) -> Column:
+    """Return whether the score changed by more than so many points, for rows of :func:`join_runs`."""
     return F.coalesce(F.col("points") > points, F.lit(False))
 
 
@@ -251,20 +262,31 @@ def figure(
     most: float | None = None,
     note: str | None = None,
 ) -> dict[str, Any]:
-    """A row of DRIFT but for its run, night and bundle. A value below ``least`` or above ``most`` breaks its threshold; one
-    that can't be told (NaN) breaks none.
+    """Return a row of DRIFT, without its run, date and bundle.
+
+    Args:
+        kind: kind of the figure.
+        subject: feature, score, date or pair of levels that the figure is about.
+        metric: name of the figure.
+        value: the figure; NaN breaks no threshold.
+        users: number of users.
+        against: what the figure is compared with: the training, or a date.
+        reference: the value that was promised.
+        least: a value below this breaks its threshold.
+        most: a value above this breaks its threshold.
+        note: a remark for people.
     """
-    told = None if math.isnan(value) else float(value)
-    broken = told is not None and ((least is not None and told < least) or (most is not None and told > most))
+    defined = None if math.isnan(value) else float(value)
+    broken = defined is not None and ((least is not None and defined < least) or (most is not None and defined > most))
     threshold = most
-    if least is not None and (most is None or (told is not None and told < (least + most) / 2)):
+    if least is not None and (most is None or (defined is not None and defined < (least + most) / 2)):
         threshold = least
     return {
         "kind": kind,
         "subject": subject,
         "metric": metric,
         "against": against,
-        "value": told,
+        "value": defined,
         "reference": reference,
         "threshold": threshold,
         "broken": broken,
@@ -284,11 +306,17 @@ def distances(
     max_ks: float | None,
     note: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows ``psi`` and ``ks``. The threshold is the given one or, where that is larger, what chance alone comes to.
+    """Return the rows ``psi`` and ``ks``. Each alarms above its threshold, or above the chance distance if that is larger.
 
     Args:
-        max_psi: largest index that is no drift; ``None``: the figure never alarms.
-        max_ks: largest distance that is no drift, likewise.
+        kind: kind of the figures.
+        subject: the feature, or the score.
+        reference: spread before.
+        current: spread now, over the same borders.
+        against: what the figures are compared with: the training, or a date.
+        max_psi: largest index that is no drift; with ``None`` the figure never alarms.
+        max_ks: largest distance that is no drift; with ``None`` the figure never alarms.
+        note: a remark for people.
     """
     users = int(current.sum())
     rows = []

@@ -1,13 +1,13 @@
-"""Do scores and their errors differ by segment? Each group of a segment beside all its other users.
+"""Compare scores and their errors by segment: each group of a segment against all other users of the segment.
 
-In: scores of a night, segments of users and, where the horizon is over, what they spent. Out: figures by group with intervals,
-and their ratio to the same figure of everybody else, all by sums inside Spark. Segments are read here and for reports of
-backtests, and nowhere else: no feature and no model sees them.
+The input is the scores of a date, the segments of users and, if the horizon is over, their spend. The output is figures by
+group with intervals, and their ratio to the same figure of all other users, by sums inside Spark. Segments are only read here
+and for reports of backtests: no feature and no model sees them.
 
-A figure is a ratio of sums ``R = N / D`` over users, a mean where ``D`` counts them. Its standard error is that of the delta
-method, ``sqrt(m / (m - 1) Σ (n_i - R d_i)²) / D`` with ``m`` users (Deng, Knoblich and Lu 2018, "Applying the delta method in
-metric analytics"), so that no user has to be drawn again. A group and the others share no user, so that of the logarithm of
-their ratio the variances of both, relative to their squares, add up (Katz et al. 1978).
+A figure is a ratio of sums ``R = N / D`` over users, which is a mean if ``D`` counts users. Its standard error is that of the
+delta method, ``sqrt(m / (m - 1) Σ (n_i - R d_i)²) / D`` with ``m`` users (Deng, Knoblich and Lu 2018, "Applying the delta
+method in metric analytics"), so no resampling is needed. A group and the others share no user. So the logarithm of their
+ratio has the sum of the two variances, each relative to the square of its figure (Katz et al. 1978).
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ ALL = "(all)"
 NOT_GIVEN = "(not given)"
 SMALL_GROUPS = "(small groups)"
 Z = 1.6448536269514722
-"""Of a normal distribution, between -Z and Z is 90 %."""
+"""90 % of a normal distribution are between -Z and Z."""
 TOP = 0.8
-"""Users who spend more than this share of users are the top."""
+"""Users who spend more than this share of all users are the top."""
 
 _SUMS = ("n", "d", "nn", "nd", "dd")
 
 Figures = Mapping[str, tuple[Column, Column]]
-"""Name -> what is summed over users above and below the line."""
+"""Name -> values that are summed over users, for the numerator and the denominator."""
 
 
 def of_scores() -> Figures:
-    """Figures that need no spend: the mean score, and the share of users on each level."""
+    """Return the figures that need no spend: the mean score, and the share of users on each level."""
     levels = {f"level_{level}": (_one(F.col("level") == level), F.lit(1.0)) for level in sorted(LEVELS)}
     return {"score": (F.col("score"), F.lit(1.0)), **levels}
 
 
 def of_errors(top_spend: float) -> Figures:
-    """Figures that hold scores against ``label_spend``, which is 0 where it is below.
+    """Return the figures that compare scores with ``label_spend``, where negative spend counts as 0.
 
     - ``mae``: mean absolute error, in money;
-    - ``relative_error``: the same, relative to the mean spend;
-    - ``calibration``: mean expected spend over mean spend: above 1 a group is overrated;
+    - ``relative_error``: the mean absolute error, relative to the mean spend;
+    - ``calibration``: mean expected spend over mean spend; above 1 a group is overrated;
     - ``coverage``: share of users whose spend is inside ``low``..``high``;
-    - ``top_found``: share of users who spent more than ``top_spend`` that have level A (equal opportunity, Hardt et al. 2016).
+    - ``top_found``: share with level A among users who spent more than ``top_spend`` (equal opportunity, Hardt et al. 2016).
     """
     spend, expected = F.greatest(F.col("label_spend"), F.lit(0.0)), F.col("expected_spend")
     error, top = F.abs(expected - spend), F.col("label_spend") > top_spend
@@ -61,70 +61,73 @@ def of_errors(top_spend: float) -> Figures:
 
 
 def newest_segments(users: DataFrame) -> DataFrame:
-    """``user_key, segment, group``: of each user the newest value of each segment that has one.
+    """Return ``user_key, segment, group``: the newest value of each segment, per user.
 
     Args:
         users: rows of RAW_USERS.
     """
     pairs = users.filter(F.col("user_key").isNotNull()).select("user_key", "ingest_id", F.explode("segment"))
     newest = F.max_by("value", F.struct("ingest_id", "value")).alias("group")
-    known = pairs.filter(F.col("value").isNotNull())
-    return known.groupBy("user_key", F.col("key").alias("segment")).agg(newest)
+    with_value = pairs.filter(F.col("value").isNotNull())
+    return with_value.groupBy("user_key", F.col("key").alias("segment")).agg(newest)
 
 
-def in_groups(night: DataFrame, segments: DataFrame, names: Sequence[str]) -> DataFrame:
-    """Each user of a night once for each of the segments, with ``segment`` and ``group``; NOT_GIVEN who has none.
+def in_groups(scores: DataFrame, segments: DataFrame, names: Sequence[str]) -> DataFrame:
+    """Return each user once per segment, with ``segment`` and ``group``, which is NOT_GIVEN for a user without a value.
 
     Args:
-        night: rows of SCORES of one date.
-        segments: what :func:`newest_segments` gave.
-        names: all segments.
+        scores: rows of SCORES of one date.
+        segments: result of :func:`newest_segments`.
+        names: names of all segments.
     """
     by_user = segments.groupBy("user_key").agg(
         F.map_from_entries(F.collect_list(F.struct("segment", "group"))).alias("_groups")
     )
-    theirs = [
+    pairs = [
         F.struct(
             F.lit(name).alias("segment"),
             F.coalesce(F.element_at("_groups", F.lit(name)), F.lit(NOT_GIVEN)).alias("group"),
         )
         for name in names
     ]
-    return night.join(by_user, "user_key", "left").select(*night.columns, F.inline(F.array(*theirs)))
+    return scores.join(by_user, "user_key", "left").select(*scores.columns, F.inline(F.array(*pairs)))
 
 
 def report(users: DataFrame, figures: Figures, config: FairnessConfig, least_users: int) -> DataFrame:
-    """Figures of each group, and beside those of all other users of the segment.
+    """Return the figures of each group, and their ratios to those of all other users of the segment.
 
-    Groups of fewer than ``least_users`` users are joined; where even that has fewer, its users are left out of the
-    segment, of ALL too, so that nobody can subtract them.
+    Groups of fewer than ``least_users`` users are merged into one. If the merged group has fewer too, its users are left out of
+    the segment, and of ALL, so that nobody can subtract them.
 
     Args:
-        users: what :func:`in_groups` gave, with the columns that the figures read.
-        figures: name -> (above, below the line).
+        users: result of :func:`in_groups`, with the columns that the figures read.
+        figures: name -> (numerator, denominator).
+        config: watched figures, and their thresholds.
+        least_users: least number of users in a group that is shown.
 
     Returns:
         The columns of FAIRNESS from ``segment`` on; rows ALL have no ratio.
     """
     sums = _sums(users, figures)
     few = F.col("users") < least_users
-    joined = _added(sums.withColumn("group", F.when(few, SMALL_GROUPS).otherwise(F.col("group"))), "group")
-    shown = joined.filter(~few)
-    total = _added(shown.withColumn("group", F.lit(ALL)), "group").drop("group")
-    named = total.select("segment", "metric", *(F.col(name).alias(f"all_{name}") for name in ("users", *_SUMS)))
-    both = shown.join(named, ["segment", "metric"]).unionByName(
+    merged = _merge_groups(sums.withColumn("group", F.when(few, SMALL_GROUPS).otherwise(F.col("group"))))
+    shown = merged.filter(~few)
+    total = _merge_groups(shown.withColumn("group", F.lit(ALL))).drop("group")
+    total_columns = total.select("segment", "metric", *(F.col(name).alias(f"all_{name}") for name in ("users", *_SUMS)))
+    both = shown.join(total_columns, ["segment", "metric"]).unionByName(
         total.withColumn("group", F.lit(ALL)), allowMissingColumns=True
     )
-    theirs = {name: F.col(name) for name in ("users", *_SUMS)}
-    others = {name: F.col(f"all_{name}") - F.col(name) for name in theirs}
-    value, error = _value(theirs), _standard_error(theirs)
+    group = {name: F.col(name) for name in ("users", *_SUMS)}
+    others = {name: F.col(f"all_{name}") - F.col(name) for name in group}
+    value, error = _value(group), _standard_error(group)
     other_value, other_error = _value(others), _standard_error(others)
-    low, high = _interval(theirs)
+    low, high = _interval(group)
     ratio = F.try_divide(value, other_value)
     relative = F.sqrt(F.pow(F.try_divide(error, value), 2) + F.pow(F.try_divide(other_error, other_value), 2))
-    # a share of nobody, or of all, has no error of its own: how far it may be from there is its interval's other end
-    ratio_low = F.when(_edge(theirs), F.try_divide(low, other_value)).otherwise(ratio * F.exp(-Z * relative))
-    ratio_high = F.when(_edge(theirs), F.try_divide(high, other_value)).otherwise(ratio * F.exp(Z * relative))
+    # a share of 0 or 1 has no standard error: the ends of its own interval limit the ratio
+    at_edge = _is_share_at_edge(group)
+    ratio_low = F.when(at_edge, F.try_divide(low, other_value)).otherwise(ratio * F.exp(-Z * relative))
+    ratio_high = F.when(at_edge, F.try_divide(high, other_value)).otherwise(ratio * F.exp(Z * relative))
     small = F.col("users") < config.small_below
     watched = F.col("metric").isin(*config.watched) & (F.col("group") != ALL)
     apart = (ratio_high < config.min_ratio) | (ratio_low > config.max_ratio)
@@ -147,10 +150,10 @@ def report(users: DataFrame, figures: Figures, config: FairnessConfig, least_use
 
 
 def _sums(users: DataFrame, figures: Figures) -> DataFrame:
-    """``segment, group, users, metric`` and sums of the figure's parts, their squares and product."""
+    """Return ``segment, group, users, metric`` and the sums of numerators, denominators, their squares and their product."""
     aggregates = [F.count(F.lit(1)).alias("users")]
-    for name, (above, below) in figures.items():
-        for part, value in zip(_SUMS, (above, below, above * above, above * below, below * below), strict=True):
+    for name, (n, d) in figures.items():
+        for part, value in zip(_SUMS, (n, d, n * n, n * d, d * d), strict=True):
             aggregates.append(F.sum(value.cast("double")).alias(f"{name}_{part}"))
     rows = [
         F.struct(F.lit(name).alias("metric"), *(F.col(f"{name}_{part}").alias(part) for part in _SUMS))
@@ -161,38 +164,40 @@ def _sums(users: DataFrame, figures: Figures) -> DataFrame:
     )
 
 
-def _added(sums: DataFrame, group: str) -> DataFrame:
-    return sums.groupBy("segment", group, "metric").agg(*(F.sum(name).alias(name) for name in ("users", *_SUMS)))
+def _merge_groups(sums: DataFrame) -> DataFrame:
+    """Add up the sums of rows with the same group."""
+    return sums.groupBy("segment", "group", "metric").agg(*(F.sum(name).alias(name) for name in ("users", *_SUMS)))
 
 
-def _value(of: Mapping[str, Column]) -> Column:
-    return F.try_divide(of["n"], of["d"])
+def _value(sums: Mapping[str, Column]) -> Column:
+    return F.try_divide(sums["n"], sums["d"])
 
 
-def _standard_error(of: Mapping[str, Column]) -> Column:
-    value = _value(of)
-    # sums cancel to rounding where all users are alike
-    squares = F.greatest(of["nn"] - 2 * value * of["nd"] + value * value * of["dd"], F.lit(0.0))
-    return F.try_divide(F.sqrt(F.try_divide(of["users"], of["users"] - 1) * squares), of["d"])
+def _standard_error(sums: Mapping[str, Column]) -> Column:
+    value = _value(sums)
+    # if all users are alike, the difference is only rounding, and may be negative
+    squares = F.greatest(sums["nn"] - 2 * value * sums["nd"] + value * value * sums["dd"], F.lit(0.0))
+    return F.try_divide(F.sqrt(F.try_divide(sums["users"], sums["users"] - 1) * squares), sums["d"])
 
 
-def _interval(of: Mapping[str, Column]) -> tuple[Column, Column]:
-    """Ends of the 90 % interval: Wilson's (1927) of a share, by the standard error of any other figure."""
-    value, error = _value(of), _standard_error(of)
-    over = F.try_divide(F.lit(Z * Z), of["d"])
+def _interval(sums: Mapping[str, Column]) -> tuple[Column, Column]:
+    """Return the 90 % interval: that of Wilson (1927) for a share, by the standard error for any other figure."""
+    value, error = _value(sums), _standard_error(sums)
+    over = F.try_divide(F.lit(Z * Z), sums["d"])
     middle = (value + over / 2) / (1 + over)
     half = F.sqrt(over * value * (1 - value) + over * over / 4) / (1 + over)
-    low = F.when(_share(of), middle - half).otherwise(value - Z * error)
-    return F.greatest(low, F.lit(0.0)), F.when(_share(of), middle + half).otherwise(value + Z * error)
+    low = F.when(_is_share(sums), middle - half).otherwise(value - Z * error)
+    return F.greatest(low, F.lit(0.0)), F.when(_is_share(sums), middle + half).otherwise(value + Z * error)
 
 
-def _share(of: Mapping[str, Column]) -> Column:
-    """Whether users count as 0 or 1, above and below the line."""
-    return (of["nn"] == of["n"]) & (of["dd"] == of["d"])
+def _is_share(sums: Mapping[str, Column]) -> Column:
+    """Return whether each user counts as 0 or 1, in numerator and denominator."""
+    return (sums["nn"] == sums["n"]) & (sums["dd"] == sums["d"])
 
 
-def _edge(of: Mapping[str, Column]) -> Column:
-    return _share(of) & ((of["n"] == 0) | (of["n"] == of["d"]))
+def _is_share_at_edge(sums: Mapping[str, Column]) -> Column:
+    """Return whether the figure is a share of 0 or 1."""
+    return _is_share(sums) & ((sums["n"] == 0) | (sums["n"] == sums["d"]))
 
 
 def _one(condition: Column) -> Column:

@@ -1,4 +1,4 @@
-"""What is watched from night to night: drift of features and scores, errors once they are known, fairness by segment."""
+"""Watch scoring runs: drift of features and scores, errors once the spend is known, and fairness by segment."""
 
 from __future__ import annotations
 
@@ -14,38 +14,31 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark.core.config import Config, DriftConfig, digest
-from bp_spark.core.errors import BundleError, DataError
+from bp_spark.core.errors import DataError
 from bp_spark.core.session import persisted
-from bp_spark.core.spark_errors import SPARK_ERRORS, is_gone
 from bp_spark.core.version import __version__
 from bp_spark.evaluation import drift, metrics
 from bp_spark.evaluation import fairness as by_segment
+from bp_spark.evaluation.drift_reference import SCORE, SCORE_BORDERS, Spreads, measure_spreads, read_reference
 from bp_spark.features import labels
 from bp_spark.features.job import span
 from bp_spark.lakehouse.run import Run, recorded
-from bp_spark.lakehouse.tables import DRIFT, DRIFT_REFERENCE, FAIRNESS
-from bp_spark.registry import bundle as bundles
-from bp_spark.registry.bundle import Bundle
+from bp_spark.lakehouse.tables import DRIFT, FAIRNESS
 
 logger = logging.getLogger(__name__)
 
-SCORE = "score"
 TRAINING = "training"
-SCORE_BORDERS = np.arange(1.0, 100.0)
-_TOLD = 5
-"""Broken thresholds that the log names."""
-
-Spreads = Mapping[str, tuple[np.ndarray, np.ndarray]]
-"""Feature, or SCORE, -> its borders and its spread over the reference; see :mod:`bp_spark.evaluation.drift`."""
+_LOGGED = 5
+"""Number of broken thresholds that the log names."""
 
 
 @dataclass(frozen=True)
 class DriftResult:
-    """What a check came to.
+    """Result of a drift check.
 
     Attributes:
-        rows: the night's rows of DRIFT.
-        stages: what ran.
+        rows: the rows of DRIFT of the date.
+        stages: the stages that ran.
     """
 
     rows: list[dict[str, Any]]
@@ -53,20 +46,20 @@ class DriftResult:
 
     @property
     def broken(self) -> list[dict[str, Any]]:
-        """Rows whose threshold is broken, those furthest beyond it first."""
-        found = [row for row in self.rows if row["broken"]]
-        return sorted(found, key=lambda row: -abs(row["value"] - row["threshold"]) / max(row["threshold"], 1e-9))
+        """Rows with a broken threshold, those furthest beyond it first."""
+        broken_rows = [row for row in self.rows if row["broken"]]
+        return sorted(broken_rows, key=lambda row: -abs(row["value"] - row["threshold"]) / max(row["threshold"], 1e-9))
 
 
 @dataclass(frozen=True)
 class FairnessResult:
-    """What a report came to.
+    """Result of a fairness report.
 
     Attributes:
-        report: the night's rows of FAIRNESS; there is one for each group and figure.
-        broken: how many of them break their thresholds.
-        measured: night whose errors are in it, if the horizon of any is over.
-        stages: what ran.
+        report: the rows of FAIRNESS of the date, one for each group and figure.
+        broken: number of rows that break their thresholds.
+        measured: date of the scores whose errors are reported; ``None`` if no horizon is over.
+        stages: the stages that ran.
     """
 
     report: DataFrame
@@ -79,13 +72,17 @@ class FairnessResult:
 
 
 def check_drift(spark: SparkSession, config: Config, score_date: date) -> DriftResult:
-    """Compare a night with what its bundle learned from and with the night before; hold earlier nights against real spend.
+    """Compare a scoring run with the training of its bundle, with the run before, and earlier runs with the real spend.
 
-    Features and the score by their spread; users by their level before and now, and whose score moved without a new event;
-    nights whose horizon is over, and that no other check has measured, by the figures of
-    :mod:`bp_spark.evaluation.metrics`. The rows
-    of the date in ``drift`` are replaced; a broken threshold is a warning in the log. A check of unchanged tables is left
-    as it is.
+    Features and scores are compared by their spread, and users by their level before and now, and by whether their score moved
+    without a new event. Runs whose horizon is over, and that no other check has measured, get the figures of
+    :mod:`bp_spark.evaluation.metrics`. The rows of the date in ``drift`` are replaced. A broken threshold is a warning in the
+    log. If no table has changed since the last check, its rows stay.
+
+    Args:
+        spark: the running session.
+        config: settings.
+        score_date: date of the scoring run.
 
     Raises:
         DataError: the date has no scores.
@@ -94,27 +91,27 @@ def check_drift(spark: SparkSession, config: Config, score_date: date) -> DriftR
         lakehouse = run.lakehouse
         scores = lakehouse.read("scores", lakehouse.version("scores"))
         bundle_digest = _bundle_of(scores, score_date)
-        reference = _reference(run, bundle_digest)
-        read = {
+        reference = read_reference(run, bundle_digest)
+        versions = {
             name: lakehouse.version(name)
             for name in ("scores", "user_features", "user_daily", "events")
             if lakehouse.exists(name)
         }
         inputs = digest(
-            __version__, config.drift, config.labels, config.fusion.coverage, read, score_date, bool(reference)
+            __version__, config.drift, config.labels, config.fusion.coverage, versions, score_date, bool(reference)
         )
         with run.step("drift", DRIFT, inputs, score_date=str(score_date)) as step:
             step.figures["score_date"], step.figures["bundle"] = score_date, bundle_digest
             if not step.unchanged:
                 rows = [
-                    *_of_night(run, scores, score_date, reference),
+                    *_changes(run, scores, score_date, reference),
                     *_realised(run, scores, score_date),
                 ]
-                same = {"run_id": run.run_id, "score_date": score_date, "bundle_digest": bundle_digest}
-                written = spark.createDataFrame([{**row, **same} for row in rows], DRIFT.schema)
-                step.replace(written, where={"score_date": [score_date]})
-            of_date = lakehouse.read("drift").filter(F.col("score_date") == F.lit(score_date))
-            result = DriftResult([row.asDict() for row in of_date.collect()], run.records)
+                common = {"run_id": run.run_id, "score_date": score_date, "bundle_digest": bundle_digest}
+                frame = spark.createDataFrame([{**row, **common} for row in rows], DRIFT.schema)
+                step.replace(frame, where={"score_date": [score_date]})
+            date_rows = lakehouse.read("drift").filter(F.col("score_date") == F.lit(score_date))
+            result = DriftResult([row.asDict() for row in date_rows.collect()], run.records)
             step.figures["rows_out"], step.figures["broken"] = len(result.rows), len(result.broken)
         _warn(result, score_date)
         return result
@@ -131,133 +128,71 @@ def _warn(result: DriftResult, score_date: date) -> None:
     broken = result.broken
     if not broken:
         return
-    told = [f"{named(row)} is {row['value']:.4g}, threshold {row['threshold']:.4g}" for row in broken[:_TOLD]]
-    more = f"; and {len(broken) - _TOLD:,} more" if len(broken) > _TOLD else ""
+    figures = [f"{named(row)} is {row['value']:.4g}, threshold {row['threshold']:.4g}" for row in broken[:_LOGGED]]
+    more = f"; and {len(broken) - _LOGGED:,} more" if len(broken) > _LOGGED else ""
     watched = sum(row["threshold"] is not None for row in result.rows)
     fields = {"score_date": str(score_date), "broken": len(broken), "watched": watched}
     message = "drift of %s: %d of %d thresholds are broken: %s%s (table drift; docs/monitoring.md says what to do)"
-    logger.warning(message, score_date, len(broken), watched, "; ".join(told), more, extra={"fields": fields})
+    logger.warning(message, score_date, len(broken), watched, "; ".join(figures), more, extra={"fields": fields})
 
 
 def named(row: Mapping[str, Any]) -> str:
-    """Which figure of DRIFT a row is, in words."""
+    """Name the figure of a row of DRIFT in words."""
     against = f" against {row['against']}" if row["against"] else ""
     return f"{row['metric']} of {row['subject']}{against}"
 
 
-def store_reference(run: Run, bundle: Bundle) -> Spreads | None:
-    """Count what the bundle learned from into ``drift_reference``, once: features as in its version of ``training_set``, the
-    score as in its reference population.
-
-    Returns:
-        ``None`` where that version is not in this lakehouse, or not any more.
-    """
-    lakehouse, trained = run.lakehouse, bundle.manifest["lineage"].get("training_set", {})
-    if not lakehouse.exists("training_set") or trained.get("location") != lakehouse.location("training_set"):
-        return None
-    with run.step("drift reference", DRIFT_REFERENCE, digest(bundle.digest)) as step:
-        try:
-            rows = lakehouse.read("training_set", trained["version"])
-            names = [name for name in bundle.manifest["inputs"]["tabular"] if name in rows.columns]
-            spreads = _spreads(rows, names, run.config.drift, key=("user_key", "as_of_date"))
-        except SPARK_ERRORS as error:
-            if not is_gone(error):
-                raise
-            return None
-        spreads[SCORE] = SCORE_BORDERS, drift.spread(bundle.fusion.reference_scores, SCORE_BORDERS)
-        stored = [
-            (bundle.digest, subject, edges.tolist(), counts.tolist(), run.run_id)
-            for subject, (edges, counts) in spreads.items()
-        ]
-        rows = run.spark.createDataFrame(stored, DRIFT_REFERENCE.schema)
-        step.replace(rows, where={"bundle_digest": [bundle.digest]})
-        step.figures["rows_out"] = len(stored)
-        return spreads
-
-
-def _reference(run: Run, bundle_digest: str) -> Spreads | None:
-    """What is known of the bundle's training: as stored, else counted now, if that still can be."""
-    lakehouse = run.lakehouse
-    if lakehouse.exists("drift_reference"):
-        stored = lakehouse.read("drift_reference").filter(F.col("bundle_digest") == bundle_digest).collect()
-        if stored:
-            return {row["subject"]: (np.array(row["edges"], np.float64), np.array(row["counts"])) for row in stored}
-    try:
-        folder = bundles.find(run.config.bundles, bundle_digest)
-        found = store_reference(run, bundles.load_promoted(run.config, folder))
-    except BundleError:
-        found = None
-    if found is None:
-        logger.warning(
-            "drift: what bundle %s learned from is not in this lakehouse, so nothing is compared with it, only with the night "
-            "before",
-            bundle_digest[:12],
-        )
-    return found
-
-
-def _spreads(
-    rows: DataFrame, names: list[str], config: DriftConfig, key: tuple[str, ...]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Borders of each column, from a small sample, and its spread over a larger one."""
-    total = rows.count()
-    few = drift.sampled(rows, total, drift.SAMPLE, *key).select(*names).toPandas()
-    edges = {name: drift.borders(few[name].to_numpy()) for name in names}
-    many = drift.sampled(rows, total, config.max_users, *key).withColumn("_all", F.lit(""))
-    counts = drift.counted(many, edges, "_all").get("", {})
-    return {name: (edges[name], counts[name]) for name in counts}
-
-
-def _of_night(run: Run, scores: DataFrame, score_date: date, reference: Spreads | None) -> list[dict[str, Any]]:
-    """Rows of the kinds feature, score, levels and stability."""
+def _changes(run: Run, scores: DataFrame, score_date: date, reference: Spreads | None) -> list[dict[str, Any]]:
+    """Return the rows of the kinds feature, score, levels and stability."""
     before = scores.filter(F.col("score_date") < F.lit(score_date)).agg(F.max("score_date")).collect()[0][0]
-    # the version that is recorded is the one that is read, whatever is written meanwhile
+    # read the version that is recorded, whatever is written meanwhile
     features = run.lakehouse.read("user_features", run.lakehouse.version("user_features"))
     days = [score_date] if before is None else [score_date, before]
     rows = _spread_figures(run.config.drift, scores, features, days, reference)
     if before is not None:
-        rows += _between(run.config.drift, scores, features, score_date, before)
+        rows += _level_changes(run.config.drift, scores, features, score_date, before)
     return rows
 
 
 def _spread_figures(
     config: DriftConfig, scores: DataFrame, features: DataFrame, days: list[date], reference: Spreads | None
 ) -> list[dict[str, Any]]:
-    """How features and score are spread on the first day, against training and against the other day, if there is one."""
+    """Return the distances of features and score on the first day to the training, and to the second day if there is one."""
     users = scores.filter(F.col("score_date") == F.lit(days[0])).count()
-    theirs = drift.sampled(features.filter(F.col("as_of_date").isin(days)), users, config.max_users, "user_key")
-    scored = drift.sampled(scores.filter(F.col("score_date").isin(days)), users, config.max_users, "user_key")
+    feature_rows = drift.sampled(features.filter(F.col("as_of_date").isin(days)), users, config.max_users, "user_key")
+    score_rows = drift.sampled(scores.filter(F.col("score_date").isin(days)), users, config.max_users, "user_key")
     if reference is None:
-        # borders have to come from somewhere: of what is there to compare with
+        # without a training to compare with, the borders come from the other day
         names = [field.name for field in features.schema if field.dataType.simpleString() == "float"]
-        reference = _spreads(theirs.filter(F.col("as_of_date") == F.lit(days[-1])), names, config, ("user_key",))
+        last_day = feature_rows.filter(F.col("as_of_date") == F.lit(days[-1]))
+        reference = measure_spreads(last_day, names, config, ("user_key",))
         against = {}
     else:
         against = {name: {TRAINING: counts} for name, (_, counts) in reference.items()}
     edges = {name: edges for name, (edges, _) in reference.items() if name in features.columns}
-    found = drift.counted(theirs, edges, "as_of_date")
-    for day, counts in drift.counted(scored, {SCORE: SCORE_BORDERS}, "score_date").items():
-        found[day] = {**found.get(day, {}), **counts}
+    spreads = drift.count_spreads(feature_rows, edges, "as_of_date")
+    for day, counts in drift.count_spreads(score_rows, {SCORE: SCORE_BORDERS}, "score_date").items():
+        spreads[day] = {**spreads.get(day, {}), **counts}
     rows = []
-    for subject, tonight in found.get(str(days[0]), {}).items():
+    for subject, current in spreads.get(str(days[0]), {}).items():
         watched, kind = subject not in config.not_watched, SCORE if subject == SCORE else "feature"
         if TRAINING in against.get(subject, {}):
             rows += drift.distances(
                 kind,
                 subject,
                 against[subject][TRAINING],
-                tonight,
+                current,
                 against=TRAINING,
                 max_psi=config.max_psi if watched else None,
                 max_ks=config.max_ks if watched else None,
             )
         for before in map(str, days[1:]):
-            if subject in found.get(before, {}):
+            if subject in spreads.get(before, {}):
                 rows += drift.distances(
                     kind,
                     subject,
-                    found[before][subject],
-                    tonight,
+                    spreads[before][subject],
+                    current,
                     against=before,
                     max_psi=config.max_psi_night if watched else None,
                     max_ks=config.max_ks_night if watched else None,
@@ -265,23 +200,23 @@ def _spread_figures(
     return rows
 
 
-def _between(
+def _level_changes(
     config: DriftConfig, scores: DataFrame, features: DataFrame, score_date: date, before: date
 ) -> list[dict[str, Any]]:
-    """Users by their level before and now, and how many scores moved."""
-    earlier, tonight = (scores.filter(F.col("score_date") == F.lit(day)) for day in (before, score_date))
-    theirs = [features.filter(F.col("as_of_date") == F.lit(day)) for day in (before, score_date)]
-    moved = drift.moved(config.moved_points)
-    with persisted(drift.beside(earlier, tonight)) as users:
+    """Return the shares of users by their level before and now, and how many scores moved."""
+    earlier, later = (scores.filter(F.col("score_date") == F.lit(day)) for day in (before, score_date))
+    feature_rows = [features.filter(F.col("as_of_date") == F.lit(day)) for day in (before, score_date)]
+    moved = drift.has_moved(config.moved_points)
+    with persisted(drift.join_runs(earlier, later)) as users:
         cells = users.groupBy("before", "after").agg(F.count(F.lit(1)).alias("users"), F.count_if(moved).alias("moved"))
         matrix = cells.orderBy("before", "after").collect()
-        quiet = drift.without_new_events(users.filter(moved), *theirs).count()
+        moved_without_events = drift.without_new_events(users.filter(moved), *feature_rows).count()
     both = [cell for cell in matrix if cell["before"] != drift.NEW and cell["after"] != drift.GONE]
     count = sum(cell["users"] for cell in both)
     changed = sum(cell["users"] for cell in both if cell["before"] != cell["after"])
-    of_level: dict[str, int] = {}
+    users_before: dict[str, int] = {}
     for cell in matrix:
-        of_level[cell["before"]] = of_level.get(cell["before"], 0) + cell["users"]
+        users_before[cell["before"]] = users_before.get(cell["before"], 0) + cell["users"]
     against, digests = str(before), [_bundle_of(scores, day) for day in (before, score_date)]
     note = None if digests[0] == digests[1] else f"scores of the night before are of another bundle, {digests[0][:12]}"
     rows = [
@@ -289,38 +224,41 @@ def _between(
             "levels",
             f"{cell['before']}>{cell['after']}",
             "share",
-            cell["users"] / of_level[cell["before"]],
+            cell["users"] / users_before[cell["before"]],
             cell["users"],
             against=against,
             note=note,
         )
         for cell in matrix
     ]
-    nobody = math.nan if not count or theirs[0].isEmpty() else quiet / count
-    shares = {"changed_level": changed, "moved": sum(cell["moved"] for cell in both)}
-    for metric, some in shares.items():
-        share = some / count if count else math.nan
+    no_features = not count or feature_rows[0].isEmpty()
+    share_without_events = math.nan if no_features else moved_without_events / count
+    counts = {"changed_level": changed, "moved": sum(cell["moved"] for cell in both)}
+    for metric, changed_users in counts.items():
+        share = changed_users / count if count else math.nan
         rows.append(drift.figure("stability", SCORE, metric, share, count, against=against, note=note))
     rows.append(
         drift.figure(
             "stability",
             SCORE,
             "moved_without_events",
-            nobody,
+            share_without_events,
             count,
             against=against,
             most=config.max_moved,
-            note=note if not math.isnan(nobody) else "user_features of the night before are not there any more",
+            note=note
+            if not math.isnan(share_without_events)
+            else "user_features of the night before are not there any more",
         )
     )
     return rows
 
 
-# --- what was spent since ----------------------------------------------------------------------------------------------
+# --- real spend --------------------------------------------------------------------------------------------------------
 
 
 def _realised(run: Run, scores: DataFrame, score_date: date) -> list[dict[str, Any]]:
-    """Figures of the nights whose horizon is over and that no check of another date has measured."""
+    """Return figures of the runs whose horizon is over, and that no check of another date has measured."""
     measured = set[str]()
     if run.lakehouse.exists("drift"):
         others = run.lakehouse.read("drift").filter(
@@ -328,25 +266,25 @@ def _realised(run: Run, scores: DataFrame, score_date: date) -> list[dict[str, A
         )
         measured = {row[0] for row in others.select("subject").distinct().collect()}
     rows = []
-    for day in _over(run, scores, score_date):
+    for day in _complete_dates(run, scores, score_date):
         if str(day) not in measured:
             rows += _errors(run, scores, day)
     return rows
 
 
-def _over(run: Run, scores: DataFrame, score_date: date) -> list[date]:
-    """Nights up to a date whose horizon has passed, as far as events reach, oldest first."""
+def _complete_dates(run: Run, scores: DataFrame, score_date: date) -> list[date]:
+    """Return the dates of scores up to a date whose horizon is over, as far as events reach, oldest first."""
     if not run.lakehouse.exists("user_daily"):
         return []
     days = run.config.labels.horizon_days
     _, last = span(run.lakehouse)
     newest = min(score_date, last - timedelta(days=days))
-    nights = scores.filter(F.col("score_date") <= F.lit(newest)).select("score_date").distinct().collect()
-    return [day for day in sorted(row[0] for row in nights) if _of_horizon(scores, day, days)]
+    dates = scores.filter(F.col("score_date") <= F.lit(newest)).select("score_date").distinct().collect()
+    return [day for day in sorted(row[0] for row in dates) if _has_horizon(scores, day, days)]
 
 
-def _of_horizon(scores: DataFrame, day: date, days: int) -> bool:
-    """Whether a night's expected spend is over so many days: one bundle, with one horizon, made it."""
+def _has_horizon(scores: DataFrame, day: date, days: int) -> bool:
+    """Return whether the expected spend of a date is over so many days: one bundle, with one horizon, predicted it."""
     by_horizon = F.col("expected_by_horizon")
     same = F.element_at(by_horizon, F.lit(days)) == F.col("expected_spend")
     row = scores.filter(F.col("score_date") == F.lit(day)).select(F.coalesce(same, by_horizon.isNull())).first()
@@ -354,27 +292,28 @@ def _of_horizon(scores: DataFrame, day: date, days: int) -> bool:
 
 
 def _with_spend(run: Run, scores: DataFrame, day: date) -> DataFrame:
-    """Scores of a night with ``label_spend``, what the user spent over the horizon."""
-    night = scores.filter(F.col("score_date") == F.lit(day)).withColumn("as_of_date", F.col("score_date"))
+    """Return the scores of a date with ``label_spend``, the user's spend over the horizon."""
+    of_date = scores.filter(F.col("score_date") == F.lit(day)).withColumn("as_of_date", F.col("score_date"))
     spend = labels.future_spend(run.lakehouse.read("user_daily"), [day], run.config.labels.horizon_days)
-    return labels.join_labels(night, spend)
+    return labels.join_labels(of_date, spend)
 
 
 def _errors(run: Run, scores: DataFrame, day: date) -> list[dict[str, Any]]:
+    """Return the figures of the kind realised: the metrics of a date, and whether they are as promised."""
     config = run.config.drift
     rows = _with_spend(run, scores, day)
     users = scores.filter(F.col("score_date") == F.lit(day)).count()
-    kept_columns = ("label_spend", "expected_spend", "low", "high", "p_active")
-    frame = drift.sampled(rows, users, config.max_users, "user_key").select(*kept_columns).toPandas()
-    truth, predicted, low, high, p_active = (frame[name].to_numpy(np.float64) for name in kept_columns)
-    found = metrics.evaluate(truth, predicted, low=low, high=high, p_active=p_active)
+    columns = ("label_spend", "expected_spend", "low", "high", "p_active")
+    frame = drift.sampled(rows, users, config.max_users, "user_key").select(*columns).toPandas()
+    truth, predicted, low, high, p_active = (frame[name].to_numpy(np.float64) for name in columns)
+    figures = metrics.evaluate(truth, predicted, low=low, high=high, p_active=p_active)
     spent = np.maximum(truth, 0.0).sum()
-    found["calibration"] = predicted.sum() / spent if spent > 0 else math.nan
-    promised = _of_test_date(run, _bundle_of(scores, day))
+    figures["calibration"] = predicted.sum() / spent if spent > 0 else math.nan
+    promised = _test_metrics(run, _bundle_of(scores, day))
     coverage = run.config.fusion.coverage
     promised |= {"coverage": coverage, "calibration": 1.0}
-    ranks = [name for name in promised if name in ("spearman", "gini")]
-    least = {name: promised[name] - config.max_rank_loss for name in ranks}
+    rank_metrics = [name for name in promised if name in ("spearman", "gini")]
+    least = {name: promised[name] - config.max_rank_loss for name in rank_metrics}
     least |= {"coverage": coverage - config.max_coverage_gap, "calibration": 1 - config.max_calibration_error}
     most = {"calibration": 1 + config.max_calibration_error}
     note = None if len(frame) == users else f"of a sample of {len(frame):,} of {users:,} users, by hash"
@@ -390,12 +329,12 @@ def _errors(run: Run, scores: DataFrame, day: date) -> list[dict[str, Any]]:
             most=most.get(metric),
             note=note,
         )
-        for metric, value in found.items()
+        for metric, value in figures.items()
     ]
 
 
-def _of_test_date(run: Run, bundle_digest: str) -> dict[str, float]:
-    """Figures of the bundle on its test date, of all users; none where its horizon was not over then."""
+def _test_metrics(run: Run, bundle_digest: str) -> dict[str, float]:
+    """Return metrics of the bundle at its test date, over all users; none if its horizon was not over then."""
     if not run.lakehouse.exists("metrics"):
         return {}
     of_bundle = (
@@ -411,9 +350,14 @@ def _of_test_date(run: Run, bundle_digest: str) -> dict[str, float]:
 
 
 def fairness(spark: SparkSession, config: Config, score_date: date) -> FairnessResult:
-    """Report scores of a night, and the errors of the newest night up to it whose horizon is over, by segment of users.
+    """Report the scores of a date by segment of users, and the errors of the newest date up to it whose horizon is over.
 
-    The rows of the date in ``fairness`` are replaced; a broken threshold is a warning in the log.
+    The rows of the date in ``fairness`` are replaced. A broken threshold is a warning in the log.
+
+    Args:
+        spark: the running session.
+        config: settings.
+        score_date: date of the scoring run.
 
     Raises:
         DataError: the date has no scores, or no user has a segment.
@@ -426,35 +370,35 @@ def fairness(spark: SparkSession, config: Config, score_date: date) -> FairnessR
         names = sorted(row[0] for row in segments.select("segment").distinct().collect())
         if not names:
             raise DataError("raw_users", "no user has a segment; there is nothing to report by", column="segment")
-        over = _over(run, scores, score_date)
-        inputs = digest(config.fairness, score_date, over[-1:])
+        complete = _complete_dates(run, scores, score_date)
+        inputs = digest(config.fairness, score_date, complete[-1:])
         with run.step("fairness", FAIRNESS, inputs, score_date=str(score_date)) as step:
-            tonight = scores.filter(F.col("score_date") == F.lit(score_date))
-            rows = _by_segment(run, tonight, segments, names, by_segment.of_scores(), score_date)
-            for day in over[-1:]:
-                night = _with_spend(run, scores, day)
-                top = night.agg(F.percentile_approx("label_spend", by_segment.TOP)).collect()[0][0]
+            of_date = scores.filter(F.col("score_date") == F.lit(score_date))
+            rows = _by_segment(run, of_date, segments, names, by_segment.of_scores(), score_date)
+            for day in complete[-1:]:
+                with_spend = _with_spend(run, scores, day)
+                top = with_spend.agg(F.percentile_approx("label_spend", by_segment.TOP)).collect()[0][0]
                 errors = by_segment.of_errors(max(top, 0.0))
-                rows = rows.unionByName(_by_segment(run, night, segments, names, errors, day))
+                rows = rows.unionByName(_by_segment(run, with_spend, segments, names, errors, day))
             rows = rows.withColumns({"run_id": F.lit(run.run_id), "score_date": F.lit(score_date)})
             step.replace(rows, where={"score_date": [score_date]})
             report = lakehouse.read("fairness").filter(F.col("score_date") == F.lit(score_date))
             counted = report.agg(F.count(F.lit(1)), F.count_if("broken")).collect()[0]
             step.figures["segments"], step.figures["score_date"] = len(names), score_date
-            step.figures["measured"] = over[-1] if over else None
+            step.figures["measured"] = complete[-1] if complete else None
             step.figures["rows_out"], step.figures["broken"] = counted
         if counted[1]:
             message = "fairness of %s: %d figures of groups break their thresholds (table fairness; docs/monitoring.md)"
             fields = {"score_date": str(score_date), "broken": counted[1]}
             logger.warning(message, score_date, counted[1], extra={"fields": fields})
-        return FairnessResult(report, counted[1], over[-1] if over else None, run.records)
+        return FairnessResult(report, counted[1], complete[-1] if complete else None, run.records)
 
 
 def _by_segment(
-    run: Run, night: DataFrame, segments: DataFrame, names: list[str], figures: by_segment.Figures, day: date
+    run: Run, scores: DataFrame, segments: DataFrame, names: list[str], figures: by_segment.Figures, day: date
 ) -> DataFrame:
-    found = by_segment.report(
-        by_segment.in_groups(night, segments, names), figures, run.config.fairness, run.config.privacy.smallest_group
-    )
-    bundle_digest = _bundle_of(night, day)
-    return found.withColumns({"measured_date": F.lit(day), "bundle_digest": F.lit(bundle_digest)})
+    """Return rows of FAIRNESS, without run and score date, for the scores of a day."""
+    users = by_segment.in_groups(scores, segments, names)
+    rows = by_segment.report(users, figures, run.config.fairness, run.config.privacy.smallest_group)
+    bundle_digest = _bundle_of(scores, day)
+    return rows.withColumns({"measured_date": F.lit(day), "bundle_digest": F.lit(bundle_digest)})

@@ -1,8 +1,7 @@
-"""How good predictions are: per-user predictions and real spend in, metrics and tables for people out.
+"""Compute metrics of per-user predictions against real spend, and show them as tables.
 
-All metrics are of money over the horizon; spend below 0 (net refunds) counts as 0, as it does in fitting.
-What a metric can't tell of the data at hand (one user, nobody spends, all predictions equal) is NaN, never a
-warning.
+All metrics are of money over the horizon. Spend below 0 (net refunds) counts as 0, as it does in fitting. A metric that is not
+defined on the data (one user, no spend, all predictions equal) is NaN, never a warning.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from rich.table import Table
 from bp_spark.core.errors import DataError
 
 POPULATIONS = ("all", "seen", "unseen")
-"""``seen``: users some model was fitted on, at earlier dates; ``unseen``: users held out of all fitting."""
+"""``seen``: users that some model was fitted on, at earlier dates; ``unseen``: users held out of all fitting."""
 
 TITLES = {
     "spearman": "Spearman ↑",
@@ -35,25 +34,25 @@ TITLES = {
     "bracket_spearman": "Spearman with bracket ↑",
     "bracket_auc": "AUC of upper half ↑",
 }
-"""Every metric, in the order of tables, and the way to go."""
+"""Title of every metric, in the order of tables; the arrow points to the better values."""
 
 
 def spearman(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Spearman's rank correlation, ties at their mean rank; NaN where either side is constant."""
+    """Return Spearman's rank correlation, with ties at their mean rank; NaN if either side is constant."""
     return _correlation(_ranks(truth), _ranks(predicted))
 
 
 def normalised_gini(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Gini coefficient of the prediction's gain chart, divided by that of the truth's own.
+    """Return the Gini coefficient of the prediction's gain chart, divided by that of the truth's own gain chart.
 
-    With users ordered by falling prediction and ``c_i`` the share of all spend held by the first ``i`` of
-    ``n``, ``gini = 2 * Σ c_i / n - 1``; the result is ``gini(predicted) / gini(truth)``: 1 for a perfect
-    order, about 0 for none. This is the measure of Wang, Liu and Miao (2019), "A deep probabilistic model for
-    customer lifetime value prediction" (google/lifetime_value, ``gini_from_gain``), except that tied
-    predictions share their spend evenly, so that the result doesn't depend on the order of rows.
+    Order users by falling prediction, and let ``c_i`` be the share of all spend held by the first ``i`` of ``n``. Then ``gini
+    = 2 * Σ c_i / n - 1``, and the result is ``gini(predicted) / gini(truth)``: 1 for a perfect order, about 0 for a random
+    order. This is the measure of Wang, Liu and Miao (2019), "A deep probabilistic model for customer lifetime value
+    prediction" (google/lifetime_value, ``gini_from_gain``), with one exception. Tied predictions share their spend evenly, so
+    that the result doesn't depend on the order of rows.
 
     Returns:
-        NaN where all spend is equal (no order is better than another) or nobody spends.
+        The ratio; NaN if all spend is equal (then no order is better than another) or nobody spends.
     """
     if not truth.size or truth.sum() <= 0 or truth.min() == truth.max():
         return math.nan
@@ -66,44 +65,43 @@ def normalised_gini(truth: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def decile_mape(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Mean absolute percentage error of mean prediction against mean spend, over deciles of the prediction.
+    """Return the mean absolute percentage error of mean prediction against mean spend, over deciles of the prediction.
 
-    As ``decile_stats`` of google/lifetime_value: ``mean_d |pred_mean_d - label_mean_d| / label_mean_d``. Two
-    borders are made definite: equal predictions stay in one decile (so there may be fewer than ten), and a
-    decile where nobody spends, whose error would be infinite, counts with ``pred_mean_d`` relative to the
-    mean spend of all.
+    As in ``decile_stats`` of google/lifetime_value: ``mean_d |pred_mean_d - label_mean_d| / label_mean_d``. Two cases are
+    defined in addition. Equal predictions stay in one decile, so there may be fewer than ten. In a decile where nobody spends
+    the error would be infinite; there ``pred_mean_d`` counts relative to the mean spend of all users.
 
     Returns:
-        A fraction, 0.1 for 10 %; NaN where nobody spends.
+        A fraction, 0.1 for 10 %; NaN if nobody spends.
     """
     if not truth.size or truth.sum() <= 0:
         return math.nan
     edges = np.unique(np.quantile(predicted, np.arange(1, 10) / 10))
     decile = np.unique(np.searchsorted(edges, predicted, side="left"), return_inverse=True)[1]
     rows = np.bincount(decile)
-    labelled, said = np.bincount(decile, truth) / rows, np.bincount(decile, predicted) / rows
-    return float(np.mean(np.abs(said - labelled) / np.where(labelled > 0, labelled, truth.mean())))
+    mean_spend, mean_prediction = np.bincount(decile, truth) / rows, np.bincount(decile, predicted) / rows
+    return float(np.mean(np.abs(mean_prediction - mean_spend) / np.where(mean_spend > 0, mean_spend, truth.mean())))
 
 
 def mae(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Mean absolute error, in money."""
+    """Return the mean absolute error, in money."""
     return _mean(np.abs(predicted - truth))
 
 
 def rmse(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Root mean squared error, in money."""
+    """Return the root mean squared error, in money."""
     return math.sqrt(_mean((predicted - truth) ** 2))
 
 
 def rmse_log1p(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Root mean squared error of ``log1p``; predictions below 0 count as 0."""
+    """Return the root mean squared error of ``log1p``; predictions below 0 count as 0."""
     return math.sqrt(_mean((np.log1p(np.maximum(predicted, 0.0)) - np.log1p(truth)) ** 2))
 
 
 def top_decile_capture(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Share of all real spend held by the tenth of users (rounded up) predicted highest.
+    """Return the share of all real spend held by the tenth of users (rounded up) with the highest predictions.
 
-    NaN where nobody spends. Users tied at the border share their spend evenly.
+    Users tied at the border share their spend evenly. The result is NaN if nobody spends.
     """
     if not truth.size or truth.sum() <= 0:
         return math.nan
@@ -112,24 +110,24 @@ def top_decile_capture(truth: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def coverage(truth: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
-    """Share of users whose spend lies in ``low``..``high``, ends included."""
+    """Return the share of users whose spend lies in ``low``..``high``, ends included."""
     return _mean((low <= truth) & (truth <= high))
 
 
 def interval_width(low: np.ndarray, high: np.ndarray) -> float:
-    """Mean of ``high - low``, in money."""
+    """Return the mean of ``high - low``, in money."""
     return _mean(high - low)
 
 
 def brier(active: np.ndarray, p_active: np.ndarray) -> float:
-    """Brier score: mean squared error of a probability (Brier 1950). ``active`` is boolean."""
+    """Return the Brier score, the mean squared error of a probability (Brier 1950); ``active`` is boolean."""
     return _mean((p_active - active) ** 2)
 
 
 def auc(active: np.ndarray, p_active: np.ndarray) -> float:
-    """Area under the ROC curve: chance that an active user ranks above an inactive one, ties half.
+    """Return the area under the ROC curve: the chance that an active user ranks above an inactive one, ties half.
 
-    NaN unless both kinds are there.
+    The result is NaN unless there are active and inactive users.
     """
     positive = int(active.sum())
     negative = active.size - positive
@@ -159,14 +157,14 @@ def evaluate(
     high: np.ndarray | None = None,
     p_active: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """All metrics that the given predictions allow.
+    """Return all metrics that the given predictions allow.
 
     Args:
         truth: real spend, ``[users]``; below 0 counts as 0.
         predicted: expected spend, ``[users]``.
-        low: lower end of the interval, with ``high``.
-        high: upper end of the interval, with ``low``.
-        p_active: probability of any spend.
+        low: lower end of the interval, ``[users]``; needs ``high``.
+        high: upper end of the interval, ``[users]``; needs ``low``.
+        p_active: probability of any spend, ``[users]``.
 
     Returns:
         Metric name to value, in the order of :data:`TITLES`.
@@ -197,12 +195,11 @@ def evaluate(
 
 
 def metrics_table(frame: pd.DataFrame, members: Sequence[str]) -> pd.DataFrame:
-    """Metrics of every member on all, seen and unseen users.
+    """Return the metrics of every member on all, seen and unseen users.
 
     Args:
-        frame: a row per user: ``user_key``, ``label_spend``, ``seen`` (bool) and a column of expected spend
-            per member; where ``low`` and ``high``, or ``p_active`` are there, they belong to the member
-            ``fused``.
+        frame: a row per user: ``user_key``, ``label_spend``, ``seen`` (bool) and a column of expected spend per member. The
+            optional columns ``low`` and ``high``, and ``p_active``, belong to the member ``fused``.
         members: the members' columns, in the order of the result.
 
     Returns:
@@ -215,18 +212,21 @@ def metrics_table(frame: pd.DataFrame, members: Sequence[str]) -> pd.DataFrame:
     for population, part in populations(frame, members).items():
         users = part["user_key"].nunique()
         for member in members:
-            extra = [n for n in ("low", "high", "p_active") if n in part.columns] if member == "fused" else []
             metrics = evaluate(
-                part["label_spend"].to_numpy(),
-                part[member].to_numpy(),
-                **{name: part[name].to_numpy() for name in extra},
+                part["label_spend"].to_numpy(), part[member].to_numpy(), **interval_columns(part, member)
             )
             rows += [(member, population, metric, value, users) for metric, value in metrics.items()]
     return pd.DataFrame(rows, columns=["member", "population", "metric", "value", "users"])
 
 
+def interval_columns(frame: pd.DataFrame, member: str) -> dict[str, np.ndarray]:
+    """Return ``low``, ``high`` and ``p_active`` as far as the frame has them; only the member ``fused`` has any."""
+    names = ("low", "high", "p_active") if member == "fused" else ()
+    return {name: frame[name].to_numpy() for name in names if name in frame.columns}
+
+
 def populations(frame: pd.DataFrame, members: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """The rows of each of :data:`POPULATIONS` that has any.
+    """Return the rows of each of :data:`POPULATIONS` that has any.
 
     Raises:
         DataError: ``user_key``, ``label_spend``, ``seen`` or a member's column is missing.
@@ -240,31 +240,32 @@ def populations(frame: pd.DataFrame, members: Sequence[str]) -> dict[str, pd.Dat
 
 
 def bracket_order(texts: Sequence[str | None]) -> np.ndarray:
-    """Place of each bracket among those given, by the numbers in its text: ``float64[users]``, NaN without a number.
+    """Rank brackets by the numbers in their texts: ``float64[users]``, from 0, NaN without a number.
 
-    ``Under 15K`` < ``15-24K`` < ``250K+``: by the lower end, then by the upper one; K and M are thousands and
-    millions, also of the number before a dash, and commas part thousands.
+    ``Under 15K`` < ``15-24K`` < ``250K+``: brackets are ordered by the lower end, then by the upper end. K and M are thousands
+    and millions, and also apply to the number before a dash. Commas separate thousands.
 
     >>> bracket_order(["250K+", "15-24K", None, "Under 15K", "15-24K"]).tolist()
     [2.0, 1.0, nan, 0.0, 1.0]
     """
     ends = {text: _bracket_ends(text) for text in {text for text in texts if isinstance(text, str)}}
-    places = {key: place for place, key in enumerate(sorted({key for key in ends.values() if key is not None}))}
-    found = (ends[text] if isinstance(text, str) else None for text in texts)
-    return np.array([math.nan if key is None else places[key] for key in found], np.float64)
+    known_brackets = {bracket for bracket in ends.values() if bracket is not None}
+    ranks = {bracket: rank for rank, bracket in enumerate(sorted(known_brackets))}
+    brackets = (ends[text] if isinstance(text, str) else None for text in texts)
+    return np.array([math.nan if bracket is None else ranks[bracket] for bracket in brackets], np.float64)
 
 
 def upper_half(order: np.ndarray) -> np.ndarray:
-    """Users in the upper brackets, boolean: parted where the halves are nearest to equal, a bracket on one side.
+    """Return which users are in the upper brackets, boolean: the split by bracket whose halves are nearest to equal.
 
     Raises:
         DataError: there are fewer than two brackets.
     """
-    places, users = np.unique(order, return_counts=True)
-    if len(places) < 2:
+    brackets, users = np.unique(order, return_counts=True)
+    if len(brackets) <= 1:
         raise DataError("raw_users", "needs users of two brackets at least to compare", column="segment")
-    border = places[1 + int(np.argmin(np.abs(np.cumsum(users)[:-1] - len(order) / 2)))]
-    return order >= border
+    border = brackets[1 + int(np.argmin(np.abs(np.cumsum(users)[:-1] - len(order) / 2)))]
+    return np.asarray(order >= border)
 
 
 _NUMBER = re.compile(r"(\d[\d,]*(?:\.\d+)?)\s*([kKmM]?)(?![A-Za-z])")
@@ -274,11 +275,12 @@ _SCALES = {"": 1.0, "k": 1e3, "m": 1e6}
 
 
 def _bracket_ends(text: str) -> tuple[float, float] | None:
-    found = _NUMBER.findall(text)
-    if not found:
+    """Return the lower and the upper end of a bracket; ``None`` if its text has no number."""
+    numbers = _NUMBER.findall(text)
+    if not numbers:
         return None
     values, scale = [], ""
-    for digits, suffix in reversed(found):
+    for digits, suffix in reversed(numbers):
         scale = suffix.lower() or scale
         values.append(float(digits.replace(",", "")) * _SCALES[scale])
     low, high = values[-1], values[0]
@@ -290,46 +292,48 @@ def _bracket_ends(text: str) -> tuple[float, float] | None:
 
 
 def render(table: pd.DataFrame, title: str | None = None) -> Table:
-    """A :func:`metrics_table` for the terminal: members as rows, metrics as columns, a block a population."""
+    """Render a :func:`metrics_table` for the terminal: members as rows, metrics as columns, a block per population."""
     names = [name for name in TITLES if name in set(table["metric"])]
-    drawn = Table(title=title)
-    drawn.add_column("users")
-    drawn.add_column("member")
+    terminal_table = Table(title=title)
+    terminal_table.add_column("users")
+    terminal_table.add_column("member")
     for name in names:
-        drawn.add_column(TITLES[name], justify="right")
+        terminal_table.add_column(TITLES[name], justify="right")
     values = table.set_index(["population", "member", "metric"])["value"].to_dict()
     for population in POPULATIONS:
         block = table[table["population"] == population]
         heading = "" if block.empty else f"{population} ({int(block['users'].iloc[0]):,})"
         for member in block["member"].unique():
             cells = [format_figure(name, values.get((population, member, name))) for name in names]
-            drawn.add_row(heading, str(member), *cells)
+            terminal_table.add_row(heading, str(member), *cells)
             heading = ""
-        drawn.add_section()
-    return drawn
+        terminal_table.add_section()
+    return terminal_table
 
 
 def format_figure(metric: str, value: float | None) -> str:
-    """A figure as people read it: money with two digits, else four; a dash for what the data can't tell."""
+    """Format a figure: money with two digits, other figures with four, NaN and ``None`` as a dash."""
     if value is None or math.isnan(value):
         return "–"
     return f"{value:,.2f}" if metric in ("mae", "rmse", "interval_width") else f"{value:.4f}"
 
 
 def _by_falling(order_by: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """``values`` by falling ``order_by``, those of a tie replaced by their mean."""
+    """Order ``values`` by falling ``order_by``, and replace those of a tie by their mean."""
     tie = np.unique(-order_by, return_inverse=True)[1]
     rows = np.bincount(tie)
     return np.repeat(np.bincount(tie, values) / rows, rows)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
+    """Return ranks from 1, with ties at their mean rank."""
     tie = np.unique(values, return_inverse=True)[1]
     rows = np.bincount(tie)
     return (np.cumsum(rows) - (rows - 1) / 2)[tie] if values.size else values
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Return Pearson's correlation; NaN if either side is constant."""
     if not a.size:
         return math.nan
     a, b = a - a.mean(), b - b.mean()

@@ -1,0 +1,1 @@
+"""Train the members, stack them, and promote what is better."""

@@ -1,4 +1,4 @@
-"""Trainings as of past dates, held against what was spent since."""
+"""Backtest: train as of past dates, and compare the predictions with the spend since."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from bp_spark.features import labels
 from bp_spark.features.job import span
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.tables import BACKTESTS, Lakehouse
-from bp_spark.training.job import Fitted, fit_as_of
+from bp_spark.training.ensemble import Fitted, fit_as_of
 
 MEAN = "mean of trees and transformer"
-"""A peer of backtests."""
+"""A further peer, which backtests compare with: the stack has to beat it."""
 
 
 @dataclass(frozen=True)
 class BacktestResult:
-    """What a backtest came to.
+    """Result of a backtest.
 
     Attributes:
-        tables: test date -> see :func:`bp_spark.evaluation.bootstrap.compare`.
-        report: the HTML page; its figures lie beside it.
-        stages: what ran.
+        tables: test date -> table of :func:`bp_spark.evaluation.bootstrap.compare`.
+        report: the HTML page; its figures are beside it.
+        stages: the stages that ran.
     """
 
     tables: Mapping[date, pd.DataFrame]
@@ -46,24 +46,26 @@ class BacktestResult:
 def backtest(
     spark: SparkSession, config: Config, test_dates: Sequence[date] = (), folds: int = 1, step_days: int = 28
 ) -> BacktestResult:
-    """Train as of past dates with what was known by then, and hold the predictions against what was spent since.
+    """Train as of past dates with what was known by then, and compare the predictions with the spend since.
 
-    Each date has the pipeline's own training, into the tables ``user_features`` and ``training_set``; no bundle is written
-    and none is promoted. Figures go to ``backtests`` date by date, so that a stopped backtest keeps what it has; the
-    page and its figures go to a folder of ``evaluation.reports``.
+    Each date has the pipeline's own training, into the tables ``user_features`` and ``training_set``. No bundle is written or
+    promoted. Figures go to ``backtests`` date by date, so a backtest that is stopped keeps those of finished dates. The page
+    and its figures go to a folder of ``evaluation.reports``.
 
     Args:
+        spark: the running session.
+        config: settings.
         test_dates: evaluation dates; by default the newest whose whole horizon has been seen, and ``folds - 1`` before it.
-        folds: how many dates, where none are given.
-        step_days: days between two of them.
+        folds: number of dates, if ``test_dates`` is empty.
+        step_days: days between two of these dates.
 
     Raises:
-        DataError: the horizon of a date is not over or the data don't reach back far enough for one, which is found
-            before anything is trained; or no user has the bracket of ``evaluation.external_segment``.
+        DataError: the horizon of a date is not over, or the data don't reach back far enough, before anything is trained; or no
+            user has the bracket of ``evaluation.external_segment``.
         PlatformError: the extra ``train`` is not installed.
     """
     extras.require("train", "backtest")
-    # matplotlib takes a second to import: other stages don't pay for it
+    # matplotlib takes a second to import, and other stages don't need it
     from bp_spark.report import backtest as report
 
     horizon = timedelta(days=config.labels.horizon_days)
@@ -78,18 +80,18 @@ def backtest(
             )
     cutoffs = {day: labels.cutoffs(first, day, config.labels) for day in dates}
     segment = config.evaluation.external_segment
-    of_users = None if segment is None else brackets(lakehouse.read("raw_users"), segment)
+    user_brackets = None if segment is None else brackets(lakehouse.read("raw_users"), segment)
     backtest_id, stages, finished = uuid.uuid4().hex[:12], [], []
     for day in dates:
         with recorded(spark, config, "backtest") as run:
-            fitted = fit_as_of(run, cutoffs[day], day, of_users)
+            fitted = fit_as_of(run, cutoffs[day], day, user_brackets)
             with run.stage("backtest") as figures:
                 figures["test_date"], figures["backtest_id"] = day, backtest_id
                 predictions, members = _with_mean(fitted)
                 table = _compare(predictions, members, config)
                 _record_backtest(run, table, backtest_id, day)
-                drawn = report.figures(predictions, members, config.fusion.coverage, fitted.history)
-                finished.append(report.Fold(day, table, drawn))
+                charts = report.figures(predictions, members, config.fusion.coverage, fitted.history)
+                finished.append(report.Fold(day, table, charts))
             stages += run.records
     about = {
         "backtest": backtest_id,
@@ -103,10 +105,14 @@ def backtest(
 
 
 def brackets(raw_users: DataFrame, segment: str) -> DataFrame:
-    """``user_key, bracket``: the segment's newest value of each user that has one.
+    """Return ``user_key, bracket``: the newest value of a segment, for each user with one.
+
+    Args:
+        raw_users: rows of RAW_USERS.
+        segment: name of the segment.
 
     Raises:
-        DataError: nobody has one.
+        DataError: no user has the segment.
     """
     users = raw_users.select("user_key", F.element_at("segment", segment).alias("bracket"), "ingest_id")
     newest = (
@@ -118,7 +124,7 @@ def brackets(raw_users: DataFrame, segment: str) -> DataFrame:
 
 
 def _with_mean(fitted: Fitted) -> tuple[pd.DataFrame, list[str]]:
-    """The predictions with one more peer: the plain mean of trees and transformer, which fusing has to beat."""
+    """Add a peer to the predictions: the plain mean of trees and transformer, which the stack has to beat."""
     if "transformer" not in fitted.names:
         return fitted.predictions, fitted.names
     mean = (fitted.predictions["trees"] + fitted.predictions["transformer"]) / 2
@@ -131,16 +137,16 @@ def _compare(predictions: pd.DataFrame, members: Sequence[str], config: Config) 
     segment = config.evaluation.external_segment
     if segment is None:
         return table
-    outside = bootstrap.compare_with_brackets(predictions, members, segment, resamples=resamples, seed=seed)
-    return pd.concat([table, outside], ignore_index=True)
+    by_bracket = bootstrap.compare_with_brackets(predictions, members, segment, resamples=resamples, seed=seed)
+    return pd.concat([table, by_bracket], ignore_index=True)
 
 
 def _record_backtest(run: Run, table: pd.DataFrame, backtest_id: str, test_date: date) -> None:
-    same = {
+    common = {
         "backtest_id": backtest_id,
         "run_id": run.run_id,
         "test_date": test_date,
         "resamples": run.config.evaluation.resamples,
     }
-    rows = [{**row, **same} for row in table.astype(object).where(table.notna(), None).to_dict("records")]
+    rows = [{**row, **common} for row in table.astype(object).where(table.notna(), None).to_dict("records")]
     run.lakehouse.append(BACKTESTS, run.spark.createDataFrame(rows, BACKTESTS.schema))

@@ -1,6 +1,6 @@
-"""Starting the ranks of a distributed training job: a function and its arguments in, what rank 0 returns out.
+"""Start the ranks of a distributed training job, and let them work together.
 
-:func:`run_ranks` starts them through pyspark's ``TorchDistributor``; inside, each rank enters
+:func:`run_ranks` runs a function in every rank through pyspark's ``TorchDistributor``. In the function, each rank enters
 :func:`process_group`.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -32,30 +32,36 @@ _ERROR_LINES = 8
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks of a job, as one of them sees it."""
+    """The ranks of a job, as seen by one rank.
+
+    Attributes:
+        rank: number of this rank, from 0.
+        size: number of ranks.
+        device: device that this rank computes on.
+    """
 
     rank: int
     size: int
     device: torch.device
 
     def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over all ranks; the same bits on each, so that all decide alike."""
+        """Return the element-wise sum over all ranks; the same bits on each rank, so that all decide alike."""
         total = values.detach().clone().to(self.device)
         dist.all_reduce(total)
         dist.broadcast(total, src=0)
         return total.to(values.device)
 
     def max(self, values: Tensor) -> Tensor:
-        """Element-wise maximum over all ranks."""
+        """Return the element-wise maximum over all ranks."""
         total = values.detach().clone().to(self.device)
         dist.all_reduce(total, op=dist.ReduceOp.MAX)
         return total.to(values.device)
 
     def from_first(self, value: int) -> int:
-        """What rank 0 passes, on every rank."""
-        told = torch.tensor(value, device=self.device)
-        dist.broadcast(told, src=0)
-        return int(told)
+        """Return the value of rank 0 on every rank."""
+        shared = torch.tensor(value, device=self.device)
+        dist.broadcast(shared, src=0)
+        return int(shared)
 
 
 def run_ranks(
@@ -68,20 +74,20 @@ def run_ranks(
 ) -> T:
     """Run ``function(*args, **kwargs)`` in ``config.processes`` ranks.
 
-    ``launcher: driver`` starts all ranks on this machine; they see its GPUs, whether Spark manages them or
-    not.
-    ``launcher: cluster`` starts each as a barrier task of an executor: there must be as many free task slots
-    as
-    ranks, no dynamic allocation, and ``run_dir`` and all data on a file system that every machine sees.
+    ``launcher: driver`` starts all ranks on this machine. They see its GPUs, whether Spark manages them or not.
+    ``launcher: cluster`` starts each rank as a barrier task of an executor. This needs as many free task slots as ranks, no
+    dynamic allocation, and ``run_dir`` and all data on a file system that every machine sees.
 
     Args:
         spark: the running session; ``TorchDistributor`` takes its settings from it.
-        config: number of ranks and where they run.
+        config: number of ranks, and where they run.
         run_dir: an existing folder; a rank that fails leaves its traceback there.
-        function: importable by the ranks, or a closure that cloudpickle can send; so are its arguments.
+        function: a function that the ranks can import, or a closure that cloudpickle can send.
+        args: positional arguments, which cloudpickle can send.
+        kwargs: keyword arguments, which cloudpickle can send.
 
     Returns:
-        What rank 0 returned.
+        The result of rank 0.
 
     Raises:
         PlatformError: a rank failed or could not be started.
@@ -91,26 +97,26 @@ def run_ranks(
     for old in run_dir.glob("rank-*.error"):
         old.unlink()
     on_driver = config.launcher == "driver"
-    # On the driver TorchDistributor would count GPUs that Spark manages only; without it ranks see all.
+    # on the driver TorchDistributor would only count GPUs that Spark manages; without `use_gpu` the ranks see all GPUs
     use_gpu = not on_driver and float(str(spark.conf.get("spark.task.resource.gpu.amount", "0"))) >= 1
     threads = _threads(spark, config)
     try:
-        # Ranks' output is progress, not a result: it belongs on standard error.
+        # the output of ranks is progress, not a result: it belongs on standard error
         with _environment(), redirect_stdout(sys.stderr):
             distributor = TorchDistributor(config.processes, local_mode=on_driver, use_gpu=use_gpu)
             distributor.logger.setLevel("WARNING")
-            result: Any = distributor.run(_rank, function, str(run_dir), threads, args, kwargs)
-            return result
+            result: Any = distributor.run(_run_rank, function, str(run_dir), threads, args, kwargs)
+            return cast(T, result)
     except Exception as error:
         raise PlatformError(_explain(run_dir, error)) from None
 
 
 @contextmanager
 def process_group() -> Iterator[Group]:
-    """Join the other ranks for the block: ``nccl`` if each rank on this machine has a GPU of its own, else ``gloo``.
+    """Join the other ranks for the block: by ``nccl`` if each rank on this machine has a GPU of its own, else by ``gloo``.
 
-    Reads the variables that torchrun sets: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``,
-    ``MASTER_ADDR``, ``MASTER_PORT``.
+    It reads the variables that torchrun sets: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``, ``MASTER_ADDR``,
+    ``MASTER_PORT``.
     """
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if torch.cuda.device_count() >= local_size:
@@ -127,13 +133,15 @@ def process_group() -> Iterator[Group]:
         raise
     finally:
         # A DDP model that outlives its group hangs when it is freed: it joins the group's threads while it holds the
-        # lock they wait for. It must be gone first, so callers keep it local to a function inside the block.
+        # lock that they wait for. So callers keep the model local to a function inside the block, and it is freed here.
         gc.collect()
         dist.destroy_process_group()
 
 
-def _rank(function: Callable[..., T], run_dir: str, threads: int, args: tuple, kwargs: dict) -> T:
-    """What each rank runs. Its error travels by file: torchrun passes on an exit code only."""
+def _run_rank(
+    function: Callable[..., T], run_dir: str, threads: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> T:
+    """Run the function in this rank; write an error to a file, as torchrun only passes on an exit code."""
     torch.set_num_threads(threads)
     try:
         return function(*args, **kwargs)
@@ -144,7 +152,7 @@ def _rank(function: Callable[..., T], run_dir: str, threads: int, args: tuple, k
 
 
 def _threads(spark: SparkSession, config: TrainingConfig) -> int:
-    """Cores of one rank: ranks that take more than their share slow each other down."""
+    """Return the number of cores of one rank: ranks that take more than their share slow each other down."""
     if config.launcher == "cluster":
         return int(str(spark.conf.get("spark.task.cpus", "1")))
     return max(1, len(os.sched_getaffinity(0)) // config.processes)
@@ -152,7 +160,7 @@ def _threads(spark: SparkSession, config: TrainingConfig) -> int:
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """This interpreter's folder first on ``PATH``, for ``torchrun``; and lines of output passed on as they come."""
+    """Put this interpreter's folder first on ``PATH``, for ``torchrun``, and let ranks pass on lines as they come."""
     before = dict(os.environ)
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before.get("PATH", "")])
     os.environ["PYTHONUNBUFFERED"] = "1"
@@ -167,7 +175,7 @@ def _environment() -> Iterator[None]:
 
 
 def _explain(run_dir: Path, error: Exception) -> str:
-    """The first rank that failed brought the others down; the end of its traceback says why."""
+    """Return the end of the traceback of the first rank that failed: it brought the others down."""
     files = sorted(run_dir.glob("rank-*.error"), key=lambda path: path.stat().st_mtime_ns)
     if files:
         return (

@@ -1,16 +1,16 @@
-"""The epochs of a data-parallel job: passes over the data and a loss in, the network with its best weights out.
+"""Train a task on every rank: the loop that fine-tuning, pre-training and the language model share.
 
-Fine-tuning, pre-training and the adaptation of the language model differ in what a batch is and what is lost on it; how
-ranks step together, when they stop and what they keep is here, once.
+A :class:`Task` says which network learns from which rows, by which losses, and what is saved. :func:`fit` does the rest: the
+process group, checkpoints, resumption, early stopping and progress.
 
-Data-parallel over ranks (DDP), all of which take the same number of steps. Each part of a loss is the mean over its
-targets (rows, masked tokens) of all ranks together, however many of them each rank has: each rank divides its sum by the
-targets of all, counted in the same step, and undoes DDP's division by the number of ranks. A rank without a target takes
-part with a weight of zero. So each target counts once per epoch, nobody waits for a rank that has run out, and the
-gradient is that of one process with the whole batch.
+Training is data-parallel (DDP), and all ranks take the same number of steps. Each part of a loss is the mean over its targets
+(rows, masked tokens) of all ranks together. Each rank divides its sum by the number of targets of all ranks, counted in the
+same step. It also undoes DDP's division by the number of ranks. A rank without a target takes part with a weight of zero. So
+each target counts once per epoch, and no rank waits for one that has run out of rows. The gradient is that of one process
+with the whole batch.
 
-Every epoch starts from random numbers of (seed, epoch, rank) and reads rows in an order of (seed, epoch), so a checkpoint
-needs no state of generators, and a resumed run does what an undisturbed one does.
+Every epoch draws its random numbers from (seed, epoch, rank) and orders its rows by (seed, epoch). So a checkpoint needs no
+state of generators, and a resumed run does what an undisturbed run does.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,154 +31,239 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from bp_spark.core.errors import ConfigError
-from bp_spark.training.distributed import Group
+from bp_spark.training.distributed import Group, process_group
 from bp_spark.training.progress import (
     TENSORBOARD_FOLDER,
     Progress,
     TrainingState,
     autocast,
+    resume,
     save_checkpoint,
     seed_of,
     weights,
 )
 
 SECONDS_PER_LINE = 10
-"""Least time between two lines of progress."""
-
-Pass = Callable[[int], AbstractContextManager[Iterator[Any]]]
-"""One pass over a rank's share in the order of a seed: the same number of batches on each rank."""
-
-Losses = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
-"""Network and batch to sums of losses [K] and the numbers of their targets [K], one entry for each part of the loss."""
+"""Least seconds between two lines of progress."""
 
 
 @dataclass(frozen=True)
-class Loop:
-    """What the epochs of a job are made of.
+class FitSettings:
+    """How a task is fitted, whatever its network.
 
     Attributes:
-        name: what progress is shown as.
-        section: of the configuration that has the learning rate.
-        state: network, optimizer, schedule of the learning rate, average of the weights.
-        parts: names of the K parts of the loss; the loss is the sum of their means.
-        losses: how a batch becomes losses to learn from.
-        judged_by: how a held-out batch becomes the losses that tell when to stop.
-        learned: passes over what is learned from.
-        held_out: passes over what tells when to stop; without any the last epoch is the best one.
-        steps: batches of a pass over ``learned``.
-        rows: of all ranks in such a pass.
-        max_epochs, patience: when to stop: at the latest, and without a better loss on ``held_out``.
+        title: name of the task in progress lines.
+        section: section of the configuration that has the learning rate, for messages.
+        loss_names: names of the K parts of the training loss, which is the sum of their means.
+        max_epochs: epochs to run at most.
+        patience: epochs without a better validation loss after which training stops.
         gradient_clip: largest norm of a step's gradient.
-        seed: of the run.
-        run_dir: of checkpoints and TensorBoard logs.
-        digest: identity of the run's inputs.
+        seed: seed of the run.
+        run_dir: folder of checkpoints and TensorBoard logs.
+        digest: identity of the run's inputs: a checkpoint of another digest is ignored.
+        starts_trained: whether the network starts from trained weights, which stay unless an epoch is better.
     """
 
-    name: str
+    title: str
     section: str
-    state: TrainingState
-    parts: tuple[str, ...]
-    losses: Losses
-    judged_by: Losses
-    learned: Pass
-    held_out: Pass | None
-    steps: int
-    rows: int
+    loss_names: tuple[str, ...]
     max_epochs: int
     patience: int
     gradient_clip: float
     seed: int
     run_dir: Path
     digest: str
+    starts_trained: bool = False
+
+
+class Split(Protocol):
+    """The training or validation rows that one rank reads."""
+
+    @property
+    def steps(self) -> int:
+        """Number of batches of one pass, the same on each rank."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of all ranks together."""
+
+    def epoch(self, seed: int) -> AbstractContextManager[Iterator[Any]]:
+        """Open one pass: all rows of this rank, each once, in ``steps`` batches ordered by ``seed``.
+
+        A rank without a row left yields a batch without targets: it takes part in every step.
+        """
+
+
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
+SplitT = TypeVar("SplitT", bound=Split)
+
+
+class Task(Protocol[NetworkT, SplitT]):
+    """One kind of training. It is pickled, sent to every rank, and builds there what the rank needs."""
+
+    @property
+    def settings(self) -> FitSettings:
+        """How the task is fitted."""
+
+    def splits(self, group: Group) -> tuple[SplitT, SplitT | None]:
+        """Return this rank's training rows, and its validation rows if there are any."""
+
+    def network(self, train: SplitT, group: Group) -> NetworkT:
+        """Return the network before the first step, with the same weights on each rank."""
+
+    def state(self, network: NetworkT, steps: int) -> TrainingState:
+        """Return optimizer, learning rates and average of the weights; an epoch has so many ``steps``."""
+
+    def train_losses(self, network: NetworkT, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return sums of the losses, float [K], and the numbers of their targets, [K].
+
+        Args:
+            network: the network of this rank.
+            model: the same network, wrapped by DDP: call this one, so that ranks exchange gradients.
+            batch: a batch of the training rows.
+        """
+
+    def valid_losses(self, network: NetworkT, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return sums of the losses by which training stops early, float [L], and the numbers of their targets, [L]."""
+
+    def save(self, network: NetworkT, train: SplitT, group: Group) -> None:
+        """Finish the network with its best weights, on all ranks together, and write it on rank 0."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Result of a fit: its progress, and how many rows all ranks trained and validated on."""
+
+    progress: Progress
+    train_rows: int
+    valid_rows: int
+
+
+@dataclass(frozen=True)
+class _Rank(Generic[NetworkT, SplitT]):
+    """One rank's side of a run."""
+
+    task: Task[NetworkT, SplitT]
+    settings: FitSettings
     group: Group
+    network: NetworkT
+    state: TrainingState
+    train: SplitT
+    valid: SplitT | None
 
 
-def run_epochs(loop: Loop, progress: Progress, best: dict[str, Tensor]) -> None:
-    """Train until ``loop`` says stop, and leave the network with its best weights.
+def fit(task: Task[NetworkT, SplitT]) -> FitResult:
+    """Train a task until it stops, and save the network with its best weights. Each rank calls this.
+
+    A run that was stopped goes on from its last checkpoint if its digest is the same. An epoch adds a row to the history of
+    the progress: ``epoch``, ``train_loss``, ``valid_loss`` (the training loss where there are no validation rows),
+    ``learning_rate``, ``rows_per_second`` and, for several parts, ``valid_loss_PART``.
 
     Args:
-        loop: what to do.
-        progress: where the run stands; moved on. An epoch adds ``epoch``, ``train_loss``, ``valid_loss`` (of what is
-            learned from, where nothing is held out),
-            ``learning_rate``, ``rows_per_second`` to its history and, of several parts, ``valid_loss_PART``.
-        best: weights of the best epoch so far.
+        task: the task; see :class:`Task`.
 
     Raises:
         ConfigError: a loss is not finite.
     """
-    state, network, group = loop.state, loop.state.network, loop.group
-    # Buffers are constant and equal on all ranks; to send the texts at each step would cost more than it.
-    # The newest torch has another name for that.
-    known = signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    setting: dict[str, Any] = {name: False}
-    model = DistributedDataParallel(network, **setting)
-    with _report(loop, progress) as (step_done, epoch_done):
-        while progress.epoch < loop.max_epochs and progress.epoch - progress.best_epoch < loop.patience:
+    with process_group() as group:
+        return _fit(task, group)
+
+
+def _fit(task: Task[NetworkT, SplitT], group: Group) -> FitResult:
+    settings = task.settings
+    train, valid = task.splits(group)
+    torch.manual_seed(settings.seed)
+    network = task.network(train, group).to(group.device)
+    state = task.state(network, train.steps)
+    progress, best_weights = resume(settings.run_dir, settings.digest, group, state)
+    rank = _Rank(task, settings, group, network, state, train, valid)
+    if settings.starts_trained and valid is not None and not progress.epoch:
+        progress.best_loss = sum(mean_losses(rank, valid))
+        progress.history.append({"epoch": 0, "valid_loss": progress.best_loss})
+    run_epochs(rank, progress, best_weights)
+    task.save(network, train, group)
+    return FitResult(progress, train.rows, valid.rows if valid is not None else 0)
+
+
+def run_epochs(rank: _Rank[NetworkT, SplitT], progress: Progress, best_weights: dict[str, Tensor]) -> None:
+    """Run epochs until the settings say stop, and leave the network with its best weights."""
+    settings, state, group, network = rank.settings, rank.state, rank.group, rank.network
+    model = _data_parallel(network)
+    with _report(rank, progress) as (step_done, epoch_done):
+        while progress.epoch < settings.max_epochs and progress.epoch - progress.best_epoch < settings.patience:
             started, epoch = time.monotonic(), progress.epoch + 1
-            parts = train_epoch(loop, model, epoch, step_done)
-            train_loss, seconds = sum(parts), time.monotonic() - started
+            train_losses = train_epoch(rank, model, epoch, step_done)
+            seconds = time.monotonic() - started
             with state.average.in_place():
-                if loop.held_out is not None:
-                    parts = mean_losses(network, loop.judged_by, loop.held_out, group)
-                valid_loss = sum(parts)
+                valid_losses = train_losses if rank.valid is None else mean_losses(rank, rank.valid)
+                train_loss, valid_loss = sum(train_losses), sum(valid_losses)
                 if not math.isfinite(train_loss + valid_loss):
                     raise ConfigError(
-                        f"{loop.section}.learning_rate: the loss is not finite after epoch {epoch}, try less"
+                        f"{settings.section}.learning_rate: the loss is not finite after epoch {epoch}, try less"
                     )
-                if loop.held_out is None or valid_loss < progress.best_loss:
-                    progress.best_loss, progress.best_epoch, best = valid_loss, epoch, weights(network)
+                # without validation rows the last epoch is the best
+                if rank.valid is None or valid_loss < progress.best_loss:
+                    progress.best_loss, progress.best_epoch, best_weights = valid_loss, epoch, weights(network)
             progress.epoch = epoch
-            named = zip(loop.parts, parts, strict=True) if len(parts) > 1 else ()
             progress.history.append(
                 {
                     "epoch": epoch,
                     "train_loss": train_loss,
                     "valid_loss": valid_loss,
                     "learning_rate": float(state.schedule.get_last_lr()[0]),
-                    "rows_per_second": loop.rows / seconds,
-                    **{f"valid_loss_{name}": value for name, value in named},
+                    "rows_per_second": rank.train.rows / seconds,
+                    **_by_part(settings.loss_names, valid_losses),
                 }
             )
             epoch_done()
             if group.rank == 0:
-                save_checkpoint(loop.run_dir, loop.digest, state, progress, best)
-    network.load_state_dict(best)
+                save_checkpoint(settings.run_dir, settings.digest, state, progress, best_weights)
+    network.load_state_dict(best_weights)
 
 
-def train_epoch(loop: Loop, model: DistributedDataParallel, epoch: int, step_done: Callable[[], None]) -> list[float]:
-    """One pass over what is learned from: the mean of each part of the loss over all ranks."""
-    group = loop.group
-    torch.manual_seed(seed_of(loop.seed, epoch, group.rank))
-    model.train()
-    total = torch.zeros(2, len(loop.parts), dtype=torch.float64, device=group.device)
-    with loop.learned(seed_of(loop.seed, epoch)) as batches:
+def train_epoch(
+    rank: _Rank[NetworkT, SplitT], model: DistributedDataParallel, epoch: int, step_done: Callable[[], None]
+) -> list[float]:
+    """Train on all rows once; return the mean of each part of the loss over all ranks."""
+    settings, group = rank.settings, rank.group
+    torch.manual_seed(seed_of(settings.seed, epoch, group.rank))
+    rank.network.train()
+    total = torch.zeros(2, len(settings.loss_names), dtype=torch.float64, device=group.device)
+    with rank.train.epoch(seed_of(settings.seed, epoch)) as batches:
         for batch in batches:
             with autocast(group.device):
-                sums, counts = loop.losses(model, batch)
+                sums, counts = rank.task.train_losses(rank.network, model, batch)
             counts_of_all = group.sum(counts.float()).clamp(min=1)
-            loop.state.optimizer.zero_grad()
-            (sums * group.size / counts_of_all).sum().backward()
-            nn.utils.clip_grad_norm_(model.parameters(), loop.gradient_clip)
-            loop.state.step()
+            rank.state.optimizer.zero_grad()
+            torch.autograd.backward((sums * group.size / counts_of_all).sum())
+            nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+            rank.state.step()
             total += torch.stack([sums.detach().double(), counts.double()])
             step_done()
     return _means(total, group)
 
 
 @torch.inference_mode()
-def mean_losses(network: nn.Module, losses: Losses, held_out: Pass, group: Group) -> list[float]:
-    """Mean of each part of the loss over all ranks, in evaluation mode, with the random numbers of seed 0."""
-    network.eval()
+def mean_losses(rank: _Rank[NetworkT, SplitT], split: SplitT) -> list[float]:
+    """Return the mean of each validation loss over all ranks, in evaluation mode, with the random numbers of seed 0."""
+    rank.network.eval()
     total: Tensor | None = None
-    with held_out(0) as batches:
+    with split.epoch(0) as batches:
         for batch in batches:
-            with autocast(group.device):
-                sums, counts = losses(network, batch)
+            with autocast(rank.group.device):
+                sums, counts = rank.task.valid_losses(rank.network, batch)
             both = torch.stack([sums.double(), counts.double()])
             total = both if total is None else total + both
     assert total is not None, "a snapshot has rows, so a pass has batches"
-    return _means(total, group)
+    return _means(total, rank.group)
+
+
+def _data_parallel(network: nn.Module) -> DistributedDataParallel:
+    """Wrap the network; buffers are not sent, as they are constant, equal on all ranks, and large (the texts)."""
+    # the newest torch renamed the argument
+    renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    no_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(network, **no_buffers)
 
 
 def _means(total: Tensor, group: Group) -> list[float]:
@@ -187,21 +272,31 @@ def _means(total: Tensor, group: Group) -> list[float]:
     return means
 
 
+def _by_part(names: Sequence[str], losses: Sequence[float]) -> dict[str, float]:
+    """Name the validation losses of several parts; one loss needs no name."""
+    if len(losses) == 1:
+        return {}
+    return {f"valid_loss_{name}": loss for name, loss in zip(names, losses, strict=True)}
+
+
 @contextmanager
-def _report(loop: Loop, progress: Progress) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
-    """From rank 0: lines on standard error as steps are done, and TensorBoard scalars per epoch."""
-    if loop.group.rank != 0:
+def _report(
+    rank: _Rank[NetworkT, SplitT], progress: Progress
+) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    """Report from rank 0: lines on standard error as steps are done, and TensorBoard scalars per epoch."""
+    if rank.group.rank != 0:
         yield lambda: None, lambda: None
         return
-    # of the extra `train`: this module is also imported where nothing is trained
+    # tensorboard belongs to the extra `train`; this module is also imported where nothing is trained
     from torch.utils.tensorboard import SummaryWriter
 
+    settings, steps = rank.settings, rank.train.steps
     with (
-        SummaryWriter(str(loop.run_dir / TENSORBOARD_FOLDER), purge_step=progress.epoch + 1) as writer,
+        SummaryWriter(str(settings.run_dir / TENSORBOARD_FOLDER), purge_step=progress.epoch + 1) as writer,
         tqdm(
-            total=loop.max_epochs * loop.steps,
-            initial=progress.epoch * loop.steps,
-            desc=loop.name,
+            total=settings.max_epochs * steps,
+            initial=progress.epoch * steps,
+            desc=settings.title,
             unit="step",
             mininterval=SECONDS_PER_LINE,
             miniters=1,
@@ -209,19 +304,19 @@ def _report(loop: Loop, progress: Progress) -> Iterator[tuple[Callable[[], None]
     ):
 
         def step_done() -> None:
-            # The launcher passes output on line by line: without a line's end the bar would show at the end.
+            # the launcher passes output on line by line: without the newline, the bar would only show at the end
             if bar.update():
                 print(file=sys.stderr, flush=True)
 
         def epoch_done() -> None:
-            last = progress.history[-1]
-            for name, value in last.items():
+            record = progress.history[-1]
+            for name, value in record.items():
                 if name != "epoch":
                     writer.add_scalar(name, value, progress.epoch)
             bar.set_postfix(
                 epoch=progress.epoch,
-                train=f"{last['train_loss']:.4f}",
-                valid=f"{last['valid_loss']:.4f}",
+                train=f"{record['train_loss']:.4f}",
+                valid=f"{record['valid_loss']:.4f}",
                 best=progress.best_epoch,
                 refresh=False,
             )

@@ -1,11 +1,11 @@
-"""A snapshot of a Delta table in, batches of columns out: each rank reads its own share of the Parquet files.
+"""Read a snapshot of a Delta table in batches of columns, each rank its own shard of the Parquet files.
 
-:func:`snapshot` asks the transaction log which files make up a version, and only those are read: a reader of Parquet files, as
-Petastorm is one, knows nothing of Delta and would take those of other versions, too.
+:func:`snapshot` asks the transaction log which files make up a version. Only those are read: Petastorm reads plain Parquet
+files and would take the files of other versions too.
 
-Ranks share the row groups of the snapshot (:meth:`Snapshot.share`), and a :class:`Feed` passes over a share
-once per epoch in a fixed number of batches, so that all ranks take equally many steps however unequal their
-shares are. Who reads the files is a matter of ``training.feed``: Petastorm, or pyarrow alone.
+:meth:`Snapshot.shard` divides the row groups among the ranks. A :class:`ShardLoader` passes over a shard once per epoch in a
+fixed number of batches. So all ranks take equally many steps, however unequal their shards are. The setting ``training.feed``
+chooses the reader: Petastorm, or pyarrow alone.
 """
 
 from __future__ import annotations
@@ -29,36 +29,39 @@ from bp_spark.core.stores import file_system
 from bp_spark.lakehouse import footers
 
 Columns = dict[str, np.ndarray]
-"""Column name to values, one per row. An array column is an object array of one-dimensional arrays, empty where it is NULL, a
-text column one of texts and ``None``. NULL numbers are NaN, of integers too, which are float64 then."""
+"""Column name to values, one per row.
+
+An array column is an object array of one-dimensional arrays, empty where the cell is NULL. A text column is an object array of
+texts and ``None``. NULL numbers are NaN; integers with a NULL become float64.
+"""
 
 ReaderName = Literal["petastorm", "arrow"]
 
 MEMORY_LIMIT = 512 * 2**20
-"""A share whose decoded size is below this many bytes is decoded once and kept."""
+"""A shard whose decoded size is below this many bytes is decoded once and kept in memory."""
 SHUFFLE_BYTES = 128 * 2**20
-"""Decoded size of the rows that are shuffled together when a share is larger than that."""
+"""Decoded bytes of the rows that are shuffled together when a shard is larger than ``MEMORY_LIMIT``."""
 POOL_BATCHES = 16
-"""Batches whose rows are ordered by length together: enough for little padding, few enough to stay random."""
+"""Batches whose rows are sorted by length together: enough for little padding, few enough to stay random."""
 
 _VALUE_BYTES = 8
-_ARRAY_BYTES = 112  # of a numpy array object, whatever it holds
-_TEXT_BYTES = 56  # of a Python string, whatever it holds
+_ARRAY_BYTES = 112  # overhead of a numpy array object
+_TEXT_BYTES = 56  # overhead of a Python string
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A row group of a Parquet file: its rows, and an estimate of their decoded size in bytes."""
+    """A row group of a Parquet file: its number of rows, and an estimate of their decoded size in bytes."""
 
     rows: int
     size: int
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """The part of a snapshot that one rank reads: row groups ``index``, ``index + count``, ... of all files.
 
-    ``count`` may be smaller than the number of ranks; a rank left over has a share without rows.
+    ``count`` may be smaller than the number of ranks; a rank beyond it has a shard without rows.
     """
 
     files: tuple[str, ...]
@@ -68,22 +71,24 @@ class Share:
     rows: int
     size: int
 
-    def opened(self) -> tuple[fs.FileSystem, list[str]]:
-        """What pyarrow reads the files by, and their paths in it."""
+    def file_system_and_paths(self) -> tuple[fs.FileSystem, list[str]]:
+        """Return pyarrow's file system of the files, and their paths in it."""
         return file_system(self.files[0])[0], [file_system(file)[1] for file in self.files]
 
 
-class ShareReader(Protocol):
-    """One pass over a share, a row group at a time: in the files' order without a seed, else in one that follows from it."""
+class ShardReader(Protocol):
+    """A function that opens one pass over a shard, a row group at a time."""
 
     def __call__(
-        self, share: Share, scalars: Sequence[str], arrays: Mapping[str, np.dtype[Any]], seed: int | None
+        self, shard: Shard, scalars: Sequence[str], arrays: Mapping[str, np.dtype[Any]], seed: int | None
     ) -> AbstractContextManager[Iterator[Columns]]:
-        """
+        """Open a pass.
+
         Args:
-            share: the row groups; at least one.
+            shard: the row groups; at least one.
             scalars: names of the plain columns to read; no others are decoded.
-            arrays: array columns to read, and the type of what they hold.
+            arrays: array columns to read, and the type of their elements.
+            seed: seed of the order of row groups; ``None`` keeps the order of the files.
         """
 
 
@@ -92,8 +97,8 @@ class Snapshot:
     """The active files of one version of a Delta table.
 
     Attributes:
-        path: the table.
-        version: its version.
+        path: location of the table.
+        version: version of the table.
         files: addresses of the Parquet files, sorted.
         schema: the columns that all files have.
         groups: the row groups, file by file.
@@ -107,24 +112,23 @@ class Snapshot:
 
     @property
     def rows(self) -> int:
-        """Rows in all files."""
+        """Number of rows in all files."""
         return sum(group.rows for group in self.groups)
 
-    def share(self, rank: int, ranks: int) -> Share:
-        """The share of ``rank`` (from 0) of ``ranks``. Together the shares hold each row exactly once.
+    def shard(self, rank: int, ranks: int) -> Shard:
+        """Return the shard of ``rank`` (from 0) of ``ranks``; together the shards hold each row exactly once.
 
-        Petastorm refuses more shares than row groups, so then as many ranks as there are row groups read one
-        each.
+        Petastorm refuses more shards than row groups. With fewer row groups than ranks, the first ranks read one group each.
 
         >>> groups = (RowGroup(5, 80), RowGroup(3, 48))
         >>> whole = Snapshot("t", 0, ("file:///t/0.parquet",), pa.schema([]), groups)
-        >>> [whole.share(rank, 3).rows for rank in range(3)]
+        >>> [whole.shard(rank, 3).rows for rank in range(3)]
         [5, 3, 0]
         """
         count = min(ranks, len(self.groups))
-        own = self.groups[rank::count] if rank < count else ()
-        rows, size = sum(group.rows for group in own), sum(group.size for group in own)
-        return Share(self.files, self.schema, rank, count, rows, size)
+        groups = self.groups[rank::count] if rank < count else ()
+        rows, size = sum(group.rows for group in groups), sum(group.size for group in groups)
+        return Shard(self.files, self.schema, rank, count, rows, size)
 
 
 def snapshot(path: str, version: int | None = None, where: Mapping[str, str | Sequence[str]] | None = None) -> Snapshot:
@@ -132,12 +136,12 @@ def snapshot(path: str, version: int | None = None, where: Mapping[str, str | Se
 
     Args:
         path: local folder or object-store URL of the table.
-        version: ``None`` for the newest.
-        where: value or values of partition columns, for part of the table.
+        version: version to read; ``None`` for the newest.
+        where: value or values of partition columns, to read a part of the table.
 
     Raises:
-        DataError: no such table, version or partition column; no rows; the table has deletion vectors or renamed columns
-            (column mapping), which a reader of Parquet files would not see; a file is not as the table's log says.
+        DataError: the table, version or partition column doesn't exist; there are no rows; a file differs from the table's log;
+            or the table has deletion vectors or renamed columns (column mapping), which a reader of Parquet files can't see.
 
     >>> snapshot("lakehouse/training_set", where={"complete": "true", "fold": ["1", "2"]}).rows  # doctest: +SKIP
     15120
@@ -145,116 +149,132 @@ def snapshot(path: str, version: int | None = None, where: Mapping[str, str | Se
     try:
         table = DeltaTable(path, version=version)
     except DeltaError as error:
-        which = "" if version is None else f" with a version {version}"
-        raise DataError(path, f"must be a Delta table{which}: {str(error).splitlines()[0]}") from error
+        of_version = "" if version is None else f" with a version {version}"
+        raise DataError(path, f"must be a Delta table{of_version}: {str(error).splitlines()[0]}") from error
     conditions = dict(where or {})
     if unknown := set(conditions) - set(table.metadata().partition_columns):
         raise DataError(path, "must be a partition column", column=min(unknown))
     if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
         raise DataError(path, "must not use column mapping: training reads the names in the files")
-    if marked := sum(batch.num_rows for batch in table.deletion_vectors()):
+    if files_with_vectors := sum(batch.num_rows for batch in table.deletion_vectors()):
         rule = "must have no deletion vectors: training would read the deleted rows"
-        raise DataError(path, f"{rule}, {marked} files have")
-    chosen = [
+        raise DataError(path, f"{rule}, {files_with_vectors} files have")
+    predicate = [
         (column, "=", value) if isinstance(value, str) else (column, "in", list(value))
         for column, value in conditions.items()
     ]
-    files = tuple(sorted(_address(uri) for uri in table.file_uris(file_pruning_predicate=chosen or None)))
-    found = Snapshot(path, table.version(), files, *_described(footers.read(table, files)))
-    if not found.rows:
-        which = "".join(f", {column} = {value}" for column, value in conditions.items())
-        raise DataError(path, f"must have rows (version {found.version}{which})")
-    return found
+    files = tuple(sorted(_address(uri) for uri in table.file_uris(file_pruning_predicate=predicate or None)))
+    active_files = Snapshot(path, table.version(), files, *_schema_and_groups(footers.read(table, files)))
+    if not active_files.rows:
+        of_part = "".join(f", {column} = {value}" for column, value in conditions.items())
+        raise DataError(path, f"must have rows (version {active_files.version}{of_part})")
+    return active_files
 
 
-class Feed:
-    """Passes over one rank's share of a snapshot.
+def require_columns(snapshots: Sequence[Snapshot], names: Sequence[str]) -> None:
+    """Make sure that every file of the snapshots has these columns.
+
+    Raises:
+        DataError: a column is missing.
+    """
+    for part in snapshots:
+        for name in names:
+            if name not in part.schema.names:
+                raise DataError(part.path, "must be a column of all files", column=name)
+
+
+class ShardLoader:
+    """Pass over one rank's shard of a snapshot, as often as asked.
+
+    The first pass decodes a small shard (:data:`MEMORY_LIMIT`) and keeps it. A larger shard is decoded by each pass.
 
     Args:
-        share: the rows.
+        shard: the rows.
         scalars: names of the plain columns to read; no others are decoded.
-        arrays: names of the array columns to read; rows are ordered by the length of the first, if there is one.
-        reader: who reads the files, as ``training.feed`` says.
-
-    A small share (:data:`MEMORY_LIMIT`) is decoded by the first pass and kept; a larger one is decoded by
-    each.
+        arrays: names of the array columns to read. Rows are sorted by the length of the first array, if there is one.
+        reader: what reads the files, see ``training.feed``.
 
     Raises:
         DataError: not all files have these columns.
     """
 
     def __init__(
-        self, share: Share, scalars: Sequence[str], arrays: Sequence[str], reader: ReaderName = "petastorm"
+        self, shard: Shard, scalars: Sequence[str], arrays: Sequence[str], reader: ReaderName = "petastorm"
     ) -> None:
         for name in (*scalars, *arrays):
-            if name not in share.schema.names:
-                raise DataError(share.files[0], "must be in all files", column=name)
-        self.share = share
+            if name not in shard.schema.names:
+                raise DataError(shard.files[0], "must be in all files", column=name)
+        self.shard = shard
         self.scalars = tuple(scalars)
-        self.arrays = {name: share.schema.field(name).type.value_type.to_pandas_dtype() for name in arrays}
+        self.arrays = {name: shard.schema.field(name).type.value_type.to_pandas_dtype() for name in arrays}
         self._open = _reader(reader)
-        self._kept: Columns | None = None
+        self._decoded: Columns | None = None
 
     @contextmanager
     def batches(self, steps: int, seed: int) -> Iterator[Iterator[Columns | None]]:
-        """All rows of the share, each once, in exactly ``steps`` batches whose sizes differ by one at most.
+        """Yield all rows of the shard, each once, in exactly ``steps`` batches whose sizes differ by one at most.
 
-        With more steps than rows, a step without a row yields ``None``. The order depends on ``seed`` alone.
-        Ranks
-        that pass the same seed meet batches of like length at the same step, so that none waits long for
-        another.
+        With more steps than rows, a step without a row yields ``None``. The order depends on ``seed`` alone. Ranks that pass
+        the same seed get batches of similar length at the same step, so no rank waits long for another.
+
+        Args:
+            steps: number of batches.
+            seed: seed of the order of rows and batches.
 
         Raises:
             DataError: the files hold fewer rows than the snapshot says.
 
-        >>> with feed.batches(steps=10, seed=1) as batches:  # doctest: +SKIP
+        >>> with loader.batches(steps=10, seed=1) as batches:  # doctest: +SKIP
         ...     for columns in batches: ...
         """
         with closing(self._chunks(seed)) as chunks:
-            yield self._rebatch(chunks, split_sizes(self.share.rows, steps), seed)
+            yield self._rebatch(chunks, split_sizes(self.shard.rows, steps), seed)
 
     def _chunks(self, seed: int) -> Generator[Columns, None, None]:
-        """The rows in pieces large enough to be shuffled each on its own."""
-        if not self.share.rows:
+        """Yield the rows in chunks, each large enough to be shuffled on its own."""
+        if not self.shard.rows:
             return
-        if self._kept is None and self.share.size <= MEMORY_LIMIT:
-            with self._open(self.share, self.scalars, self.arrays, None) as tables:
-                self._kept = _concat(list(tables))
-        if self._kept is not None:
-            yield self._kept
+        if self._decoded is None and self.shard.size <= MEMORY_LIMIT:
+            with self._open(self.shard, self.scalars, self.arrays, None) as tables:
+                self._decoded = _concat(list(tables))
+        if self._decoded is not None:
+            yield self._decoded
             return
-        rows_together = max(1, SHUFFLE_BYTES * self.share.rows // self.share.size)
-        with self._open(self.share, self.scalars, self.arrays, seed) as tables:
-            held: list[Columns] = []
+        rows_together = max(1, SHUFFLE_BYTES * self.shard.rows // self.shard.size)
+        with self._open(self.shard, self.scalars, self.arrays, seed) as tables:
+            pending: list[Columns] = []
             for table in tables:
-                held.append(table)
-                if sum(map(_rows, held)) >= rows_together:
-                    yield _concat(held)
-                    held = []
-            if held:
-                yield _concat(held)
+                pending.append(table)
+                if sum(map(_rows, pending)) >= rows_together:
+                    yield _concat(pending)
+                    pending = []
+            if pending:
+                yield _concat(pending)
 
     def _rebatch(self, chunks: Iterator[Columns], sizes: list[int], seed: int) -> Iterator[Columns | None]:
-        of_rows = np.random.default_rng([seed, self.share.index, 1])
-        of_batches = np.random.default_rng(seed)
-        read = done = 0
+        """Shuffle the rows of each chunk and cut them into batches of the given sizes."""
+        row_rng = np.random.default_rng([seed, self.shard.index, 1])
+        # the same on all ranks, so that they get batches of similar length together
+        batch_rng = np.random.default_rng(seed)
+        rows_read = batches_done = 0
         rest: Columns | None = None
         for chunk in chunks:
-            read += _rows(chunk)
+            rows_read += _rows(chunk)
             rows = chunk if rest is None else _concat([rest, chunk])
-            order = of_rows.permutation(_rows(rows))
-            while pool := _fitting(sizes[done : done + POOL_BATCHES], len(order)):
+            order = row_rng.permutation(_rows(rows))
+            while pool := _fitting(sizes[batches_done : batches_done + POOL_BATCHES], len(order)):
                 picked, order = order[: sum(pool)], order[sum(pool) :]
-                yield from self._by_length(rows, picked, pool, of_batches)
-                done += len(pool)
+                yield from self._by_length(rows, picked, pool, batch_rng)
+                batches_done += len(pool)
             rest = _take(rows, order)
-        if read != self.share.rows:
-            raise DataError(self.share.files[0], f"share must have {self.share.rows} rows, read {read}")
-        yield from (None for _ in sizes[done:])
+        if rows_read != self.shard.rows:
+            raise DataError(self.shard.files[0], f"shard must have {self.shard.rows} rows, read {rows_read}")
+        yield from (None for _ in sizes[batches_done:])
 
     def _by_length(
         self, rows: Columns, picked: np.ndarray, sizes: list[int], rng: np.random.Generator
     ) -> Iterator[Columns | None]:
+        """Cut the picked rows into batches of similar length, and yield the batches in random order."""
         if self.arrays:
             lengths = [len(array) for array in rows[next(iter(self.arrays))][picked]]
             picked = picked[np.argsort(lengths, kind="stable")]
@@ -263,21 +283,21 @@ class Feed:
             yield _take(rows, parts[index]) if len(parts[index]) else None
 
 
-def _reader(name: ReaderName) -> ShareReader:
+def _reader(name: ReaderName) -> ShardReader:
     if name == "arrow":
         return _open_by_arrow
-    # imported only where it reads: it brings much, and none of it is needed elsewhere
-    from bp_spark.training.petastorm_reader import open_share
+    # Petastorm imports many modules that nothing else needs
+    from bp_spark.training.petastorm_reader import open_shard
 
-    return open_share
+    return open_shard
 
 
 @contextmanager
 def _open_by_arrow(
-    share: Share, scalars: Sequence[str], arrays: Mapping[str, np.dtype[Any]], seed: int | None
+    shard: Shard, scalars: Sequence[str], arrays: Mapping[str, np.dtype[Any]], seed: int | None
 ) -> Iterator[Iterator[Columns]]:
-    """One pass over a share by pyarrow alone; see :class:`ShareReader`."""
-    store, paths = share.opened()
+    """Open a pass over a shard by pyarrow alone; see :class:`ShardReader`."""
+    store, paths = shard.file_system_and_paths()
 
     def groups() -> Iterator[tuple[str, int]]:
         for path in paths:
@@ -291,9 +311,10 @@ def _open_by_arrow(
         columns = {name: _values(table.column(name)) for name in scalars}
         return columns | {name: _array_values(table.column(name), dtype) for name, dtype in arrays.items()}
 
-    own = list(groups())[share.index :: share.count]
-    order = range(len(own)) if seed is None else np.random.default_rng(seed).permutation(len(own))
-    yield (read(*own[index]) for index in order)
+    shard_groups = list(groups())[shard.index :: shard.count]
+    count = len(shard_groups)
+    order = range(count) if seed is None else np.random.default_rng(seed).permutation(count)
+    yield (read(*shard_groups[index]) for index in order)
 
 
 def _values(column: pa.ChunkedArray) -> np.ndarray:
@@ -301,14 +322,14 @@ def _values(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _array_values(column: pa.ChunkedArray, dtype: np.dtype[Any]) -> np.ndarray:
-    found = np.empty(len(column), object)
+    arrays = np.empty(len(column), object)
     for row, array in enumerate(column.to_pandas()):
-        found[row] = np.empty(0, dtype) if array is None else array.astype(dtype, copy=False)
-    return found
+        arrays[row] = np.empty(0, dtype) if array is None else array.astype(dtype, copy=False)
+    return arrays
 
 
 def split_sizes(rows: int, steps: int) -> list[int]:
-    """``rows`` as ``steps`` integers that differ by one at most.
+    """Split ``rows`` into ``steps`` integers that differ by one at most.
 
     >>> split_sizes(7, 3)
     [2, 2, 3]
@@ -318,7 +339,7 @@ def split_sizes(rows: int, steps: int) -> list[int]:
 
 
 def _fitting(sizes: list[int], rows: int) -> list[int]:
-    """The first of ``sizes`` that ``rows`` suffice for."""
+    """Return the first of ``sizes`` whose sum is at most ``rows``."""
     return sizes[: int(np.searchsorted(np.cumsum(sizes), rows, side="right"))]
 
 
@@ -337,23 +358,23 @@ def _concat(tables: Sequence[Columns]) -> Columns:
 
 
 def _address(uri: str) -> str:
-    """A file as :func:`bp_spark.lakehouse.tables.file_system` takes it: the path of a local one, without the escapes
-    of a URI."""
+    """Return an address for :func:`bp_spark.core.stores.file_system`: a local file as its path, without URI escapes."""
     if "://" in uri and not uri.startswith("file://"):
         return uri
     return unquote(uri.removeprefix("file://"))
 
 
-def _described(metadata: Sequence[pq.FileMetaData]) -> tuple[pa.Schema, tuple[RowGroup, ...]]:
+def _schema_and_groups(metadata: Sequence[pq.FileMetaData]) -> tuple[pa.Schema, tuple[RowGroup, ...]]:
     if not metadata:
         return pa.schema([]), ()
     schema = metadata[0].schema.to_arrow_schema()
     common = set.intersection(*(set(other.schema.to_arrow_schema().names) for other in metadata))
-    groups = tuple(_describe(footer.row_group(index)) for footer in metadata for index in range(footer.num_row_groups))
+    groups = tuple(_row_group(footer.row_group(index)) for footer in metadata for index in range(footer.num_row_groups))
     return pa.schema([field for field in schema if field.name in common]), groups
 
 
-def _describe(group: pq.RowGroupMetaData) -> RowGroup:
+def _row_group(group: pq.RowGroupMetaData) -> RowGroup:
+    """Estimate the decoded size of a row group from its footer."""
     chunks = [group.column(index) for index in range(group.num_columns)]
     arrays = sum("." in chunk.path_in_schema for chunk in chunks)
     size = _VALUE_BYTES * sum(chunk.num_values for chunk in chunks) + _ARRAY_BYTES * arrays * group.num_rows

@@ -1,6 +1,6 @@
-"""What the training jobs share: where a run stands, its checkpoints, and how its random numbers are seeded.
+"""Progress of a training run, its checkpoints, its optimizer state, and the seeds of its random numbers.
 
-A checkpoint is one file, written beside its place and renamed into it, that only a run of the same inputs goes on from.
+A checkpoint is one file, written under another name and then renamed. Only a run with the same inputs resumes from it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,18 +25,21 @@ from bp_spark.training.distributed import Group
 
 CHECKPOINT_FILE = "checkpoint.pt"
 CHECKPOINT_FORMAT = 2
-"""Raised when a checkpoint holds something else than before: a run then doesn't go on from an older one."""
+"""Raise this number when the content of a checkpoint changes: a run then ignores an older checkpoint."""
 TENSORBOARD_FOLDER = "tensorboard"
+
+# torch has no types for it
+_moving_average: Callable[[float], Callable[..., None]] = get_ema_multi_avg_fn
 
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """Progress of a run.
 
     Attributes:
         epoch: epochs run, over all resumptions.
         best_epoch: the epoch (from 1) of the best validation loss.
-        best_loss: that loss.
+        best_loss: the best validation loss.
         history: figures of each epoch.
     """
 
@@ -48,15 +51,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """What a training run came to.
+    """Result of a training run, for its caller on the driver.
 
     Attributes:
-        folder: what was saved of the best epoch.
+        folder: the saved network of the best epoch.
         epochs: epochs run, over all resumptions.
         best_epoch: the epoch (from 1) of the best validation loss.
-        best_validation_loss: that loss.
-        history: figures of each epoch; see :func:`bp_spark.training.fit.run_epochs`.
-        seconds: of the call, from starting the ranks to the saved network.
+        best_validation_loss: the best validation loss.
+        history: figures of each epoch; see :func:`bp_spark.training.fit.fit`.
+        seconds: seconds of this call, from starting the ranks to the saved network.
     """
 
     folder: Path
@@ -68,7 +71,13 @@ class TrainingOutcome:
 
     @classmethod
     def of(cls, progress: Progress, folder: Path, started: float) -> TrainingOutcome:
-        """The outcome of a run that started at that time of ``time.monotonic`` and ends now."""
+        """Return the outcome of a run that ends now.
+
+        Args:
+            progress: progress of the run.
+            folder: the saved network.
+            started: ``time.monotonic()`` when the run started.
+        """
         seconds = time.monotonic() - started
         return cls(folder, progress.epoch, progress.best_epoch, progress.best_loss, progress.history, seconds)
 
@@ -76,11 +85,13 @@ class TrainingOutcome:
 def save_checkpoint(
     folder: Path, digest: str, state: TrainingState, progress: Progress, best: dict[str, Tensor]
 ) -> None:
-    """Write where a run stands over where it stood.
+    """Replace the checkpoint of a run.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         digest: identity of the run's inputs.
+        state: network, optimizer, learning rate and average of the weights.
+        progress: progress of the run.
         best: weights of the best epoch.
     """
     path = folder / CHECKPOINT_FILE
@@ -102,10 +113,16 @@ def save_checkpoint(
 
 
 def resume(folder: Path, digest: str, group: Group, state: TrainingState) -> tuple[Progress, dict[str, Tensor]]:
-    """Go on from the checkpoint if there is one of the same inputs; rank 0 decides for all.
+    """Resume from the checkpoint if there is one of the same inputs; rank 0 decides for all.
+
+    Args:
+        folder: folder of the run.
+        digest: identity of the run's inputs.
+        group: the ranks.
+        state: state to load the checkpoint into.
 
     Returns:
-        Where the run stands, and the best weights; those of the network before the first epoch.
+        The progress of the run, and its best weights; before the first epoch those of the network.
     """
     path = folder / CHECKPOINT_FILE
     epoch = 0
@@ -123,27 +140,32 @@ def resume(folder: Path, digest: str, group: Group, state: TrainingState) -> tup
 class WeightAverage:
     """Exponential moving average of a network's trained weights over the steps (Polyak and Juditsky 1992).
 
-    A network that stops early stops at a high learning rate, where each step still moves it about; the average stands where
-    it moves about. Early on it follows faster, so that the first, random weights are soon forgotten.
+    A network that stops early has a high learning rate, so each step still moves its weights around a centre. The average is
+    near that centre. At first the average follows faster, so that it soon forgets the first, random weights.
     """
 
     def __init__(self, network: nn.Module, half_life: float) -> None:
-        """Args: half_life: steps in which a step's share halves; 0: the average is the weights themselves."""
+        """Start from the network's weights.
+
+        Args:
+            network: network in training.
+            half_life: steps in which the share of a step halves; with 0 the average is the weights themselves.
+        """
         self._weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self._decay = 0.5 ** (1 / half_life) if half_life else 0.0
         self._average = [weight.detach().clone() for weight in self._weights] if half_life else []
         self._steps = 0
 
     def update(self) -> None:
-        """After each step of the optimizer."""
+        """Follow the weights; call this after each step of the optimizer."""
         if self._decay:
             self._steps += 1
             decay = min(self._decay, self._steps / (self._steps + 10))
-            get_ema_multi_avg_fn(decay)(self._average, self._weights, self._steps)
+            _moving_average(decay)(self._average, self._weights, self._steps)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """For the block the network has the average for its weights."""
+        """Give the network the average as its weights, within the block."""
         self._swap()
         try:
             yield
@@ -153,61 +175,68 @@ class WeightAverage:
     @torch.no_grad()
     def _swap(self) -> None:
         for number, average in enumerate(self._average):
-            kept = self._weights[number].detach().clone()
+            weight = self._weights[number].detach().clone()
             self._weights[number].copy_(average)
-            average.copy_(kept)
+            average.copy_(weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the state that a checkpoint stores."""
         return {"steps": self._steps, "average": self._average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
+        """Restore the state that :meth:`state_dict` returned."""
         self._steps = state["steps"]
         for average, saved in zip(self._average, state["average"], strict=True):
             average.copy_(saved)
 
 
 class TrainingState:
-    """What each step moves on, and a checkpoint keeps.
+    """State that changes with each step, and that a checkpoint stores.
 
     Attributes:
-        network: being trained, the same on all ranks.
-        optimizer: of its weights.
-        schedule: of the learning rate, step by step.
-        average: of the weights; it is what is judged and kept.
+        network: network in training, the same on all ranks.
+        optimizer: optimizer of its weights.
+        schedule: schedule of the learning rate, step by step.
+        average: average of the weights, which is validated and saved.
     """
 
     def __init__(
         self, network: nn.Module, optimizer: Optimizer, schedule: LRScheduler, average_half_life: float = 0.0
     ) -> None:
-        """Args: average_half_life: in steps; see :class:`WeightAverage`."""
+        """Start before the first step.
+
+        Args:
+            network: network to train.
+            optimizer: optimizer of its weights.
+            schedule: schedule of the learning rate.
+            average_half_life: half-life of the weights' average in steps; see :class:`WeightAverage`.
+        """
         self.network, self.optimizer, self.schedule = network, optimizer, schedule
         self.average = WeightAverage(network, average_half_life)
 
     def step(self) -> None:
-        """Move on by the gradients that the network holds."""
+        """Take a step by the gradients that the network holds."""
         self.optimizer.step()
         self.schedule.step()
         self.average.update()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the state that a checkpoint stores."""
         return {name: part.state_dict() for name, part in vars(self).items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
+        """Restore the state that :meth:`state_dict` returned."""
         for name, part in vars(self).items():
             part.load_state_dict(state[name])
 
 
 def weights(network: nn.Module) -> dict[str, Tensor]:
-    """A copy of the network's state in main memory."""
+    """Return a copy of the network's state in main memory."""
     return {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
 
 
 def decayed(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Parameter groups of an optimizer: weights decay; biases and the scales of norms, all vectors, don't."""
+    """Return parameter groups of an optimizer: matrices decay; vectors, which are biases and scales of norms, don't."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -216,7 +245,7 @@ def decayed(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
 
 
 def warmup_cosine(optimizer: Optimizer, warmup_fraction: float, steps: int) -> LRScheduler:
-    """Linear warmup, then a cosine to zero at the last of ``steps``."""
+    """Return a schedule with a linear warmup, then a cosine that reaches zero at the last of ``steps``."""
     warmup = math.ceil(steps * warmup_fraction)
 
     def factor(step: int) -> float:
@@ -228,10 +257,10 @@ def warmup_cosine(optimizer: Optimizer, warmup_fraction: float, steps: int) -> L
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on a GPU; most CPUs have no arithmetic for it and are slower than in float32."""
+    """Compute in bfloat16 on a GPU only: most CPUs have no arithmetic for it and are slower than in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def seed_of(*parts: int) -> int:
-    """One seed of 32 bits from several numbers, unrelated to that of their neighbours."""
+    """Mix several numbers into one seed of 32 bits, unrelated to the seeds of neighbouring numbers."""
     return int(np.random.SeedSequence([abs(part) for part in parts]).generate_state(1)[0])

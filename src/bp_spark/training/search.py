@@ -1,35 +1,150 @@
-"""Trials of other settings: what to try and a judge in, every trial and its figure out.
+"""Search for better settings: try some, judge each by out-of-fold predictions, record every trial.
 
-The first trial is of the settings as they are, so that a search never ends with worse ones. The others are drawn by the
-tree-structured Parzen estimator (Bergstra et al. 2011, "Algorithms for hyper-parameter optimization"), as Optuna has it.
+The first trial has the settings as they are, so a search never ends with worse ones. The others are drawn by the
+tree-structured Parzen estimator (Bergstra et al. 2011, "Algorithms for hyper-parameter optimization") of Optuna.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from functools import reduce
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
-import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import TrialState, create_trial
+import pandas as pd
+from pyspark.sql import SparkSession
 
-from bp_spark.core.config import SearchConfig, SearchRange
-from bp_spark.core.errors import BpSparkError
+from bp_spark.core import extras
+from bp_spark.core.config import Config, SearchConfig, SearchRange, changed
+from bp_spark.core.errors import BpSparkError, ConfigError
+from bp_spark.evaluation import metrics
 from bp_spark.evaluation.bootstrap import BETTER
-from bp_spark.registry.searches import Settings, Trial
+from bp_spark.features import labels
+from bp_spark.features.job import span
+from bp_spark.lakehouse.run import Run, recorded
+from bp_spark.lakehouse.tables import TRIALS
+from bp_spark.model.stack import CalibratedStack
+from bp_spark.registry import mlflow_store
+from bp_spark.registry.searches import Settings, Trial, record_search
+from bp_spark.training.cross_fit import cross_fit
+from bp_spark.training.dataset import prepare
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+_MESSAGE = 500
+"""Characters of an error that a trial records."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Result of a search: every trial, the best one, and the stages that ran."""
+
+    trials: Sequence[Trial]
+    best: Trial
+    stages: list[dict[str, Any]]
+
+
+def search(spark: SparkSession, config: Config, test_date: date | None = None) -> SearchResult:
+    """Try other settings with what is known as of a date, and return the best.
+
+    A trial is judged by the stacked prediction of users whom its members were not fitted on, at past cutoffs. Nothing from the
+    test date on is seen. Each trial writes a row to ``trials``, and its settings to TensorBoard, beside the checkpoints. When
+    the search ends, well or not, all trials become runs of MLflow (see :mod:`bp_spark.registry.searches`).
+
+    Args:
+        spark: the running session.
+        config: settings; ``search`` says what to try.
+        test_date: as in :func:`bp_spark.training.job.train`.
+
+    Raises:
+        DataError: there are no events, or too little history for one cutoff.
+        ConfigError: every trial failed.
+        TrackingError: the store at ``tracking.uri`` can't be reached. It is raised before anything is done, or when all trials
+            are in the table ``trials``.
+        PlatformError: the extra ``train`` is not installed.
+    """
+    extras.require("train", "search")
+    mlflow_store.check(config.tracking)
+    # TensorBoard belongs to the extra `train`
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+
+    with recorded(spark, config, "search") as run:
+        first, last = span(run.lakehouse)
+        day = test_date or last - timedelta(days=config.labels.horizon_days)
+        version, vocabulary, folder = prepare(run, labels.cutoffs(first, day, config.labels), day)
+        rows = run.lakehouse.read("training_set", version)
+
+        def judge(settings: Mapping[str, object]) -> float:
+            trial_run = Run(spark, changed(config, settings))
+            with TemporaryDirectory(dir=folder) as work_dir:
+                _, out_of_fold, _ = cross_fit(
+                    trial_run, rows, day, vocabulary, Path(work_dir), version=version, refit=False
+                )
+            return _metric(out_of_fold, trial_run.config)
+
+        now = {key: reduce(getattr, key.split("."), config) for key in config.search.space}
+        trials = Search(config.search, now, judge, config.training.seed)
+        with run.stage("search") as figures, SummaryWriter(str(folder / "search")) as writer:
+            try:
+                for trial in tqdm(
+                    trials.run(), total=config.search.trials, desc="search", unit="trial", file=sys.stderr
+                ):
+                    _record_trial(run, trial, day)
+                    shown = {
+                        key: value if isinstance(value, (bool, int, float)) else str(value)
+                        for key, value in trial.settings.items()
+                    }
+                    writer.add_hparams(shown, {config.search.metric: trial.value}, run_name=str(trial.number))
+            finally:
+                record_search(config.tracking, config.search, run.run_id, day, trials.trials, ended=datetime.now(UTC))
+            best = trials.best
+            if best is None:
+                raise ConfigError(f"search: no trial came to a figure; the first: {trials.trials[0].error}")
+            figures["trials"], figures["best"] = len(trials.trials), best.number
+            figures[config.search.metric] = best.value
+        return SearchResult(trials.trials, best, run.records)
+
+
+def _metric(out_of_fold: pd.DataFrame, config: Config) -> float:
+    """Return ``search.metric`` of the stacked out-of-fold predictions."""
+    fusion = CalibratedStack.fit(out_of_fold, config.fusion)
+    inputs = fusion.inputs_from(out_of_fold)
+    expected = fusion.apply(inputs)["expected_spend"]
+    return metrics.evaluate(out_of_fold["label_spend"].to_numpy(), expected)[config.search.metric]
+
+
+def _record_trial(run: Run, trial: Trial, test_date: date) -> None:
+    row = {
+        "run_id": run.run_id,
+        "test_date": test_date,
+        "trial": trial.number,
+        "settings": {key: str(value) for key, value in trial.settings.items()},
+        "metric": run.config.search.metric,
+        "value": None if math.isnan(trial.value) else trial.value,
+        "seconds": trial.seconds,
+        "error": trial.error,
+    }
+    run.lakehouse.append(TRIALS, run.spark.createDataFrame([row], TRIALS.schema))
 
 
 @dataclass
 class Search:
     """A search of ``config.space``.
 
-    Args:
-        config: what to try, how often, by which metric.
-        now: the settings as they are, one for each of the space.
-        judge: the metric under changed settings.
-        seed: of the draws.
+    Attributes:
+        config: what to try, how often, and the metric.
+        now: the settings as they are, one for each key of the space.
+        judge: returns the metric under changed settings.
+        seed: seed of the draws.
+        trials: the trials so far.
     """
 
     config: SearchConfig
@@ -40,22 +155,26 @@ class Search:
 
     @property
     def best(self) -> Trial | None:
-        """The best trial so far, the earlier of equals; ``None`` where none came to a figure."""
-        found = [trial for trial in self.trials if not math.isnan(trial.value)]
-        return min(found, key=lambda trial: (self._loss(trial.value), trial.number), default=None)
+        """The best trial so far, the earlier of equals; ``None`` if all have failed."""
+        succeeded = [trial for trial in self.trials if not math.isnan(trial.value)]
+        return min(succeeded, key=lambda trial: (self._loss(trial.value), trial.number), default=None)
 
     def run(self) -> Iterator[Trial]:
-        """Try, until the trials are spent or the target is reached; yields each trial as it ends."""
+        """Try settings until the number of trials or the target is reached; yield each trial as it ends."""
+        # optuna takes seconds to import, and belongs to the extra `train`
+        import optuna
+        from optuna.trial import TrialState, create_trial
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         space = {name: _distribution(values) for name, values in self.config.space.items()}
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=self.seed))
         first = self._try(self.now)
         yield first
         if not math.isnan(first.value) and all(
-            space[name]._contains(_inner(space[name], self.now[name])) for name in space
+            space[name]._contains(_internal_value(space[name], self.now[name])) for name in space
         ):
             study.add_trial(create_trial(params=dict(self.now), distributions=space, value=self._loss(first.value)))
-        while len(self.trials) < self.config.trials and not self._reached():
+        while len(self.trials) < self.config.trials and not self._target_reached():
             asked = study.ask(space)
             trial = self._try(asked.params)
             if math.isnan(trial.value):
@@ -69,8 +188,8 @@ class Search:
         try:
             value = self.judge(settings)
         except BpSparkError as problem:
-            # a draw may fit badly together, or diverge: that is an answer, not the end of the search
-            error = str(problem).splitlines()[0][:500]
+            # drawn settings may not fit together, or diverge: the search records that and goes on
+            error = str(problem).splitlines()[0][:_MESSAGE]
         trial = Trial(len(self.trials), dict(settings), value, time.monotonic() - started, error)
         self.trials.append(trial)
         return trial
@@ -78,12 +197,14 @@ class Search:
     def _loss(self, value: float) -> float:
         return -BETTER[self.config.metric] * value
 
-    def _reached(self) -> bool:
+    def _target_reached(self) -> bool:
         best, target = self.best, self.config.target
         return best is not None and target is not None and self._loss(best.value) <= self._loss(target)
 
 
 def _distribution(values: SearchRange) -> BaseDistribution:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
     if values.choices:
         return CategoricalDistribution(values.choices)
     assert values.low is not None
@@ -93,8 +214,8 @@ def _distribution(values: SearchRange) -> BaseDistribution:
     return FloatDistribution(values.low, values.high, log=values.log)
 
 
-def _inner(distribution: BaseDistribution, value: object) -> float:
-    """The value as the distribution counts it; NaN where it is none of it."""
+def _internal_value(distribution: BaseDistribution, value: object) -> float:
+    """Return the value as the distribution stores it; NaN if it is outside the distribution."""
     try:
         return float(distribution.to_internal_repr(value))
     except ValueError:

@@ -1,0 +1,1 @@
+"""The three kinds of training that :func:`bp_spark.training.fit.fit` runs."""

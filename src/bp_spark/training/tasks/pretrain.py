@@ -1,13 +1,12 @@
-"""Pre-training of the history encoder: snapshots of histories in, a folder with the encoder out, which fine-tuning starts from.
+"""Pre-train the history encoder on histories without labels; fine-tuning starts from the encoder.
 
-No label is read: :mod:`bp_spark.model.pretraining` says what is learned. Every rank reads its share of the row groups;
-:mod:`bp_spark.training.fit` says how ranks step together. Moments and masks are drawn anew in each epoch from (seed,
-epoch, rank), and always alike for the held-out users.
+:mod:`bp_spark.model.pretraining` describes what the encoder learns. Every rank reads its shard of the row groups, and
+:mod:`bp_spark.training.fit` has the loop. Moments and masks are drawn anew in each epoch, from (seed, epoch, rank). For the
+validation users they are always the same.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -21,31 +20,16 @@ from pyspark.sql import SparkSession
 from torch import Tensor, nn
 
 from bp_spark.core.config import Config, digest
-from bp_spark.core.errors import DataError
 from bp_spark.core.version import __version__
 from bp_spark.model.inputs import HISTORY_COLUMNS, InputSpec, empty_user
 from bp_spark.model.pretraining import PARTS, Exercise, PretrainingNetwork, exercise
-from bp_spark.training.distributed import Group, process_group, run_ranks
-from bp_spark.training.fit import Loop, run_epochs
-from bp_spark.training.loader import Columns, Feed, Snapshot
-from bp_spark.training.progress import Progress, TrainingOutcome, TrainingState, decayed, resume, warmup_cosine
-from bp_spark.training.tasks.finetune import read_texts
+from bp_spark.training.distributed import Group, run_ranks
+from bp_spark.training.fit import FitSettings, fit
+from bp_spark.training.loader import Columns, ShardLoader, Snapshot, require_columns
+from bp_spark.training.progress import TrainingOutcome, TrainingState, decayed, warmup_cosine
+from bp_spark.training.tasks.vocabulary import read_vocabulary, vocabulary_digest
 
 ENCODER_FOLDER = "encoder"
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a rank needs to know."""
-
-    train: Snapshot
-    valid: Snapshot | None
-    epochs: int
-    history_length: int
-    texts: Path
-    config: Config
-    run_dir: Path
-    digest: str
 
 
 def pretrain(
@@ -58,49 +42,43 @@ def pretrain(
     *,
     epochs: int | None = None,
 ) -> TrainingOutcome:
-    """Pre-train the history half of the network of ``config.network`` as ``config.pretraining`` says.
+    """Pre-train the history encoder of ``config.network`` by the settings of ``config.pretraining``.
 
-    A better encoder is not yet a better prediction: features may say the same. On Complete Journey, with a quarter of the
-    labels, a ridge regression on what the encoder makes of a history ranked spend with a Spearman of 0.79 (0.74 with random
-    weights), but the network that also reads the features ranked it with 0.825 (0.824 without pre-training), and with a tenth
-    of the labels no better (0.817, 0.818): within what another seed would change. Train with and without and compare.
+    A better encoder is not yet a better prediction, as the features may hold the same information. On Complete Journey, with a
+    quarter of the labels, a ridge regression on the encoder's vectors ranked spend with a Spearman of 0.79 (0.74 with random
+    weights). The network that also reads the features ranked it with 0.825 (0.824 without pre-training), and with a tenth of
+    the labels with 0.817 (0.818 without): no more than another seed changes. Train with and without, and compare.
 
-    A run that was stopped goes on from its last epoch if called again with the same inputs; see
-    :func:`inputs_digest`.
+    A run that was stopped resumes from its last epoch if it is called again with the same inputs; see :func:`inputs_digest`.
 
     Args:
         spark: the running session, for starting ranks.
         train: histories to learn from: the columns of :data:`HISTORY_COLUMNS`.
-        valid: histories of other users, to stop early on; without any the encoder of the last epoch is taken.
+        valid: histories of other users, to stop early on; without any the encoder of the last epoch is saved.
         texts_path: safetensors with ``ids`` (int64 [V], sorted) and ``embeddings`` (float [V, D]).
-        config: settings; ranks, optimizer's decay, warmup, gradient clip and seed are those of ``training``.
-        run_dir: folder of checkpoints, TensorBoard logs and the result; on a cluster one that all machines
-            see.
-        epochs: to run, of the schedule of ``pretraining.max_epochs``; by default until a stop.
+        config: settings; ranks, the optimizer's decay, warmup, gradient clip and seed are those of ``training``.
+        run_dir: folder of checkpoints, TensorBoard logs and the result; on a cluster, a folder that all machines see.
+        epochs: number of epochs to run, of the schedule of ``pretraining.max_epochs``; by default until training stops early.
 
     Raises:
-        DataError: the snapshots lack a column, or the file of texts is no such file.
+        DataError: the snapshots lack a column, or the file of texts is malformed.
         PlatformError: a rank failed.
     """
     started = time.monotonic()
-    for part in (train, *([valid] if valid else [])):
-        for name in HISTORY_COLUMNS:
-            if name not in part.schema.names:
-                raise DataError(part.path, "must be a column of all files", column=name)
-    read_texts(Path(texts_path))
+    require_columns([train] if valid is None else [train, valid], HISTORY_COLUMNS)
+    read_vocabulary(texts_path)
     run_dir = Path(run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     epochs = min(epochs or config.pretraining.max_epochs, config.pretraining.max_epochs)
     identity = digest(inputs_digest(train, valid, texts_path, config), epochs)
     length = config.features.history_length
-    job = Job(train, valid, epochs, length, Path(texts_path).absolute(), config, run_dir, identity)
-    state = run_ranks(spark, config.training, run_dir, pretrain_rank, job)
-    return TrainingOutcome.of(state, run_dir / ENCODER_FOLDER, started)
+    task = PretrainTask(train, valid, epochs, length, Path(texts_path).absolute(), config, run_dir, identity)
+    result = run_ranks(spark, config.training, run_dir, fit, task)
+    return TrainingOutcome.of(result.progress, run_dir / ENCODER_FOLDER, started)
 
 
 def inputs_digest(train: Snapshot, valid: Snapshot | None, texts_path: Path, config: Config) -> str:
-    """Identity of what a run depends on. Files of a table have unique names, which stand for content."""
-    texts = hashlib.sha256(Path(texts_path).read_bytes()).hexdigest()
+    """Return the identity of a run's inputs. Files of a table have unique names, which stand for their content."""
     training = config.training
     shared = (
         training.processes,
@@ -110,87 +88,99 @@ def inputs_digest(train: Snapshot, valid: Snapshot | None, texts_path: Path, con
         training.seed,
     )
     settings = (config.features.history_length, config.network, config.pretraining, shared)
-    return digest(train.files, valid.files if valid else None, texts, settings, __version__)
+    return digest(train.files, valid.files if valid else None, vocabulary_digest(texts_path), settings, __version__)
 
 
 @dataclass(frozen=True)
-class Data:
-    """One rank's share of a split, and how it becomes exercises."""
+class HistorySplit:
+    """One rank's histories, and how they become exercises; see :class:`bp_spark.training.fit.Split`."""
 
-    feed: Feed
+    loader: ShardLoader
     steps: int
-    job: Job
+    rows: int
+    history_length: int
+    config: Config
     vocabulary_ids: np.ndarray
     group: Group
 
     @contextmanager
     def epoch(self, seed: int) -> Iterator[Iterator[Exercise]]:
-        """All rows of the share in ``steps`` batches.
+        """Open one pass over the rows of the shard.
 
-        Without a row left the batch has one empty user and nothing to guess: a rank takes part in every step.
+        Without a row left, a batch has one empty user and no targets: a rank takes part in every step.
         """
         rng = np.random.default_rng([seed, self.group.rank, 2])
-        with self.feed.batches(self.steps, seed) as batches:
+        with self.loader.batches(self.steps, seed) as batches:
             yield (self._exercise(columns, rng) for columns in batches)
 
     def _exercise(self, columns: Columns | None, rng: np.random.Generator) -> Exercise:
-        length, settings = self.job.history_length, self.job.config.pretraining
-        rows = empty_user(InputSpec((), frozenset(), length)) if columns is None else columns
-        return exercise(rows, length, self.vocabulary_ids, settings, rng).to(self.group.device)
+        rows = empty_user(InputSpec((), frozenset(), self.history_length)) if columns is None else columns
+        batch = exercise(rows, self.history_length, self.vocabulary_ids, self.config.pretraining, rng)
+        return batch.to(self.group.device)
 
 
-def pretrain_rank(job: Job) -> Progress:
-    """What each rank runs."""
-    with process_group() as group:
-        return _pretrain(job, group)
+@dataclass(frozen=True)
+class PretrainTask:
+    """Pre-training, as each rank runs it; see :class:`bp_spark.training.fit.Task`."""
 
+    train: Snapshot
+    valid: Snapshot | None
+    epochs: int
+    history_length: int
+    texts: Path
+    config: Config
+    run_dir: Path
+    digest: str
 
-def _pretrain(job: Job, group: Group) -> Progress:
-    """From the first row to the saved encoder."""
-    settings, training = job.config.pretraining, job.config.training
-    ids, embeddings = read_texts(job.texts)
-    train = _data(job.train, job, ids, group)
-    valid = None if job.valid is None else _data(job.valid, job, ids, group)
+    @property
+    def settings(self) -> FitSettings:
+        """How the encoder is fitted."""
+        return FitSettings(
+            title="pre-training",
+            section="pretraining",
+            loss_names=PARTS,
+            max_epochs=self.epochs,
+            patience=self.config.pretraining.patience,
+            gradient_clip=self.config.training.gradient_clip,
+            seed=self.config.training.seed,
+            run_dir=self.run_dir,
+            digest=self.digest,
+        )
 
-    torch.manual_seed(training.seed)
-    network = PretrainingNetwork(job.config.network, job.history_length, embeddings, settings.temperature)
-    network.to(group.device)
-    optimizer = torch.optim.AdamW(decayed(network, training.weight_decay), lr=settings.learning_rate)
-    schedule = warmup_cosine(optimizer, training.warmup_fraction, train.steps * settings.max_epochs)
-    state = TrainingState(network, optimizer, schedule)
-    progress, best = resume(job.run_dir, job.digest, group, state)
-    loop = Loop(
-        name="pre-training",
-        section="pretraining",
-        state=state,
-        parts=PARTS,
-        losses=losses,
-        judged_by=losses,
-        learned=train.epoch,
-        held_out=None if valid is None else valid.epoch,
-        steps=train.steps,
-        rows=job.train.rows,
-        max_epochs=job.epochs,
-        patience=settings.patience,
-        gradient_clip=training.gradient_clip,
-        seed=training.seed,
-        run_dir=job.run_dir,
-        digest=job.digest,
-        group=group,
-    )
-    run_epochs(loop, progress, best)
-    if group.rank == 0:
-        network.history.save(job.run_dir / ENCODER_FOLDER)
-    return progress
+    def splits(self, group: Group) -> tuple[HistorySplit, HistorySplit | None]:
+        """Return this rank's histories."""
+        return self._split(self.train, group), None if self.valid is None else self._split(self.valid, group)
 
+    def _split(self, snapshot: Snapshot, group: Group) -> HistorySplit:
+        ids, _ = read_vocabulary(self.texts)
+        shard = snapshot.shard(group.rank, group.size)
+        loader = ShardLoader(shard, (), HISTORY_COLUMNS, self.config.training.feed)
+        steps = math.ceil(snapshot.rows / self.config.pretraining.batch_size)
+        return HistorySplit(loader, steps, snapshot.rows, self.history_length, self.config, ids.numpy(), group)
 
-def losses(model: nn.Module, batch: Exercise) -> tuple[Tensor, Tensor]:
-    """Sums of the losses of the parts, and the numbers of their targets; see :class:`PretrainingNetwork`."""
-    sums, counts = model(batch)
-    return sums, counts
+    def network(self, train: HistorySplit, group: Group) -> PretrainingNetwork:
+        """Return the encoder with random weights, and its pre-training heads."""
+        _, embeddings = read_vocabulary(self.texts)
+        temperature = self.config.pretraining.temperature
+        return PretrainingNetwork(self.config.network, self.history_length, embeddings, temperature)
 
+    def state(self, network: PretrainingNetwork, steps: int) -> TrainingState:
+        """Return AdamW with a warmup and a cosine."""
+        settings, training = self.config.pretraining, self.config.training
+        optimizer = torch.optim.AdamW(decayed(network, training.weight_decay), lr=settings.learning_rate)
+        schedule = warmup_cosine(optimizer, training.warmup_fraction, steps * settings.max_epochs)
+        return TrainingState(network, optimizer, schedule)
 
-def _data(snapshot: Snapshot, job: Job, ids: Tensor, group: Group) -> Data:
-    feed = Feed(snapshot.share(group.rank, group.size), (), HISTORY_COLUMNS, job.config.training.feed)
-    steps = math.ceil(snapshot.rows / job.config.pretraining.batch_size)
-    return Data(feed, steps, job, ids.numpy(), group)
+    def train_losses(self, network: PretrainingNetwork, model: nn.Module, batch: Exercise) -> tuple[Tensor, Tensor]:
+        """Return sums of the losses of the parts, and the numbers of their targets; see :class:`PretrainingNetwork`."""
+        sums, counts = model(batch)
+        return sums, counts
+
+    def valid_losses(self, network: PretrainingNetwork, batch: Exercise) -> tuple[Tensor, Tensor]:
+        """Return the same losses as in training."""
+        return self.train_losses(network, network, batch)
+
+    def save(self, network: PretrainingNetwork, train: HistorySplit, group: Group) -> None:
+        """Write the encoder; the heads are dropped."""
+        if group.rank == 0:
+            network.history.save(self.run_dir / ENCODER_FOLDER)

@@ -1,4 +1,4 @@
-"""The language model, adapted to the platform's own texts."""
+"""Adapt the language model to the platform's own texts: the job of ``bp-spark adapt-language``."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from bp_spark.training.loader import snapshot
 
 
 def adapt_language(spark: SparkSession, config: Config, output: Path) -> list[dict[str, Any]]:
-    """Go on pre-training the language model on the platform's texts; ``texts.model=OUTPUT`` then uses what came out.
+    """Go on pre-training the language model on the platform's texts; ``texts.model=OUTPUT`` then uses the adapted model.
 
-    Embeddings bear the digest of their model: the next featurize reads each text anew with the adapted one.
+    Embeddings carry the digest of their model, so the next featurize embeds each text again with the adapted model.
 
     Args:
-        output: folder to be made.
+        spark: the running session.
+        config: settings.
+        output: folder to write.
 
     Returns:
         The stage that ran, as in ``runs``.
 
     Raises:
-        ConfigError: ``output`` is there already; the configured model can't guess masked tokens.
-        DataError: no texts yet, or too few.
+        ConfigError: ``output`` exists already, or the configured model can't guess masked tokens.
+        DataError: there are no texts yet, or too few.
         PlatformError: the extra ``train`` is not installed.
     """
     extras.require("train", "adapt-language")
@@ -38,11 +40,11 @@ def adapt_language(spark: SparkSession, config: Config, output: Path) -> list[di
         lakehouse = run.lakehouse
         if not lakehouse.exists("texts"):
             raise DataError(f"{lakehouse.namespace}.texts", "table does not exist; run featurize first")
-        found = snapshot(lakehouse.location("texts"))
-        inputs = masked_lm.inputs_digest(found, config)
+        lakehouse_texts = snapshot(lakehouse.location("texts"))
+        inputs = masked_lm.inputs_digest(lakehouse_texts, config)
         with run.stage("adapt language", inputs) as figures:
-            work = Path(config.training.work_dir).absolute() / f"language-{inputs}"
-            result = masked_lm.adapt(spark, found, config, work, output)
+            run_dir = Path(config.training.work_dir).absolute() / f"language-{inputs}"
+            result = masked_lm.train_masked_lm(spark, lakehouse_texts, config, run_dir, output)
             figures["texts"] = figures["rows_in"] = result.texts
             figures["held_out"] = result.held_out
             figures["epochs"] = result.epochs

@@ -1,0 +1,148 @@
+"""Fit all that predicts as of a test date: the members, their calibrated stack, the platform's level and the other horizons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+
+import pandas as pd
+from pyspark.sql import DataFrame
+
+from bp_spark.core.config import Config
+from bp_spark.evaluation import metrics as evaluation
+from bp_spark.features import labels
+from bp_spark.features.job import span
+from bp_spark.lakehouse.run import Run
+from bp_spark.model.horizons import MIN_ROWS, NETWORK, Horizons
+from bp_spark.model.level import Level, WeeklySpend
+from bp_spark.model.members.base import Member, predict_all
+from bp_spark.model.stack import CalibratedStack
+from bp_spark.training.cross_fit import cross_fit
+from bp_spark.training.dataset import prepare, sample, users_of_test_date
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Members and their stack, fitted with nothing later than a test date.
+
+    Attributes:
+        test_date: the test date. version: version of ``training_set``. members: the members, fitted on all folds. fusion: the
+        stack of the members. horizons: ratios of the other horizons. predictions: a row per user of the test date:
+        ``user_key``, ``label_spend``, ``seen``, a column per member, and ``fused``,
+            ``low``, ``high``, ``p_active``; for other horizons ``label_spend_30d``, ``transformer_30d``, ``fused_30d``.
+        history: epochs of the transformer without the first fold.
+    """
+
+    test_date: date
+    version: int
+    members: Sequence[Member]
+    fusion: CalibratedStack
+    horizons: Horizons
+    predictions: pd.DataFrame
+    history: Sequence[Mapping[str, float]]
+
+    @property
+    def names(self) -> list[str]:
+        """Columns of expected spend in ``predictions``: the members, then ``fused``."""
+        return [*(member.name for member in self.members), "fused"]
+
+
+def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFrame | None = None) -> Fitted:
+    """Fit, calibrate and predict with nothing later than the test date.
+
+    Args:
+        run: the running job.
+        dates: cutoffs whose whole horizon was seen before the test date.
+        test_date: date from which on nothing is seen.
+        brackets: ``user_key, bracket``, to join to the predictions.
+    """
+    config = run.config
+    version, vocabulary, folder = prepare(run, dates, test_date)
+    rows = run.lakehouse.read("training_set", version)
+    members, out_of_fold, history = cross_fit(run, rows, test_date, vocabulary, folder, version=version)
+    users = users_of_test_date(run, test_date)
+    if brackets is not None:
+        users = users.join(brackets, "user_key", "left")
+    reference = predict_sample(users, members, config)
+    level = fit_level(run, dates, test_date)
+    fusion = CalibratedStack.fit(out_of_fold, config.fusion, reference, level.sd)
+    horizons = _fit_horizons(run, out_of_fold, fusion)
+    columns = {str(name): reference[name].to_numpy() for name in reference}
+    steady = fusion.steady(columns)
+    # the predictions may be of a sample; without a forecast the users need no count
+    total = float(steady["expected_spend"].mean()) * users.count() if level.forecast else 0.0
+    fusion = replace(fusion, level=level.towards(total))
+    fused, by_horizon = fusion.moved(steady), horizons.apply(steady["expected_spend"], columns)
+    predictions = reference.assign(
+        fused=fused["expected_spend"],
+        low=fused["low"],
+        high=fused["high"],
+        p_active=fused["p_active"],
+        **{labels.of_days("fused", days): by_horizon[days] * fusion.factor() for days in horizons.others},
+    )
+    return Fitted(test_date, version, members, fusion, horizons, predictions, history)
+
+
+def fit_level(run: Run, dates: Sequence[date], test_date: date) -> Level:
+    """Fit the platform's season and trend on the weeks before the test date.
+
+    Args:
+        run: the running job; this is a stage of it.
+        dates: cutoffs of the training set.
+        test_date: date from which on no spend is seen.
+    """
+    config = run.config
+    with run.stage("fit level") as figures:
+        first, _ = span(run.lakehouse)
+        weekly = labels.weekly_spend(run.lakehouse.read("user_daily"), test_date)
+        rows = [(row["first_week"], row["week"], row["cents"]) for row in weekly.collect()]
+        ages = [(test_date - day).days for day in dates]
+        spend = WeeklySpend.of(rows, first, test_date)
+        level = Level.fit(spend, config.labels.horizon_days, ages, config.fusion)
+        figures["evidence"], figures["sd"] = f"{level.evidence:.2f}", f"{level.sd:.3f}"
+    return level
+
+
+def _fit_horizons(run: Run, out_of_fold: pd.DataFrame, fusion: CalibratedStack) -> Horizons:
+    """Fit the ratios of other horizons; the stage names each horizon that is left out, as no cutoff has seen it whole."""
+    config = run.config.labels
+    with run.stage("fit horizons") as figures:
+        expected = fusion.steady(fusion.inputs_from(out_of_fold))["expected_spend"]
+        horizons = Horizons.fit(out_of_fold, expected, config.horizon_days, config.other_horizons)
+        for days in config.other_horizons:
+            rows = int(out_of_fold[labels.of_days("label_spend", days)].notna().sum())
+            figures[f"{days}_days"] = (
+                f"from {rows:,} rows"
+                if days in horizons.others
+                else f"LEFT OUT: {rows:,} rows have seen {days} days whole, of the {MIN_ROWS} it takes; more history or "
+                "labels.cutoffs would help"
+            )
+    return horizons
+
+
+def predict_sample(rows: DataFrame, members: Sequence[Member], config: Config) -> pd.DataFrame:
+    """Return each member's predictions of a sample of the rows, on the driver."""
+    frame = sample(rows, config).toPandas()
+    columns = {name: frame[name].to_numpy() for name in frame.columns}
+    others = [labels.of_days("label_spend", days) for days in config.labels.other_horizons]
+    names = ("user_key", "as_of_date", "label_spend", *others, "seen", "bracket")
+    return frame[[name for name in names if name in frame]].assign(**predict_all(members, columns))
+
+
+def metrics_of(fitted: Fitted, complete: bool) -> pd.DataFrame:
+    """Return metrics of the horizons that are over.
+
+    Args:
+        fitted: members, stack and predictions.
+        complete: whether the main horizon from the test date is over.
+    """
+    predictions = fitted.predictions
+    tables = [evaluation.metrics_table(predictions, fitted.names)] if complete else []
+    for days in fitted.horizons.others:
+        truth = predictions[labels.of_days("label_spend", days)]
+        if truth.notna().all():
+            columns = [labels.of_days(name, days) for name in (NETWORK, "fused")]
+            present = [name for name in columns if name in predictions]
+            tables.append(evaluation.metrics_table(predictions.assign(label_spend=truth), present))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
