@@ -6,7 +6,9 @@ the run. A stage whose inputs are unchanged is skipped; every stage leaves a row
 
 from bp_spark.evaluation.job import DriftResult, FairnessResult, check_drift, fairness
 from bp_spark.features.job import featurize, quarantine_by_rule, replay_quarantine
-from bp_spark.governance.erasure import forget, retain, rotate_keys
+from bp_spark.governance.erasure import forget
+from bp_spark.governance.key_rotation import rotate_keys
+from bp_spark.governance.retention import retain
 from bp_spark.report.job import ReportResult, report
 from bp_spark.scoring.active_learning_job import SelectResult, add_labels, select_labels
 from bp_spark.scoring.counterfactual_job import what_if

@@ -21,7 +21,7 @@ from bp_spark.core import config
 from bp_spark.core.config import Config
 from bp_spark.core.errors import ConfigError, ConflictError, DataError, UnknownUserError
 from bp_spark.features import job
-from bp_spark.governance import erasure, residue_scan
+from bp_spark.governance import key_rotation, residue_scan
 from bp_spark.ingest import pseudonyms
 from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.tables import GIVEN_LABELS, LABEL_REQUESTS, MARKET_SEGMENTS, SCORES, USER_PROFILE, Lakehouse
@@ -291,15 +291,15 @@ def test_an_ingest_beside_a_rotation_ends_it_with_a_conflict_and_the_next_one_ta
     lakehouse = Lakehouse(spark, settings.tables)
     events = lakehouse.read("events").count()
     write_night(tmp_path / "files", 1, transactions=[line(STAYS, 2), line("new-user-3", 2)])
-    real = erasure.embed
+    real = key_rotation.embed
 
     def beside(run: Any) -> None:
-        monkeypatch.setattr(erasure, "embed", real)
+        monkeypatch.setattr(key_rotation, "embed", real)
         # an ingest of another process: raw rows with old keys, after the raw tables were rewritten
         job._ingest(Run(spark, settings, "featurize"))
         real(run)
 
-    monkeypatch.setattr(erasure, "embed", beside)
+    monkeypatch.setattr(key_rotation, "embed", beside)
     with pytest.raises((ConflictError, DataError)):
         pipeline.rotate_keys(spark, settings, new)
     pipeline.rotate_keys(spark, settings, new)
