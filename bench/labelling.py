@@ -7,7 +7,7 @@ number of labels; and how much better than random choice that is, seed by seed, 
 The pool is the users of one date, a horizon before the test date, but the holdout; their labels are what they really spent, and
 are hidden until they are asked for. From a few random ones on, a batch is added at a time. The ensemble, two boosters and a
 ridge regression, is fitted anew on the labels so far; it says who is asked next, by `disagreement` and
-`diverse` of `bp_spark.scoring.active_learning`, as ``bp-spark select-labels`` does.
+`diverse` of `bp_spark.scoring.active_learning.selection`, as ``bp-spark select-labels`` does.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from bp_spark.model.columns import Columns, stack
 from bp_spark.model.members.base import Member, predict_all
 from bp_spark.model.members.linear import LinearMember
 from bp_spark.model.members.trees import SqrtTreesMember, TreesMember
-from bp_spark.scoring import active_learning
+from bp_spark.scoring.active_learning import selection
 from bp_spark.training import job as training_job
 
 OUT = Path("build/bench/labelling.json")
@@ -122,7 +122,7 @@ def simulate(
                 if len(known) + STEP > min(most, len(pool)):
                     break
                 free = np.setdiff1d(np.arange(len(pool)), known)
-                apart = active_learning.disagreement(_said(members, pool.iloc[free]), {m.name: 1.0 for m in members})
+                apart = selection.disagreement(_said(members, pool.iloc[free]), {m.name: 1.0 for m in members})
                 known = np.concatenate([known, choose(free, apart, rng)])
     everyone = [_judged(fit(pool, catalogue, seed), test) for seed in range(min(seeds, 5))]
     table = pd.DataFrame(figures)
@@ -190,8 +190,8 @@ def _judged(members: Sequence[Member], test: pd.DataFrame) -> dict[str, float]:
 
 def _diverse(pool: pd.DataFrame, catalogue: Catalogue, free: np.ndarray, apart: np.ndarray, count: int) -> np.ndarray:
     most = np.argsort(-apart, kind="stable")[:count]
-    points = active_learning.standardised(pool.iloc[free[most]], catalogue)
-    return free[most[active_learning.diverse(points, apart[most], STEP)]]
+    points = selection.standardised(pool.iloc[free[most]], catalogue)
+    return free[most[selection.diverse(points, apart[most], STEP)]]
 
 
 def _curve(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from bp_spark.model.members.linear import LinearMember
 from bp_spark.model.stack import CalibratedStack
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry.bundle import Bundle
-from bp_spark.scoring import active_learning
+from bp_spark.scoring.active_learning import files, selection
 from bp_spark.training import job
 from tests.support.histories import AS_OF, SECRET, embeddings_frame, events_frame, random_events, rows_of, texts_frame
 
@@ -46,13 +46,13 @@ HEAD = "user_key,as_of_date,spend"
 
 def test_users_whom_members_disagree_on_come_before_those_they_agree_on() -> None:
     said = {"a": np.array([100.0, 100.0, 0.0]), "b": np.array([100.0, 144.0, 100.0])}
-    apart = active_learning.disagreement(said, {"a": 0.5, "b": 0.5})
+    apart = selection.disagreement(said, {"a": 0.5, "b": 0.5})
     np.testing.assert_allclose(apart, [0.0, 1.0, 5.0])
 
 
 def test_a_member_without_weight_has_no_say_and_weights_need_not_sum_to_one() -> None:
     said = {"a": np.array([4.0]), "b": np.array([16.0]), "mute": np.array([1e6])}
-    assert active_learning.disagreement(said, {"a": 3.0, "b": 1.0}) == pytest.approx([np.sqrt(0.75)])
+    assert selection.disagreement(said, {"a": 3.0, "b": 1.0}) == pytest.approx([np.sqrt(0.75)])
 
 
 def clusters(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -64,34 +64,34 @@ def clusters(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
 
 def test_a_selection_spreads_over_clusters_where_most_disagreement_is_in_one() -> None:
     points, weights = clusters()
-    chosen = active_learning.diverse(points, weights, 5)
+    chosen = selection.diverse(points, weights, 5)
     assert sorted(chosen // 20) == [0, 1, 2, 3, 4]
     assert set(np.argsort(-weights, kind="stable")[:5] // 20) == {0}
 
 
 def test_the_row_nearest_to_a_centre_stands_for_it() -> None:
     points = np.array([[0.0], [1.0], [2.0], [100.0], [103.0], [104.0]])
-    assert active_learning.diverse(points, np.ones(6), 2).tolist() == [1, 4]
+    assert selection.diverse(points, np.ones(6), 2).tolist() == [1, 4]
 
 
 @pytest.mark.parametrize("count", [1, 7, 99, 100, 200])
 def test_a_selection_has_as_many_rows_as_asked_for_each_once_and_comes_out_again(count: int) -> None:
     points, weights = clusters()
-    chosen = active_learning.diverse(points, weights, count)
+    chosen = selection.diverse(points, weights, count)
     assert len(set(chosen)) == len(chosen) == min(count, 100)
-    assert (active_learning.diverse(points, weights, count) == chosen).all()
+    assert (selection.diverse(points, weights, count) == chosen).all()
 
 
 def test_where_rows_are_alike_those_of_most_weight_fill_the_selection() -> None:
     points = np.array([[0.0]] * 6 + [[9.0]] * 2)
-    chosen = active_learning.diverse(points, np.array([1.0, 1, 1, 5, 1, 4, 1, 1]), 4)
+    chosen = selection.diverse(points, np.array([1.0, 1, 1, 5, 1, 4, 1, 1]), 4)
     assert {3, 5} <= set(chosen)
     assert len({*chosen} & {6, 7}) == 1
 
 
 def test_nobody_disagreed_on_is_no_reason_to_ask_nobody() -> None:
     points, _ = clusters()
-    assert sorted(active_learning.diverse(points, np.zeros(100), 5) // 20) == [0, 1, 2, 3, 4]
+    assert sorted(selection.diverse(points, np.zeros(100), 5) // 20) == [0, 1, 2, 3, 4]
 
 
 def test_features_are_compared_by_logarithm_where_skewed_and_missing_ones_stand_at_the_mean() -> None:
@@ -100,7 +100,7 @@ def test_features_are_compared_by_logarithm_where_skewed_and_missing_ones_stand_
     place = found.names.index(skewed)
     frame = pd.DataFrame({name: [1.0, 1.0, 1.0, 1.0] for name in found.names})
     frame[skewed] = [0.0, np.e - 1, np.nan, np.inf]
-    points = active_learning.standardised(frame, found)
+    points = selection.standardised(frame, found)
     np.testing.assert_allclose(points[:, place], [-1, 1, 0, 0])
     assert not np.delete(points, place, axis=1).any()
 
@@ -187,7 +187,7 @@ def test_asked_are_the_users_of_most_disagreement_but_the_holdout(platform: Plat
     fusion = platform.bundles["whole"].fusion
     members = {name: said[f"member_{name}"] for name in fusion.members}
     apart = pd.Series(
-        active_learning.disagreement(members, dict(zip(fusion.members, fusion.weights, strict=True))),
+        selection.disagreement(members, dict(zip(fusion.members, fusion.weights, strict=True))),
         open_to["user_key"],
     )
     most = apart.sort_values(ascending=False).head(12)
@@ -227,7 +227,7 @@ def test_the_same_selection_comes_out_of_the_same_users_and_bundle(platform: Pla
     open_to = labels.without_holdout(platform.users, platform.settings.labels)
     settings = platform.settings
     found = [
-        active_learning.selected(
+        selection.selected(
             rows, platform.bundles["whole"], catalogue(settings.features), 8, LabellingConfig(candidates_per_label=4)
         )
         for rows in (open_to.repartition(3), open_to.coalesce(1))
@@ -239,7 +239,7 @@ def test_the_same_selection_comes_out_of_the_same_users_and_bundle(platform: Pla
 
 def test_a_bundle_of_one_member_has_nobody_to_disagree(platform: Platform) -> None:
     with pytest.raises(BundleError, match="only btyd has weight in the fusion"):
-        active_learning.candidates(platform.users, platform.bundles["alone"], 3)
+        selection.candidates(platform.users, platform.bundles["alone"], 3)
 
 
 def test_without_features_or_with_a_budget_out_of_bounds_nobody_is_asked(platform: Platform) -> None:
@@ -253,9 +253,9 @@ def test_without_features_or_with_a_budget_out_of_bounds_nobody_is_asked(platfor
 # --- what is answered --------------------------------------------------------------------------------------------------
 
 
-def read(path: Path, *lines: str, head: str = HEAD) -> active_learning.LabelFile:
+def read(path: Path, *lines: str, head: str = HEAD) -> files.LabelFile:
     path.write_text("\n".join([head, *lines]), encoding="utf-8")
-    return active_learning.read_labels(path, FIRST, TODAY, LabellingConfig(max_spend=1000))
+    return files.read_labels(path, FIRST, TODAY, LabellingConfig(max_spend=1000))
 
 
 def test_a_file_is_read_as_spreadsheets_write_it_and_lines_without_an_answer_are_passed_over(tmp_path: Path) -> None:
@@ -266,8 +266,8 @@ def test_a_file_is_read_as_spreadsheets_write_it_and_lines_without_an_answer_are
     told = datetime(2024, 5, 2, tzinfo=UTC)
     day = date(2024, 5, 1)
     assert list(file.labels) == [
-        active_learning.GivenLabel(2, "小明", day, 10.5, "survey, by phone", told),
-        active_learning.GivenLabel(5, "u3", day, 0.0, None, None),
+        files.SurveyLabel(2, "小明", day, 10.5, "survey, by phone", told),
+        files.SurveyLabel(5, "u3", day, 0.0, None, None),
     ]
 
 
@@ -322,10 +322,10 @@ def test_a_file_that_is_no_file_of_labels_is_refused(tmp_path: Path, head: str, 
 
 def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.csv: can't be read \(No such file or directory\)"):
-        active_learning.read_labels(tmp_path / "none.csv", FIRST, TODAY, LabellingConfig())
+        files.read_labels(tmp_path / "none.csv", FIRST, TODAY, LabellingConfig())
     (tmp_path / "labels.csv").write_bytes(b"user_key,as_of_date,spend\n\xff,2024-05-01,1\n")
     with pytest.raises(DataError, match=r"labels\.csv: must be text in UTF-8"):
-        active_learning.read_labels(tmp_path / "labels.csv", FIRST, TODAY, LabellingConfig())
+        files.read_labels(tmp_path / "labels.csv", FIRST, TODAY, LabellingConfig())
 
 
 def test_labels_of_strangers_are_refused_and_nothing_is_written(platform: Platform, tmp_path: Path) -> None:

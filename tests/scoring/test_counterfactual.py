@@ -45,7 +45,7 @@ def test_another_past_gives_the_features_that_it_would_have_given(events: DataFr
     spark, length = events.sparkSession, settings.features.history_length
     tables = texts_frame(spark), embeddings_frame(spark)
     days = user_daily.user_daily(events, *tables, length).localCheckpoint()
-    imagined = counterfactual.counterfactual_history(
+    imagined = counterfactual.counterfactual_features(
         events, days, *tables, USER, AS_OF, change, settings.features
     ).toPandas()
     theirs, others = events.filter(F.col("user_key") == USER), events.filter(F.col("user_key") != USER)

@@ -365,14 +365,14 @@ def test_users_with_the_same_features_are_computed_once(nights: Nights) -> None:
         return predict(columns, on)
 
     bundle.predict = counted  # type: ignore[method-assign]
-    said = prediction._answer_batch(bundle, twice, NIGHT).to_pandas()
+    said = prediction._predict_batch(bundle, twice, NIGHT).to_pandas()
     assert asked == [60]
     pd.testing.assert_frame_equal(said.iloc[3:12].reset_index(drop=True), said.iloc[60:].reset_index(drop=True))
     assert said["user_key"].tolist() == twice.column("user_key").to_pylist()
     # without a digest nobody is taken for another
     nulls = pa.nulls(twice.num_rows, pa.int64())
     unknown = pa.Table.from_batches([twice]).set_column(1, "input_digest", nulls).combine_chunks().to_batches()[0]
-    anew = prediction._answer_batch(bundle, unknown, NIGHT).to_pandas()
+    anew = prediction._predict_batch(bundle, unknown, NIGHT).to_pandas()
     assert asked == [60, 69]
     np.testing.assert_allclose(anew[NUMBERS], said[NUMBERS], rtol=1e-5)
 
