@@ -146,7 +146,8 @@ def prove_erased(run: Run, keys: Collection[str], ids: Collection[str]) -> None:
         folders = [*run.lakehouse.folders(), *(str(Path(folder).absolute()) for folder in other_folders)]
         residue = residue_scan.search(run.spark, folders, keys, ids)
         figures["parquet_files"], figures["other_files"] = residue.parquet_files, residue.other_files
-        figures["found"] = len(residue.found)
-        if residue.found:
-            rule = f"still holds what was to be erased, as do {len(residue.found) - 1} more files; if it isn't a copy that "
-            raise DataError(residue.found[0], f"{rule}somebody made, another job was running: run this again")
+        files = residue.found
+        figures["found"] = len(files)
+        if files:
+            rule = f"still holds what was to be erased, as do {len(files) - 1} more files; if it isn't a copy that "
+            raise DataError(files[0], f"{rule}somebody made, another job was running: run this again")

@@ -109,7 +109,7 @@ def reasons(top: pd.DataFrame, users: int) -> Chart:
     axes.barh(shown["group"], lowered, left=raised, color=SERIES[1], label="lowered")
     if not shown["split"].all():
         unsplit = shown["users"].mask(shown["split"], 0) / users
-        axes.barh(shown["group"], unsplit, color=FAINT, label="not told: few users")
+        axes.barh(shown["group"], unsplit, color=FAINT, label="not shown: few users")
     page.label(axes, "share of users", "")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(visible=False, axis="y")

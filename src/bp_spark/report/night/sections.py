@@ -70,8 +70,8 @@ def population(data: PageData) -> list[Markup]:
         body.append(_migration(data))
     body.append(
         page.note(
-            f"Of groups with fewer than {data.smallest_group} users no figure is told (*), nor of one more by which it could "
-            "be reckoned."
+            f"Groups with fewer than {data.smallest_group} users show no figures (*), and neither does a group that would "
+            "reveal them."
         )
     )
     return body

@@ -54,9 +54,9 @@ def select_labels(
 ) -> SelectResult:
     """Select the users of a date whose label would help the promoted bundle most, and write them to ``label_requests``.
 
-    Users are left out if they are held out of all fitting, if they have a label of the date, or if they were asked before, for
-    any date, and haven't answered. The same call on the same features, bundle and labels gives the same users and writes
-    nothing. When labels came in, it selects further users.
+    Left out are users who are held out of all fitting, users with a label of the date, and users with an unanswered request
+    for any date. The same call on the same features, bundle and labels gives the same users and writes nothing. When labels
+    came in, it selects further users.
 
     Args:
         spark: The session.

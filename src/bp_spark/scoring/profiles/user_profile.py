@@ -37,9 +37,8 @@ def user_profile(
     """Return one profile for each score of ``day``.
 
     The next purchase is expected by the gamma-Poisson model of Ehrenberg (1959). A user has ``x`` repeat purchase days in the
-    ``T`` days since the first one. Such a user buys at a rate of Gamma(``a + 1 + x``, ``a M + T``), where ``M`` is the
-    population's days per repeat purchase day and ``a`` is ``config.prior_purchases``. The expected wait is
-    ``(a M + T) / (a + x)``.
+    ``T`` days since the first one. Such a user buys at a rate of Gamma(``a + 1 + x``, ``a M + T``), so the expected wait is
+    ``(a M + T) / (a + x)``. ``M`` is the population's days per repeat purchase day, and ``a`` is ``config.prior_purchases``.
 
     Args:
         scores: Rows of SCORES of ``day``.
