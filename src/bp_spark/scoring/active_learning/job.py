@@ -54,9 +54,9 @@ def select_labels(
 ) -> SelectResult:
     """Select the users of a date whose label would help the promoted bundle most, and write them to ``label_requests``.
 
-    Left out are users who are held out of all fitting, users with a label of the date, and users with an unanswered request
-    for any date. The same call on the same features, bundle and labels gives the same users and writes nothing. When labels
-    came in, it selects further users.
+    Users held out of all fitting, users with a label of the date, and users with an unanswered request are left out. The same
+    call on the same features, bundle and labels gives the same users and writes nothing. When labels came in, it selects
+    further users.
 
     Args:
         spark: The session.
