@@ -29,12 +29,12 @@ from bp_spark.core import config
 from bp_spark.core.config import Config, FusionConfig, MemberName
 from bp_spark.core.session import MODEL_MODULES, get_session
 from bp_spark.evaluation import bootstrap
-from bp_spark.features import job as feature_job
 from bp_spark.features import labels
+from bp_spark.ingest import job as ingest_job
 from bp_spark.lakehouse.run import Run
 from bp_spark.model.inputs import InputSpec
 from bp_spark.model.stack import CalibratedStack
-from bp_spark.training import job as training_job
+from bp_spark.training import cross_fit, dataset, ensemble
 
 OUT = Path("build/bench/ablation.json")
 METRICS = ("spearman", "gini", "decile_mape", "mae", "rmse")
@@ -69,20 +69,20 @@ def run(settings: Config, test_date: date | None, folder: Path) -> dict[str, Any
     """All figures; the folder takes checkpoints of the way."""
     spark = get_session(settings, "bp-spark bench", MODEL_MODULES)
     line = Run(spark, settings)
-    first, last = feature_job.span(line.lakehouse)
+    first, last = ingest_job.span(line.lakehouse)
     test_date = test_date or last - timedelta(days=settings.labels.horizon_days)
     dates = labels.cutoffs(first, test_date, settings.labels)
-    version, vocabulary, _ = training_job.prepare(line, dates, test_date)
+    version, vocabulary, _ = dataset.prepare(line, dates, test_date)
 
     def said(name: str, conf: Config, vocabulary: Path, spec: InputSpec | None = None) -> Said:
         print(f"fitting: {name}", file=sys.stderr, flush=True)
         place = folder / name.replace(" ", "-")
         place.mkdir()
         rows = line.lakehouse.read("training_set", version)
-        members, out_of_fold, _ = training_job.cross_fit(
+        members, out_of_fold, _ = cross_fit.cross_fit(
             Run(spark, conf), rows, test_date, vocabulary, place, version=version, spec=spec
         )
-        return Said(out_of_fold, training_job.predicted(training_job.test_rows(line, test_date), members, conf))
+        return Said(out_of_fold, ensemble.predict_sample(dataset.users_of_test_date(line, test_date), members, conf))
 
     alone = settings.model_copy(
         update={"fusion": settings.fusion.model_copy(update={"members": ("transformer",), "shrinkage": 0.0})}
@@ -92,7 +92,7 @@ def run(settings: Config, test_date: date | None, folder: Path) -> dict[str, Any
     wordless = _with(alone, "texts", vocabulary=1)
     without_texts = folder / "without-texts"
     without_texts.mkdir()
-    no_words = training_job.write_vocabulary(Run(spark, wordless), test_date, without_texts)
+    no_words = dataset.write_vocabulary(Run(spark, wordless), test_date, without_texts)
     history = dataclasses.replace(
         InputSpec.of(settings.features), tabular=("tenure_days",), log_scaled=frozenset[str]()
     )

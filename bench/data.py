@@ -54,7 +54,8 @@ from bp_spark.ingest.pseudonyms import make_secret
 from bp_spark.ingest.sources.synthetic.currency import MAX_DELAY
 from bp_spark.ingest.sources.synthetic.dirt import SPOILS
 from bp_spark.ingest.sources.synthetic.platform import LOGS, generate
-from bp_spark.lakehouse.tables import RAW_TABLES, Lakehouse
+from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.tables import RAW_TABLES
 
 EVENTS_PER_USER_YEAR = 53.6
 FIRST_DAY = date(2024, 1, 1)

@@ -38,8 +38,9 @@ from bp_spark.model.history import HistoryEncoder
 from bp_spark.model.inputs import HISTORY_COLUMNS, InputSpec
 from bp_spark.model.members.transformer import TransformerMember
 from bp_spark.model.network import SpendNetwork
+from bp_spark.training.fit import fit
 from bp_spark.training.loader import Columns, RowGroup, Snapshot
-from bp_spark.training.tasks.finetune import Job, train_rank
+from bp_spark.training.tasks.finetune import FineTuneTask
 
 OUT = Path("build/bench/gpu.json")
 TEXTS, TEXT_SIZE = 10_000, 384
@@ -96,7 +97,7 @@ def snapshot(folder: Path, columns: Columns) -> Snapshot:
     return Snapshot(str(folder), 0, tuple(files), table.schema, groups)
 
 
-def train(job: Job, device: str, answers: Any) -> None:
+def train(task: FineTuneTask, device: str, answers: Any) -> None:
     """The one rank of a job, in a process of its own; puts its epochs."""
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -105,7 +106,7 @@ def train(job: Job, device: str, answers: Any) -> None:
         port = str(free.getsockname()[1])
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    answers.put(train_rank(job).history)
+    answers.put(fit(task).progress.history)
 
 
 def training(settings: Config, rows: Snapshot, spec: InputSpec, folder: Path, devices: Sequence[str]) -> dict[str, Any]:
@@ -117,9 +118,9 @@ def training(settings: Config, rows: Snapshot, spec: InputSpec, folder: Path, de
     for device in devices:
         run_dir = folder / f"{settings.network.size}-{device.partition(':')[0]}"
         run_dir.mkdir()
-        job = Job(rows, None, settings.training.max_epochs, spec, texts, settings, run_dir, "bench")
+        task = FineTuneTask(rows, None, settings.training.max_epochs, spec, texts, settings, run_dir, "bench")
         answers = context.Queue()
-        rank = context.Process(target=train, args=(job, device, answers))
+        rank = context.Process(target=train, args=(task, device, answers))
         rank.start()
         # the first epoch decodes the files
         history = answers.get()[1:]

@@ -7,7 +7,7 @@ number of labels; and how much better than random choice that is, seed by seed, 
 The pool is the users of one date, a horizon before the test date, but the holdout; their labels are what they really spent, and
 are hidden until they are asked for. From a few random ones on, a batch is added at a time. The ensemble, two boosters and a
 ridge regression, is fitted anew on the labels so far; it says who is asked next, by `disagreement` and
-`diverse` of `bp_spark.scoring.active_learning`, as ``bp-spark select-labels`` does.
+`select_diverse` of `bp_spark.scoring.active_learning.selection`, as ``bp-spark select-labels`` does.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ from bp_spark.evaluation import metrics
 from bp_spark.features import catalogue as features
 from bp_spark.features import job as feature_job
 from bp_spark.features.catalogue import Catalogue
+from bp_spark.ingest import job as ingest_job
 from bp_spark.lakehouse.run import Run
-from bp_spark.model.columns import Columns, stack
+from bp_spark.model.columns import Columns, to_matrix
 from bp_spark.model.members.base import Member, predict_all
 from bp_spark.model.members.linear import LinearMember
 from bp_spark.model.members.trees import SqrtTreesMember, TreesMember
-from bp_spark.scoring import active_learning
-from bp_spark.training import job as training_job
+from bp_spark.scoring.active_learning import selection
+from bp_spark.training import cross_fit, dataset
 
 OUT = Path("build/bench/labelling.json")
 STEP, MOST, SEEDS = 50, 600, 20
@@ -75,10 +76,12 @@ def run(settings: config.Config, seeds: int, most: int = MOST, test_date: date |
     spark = get_session(settings, "bp-spark bench")
     line = Run(spark, settings)
     horizon = timedelta(days=settings.labels.horizon_days)
-    test_date = test_date or feature_job.span(line.lakehouse)[1] - horizon
+    test_date = test_date or ingest_job.span(line.lakehouse)[1] - horizon
     pool_date = test_date - horizon
     feature_job.write_features(line, [pool_date, test_date])
-    pool, test = (training_job.test_rows(line, day).orderBy("user_key").toPandas() for day in (pool_date, test_date))
+    pool, test = (
+        dataset.users_of_test_date(line, day).orderBy("user_key").toPandas() for day in (pool_date, test_date)
+    )
     pool = pool[pool["seen"]].reset_index(drop=True)
     spark.stop()
     return {
@@ -122,7 +125,7 @@ def simulate(
                 if len(known) + STEP > min(most, len(pool)):
                     break
                 free = np.setdiff1d(np.arange(len(pool)), known)
-                apart = active_learning.disagreement(_said(members, pool.iloc[free]), {m.name: 1.0 for m in members})
+                apart = selection.disagreement(_said(members, pool.iloc[free]), {m.name: 1.0 for m in members})
                 known = np.concatenate([known, choose(free, apart, rng)])
     everyone = [_judged(fit(pool, catalogue, seed), test) for seed in range(min(seeds, 5))]
     table = pd.DataFrame(figures)
@@ -138,7 +141,7 @@ def simulate(
 def fit(rows: pd.DataFrame, catalogue: Catalogue, seed: int) -> list[Member]:
     """The ensemble on a few labels: boosters of Tweedie and of root spend, ridge on recency, frequency and monetary value."""
     columns, spend = _columns(rows), np.maximum(rows["label_spend"].to_numpy(np.float64), 0.0)
-    values = stack(columns, catalogue.names, np.float32)
+    values = to_matrix(columns, catalogue.names, np.float32)
     return [
         TreesMember(_booster(values, spend, catalogue, {"objective": "reg:tweedie", "seed": seed})),
         _sqrt_trees(values, spend, catalogue, seed),
@@ -159,7 +162,7 @@ def _sqrt_trees(values: np.ndarray, spend: np.ndarray, catalogue: Catalogue, see
 
 
 def _linear(columns: Columns, spend: np.ndarray) -> LinearMember:
-    values = stack(columns, training_job.RFM, np.float64)
+    values = to_matrix(columns, cross_fit.RFM, np.float64)
     logs = np.sign(values) * np.log1p(np.abs(values))
     means = np.nan_to_num(np.nanmean(logs, axis=0))
     filled, target = np.where(np.isnan(logs), means, logs), np.log1p(spend)
@@ -168,7 +171,7 @@ def _linear(columns: Columns, spend: np.ndarray) -> LinearMember:
     said = np.exp(np.minimum(ridge.predict(filled), ceiling)).sum()
     smearing = float(np.exp(target).sum() / said)
     return LinearMember(
-        training_job.RFM, tuple(means), tuple(ridge.coef_), float(ridge.intercept_), smearing=smearing, ceiling=ceiling
+        cross_fit.RFM, tuple(means), tuple(ridge.coef_), float(ridge.intercept_), smearing=smearing, ceiling=ceiling
     )
 
 
@@ -190,8 +193,8 @@ def _judged(members: Sequence[Member], test: pd.DataFrame) -> dict[str, float]:
 
 def _diverse(pool: pd.DataFrame, catalogue: Catalogue, free: np.ndarray, apart: np.ndarray, count: int) -> np.ndarray:
     most = np.argsort(-apart, kind="stable")[:count]
-    points = active_learning.standardised(pool.iloc[free[most]], catalogue)
-    return free[most[active_learning.diverse(points, apart[most], STEP)]]
+    points = selection.standardise(pool.iloc[free[most]], catalogue)
+    return free[most[selection.select_diverse(points, apart[most], STEP)]]
 
 
 def _curve(table: pd.DataFrame) -> list[dict[str, Any]]:

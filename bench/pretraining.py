@@ -33,10 +33,11 @@ from bp_spark.core.session import get_session
 from bp_spark.evaluation.metrics import normalised_gini, spearman
 from bp_spark.features import job as feature_job
 from bp_spark.features import labels
+from bp_spark.ingest import job as ingest_job
 from bp_spark.lakehouse.run import Run
 from bp_spark.model.inputs import InputSpec
 from bp_spark.model.members.transformer import TransformerMember
-from bp_spark.training import job as training_job
+from bp_spark.training import cross_fit, dataset
 from bp_spark.training.loader import snapshot
 from bp_spark.training.tasks.finetune import finetune
 
@@ -64,16 +65,16 @@ def run(
         )
     spark = get_session(settings, "bp-spark bench")
     line = Run(spark, settings)
-    first, last = feature_job.span(line.lakehouse)
+    first, last = ingest_job.span(line.lakehouse)
     test_date = test_date or last - timedelta(days=settings.labels.horizon_days)
     dates = labels.cutoffs(first, test_date, settings.labels)
     feature_job.write_features(line, [*dates, test_date])
-    rows = line.lakehouse.read("training_set", training_job.write_training_set(line, dates, test_date))
-    vocabulary = training_job.write_vocabulary(line, test_date, folder)
+    rows = line.lakehouse.read("training_set", dataset.write_training_set(line, dates, test_date))
+    vocabulary = dataset.write_vocabulary(line, test_date, folder)
     clock = time.monotonic()
-    encoder, _ = training_job.pretrain_encoder(line, test_date, vocabulary, fold=0, epochs=None)
+    encoder, _ = cross_fit.pretrain_encoder(line, test_date, vocabulary, fold=0, epochs=None)
     seconds = time.monotonic() - clock
-    test = training_job.test_rows(line, test_date).toPandas()
+    test = dataset.users_of_test_date(line, test_date).toPandas()
 
     spec = InputSpec.of(settings.features)
     location, version = line.lakehouse.location("training_set"), line.lakehouse.version("training_set")

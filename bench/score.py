@@ -49,7 +49,7 @@ from bp_spark.core.config import Config
 from bp_spark.core.session import MODEL_MODULES, get_session
 from bp_spark.features.catalogue import user_features_table
 from bp_spark.lakehouse import parquet
-from bp_spark.lakehouse.tables import Lakehouse
+from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.model.columns import from_arrow
 from bp_spark.registry.bundle import Bundle
 from bp_spark.scoring import prediction
@@ -94,7 +94,9 @@ def contest(
 
     def by_files(bundle: str) -> DataFrame:
         """As a night does it."""
-        return prediction.score(rows, made[bundle], NIGHT, 0, places=parquet.row_locations(rows, *prediction.KEPT))
+        return prediction.score(
+            rows, made[bundle], NIGHT, 0, row_locations=parquet.row_locations(rows, *prediction.SHARED_COLUMNS)
+        )
 
     frames: dict[str, Callable[[], DataFrame]] = {
         "bp-spark": lambda: by_files("network"),
@@ -143,7 +145,7 @@ def contest(
 def _seconds(spark: SparkSession, settings: Config, frame: Callable[[], DataFrame]) -> float:
     """Of a whole job whose rows go nowhere."""
     clock = time.monotonic()
-    with prediction.sized(spark, settings.scoring):
+    with prediction.batch_sizes(spark, settings.scoring):
         frame().write.format("noop").mode("overwrite").save()
     return time.monotonic() - clock
 

@@ -33,7 +33,7 @@ from bp_spark.core import config
 from bp_spark.core.config import Config
 from bp_spark.core.session import get_session
 from bp_spark.model.inputs import HISTORY_COLUMNS, InputSpec
-from bp_spark.training.loader import Feed, Snapshot, snapshot
+from bp_spark.training.loader import ShardLoader, Snapshot, snapshot
 from bp_spark.training.tasks.finetune import finetune, label_columns
 
 OUT = Path("build/bench/training.json")
@@ -111,7 +111,7 @@ def _cores(count: int) -> Iterator[None]:
 
 def _feed(rows: Snapshot, spec: InputSpec, settings: Config) -> float:
     """Rows a second of a pass that reads and decodes the files, as a training's first pass does."""
-    feed = Feed(rows.share(0, 1), (*label_columns(()), *spec.tabular), HISTORY_COLUMNS)
+    feed = ShardLoader(rows.shard(0, 1), (*label_columns(()), *spec.tabular), HISTORY_COLUMNS)
     started = time.monotonic()
     with feed.batches(math.ceil(rows.rows / settings.training.batch_size), seed=1) as batches:
         read = sum(len(batch["label_spend"]) for batch in batches if batch is not None)

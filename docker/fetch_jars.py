@@ -27,6 +27,7 @@ def fetch(url: str, sha256: str, target: Path) -> None:
 
 
 def main(lock: str, folder: str, repository: str, *groups: str) -> None:
+    """Fetch the jars of some groups of the lock file into a folder, and check their digests."""
     lines = [line.split() for line in Path(lock).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     if unknown := set(groups) - {group for group, *_ in lines}:
         sys.exit(f"{lock}: has no group {min(unknown)}")

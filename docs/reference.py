@@ -26,7 +26,8 @@ from bp_spark.cli import app
 from bp_spark.core.config import Config, Section, subsection
 from bp_spark.features.catalogue import catalogue, user_features_table
 from bp_spark.features.labels import pretraining_set_table, training_set_table
-from bp_spark.lakehouse.tables import SCORES, SCORES_LATEST, SHARED_TABLES, Column, Table
+from bp_spark.lakehouse.schema import Column, Table
+from bp_spark.lakehouse.tables import SCORES, SCORES_LATEST, SHARED_TABLES
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 120
@@ -46,7 +47,7 @@ def tables() -> str:
     features = set(catalogue(Config().features).names)
     tables = all_tables()
     parts = [
-        _head("Tables", "bp_spark/lakehouse/tables.py"),
+        _head("Tables", "bp_spark/lakehouse/tables/"),
         "Delta tables of the namespace `bp`; their comments are in the tables, too (`DESCRIBE TABLE`). *Always* says which "
         "columns are never NULL.",
         _table(["table", "what it holds"], [[f"[`{table.name}`](#{table.name})", table.comment] for table in tables]),
@@ -235,7 +236,7 @@ def commands() -> str:
     """Return the page of the command: arguments and options of each subcommand, with its examples."""
     group: Any = typer.main.get_command(app.app)
     parts = [
-        _head("The command", "bp_spark/cli/app.py"),
+        _head("The command", "bp_spark/cli"),
         "`bp-spark COMMAND --help` says the same. Each command takes settings as `section.key=value` "
         "([all of them](configuration.md)) and, but for `demo`, a file of settings by `--config`.",
         _table(["option before the command", "what it does"], [_option(parameter) for parameter in group.params]),

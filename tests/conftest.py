@@ -27,7 +27,7 @@ from xdist.scheduler import LoadFileScheduling
 from bp_spark.core import config
 from bp_spark.core.config import Config
 from bp_spark.core.session import MODEL_MODULES, get_session
-from bp_spark.lakehouse.tables import Lakehouse
+from bp_spark.lakehouse.store import Lakehouse
 from tests.support.clusters import TEST_SETTINGS
 from tests.support.histories import SECRET
 

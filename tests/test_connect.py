@@ -25,7 +25,8 @@ from bp_spark.core.config import Config, FusionConfig
 from bp_spark.core.errors import ConflictError, DataError, PlatformError
 from bp_spark.core.session import DELTA_SETTINGS, get_session, is_connect, java_home, persisted, spark_jars
 from bp_spark.core.spark_errors import translate
-from bp_spark.lakehouse.tables import SCORES_LATEST, Lakehouse
+from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.tables import SCORES_LATEST, TABLE_NAMES
 from bp_spark.model.horizons import Horizons
 from bp_spark.model.members.btyd import FEATURES, BtydMember
 from bp_spark.model.stack import CalibratedStack
@@ -130,7 +131,7 @@ def nights(spark: SparkSession, settings: Config) -> dict[str, Any]:
     drifted = pipeline.check_drift(spark, settings, SECOND)
     page = pipeline.report(spark, settings, SECOND).page
     forgotten = {stage["stage"]: stage for stage in pipeline.forget(spark, settings, [GONE])}
-    Lakehouse(spark, settings.tables).register()
+    Lakehouse(spark, settings.tables).register(TABLE_NAMES)
     return {
         "users": result.users,
         "computed": result.computed,
@@ -228,8 +229,8 @@ def test_nights_in_spark_connect_are_those_of_a_classic_session(
     assert no_trees.startswith("PlatformError: trees and sqrt_trees")
     assert no_file.startswith(f"DataError: file:{tmp_path}/connect/bp/runs/")
     here, there = (Lakehouse(spark, settings_of(tmp_path, name).tables) for name in ("classic", "connect"))
-    assert here.names() == there.names()
-    for name in here.names():
+    assert here.existing(TABLE_NAMES) == there.existing(TABLE_NAMES)
+    for name in here.existing(TABLE_NAMES):
         assert there.read(name).schema == here.read(name).schema, name
         if name != "runs":
             assert contents(there, name) == contents(here, name), name

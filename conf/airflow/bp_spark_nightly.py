@@ -35,6 +35,7 @@ class Stage(BashOperator):
         super().__init__(task_id=job, bash_command=command, skip_on_exit_code=None, **kwargs)
 
     def execute(self, context: Any) -> Any:
+        """Run the job; fail without a retry where a retry can't help."""
         try:
             return super().execute(context)
         except AirflowException as error:

@@ -6,14 +6,16 @@ whose inputs are unchanged is skipped. Every stage leaves a row in ``runs``.
 
 from bp_spark.evaluation.job import DriftResult, FairnessResult, check_drift, fairness
 from bp_spark.features.job import featurize, replay_quarantine
-from bp_spark.governance.erasure import forget, retain, rotate_keys
+from bp_spark.governance.erasure import forget
+from bp_spark.governance.key_rotation import rotate_keys
+from bp_spark.governance.retention import retain
 from bp_spark.ingest.job import quarantine_by_rule
 from bp_spark.report.job import ReportResult, report
-from bp_spark.scoring.active_learning_job import SelectResult, add_labels, select_labels
-from bp_spark.scoring.counterfactual_job import what_if
+from bp_spark.scoring.active_learning.job import SelectResult, add_labels, select_labels
+from bp_spark.scoring.counterfactual import what_if
 from bp_spark.scoring.job import ScoreResult, score
 from bp_spark.scoring.lineage import Origin, Reproduction, explain_run, explain_score, reproduce
-from bp_spark.scoring.profiles_job import profile
+from bp_spark.scoring.profiles.job import profile
 from bp_spark.training.adapt_language import adapt_language
 from bp_spark.training.backtest import BacktestResult, backtest
 from bp_spark.training.job import TrainResult, train

@@ -20,7 +20,7 @@ from bp_spark.core.errors import ConfigError
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
-    from bp_spark.lakehouse.tables import Lakehouse
+    from bp_spark.lakehouse.store import Lakehouse
     from bp_spark.pipeline import ReportResult, ScoreResult, TrainResult
 
 Day = str | date
@@ -218,7 +218,9 @@ class Shop:
         """
         if self.settings.tables.path is not None:
             self._reserve_names(self.settings.tables.path)
-            self._lakehouse.register()
+            from bp_spark.lakehouse.tables import TABLE_NAMES
+
+            self._lakehouse.register(TABLE_NAMES)
         return self.spark.sql(query)
 
     def _reserve_names(self, path: str) -> None:
@@ -261,7 +263,7 @@ class Shop:
     @cached_property
     def _lakehouse(self) -> Lakehouse:
         spark = self.spark
-        from bp_spark.lakehouse.tables import Lakehouse
+        from bp_spark.lakehouse.store import Lakehouse
 
         return Lakehouse(spark, self.settings.tables)
 

@@ -13,7 +13,8 @@ import bp_spark
 from bp_spark import pipeline, shop
 from bp_spark.core import config
 from bp_spark.core.errors import BundleError, ConfigError, DataError
-from bp_spark.lakehouse.tables import TRIALS, Lakehouse
+from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.tables import TRIALS
 from bp_spark.registry import bundle as bundles
 from bp_spark.scoring import prediction
 from bp_spark.shop import Shop

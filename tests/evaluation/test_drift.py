@@ -25,7 +25,8 @@ from bp_spark.core.config import Config, FusionConfig
 from bp_spark.evaluation import drift
 from bp_spark.features import labels
 from bp_spark.features.catalogue import catalogue, user_features_table
-from bp_spark.lakehouse.tables import EVENTS, SCORES, USER_DAILY, Lakehouse
+from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.tables import EVENTS, SCORES, USER_DAILY
 from bp_spark.model.horizons import Horizons
 from bp_spark.model.members.btyd import BtydMember
 from bp_spark.model.stack import CalibratedStack

@@ -20,7 +20,8 @@ from bp_spark.features import labels
 from bp_spark.features.aggregates import SEQUENCE_COLUMNS
 from bp_spark.features.catalogue import catalogue
 from bp_spark.ingest import cleaning
-from bp_spark.lakehouse.tables import EVENTS, SCORES, USER_DAILY, Lakehouse
+from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.tables import EVENTS, SCORES, USER_DAILY
 from tests.support.histories import RAW, raw_frame, rows_of, sorted_rows
 
 NIGHT = date(2024, 10, 1)

@@ -16,7 +16,9 @@ from pyspark.sql import functions as F
 from bp_spark.core import config
 from bp_spark.core.config import TablesConfig
 from bp_spark.core.errors import ConfigError
-from bp_spark.lakehouse.tables import Column, Lakehouse, Table
+from bp_spark.lakehouse.schema import Column, Table
+from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.tables import TABLE_NAMES
 from tests.support.harness import AS_OF, Platform, another, new_platform, purchase, tables
 from tests.support.histories import SECRET, write_night
 
@@ -174,5 +176,5 @@ def test_a_folder_whose_name_looks_like_code_is_a_folder(spark: SparkSession, tm
     for value in INJECTIONS:
         rows = spark.createDataFrame([(value, value)], "name string, day string")
         lakehouse.replace(table, rows, where={"day": [value]})
-    assert lakehouse.register() == ["runs"]
+    assert lakehouse.register(TABLE_NAMES) == ["runs"]
     assert {row["name"] for row in lakehouse.spark.sql("SELECT name FROM odd.runs").collect()} == set(INJECTIONS)

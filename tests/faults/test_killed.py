@@ -107,7 +107,7 @@ from pathlib import Path
 from tests.support.harness import AS_OF, Platform
 from bp_spark import pipeline
 from bp_spark.core.session import get_session
-from bp_spark.lakehouse.tables import Lakehouse
+from bp_spark.lakehouse.store import Lakehouse
 
 platform, lakehouse = Platform(Path(sys.argv[1])), sys.argv[2]
 settings = platform.config(lakehouse)

@@ -10,7 +10,7 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from bp_spark.core.session import with_settings
-from bp_spark.lakehouse.tables import Lakehouse
+from bp_spark.lakehouse.store import Lakehouse
 from tests.support.aged_logs import age_log
 from tests.support.harness import World, assert_same_tables
 

@@ -14,7 +14,8 @@ from pyspark.sql import SparkSession
 from bp_spark import pipeline
 from bp_spark.core.config import TablesConfig
 from bp_spark.core.errors import BpSparkError, ConflictError
-from bp_spark.lakehouse.tables import Column, Lakehouse, Table
+from bp_spark.lakehouse.schema import Column, Table
+from bp_spark.lakehouse.store import Lakehouse
 from tests.support.harness import Scored, World, Write, another, assert_same_tables, copied, hooked, tables
 from tests.support.histories import SECRET
 

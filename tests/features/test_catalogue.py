@@ -20,7 +20,8 @@ from bp_spark.features import user_daily
 from bp_spark.features.aggregates import SEQUENCE_COLUMNS
 from bp_spark.features.catalogue import catalogue, user_features_table
 from bp_spark.features.categories import CATEGORY_BUCKETS
-from bp_spark.lakehouse.tables import Lakehouse, conform
+from bp_spark.lakehouse.schema import conform
+from bp_spark.lakehouse.store import Lakehouse
 from tests.support.histories import AS_OF, embeddings_frame, events_frame, random_events, sorted_rows, texts_frame
 
 CONFIG = FeaturesConfig(history_length=8)

@@ -10,7 +10,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark.features import user_daily
-from bp_spark.lakehouse.tables import USER_DAILY, conform
+from bp_spark.lakehouse.schema import conform
+from bp_spark.lakehouse.tables import USER_DAILY
 from tests.support.histories import embeddings_frame, events_frame, random_events, sorted_rows, texts_frame
 
 

@@ -20,11 +20,11 @@ from bp_spark import pipeline
 from bp_spark.core import config
 from bp_spark.core.config import Config
 from bp_spark.core.errors import ConfigError, ConflictError, DataError, UnknownUserError
-from bp_spark.features import job
-from bp_spark.governance import erasure, residue_scan
-from bp_spark.ingest import pseudonyms
+from bp_spark.governance import key_rotation, residue_scan
+from bp_spark.ingest import job, pseudonyms
 from bp_spark.lakehouse.run import Run
-from bp_spark.lakehouse.tables import GIVEN_LABELS, LABEL_REQUESTS, MARKET_SEGMENTS, SCORES, USER_PROFILE, Lakehouse
+from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.tables import GIVEN_LABELS, LABEL_REQUESTS, MARKET_SEGMENTS, SCORES, USER_PROFILE
 from tests.support.histories import SECRET, sorted_rows, write_night
 from tests.support.platforms import DERIVED, MAPPING
 from tests.support.rows import frame
@@ -121,7 +121,7 @@ def at(platform: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 
 def found(spark: SparkSession, folder: Path, *words: str, ids: tuple[str, ...] = ()) -> set[str]:
     """Tables and folders in whose files a word or an id stands."""
-    files = residue_scan.search(spark, [str(folder)], words, ids).found
+    files = residue_scan.search(spark, [str(folder)], words, ids).files_with_residue
     return {
         next(part for part in Path(file).relative_to(folder).parts if part not in ("lakehouse", "bp")) for file in files
     }
@@ -291,15 +291,15 @@ def test_an_ingest_beside_a_rotation_ends_it_with_a_conflict_and_the_next_one_ta
     lakehouse = Lakehouse(spark, settings.tables)
     events = lakehouse.read("events").count()
     write_night(tmp_path / "files", 1, transactions=[line(STAYS, 2), line("new-user-3", 2)])
-    real = erasure.embed
+    real = key_rotation.embed
 
     def beside(run: Any) -> None:
-        monkeypatch.setattr(erasure, "embed", real)
+        monkeypatch.setattr(key_rotation, "embed", real)
         # an ingest of another process: raw rows with old keys, after the raw tables were rewritten
-        job._ingest(Run(spark, settings, "featurize"))
+        job.ingest(Run(spark, settings, "featurize"))
         real(run)
 
-    monkeypatch.setattr(erasure, "embed", beside)
+    monkeypatch.setattr(key_rotation, "embed", beside)
     with pytest.raises((ConflictError, DataError)):
         pipeline.rotate_keys(spark, settings, new)
     pipeline.rotate_keys(spark, settings, new)

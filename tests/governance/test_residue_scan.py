@@ -41,5 +41,5 @@ def test_ids_with_any_characters_are_found_inside_texts(spark: SparkSession, tmp
             path.write_text(text, encoding="utf-8")
         else:
             pd.DataFrame({"query": ["nothing", text]}).to_parquet(path)
-    found = residue_scan.search(spark, [str(tmp_path)], keys=(), ids=IDS).found
+    found = residue_scan.search(spark, [str(tmp_path)], keys=(), ids=IDS).files_with_residue
     assert sorted(int(Path(path).stem) for path in found) == [*range(len(HOLDING))]

@@ -93,7 +93,7 @@ def test_a_bundle_comes_back_and_scores_to_the_bit(write, tmp_path, trees, linea
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == sorted(FILES)
     assert back.digest == written.digest
     assert back.manifest == written.manifest
-    assert back.fusion == fusion
+    assert back.stack == fusion
     assert back.horizons == HORIZONS
     assert back.horizon_days == 90
     assert back.required_columns == ("recency", "monetary")

@@ -32,7 +32,7 @@ from bp_spark.registry.bundle import Bundle
 from bp_spark.registry.predictions import as_frame, predict
 from bp_spark.registry.publishing import Published, publish
 from bp_spark.registry.searches import Trial, record_search
-from bp_spark.training import job
+from bp_spark.training import promote
 from tests.support.trained_bundles import features, fitted_members, write_bundle
 
 DESCRIBED = (
@@ -338,7 +338,7 @@ def test_a_store_that_went_away_costs_an_entry_and_no_bundle(
     with run.stage("train"):
         pass
     with pytest.raises(TrackingError, match=f"bundle is written: bp-spark publish --bundle {bundle.folder}$"):
-        job.enter_registry(run, bundle, ())
+        promote.enter_registry(run, bundle, ())
     assert bundles.load(bundles.current(settings.bundles)).digest == bundle.digest
 
 

@@ -20,7 +20,8 @@ from bp_spark.features import labels, user_daily
 from bp_spark.features.catalogue import catalogue, user_features_table
 from bp_spark.features.job import write_features
 from bp_spark.lakehouse.run import Run
-from bp_spark.lakehouse.tables import EVENTS, GIVEN_LABELS, USER_DAILY, USER_KEYS, Lakehouse
+from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.tables import EVENTS, GIVEN_LABELS, USER_DAILY, USER_KEYS
 from bp_spark.model.horizons import Horizons
 from bp_spark.model.members.base import Member
 from bp_spark.model.members.btyd import BtydMember
@@ -28,8 +29,8 @@ from bp_spark.model.members.linear import LinearMember
 from bp_spark.model.stack import CalibratedStack
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry.bundle import Bundle
-from bp_spark.scoring import active_learning
-from bp_spark.training import job
+from bp_spark.scoring.active_learning import files, selection
+from bp_spark.training import cross_fit, dataset
 from tests.support.histories import AS_OF, SECRET, embeddings_frame, events_frame, random_events, rows_of, texts_frame
 from tests.support.random_users import NIGHT, users
 
@@ -46,13 +47,13 @@ HEAD = "user_key,as_of_date,spend"
 
 def test_users_whom_members_disagree_on_come_before_those_they_agree_on() -> None:
     said = {"a": np.array([100.0, 100.0, 0.0]), "b": np.array([100.0, 144.0, 100.0])}
-    apart = active_learning.disagreement(said, {"a": 0.5, "b": 0.5})
+    apart = selection.disagreement(said, {"a": 0.5, "b": 0.5})
     np.testing.assert_allclose(apart, [0.0, 1.0, 5.0])
 
 
 def test_a_member_without_weight_has_no_say_and_weights_need_not_sum_to_one() -> None:
     said = {"a": np.array([4.0]), "b": np.array([16.0]), "mute": np.array([1e6])}
-    assert active_learning.disagreement(said, {"a": 3.0, "b": 1.0}) == pytest.approx([np.sqrt(0.75)])
+    assert selection.disagreement(said, {"a": 3.0, "b": 1.0}) == pytest.approx([np.sqrt(0.75)])
 
 
 def clusters(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -64,34 +65,34 @@ def clusters(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
 
 def test_a_selection_spreads_over_clusters_where_most_disagreement_is_in_one() -> None:
     points, weights = clusters()
-    chosen = active_learning.diverse(points, weights, 5)
+    chosen = selection.select_diverse(points, weights, 5)
     assert sorted(chosen // 20) == [0, 1, 2, 3, 4]
     assert set(np.argsort(-weights, kind="stable")[:5] // 20) == {0}
 
 
 def test_the_row_nearest_to_a_centre_stands_for_it() -> None:
     points = np.array([[0.0], [1.0], [2.0], [100.0], [103.0], [104.0]])
-    assert active_learning.diverse(points, np.ones(6), 2).tolist() == [1, 4]
+    assert selection.select_diverse(points, np.ones(6), 2).tolist() == [1, 4]
 
 
 @pytest.mark.parametrize("count", [1, 7, 99, 100, 200])
 def test_a_selection_has_as_many_rows_as_asked_for_each_once_and_comes_out_again(count: int) -> None:
     points, weights = clusters()
-    chosen = active_learning.diverse(points, weights, count)
+    chosen = selection.select_diverse(points, weights, count)
     assert len(set(chosen)) == len(chosen) == min(count, 100)
-    assert (active_learning.diverse(points, weights, count) == chosen).all()
+    assert (selection.select_diverse(points, weights, count) == chosen).all()
 
 
 def test_where_rows_are_alike_those_of_most_weight_fill_the_selection() -> None:
     points = np.array([[0.0]] * 6 + [[9.0]] * 2)
-    chosen = active_learning.diverse(points, np.array([1.0, 1, 1, 5, 1, 4, 1, 1]), 4)
+    chosen = selection.select_diverse(points, np.array([1.0, 1, 1, 5, 1, 4, 1, 1]), 4)
     assert {3, 5} <= set(chosen)
     assert len({*chosen} & {6, 7}) == 1
 
 
 def test_nobody_disagreed_on_is_no_reason_to_ask_nobody() -> None:
     points, _ = clusters()
-    assert sorted(active_learning.diverse(points, np.zeros(100), 5) // 20) == [0, 1, 2, 3, 4]
+    assert sorted(selection.select_diverse(points, np.zeros(100), 5) // 20) == [0, 1, 2, 3, 4]
 
 
 def test_features_are_compared_by_logarithm_where_skewed_and_missing_ones_stand_at_the_mean() -> None:
@@ -100,7 +101,7 @@ def test_features_are_compared_by_logarithm_where_skewed_and_missing_ones_stand_
     place = found.names.index(skewed)
     frame = pd.DataFrame({name: [1.0, 1.0, 1.0, 1.0] for name in found.names})
     frame[skewed] = [0.0, np.e - 1, np.nan, np.inf]
-    points = active_learning.standardised(frame, found)
+    points = selection.standardise(frame, found)
     np.testing.assert_allclose(points[:, place], [-1, 1, 0, 0])
     assert not np.delete(points, place, axis=1).any()
 
@@ -136,7 +137,7 @@ BUNDLES = {"whole": ("linear", "btyd"), "alone": ("btyd",)}
 
 def bundle(folder: Path, settings: Config, *names: str) -> Bundle:
     """Of members that need no training."""
-    rfm = tuple(name for name in job.RFM if name in catalogue(settings.features).names)
+    rfm = tuple(name for name in cross_fit.RFM if name in catalogue(settings.features).names)
     slopes = tuple(0.1 * place for place in range(len(rfm)))
     members: dict[str, Member] = {
         "linear": LinearMember(rfm, slopes, slopes, intercept=1.0, smearing=1.1, ceiling=9.0),
@@ -184,10 +185,10 @@ def test_asked_are_the_users_of_most_disagreement_but_the_holdout(platform: Plat
     open_to = labels.without_holdout(platform.users, platform.settings.labels).toPandas()
     assert len(open_to) < 80
     said = platform.bundles["whole"].predict({str(name): open_to[name].to_numpy() for name in open_to})
-    fusion = platform.bundles["whole"].fusion
+    fusion = platform.bundles["whole"].stack
     members = {name: said[f"member_{name}"] for name in fusion.members}
     apart = pd.Series(
-        active_learning.disagreement(members, dict(zip(fusion.members, fusion.weights, strict=True))),
+        selection.disagreement(members, dict(zip(fusion.members, fusion.weights, strict=True))),
         open_to["user_key"],
     )
     most = apart.sort_values(ascending=False).head(12)
@@ -227,7 +228,7 @@ def test_the_same_selection_comes_out_of_the_same_users_and_bundle(platform: Pla
     open_to = labels.without_holdout(platform.users, platform.settings.labels)
     settings = platform.settings
     found = [
-        active_learning.selected(
+        selection.select_users(
             rows, platform.bundles["whole"], catalogue(settings.features), 8, LabellingConfig(candidates_per_label=4)
         )
         for rows in (open_to.repartition(3), open_to.coalesce(1))
@@ -239,7 +240,7 @@ def test_the_same_selection_comes_out_of_the_same_users_and_bundle(platform: Pla
 
 def test_a_bundle_of_one_member_has_nobody_to_disagree(platform: Platform) -> None:
     with pytest.raises(BundleError, match="only btyd has weight in the fusion"):
-        active_learning.candidates(platform.users, platform.bundles["alone"], 3)
+        selection.most_disputed_users(platform.users, platform.bundles["alone"], 3)
 
 
 def test_without_features_or_with_a_budget_out_of_bounds_nobody_is_asked(platform: Platform) -> None:
@@ -253,9 +254,9 @@ def test_without_features_or_with_a_budget_out_of_bounds_nobody_is_asked(platfor
 # --- what is answered --------------------------------------------------------------------------------------------------
 
 
-def read(path: Path, *lines: str, head: str = HEAD) -> active_learning.LabelFile:
+def read(path: Path, *lines: str, head: str = HEAD) -> files.LabelFile:
     path.write_text("\n".join([head, *lines]), encoding="utf-8")
-    return active_learning.read_labels(path, FIRST, TODAY, LabellingConfig(max_spend=1000))
+    return files.read_labels(path, FIRST, TODAY, LabellingConfig(max_spend=1000))
 
 
 def test_a_file_is_read_as_spreadsheets_write_it_and_lines_without_an_answer_are_passed_over(tmp_path: Path) -> None:
@@ -266,8 +267,8 @@ def test_a_file_is_read_as_spreadsheets_write_it_and_lines_without_an_answer_are
     told = datetime(2024, 5, 2, tzinfo=UTC)
     day = date(2024, 5, 1)
     assert list(file.labels) == [
-        active_learning.GivenLabel(2, "小明", day, 10.5, "survey, by phone", told),
-        active_learning.GivenLabel(5, "u3", day, 0.0, None, None),
+        files.SurveyLabel(2, "小明", day, 10.5, "survey, by phone", told),
+        files.SurveyLabel(5, "u3", day, 0.0, None, None),
     ]
 
 
@@ -322,10 +323,10 @@ def test_a_file_that_is_no_file_of_labels_is_refused(tmp_path: Path, head: str, 
 
 def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.csv: can't be read \(No such file or directory\)"):
-        active_learning.read_labels(tmp_path / "none.csv", FIRST, TODAY, LabellingConfig())
+        files.read_labels(tmp_path / "none.csv", FIRST, TODAY, LabellingConfig())
     (tmp_path / "labels.csv").write_bytes(b"user_key,as_of_date,spend\n\xff,2024-05-01,1\n")
     with pytest.raises(DataError, match=r"labels\.csv: must be text in UTF-8"):
-        active_learning.read_labels(tmp_path / "labels.csv", FIRST, TODAY, LabellingConfig())
+        files.read_labels(tmp_path / "labels.csv", FIRST, TODAY, LabellingConfig())
 
 
 def test_labels_of_strangers_are_refused_and_nothing_is_written(platform: Platform, tmp_path: Path) -> None:
@@ -450,10 +451,10 @@ def labelled(line: Run, tmp_path_factory: pytest.TempPathFactory) -> Labelled:
                 (holdout["user_key"], BETWEEN, 777.0, EARLY),
                 ("nobody", BETWEEN, 888.0, EARLY),
             )
-        versions.append(job.write_training_set(line, DATES, TEST_DATE))
+        versions.append(dataset.write_training_set(line, DATES, TEST_DATE))
         read = line.lakehouse.read("training_set", versions[-1])
         rows.append(read.toPandas().set_index(["user_key", "as_of_date"]).sort_index())
-        said.append(job.cross_fit(line, read, TEST_DATE, folder, folder, refit=False)[1])
+        said.append(cross_fit.cross_fit(line, read, TEST_DATE, folder, folder, refit=False)[1])
     return Labelled(*rows, users, versions, said)
 
 
@@ -487,12 +488,12 @@ def test_the_training_set_is_written_anew_when_a_label_it_sees_changes_and_only_
     labelled: Labelled, line: Run
 ) -> None:
     assert len(set(labelled.versions)) == 2
-    assert job.write_training_set(line, DATES, TEST_DATE) == labelled.versions[1]
+    assert dataset.write_training_set(line, DATES, TEST_DATE) == labelled.versions[1]
     user, late = labelled.users[0], MIDNIGHT + timedelta(days=1)
     seen = []
     for given in ([], [(user, RECENT, 1.0, late)], [(user, RECENT, 1.0, EARLY)], [(user, RECENT, 2.0, EARLY)]):
         give(line, *given)
-        found = job._given(line, TEST_DATE)
+        found = dataset.survey_labels(line, TEST_DATE)
         seen.append(found and found.digest)
     assert seen[:2] == [None, None]
     assert len({*seen}) == 3

@@ -45,7 +45,7 @@ def test_another_past_gives_the_features_that_it_would_have_given(events: DataFr
     spark, length = events.sparkSession, settings.features.history_length
     tables = texts_frame(spark), embeddings_frame(spark)
     days = user_daily.user_daily(events, *tables, length).localCheckpoint()
-    imagined = counterfactual.counterfactual_history(
+    imagined = counterfactual.counterfactual_features(
         events, days, *tables, USER, AS_OF, change, settings.features
     ).toPandas()
     theirs, others = events.filter(F.col("user_key") == USER), events.filter(F.col("user_key") != USER)
@@ -93,14 +93,16 @@ def test_answers_stand_beside_each_other_with_the_features_that_differ(
     names = catalogue(settings.features).names
     after = counterfactual.with_features(row, {"spend_90d": 4_000.0, "orders_90d": 40.0})
     found = counterfactual.compare(bundle, row, after, names)
-    assert list(found.answers.index) == ["before", "after"]
+    assert list(found.predictions.index) == ["before", "after"]
     assert sorted(found.features.index) == ["orders_90d", "spend_90d"]
     assert found.features.loc["spend_90d"].tolist() == [float(row["spend_90d"][0]), 4_000.0]
-    assert found.answers.loc["after", "score"] != found.answers.loc["before", "score"]
+    assert found.predictions.loc["after", "score"] != found.predictions.loc["before", "score"]
     alone = counterfactual.compare(bundle, row, row, names)
     assert alone.features.empty
-    assert alone.answers.loc["before", "score"] == pytest.approx(alone.answers.loc["after", "score"], rel=TOLERANCE)
-    np.testing.assert_allclose(alone.answers["score"], found.answers.loc["before", "score"], rtol=1e-5)
+    assert alone.predictions.loc["before", "score"] == pytest.approx(
+        alone.predictions.loc["after", "score"], rel=TOLERANCE
+    )
+    np.testing.assert_allclose(alone.predictions["score"], found.predictions.loc["before", "score"], rtol=1e-5)
 
 
 def test_what_is_no_feature_can_not_be_changed(row: pd.DataFrame) -> None:

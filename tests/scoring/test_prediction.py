@@ -23,7 +23,7 @@ from bp_spark.core import config
 from bp_spark.core.config import Config
 from bp_spark.core.errors import BundleError, DataError
 from bp_spark.features.catalogue import catalogue, input_digest, user_features_table
-from bp_spark.lakehouse.tables import Lakehouse
+from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.model.columns import from_arrow
 from bp_spark.model.explanation import SEQUENCE
 from bp_spark.registry import bundle as bundles
@@ -129,7 +129,7 @@ def test_a_night_of_carried_scores_is_a_full_night(nights: Nights, caplog: pytes
     # who did nothing new is expected to spend more all the same: the platform's level has risen
     still = carried.index[carried["computed_on"] == NIGHT]
     risen = carried.loc[still, "expected_spend"] / nights.scores(NIGHT).loc[still, "expected_spend"]
-    np.testing.assert_allclose(risen, nights.bundles["whole"].fusion.factor(NEXT), rtol=1e-9)
+    np.testing.assert_allclose(risen, nights.bundles["whole"].stack.factor(NEXT), rtol=1e-9)
     assert risen.min() > 1.01
     assert same_reasons(anew, carried)
     nights.spark.sql(f"RESTORE delta.`{nights.lakehouse.location('scores')}` TO VERSION AS OF {version}")
@@ -365,14 +365,14 @@ def test_users_with_the_same_features_are_computed_once(nights: Nights) -> None:
         return predict(columns, on)
 
     bundle.predict = counted  # type: ignore[method-assign]
-    said = prediction._answer_batch(bundle, twice, NIGHT).to_pandas()
+    said = prediction._predict_batch(bundle, twice, NIGHT).to_pandas()
     assert asked == [60]
     pd.testing.assert_frame_equal(said.iloc[3:12].reset_index(drop=True), said.iloc[60:].reset_index(drop=True))
     assert said["user_key"].tolist() == twice.column("user_key").to_pylist()
     # without a digest nobody is taken for another
     nulls = pa.nulls(twice.num_rows, pa.int64())
     unknown = pa.Table.from_batches([twice]).set_column(1, "input_digest", nulls).combine_chunks().to_batches()[0]
-    anew = prediction._answer_batch(bundle, unknown, NIGHT).to_pandas()
+    anew = prediction._predict_batch(bundle, unknown, NIGHT).to_pandas()
     assert asked == [60, 69]
     np.testing.assert_allclose(anew[NUMBERS], said[NUMBERS], rtol=1e-5)
 

@@ -24,18 +24,22 @@ from bp_spark.core import config
 from bp_spark.core.config import Config, FeaturesConfig, ProfilesConfig
 from bp_spark.core.errors import ConfigError, ConflictError, DataError
 from bp_spark.features.catalogue import catalogue, user_features_table
+from bp_spark.lakehouse.schema import Table
+from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import (
     EVENTS,
     PROFILE_TABLES,
     RAW_USERS,
     SCORES,
     SHARED_TABLES,
+    TABLE_NAMES,
     USER_DAILY,
     USER_PROFILE,
-    Lakehouse,
-    Table,
 )
-from bp_spark.scoring import profiles
+from bp_spark.scoring.profiles.affinity import category_affinity
+from bp_spark.scoring.profiles.applications import customer_service
+from bp_spark.scoring.profiles.segments import CELL, market_segments
+from bp_spark.scoring.profiles.user_profile import user_profile
 from tests.support.rows import frame
 
 pytestmark = pytest.mark.slow
@@ -228,7 +232,7 @@ def test_a_user_has_only_so_many_categories(platform: Platform) -> None:
         platform.lakehouse.read(name) for name in ("scores", "user_features", "user_daily", "events")
     )
     now = (scores.filter(f"score_date = '{DAY}'"), features.filter(f"as_of_date = '{DAY}'"))
-    rows = profiles.category_affinity(*now, daily, events, DAY, few, 2).collect()
+    rows = category_affinity(*now, daily, events, DAY, few, 2).collect()
     assert sorted((row["user_key"], row["rank"], row["category"]) for row in rows) == [
         ("a", 1, "Home > Garden"),
         ("a", 2, "Food > Dairy"),
@@ -252,7 +256,7 @@ def test_without_earlier_scores_there_is_no_trend(platform: Platform) -> None:
     read = platform.lakehouse.read
     scores = read("scores").filter(f"score_date = '{DAY}'")
     features = read("user_features").filter(f"as_of_date = '{DAY}'")
-    alone = profiles.user_profile(scores, {}, features, read("category_affinity"), DAY, ProfilesConfig(), CATALOGUE)
+    alone = user_profile(scores, {}, features, read("category_affinity"), DAY, ProfilesConfig(), CATALOGUE)
     trends = alone.select("compared_30d", "score_change_30d", "trend_30d", "compared_90d", "trend_90d").distinct()
     assert [tuple(row) for row in trends.collect()] == [(None,) * 5]
 
@@ -264,7 +268,7 @@ def test_why_so_much_is_expected_is_told_in_words(platform: Platform) -> None:
     scores = read("scores").filter(f"score_date = '{DAY}'").withColumn("reasons", F.array().cast(of_type))
     listed = F.array(*(F.struct(*map(F.lit, one)) for one in told)).cast(of_type)
     features = read("user_features").filter(f"as_of_date = '{DAY}'")
-    rows = profiles.user_profile(
+    rows = user_profile(
         scores.withColumn("reasons", F.when(F.col("user_key") == "a", listed).otherwise(F.col("reasons"))),
         {},
         features,
@@ -349,7 +353,7 @@ def test_talking_points_are_the_three_most_important_in_words(platform: Platform
 
 def test_phrases_can_be_of_another_language_and_name_only_what_is_known(platform: Platform) -> None:
     chinese = config.load(overrides=["profiles.phrases.favourite='最感兴趣的是{category}。'"]).profiles
-    rows = profiles.customer_service(platform.lakehouse.read("user_profile"), chinese).collect()
+    rows = customer_service(platform.lakehouse.read("user_profile"), chinese).collect()
     assert "最感兴趣的是Home > Garden。" in {point["text"] for row in rows for point in row["talking_points"]}
     with pytest.raises(ConfigError, match=r"names \{user\}; what can be filled in there is \{category\}"):
         config.load(overrides=["profiles.phrases.favourite='{user} likes {category}'"])
@@ -370,7 +374,7 @@ def test_the_service_tier_is_that_of_the_documented_table(spark: SparkSession) -
         for level, activity in table
         for risk in ("low", "high")
     ]
-    rows = profiles.customer_service(frame(spark, USER_PROFILE, *users), ProfilesConfig()).collect()
+    rows = customer_service(frame(spark, USER_PROFILE, *users), ProfilesConfig()).collect()
     for row in rows:
         tier = table[row["level"], row["activity"]]
         assert row["service_tier"] == (lowered[tier] if row["risk_level"] == "high" else tier), row["user_key"]
@@ -378,7 +382,7 @@ def test_the_service_tier_is_that_of_the_documented_table(spark: SparkSession) -
 
 
 def test_small_segments_are_merged_across_regions_categories_and_levels(platform: Platform) -> None:
-    rows = {tuple(row[name] for name in profiles.CELL): row for row in platform.arrow("market_segments").to_pylist()}
+    rows = {tuple(row[name] for name in CELL): row for row in platform.arrow("market_segments").to_pylist()}
     assert {cell: (row["users"], row["mean_score"]) for cell, row in rows.items()} == {
         ("E", "none", "other"): (2, 12.5),
         ("other", "other", "other"): (2, 67.5),
@@ -423,7 +427,7 @@ def test_nothing_that_can_be_worked_out_from_segments_is_of_few_users(
     regions = spark.createDataFrame(
         [(f"u{n}", r) for n, r in enumerate(of_users["region"])], "user_key string, region string"
     )
-    found = profiles.market_segments(profile, regions, DAY, k).toPandas()
+    found = market_segments(profile, regions, DAY, k).toPandas()
     if users < k:
         assert found.empty
         return
@@ -470,7 +474,7 @@ def test_the_documented_queries_run_in_duckdb_and_in_spark(platform: Platform, s
     assert answers[0] == [("A", "rising", 1, 100.0), ("E", "new", 1, 4.0)]
     assert [row[1] for row in answers[1]] == ["Home > Garden", "Food > Dairy", "Toys", "Food > Dairy"]
     assert ("high", "C", 1, 2.0, 0.0) in answers[2]
-    platform.lakehouse.register()
+    platform.lakehouse.register(TABLE_NAMES)
     try:
         counts = [len(spark.sql(query).collect()) for query in queries]
     finally:

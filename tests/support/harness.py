@@ -26,7 +26,9 @@ from pyspark.sql import SparkSession
 from bp_spark import pipeline
 from bp_spark.core import config
 from bp_spark.core.config import Config, FusionConfig
-from bp_spark.lakehouse.tables import SHARED_TABLES, Lakehouse, Table
+from bp_spark.lakehouse.schema import Table
+from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.tables import SHARED_TABLES
 from bp_spark.model.horizons import Horizons
 from bp_spark.model.members.btyd import FEATURES, BtydMember
 from bp_spark.model.stack import CalibratedStack

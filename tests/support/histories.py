@@ -17,7 +17,8 @@ from pyspark.sql.types import StructField
 
 from bp_spark.ingest.pseudonyms import Secret
 from bp_spark.ingest.sources.contract import in_contract
-from bp_spark.lakehouse.tables import EVENTS, RAW_TABLES, TEXT_EMBEDDINGS, TEXTS, Table
+from bp_spark.lakehouse.schema import Table
+from bp_spark.lakehouse.tables import EVENTS, RAW_TABLES, TEXT_EMBEDDINGS, TEXTS
 
 SECRET = Secret(b"the-secret-of-the-tests-0123456789abcdef")
 """What conftest.py puts into the environment."""

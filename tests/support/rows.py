@@ -8,9 +8,7 @@ from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
 
-from bp_spark.lakehouse.tables import (
-    Table,
-)
+from bp_spark.lakehouse.schema import Table
 
 DAY = date(2024, 3, 10)
 

@@ -39,7 +39,7 @@ from bp_spark import pipeline
 from bp_spark.core.config import Config, load
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.ingest import texts
-from bp_spark.lakehouse.tables import Lakehouse
+from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.training import fit
 from bp_spark.training.distributed import process_group
 from bp_spark.training.fit import FitResult

@@ -27,13 +27,14 @@ from bp_spark.cli import app
 from bp_spark.core import config
 from bp_spark.core.config import Config, SearchConfig, SearchRange
 from bp_spark.core.errors import BundleError, DataError
-from bp_spark.features import job as feature_job
 from bp_spark.features import labels
-from bp_spark.features.job import span
 from bp_spark.governance import residue_scan
+from bp_spark.ingest import job as ingest_job
 from bp_spark.ingest import texts
+from bp_spark.ingest.job import span
 from bp_spark.lakehouse.run import Run, recorded
-from bp_spark.lakehouse.tables import Lakehouse
+from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.tables import TABLE_NAMES
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry.predictions import REASONS, as_frame, predict
 from bp_spark.scoring import prediction
@@ -93,7 +94,7 @@ class Line:
 def sampled(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The package of the data with those households that ``source.sample`` takes, and no other to be read and left out."""
     ids = spark.createDataFrame([(household,) for household in household_ids()], "user_id string")
-    chosen = [row["user_id"] for row in feature_job.sampled(ids, SAMPLE).collect()]
+    chosen = [row["user_id"] for row in ingest_job.sampled(ids, SAMPLE).collect()]
     with pytest.MonkeyPatch.context() as patched:
         patched.syspath_prepend(write_small_package(tmp_path_factory.mktemp("packages"), chosen))
         yield
@@ -375,11 +376,13 @@ def test_what_if_says_of_the_past_as_it_is_what_the_night_said(line: Line) -> No
     user = str(night["expected_spend"].idxmin())
     more = one_more_order(datetime(2017, 10, 2, 18, tzinfo=UTC), times=3.0)
     found = pipeline.what_if(line.spark, line.config, user, TEST_DATE, more)
-    assert found.answers.loc["before", "expected_spend"] == pytest.approx(night.loc[user, "expected_spend"], rel=1e-4)
-    assert found.answers.loc["before", "level"] == night.loc[user, "level"]
+    assert found.predictions.loc["before", "expected_spend"] == pytest.approx(
+        night.loc[user, "expected_spend"], rel=1e-4
+    )
+    assert found.predictions.loc["before", "level"] == night.loc[user, "level"]
     assert found.features.loc["recency_days", "after"] == 1
     assert found.features.loc["spend_30d", "after"] > found.features.loc["spend_30d", "before"]
-    assert found.answers.loc["after", "expected_spend"] > found.answers.loc["before", "expected_spend"]
+    assert found.predictions.loc["after", "expected_spend"] > found.predictions.loc["before", "expected_spend"]
     with pytest.raises(DataError, match="holds no row of that user"):
         pipeline.what_if(line.spark, line.config, "nobody", TEST_DATE, more)
 
@@ -388,14 +391,14 @@ def test_no_file_of_the_whole_line_holds_the_secret_and_only_user_keys_holds_ids
     root = Path(line.config.bundles).parent
     ids = [row["user_id"] for row in line.lakehouse.read("user_keys").collect()]
     secret = residue_scan.search(line.spark, [str(root)], [SECRET.value.decode()], [])
-    assert secret.found == []
+    assert secret.files_with_residue == []
     assert secret.other_files > 100
     theirs = residue_scan.search(line.spark, [str(root)], [], ids)
-    assert theirs.found
-    assert all("/bp/user_keys/" in path for path in theirs.found)
+    assert theirs.files_with_residue
+    assert all("/bp/user_keys/" in path for path in theirs.files_with_residue)
     # what is looked for would be found: a user's key stands in the scores
     key = residue_scan.search(line.spark, [line.lakehouse.location("scores")], [SECRET.key_of(ids[0])], [])
-    assert key.found
+    assert key.files_with_residue
 
 
 def test_labels_are_the_spend_of_the_horizon_in_the_events(line: Line) -> None:
@@ -555,7 +558,7 @@ def test_a_run_and_a_score_are_explained_and_the_night_comes_out_again(
 def test_scores_are_readable_without_spark_and_by_sql(line: Line) -> None:
     table = DeltaTable(line.lakehouse.location("scores_latest")).to_pandas()
     assert len(table) == line.scored.users
-    line.lakehouse.register()
+    line.lakehouse.register(TABLE_NAMES)
     row = line.spark.sql("SELECT count(*), avg(score) FROM bp.scores_latest").first()
     assert row is not None
     assert row[0] == line.scored.users
@@ -725,9 +728,9 @@ def test_without_a_test_date_what_passed_is_fitted_anew_with_all_that_is_known(
     assert learned.agg(F.max("as_of_date")).collect()[0][0] == tomorrow - horizon
 
     assert lineage["test_date"] == str(tomorrow)
-    assert trained.bundle.judged_on == str(trained.fitted.test_date) == str(last - horizon)
+    assert trained.bundle.test_date == str(trained.fitted.test_date) == str(last - horizon)
     judged = bundles.load(tmp_path / "bundles" / lineage["judged"]["bundle"])
-    assert judged.manifest["lineage"]["test_date"] == trained.bundle.judged_on
+    assert judged.manifest["lineage"]["test_date"] == trained.bundle.test_date
     decision = bundles.decision(judged.folder)
     assert decision is not None
     assert not decision["promoted"]
@@ -760,7 +763,7 @@ OF_ITEMS = ("items_browsed", "orders_per_browse", "orders_per_cart")
 
 def test_a_bare_order_log_gives_the_features_that_the_whole_source_gives(line: Line, tmp_path: Path) -> None:
     raw, keys = line.lakehouse.read("raw_transactions"), line.lakehouse.read("user_keys")
-    some = feature_job.sampled(keys.select("user_id", "user_key"), 0.03)
+    some = ingest_job.sampled(keys.select("user_id", "user_key"), 0.03)
     log = raw.join(some, "user_key").select("user_id", "order_id", "ts", "amount")
     log.write.csv(str(tmp_path / "log"), header=True, timestampFormat="yyyy-MM-dd HH:mm:ss")
     columns = "{user_id: user_id, order_id: order_id, ts: ts, amount: amount}"

@@ -21,7 +21,7 @@ from bp_spark.core.errors import BundleError, ConfigError, DataError
 from bp_spark.model.history import ENCODER_FILE
 from bp_spark.model.inputs import HISTORY_COLUMNS
 from bp_spark.model.network import SpendNetwork
-from bp_spark.model.pretraining import PARTS, PretrainingNetwork, cut, exercise
+from bp_spark.model.pretraining import PARTS, PretrainingNetwork, cut_histories, make_batch
 from bp_spark.training import fit
 from bp_spark.training.loader import Snapshot, snapshot
 from bp_spark.training.progress import Progress
@@ -93,7 +93,7 @@ def network(text_size: int = 6, temperature: float = 0.1) -> PretrainingNetwork:
 @settings(deadline=None, max_examples=30)
 def test_a_cut_history_knows_only_what_came_before_its_moment(seed: int, users: int) -> None:
     rows = make_rows(users, seed)
-    made = cut(rows, 30, np.random.default_rng(seed))
+    made = cut_histories(rows, 30, np.random.default_rng(seed))
     before, after = made.before, made.after
     for row in range(users):
         whole, head, tail = (one["seq_age_days"][row] for one in (rows, before, after))
@@ -120,14 +120,14 @@ def test_a_cut_history_knows_only_what_came_before_its_moment(seed: int, users: 
 def test_moments_are_spread_over_the_whole_history() -> None:
     ages = arrays([np.linspace(100, 1, 12, dtype=np.float32)] * 2000)
     rows = {name: arrays([np.ones(12, np.float32)] * 2000) for name in HISTORY_COLUMNS} | {"seq_age_days": ages}
-    made = cut(rows, 30, np.random.default_rng(0))
+    made = cut_histories(rows, 30, np.random.default_rng(0))
     counts = np.bincount([len(age) for age in made.before["seq_age_days"]], minlength=12)
     assert counts[0] == 0
     assert (np.abs(counts[1:] - 2000 / 11) < 5 * math.sqrt(2000 / 11)).all()
 
 
 def test_about_the_asked_share_of_events_is_hidden_and_nothing_tells_when_they_were() -> None:
-    made = exercise(make_rows(400), LENGTH, TEXT_IDS, PretrainingConfig(mask_fraction=0.3), np.random.default_rng(0))
+    made = make_batch(make_rows(400), LENGTH, TEXT_IDS, PretrainingConfig(mask_fraction=0.3), np.random.default_rng(0))
     events = int(made.history.mask.sum())
     assert abs(int(made.hidden.sum()) / events - 0.3) < 5 * math.sqrt(0.3 * 0.7 / events)
     assert not (made.hidden & ~made.history.mask).any()
@@ -137,7 +137,7 @@ def test_about_the_asked_share_of_events_is_hidden_and_nothing_tells_when_they_w
 
 
 def test_a_hidden_event_does_not_reach_the_guesses() -> None:
-    made = exercise(make_rows(30), LENGTH, TEXT_IDS, PretrainingConfig(mask_fraction=0.4), np.random.default_rng(0))
+    made = make_batch(make_rows(30), LENGTH, TEXT_IDS, PretrainingConfig(mask_fraction=0.4), np.random.default_rng(0))
     net = network()
     expected, _ = net(made)
     made.history.kind[made.hidden] = 3
@@ -150,7 +150,7 @@ def test_a_hidden_event_does_not_reach_the_guesses() -> None:
 
 def test_the_losses_are_those_of_a_reading_event_by_event() -> None:
     made, net = (
-        exercise(make_rows(30), LENGTH, TEXT_IDS, PretrainingConfig(mask_fraction=0.4), np.random.default_rng(0)),
+        make_batch(make_rows(30), LENGTH, TEXT_IDS, PretrainingConfig(mask_fraction=0.4), np.random.default_rng(0)),
         network(temperature=0.5),
     )
     sums, counts = net(made)
@@ -196,7 +196,7 @@ def test_the_losses_are_those_of_a_reading_event_by_event() -> None:
 def test_a_batch_with_nothing_to_guess_costs_nothing_and_breaks_nothing() -> None:
     rows = {name: arrays([np.zeros(0, np.float32)] * 2) for name in HISTORY_COLUMNS}
     net = network()
-    sums, counts = net(exercise(rows, LENGTH, TEXT_IDS, PretrainingConfig(), np.random.default_rng(0)))
+    sums, counts = net(make_batch(rows, LENGTH, TEXT_IDS, PretrainingConfig(), np.random.default_rng(0)))
     assert sums.tolist() == counts.tolist() == [0.0] * len(PARTS)
     sums.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())

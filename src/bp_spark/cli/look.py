@@ -88,7 +88,7 @@ def explain_score(
     ]
     render.show(render.facts_table(f"score of {user} on {day}", facts))
     if not origin.metrics.empty:
-        render.show(metrics.render(origin.metrics, f"The bundle on {origin.bundle.judged_on}"))
+        render.show(metrics.render(origin.metrics, f"The bundle on {origin.bundle.test_date}"))
 
 
 def reproduce(
@@ -146,11 +146,12 @@ def sql(
     settings = common.load_settings(config_file, overrides)
     from pyspark.errors import AnalysisException, ParseException
 
-    from bp_spark.lakehouse.tables import Lakehouse
+    from bp_spark.lakehouse.store import Lakehouse
+    from bp_spark.lakehouse.tables import TABLE_NAMES
 
     spark = common.start_session(settings, "sql")
     if settings.tables.path is not None:
-        Lakehouse(spark, settings.tables).register()
+        Lakehouse(spark, settings.tables).register(TABLE_NAMES)
     try:
         result = spark.sql(query)
         columns = result.columns

@@ -48,7 +48,7 @@ def show_training(result: TrainResult) -> None:
         days = result.bundle.horizon_days
         other_horizons = ", ".join(f"_{other}d of {other}" for other in result.bundle.horizons.others)
         members = f" (members with {other_horizons} days)" if other_horizons else ""
-        show(metrics.render(result.metrics, f"Spend of {days} days from {result.bundle.judged_on}{members}"))
+        show(metrics.render(result.metrics, f"Spend of {days} days from {result.bundle.test_date}{members}"))
     show(f"Bundle {result.bundle.digest[:12]} {'promoted' if result.promoted else 'NOT promoted'}: {result.reason}")
 
 

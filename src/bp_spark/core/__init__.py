@@ -1,0 +1,1 @@
+"""What every package needs: settings, session, errors, secrets, scratch folders, logs."""

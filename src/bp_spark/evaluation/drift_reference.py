@@ -51,7 +51,7 @@ def store_reference(run: Run, bundle: Bundle) -> Spreads | None:
             if not is_gone(error):
                 raise
             return None
-        spreads[SCORE] = SCORE_BORDERS, drift.spread(bundle.fusion.reference_scores, SCORE_BORDERS)
+        spreads[SCORE] = SCORE_BORDERS, drift.spread(bundle.stack.reference_scores, SCORE_BORDERS)
         stored = [
             (bundle.digest, subject, edges.tolist(), counts.tolist(), run.run_id)
             for subject, (edges, counts) in spreads.items()

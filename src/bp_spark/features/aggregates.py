@@ -22,7 +22,8 @@ from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import StructType
 
 from bp_spark.features.clock import quantize_recency
-from bp_spark.lakehouse.tables import KINDS, USER_DAILY, Column
+from bp_spark.lakehouse.schema import Column
+from bp_spark.lakehouse.tables import KINDS, USER_DAILY
 
 ROWS_AT_ONCE = 100_000
 """User-days that a worker processes at once: some tens of megabytes."""

@@ -34,7 +34,7 @@ from bp_spark.features.groups import (
     weekly,
     windows,
 )
-from bp_spark.lakehouse.tables import Column, Table
+from bp_spark.lakehouse.schema import Column, Table
 
 FILE_ROWS = 50_000
 """Users in a file of ``user_features``: some tens of megabytes, and half a minute of one core's scoring."""
@@ -112,7 +112,7 @@ def user_features_table(config: FeaturesConfig) -> Table:
 
 
 def user_features(
-    daily: DataFrame, as_of: Sequence[date], config: FeaturesConfig, built_from: str, of: DataFrame | None = None
+    daily: DataFrame, as_of: Sequence[date], config: FeaturesConfig, built_from: str, users: DataFrame | None = None
 ) -> DataFrame:
     """Return the features of every user with a purchase before each as-of date.
 
@@ -121,10 +121,10 @@ def user_features(
         as_of: dates before which events are seen.
         config: windows, length of the history, precision of recency.
         built_from: identity of the inputs, stored with each row.
-        of: ``user_key`` of the users whose rows are returned; ``None`` for all users.
+        users: ``user_key`` of the users whose rows are returned; ``None`` for all users.
     """
     features = catalogue(config)
-    requested = daily if of is None else daily.join(of, "user_key", "left_semi")
+    requested = daily if users is None else daily.join(users, "user_key", "left_semi")
     return (
         aggregate_days(
             requested,

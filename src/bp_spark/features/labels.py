@@ -2,7 +2,7 @@
 
 No label sees the test date or a day after it. A cutoff whose whole horizon lies before the test date gets the whole spend.
 A newer cutoff gets the spend seen so far, scaled up to the horizon (:func:`add_weights`), or the label of a survey or a
-reviewer (:func:`with_given`). Further horizons are never scaled up: a horizon that reaches beyond the test date is NULL
+reviewer (:func:`join_survey_labels`). Further horizons are never scaled up: a horizon that reaches beyond the test date is NULL
 (:func:`with_other_horizons`).
 
 Users are split by a hash of their key, so a user stays on one side for ever. No model is fitted on ``holdout`` users. The
@@ -23,8 +23,8 @@ from bp_spark.core.errors import DataError
 from bp_spark.features import definition
 from bp_spark.features.aggregates import SEQUENCE_COLUMNS
 from bp_spark.features.catalogue import user_features_table
-from bp_spark.lakehouse.tables import Column as TableColumn
-from bp_spark.lakehouse.tables import Table
+from bp_spark.lakehouse.schema import Column as TableColumn
+from bp_spark.lakehouse.schema import Table
 
 KEY = definition.KEY
 """Columns that identify a row of features and labels."""
@@ -38,10 +38,10 @@ HOLDOUT = -1
 """Fold of users on whom no model is fitted."""
 
 
-def of_days(name: str, days: int) -> str:
+def horizon_column(name: str, days: int) -> str:
     """Return the name of a column that belongs to another horizon than the main one.
 
-    >>> of_days("label_spend", 30)
+    >>> horizon_column("label_spend", 30)
     'label_spend_30d'
     """
     return f"{name}_{days}d"
@@ -173,7 +173,7 @@ def with_other_horizons(
     """
     if not horizons:
         return rows
-    columns = {of_days("label_spend", days): days for days in horizons}
+    columns = {horizon_column("label_spend", days): days for days in horizons}
     with_spend = rows.join(_spend(daily, as_of, columns, until), KEY, "left")
     is_over = {name: F.date_add("as_of_date", days) <= F.lit(until) for name, days in columns.items()}
     return with_spend.withColumns({name: F.when(is_over[name], F.coalesce(name, F.lit(0.0))) for name in columns})
@@ -207,7 +207,7 @@ def add_weights(rows: DataFrame, test_date: date, config: LabelsConfig) -> DataF
     )
 
 
-def given_before(survey_labels: DataFrame, test_date: date, config: LabelsConfig) -> DataFrame:
+def survey_labels_before(survey_labels: DataFrame, test_date: date, config: LabelsConfig) -> DataFrame:
     """Return the survey labels that a training run may see.
 
     A label counts if it was given before the test date and its as-of date lies before the test date. A horizon that is over by
@@ -227,14 +227,14 @@ def given_before(survey_labels: DataFrame, test_date: date, config: LabelsConfig
     return survey_labels.filter(was_given & has_begun & ~is_over).select(*KEY, "spend")
 
 
-def with_given(rows: DataFrame, survey_labels: DataFrame, test_date: date, config: LabelsConfig) -> DataFrame:
+def join_survey_labels(rows: DataFrame, survey_labels: DataFrame, test_date: date, config: LabelsConfig) -> DataFrame:
     """Add survey labels to features, with the columns of :func:`add_weights`.
 
     The rows are never ``complete``: no model is calibrated or evaluated by what somebody stated in a survey.
 
     Args:
         rows: features; rows without a survey label are left out.
-        survey_labels: ``user_key, as_of_date, spend``; see :func:`given_before`.
+        survey_labels: ``user_key, as_of_date, spend``; see :func:`survey_labels_before`.
         test_date: the first day that no label may see.
         config: horizon and weight of a survey label.
     """
@@ -278,7 +278,7 @@ def training_set_table(config: FeaturesConfig, other_horizons: Sequence[int]) ->
             ),
             *(
                 TableColumn(
-                    of_days("label_spend", days),
+                    horizon_column("label_spend", days),
                     "double",
                     f"Spend less refunds in the {days} days from as_of_date on; NULL where they were not over yet",
                 )

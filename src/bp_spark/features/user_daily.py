@@ -13,7 +13,8 @@ from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
-from bp_spark.lakehouse.tables import CATEGORY_DAY, KINDS, TOKEN, USER_DAILY, Column
+from bp_spark.lakehouse.schema import Column
+from bp_spark.lakehouse.tables import CATEGORY_DAY, KINDS, TOKEN, USER_DAILY
 
 FORMAT = 3
 """Goes up when the meaning or the storage of a column of ``user_daily`` changes: the table is then built anew."""

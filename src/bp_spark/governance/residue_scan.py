@@ -1,7 +1,7 @@
-"""Folders of tables and checkpoints -> the files in them that still hold a user.
+"""Search of every file below some folders for users that were to be erased.
 
-Every file is read, whether a table needs it or not: Parquet is decoded (compressed, a value can't be found in its bytes), all
-others are searched as they are. Executors read; nothing but the names of what they found comes back.
+Files are read whether a table needs them or not. Parquet is decoded, because compression hides a value in the bytes; all
+other files are searched as they are. Executors read, and only the names of files with residue come back.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from bp_spark.core.stores import file_system
 
 FILES_PER_TASK = 50
 ID_COLUMNS = ("user_id", "user_key")
-"""Columns whose whole values are looked at, however short an id is."""
+"""Columns whose whole values are compared, however short an id is."""
 MIN_WORD = 6
-"""Characters of a user id that is looked for inside longer texts too; a shorter one, or a number, is there by chance."""
+"""Least characters of a user id that is searched inside longer texts. A shorter one, or a number, occurs there by chance."""
 _WORD = re.compile(r"[\w@.+-]+")
 _RUN = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
-class Traces:
-    """What a search came to.
+class Residue:
+    """Result of a search.
 
     Attributes:
-        parquet_files: that were decoded.
-        other_files: that were searched as they are.
-        found: files that hold a key or an id.
+        parquet_files: Number of files that were decoded.
+        other_files: Number of files that were searched as they are.
+        files_with_residue: Files that hold a key or an id.
     """
 
     parquet_files: int
     other_files: int
-    found: Sequence[str]
+    files_with_residue: Sequence[str]
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What is looked for inside texts.
+    """Keys and ids to search for inside texts.
 
     Attributes:
-        words: that are runs of characters of _WORD.
-        phrases: that are not: by their first run of letters and digits, each with the place where that begins.
+        words: Those that consist of characters of _WORD.
+        phrases: The others, by their first run of letters and digits, each with the position of that run.
     """
 
     words: frozenset[str]
@@ -60,6 +60,7 @@ class _Wanted:
 
     @classmethod
     def of(cls, texts: Collection[str]) -> _Wanted:
+        """Sort texts, and their forms escaped as in JSON and in a URL, into words and phrases."""
         forms = {form for text in texts for form in (text, *_escaped(text))}
         words = frozenset(form for form in forms if _WORD.fullmatch(form))
         phrases: dict[str, list[tuple[int, str]]] = {}
@@ -69,7 +70,7 @@ class _Wanted:
         return cls(words, phrases)
 
     def is_in(self, text: str) -> bool:
-        """Whether the text holds a word or a phrase."""
+        """Return whether the text holds a word or a phrase."""
         if any(
             match.group() in self.words or match.group().strip(".+-@") in self.words for match in _WORD.finditer(text)
         ):
@@ -83,44 +84,52 @@ class _Wanted:
 
 def _stands_at(text: str, start: int, phrase: str) -> bool:
     end = start + len(phrase)
-    # the run that it ends with, as the one that it begins with, has to be whole
-    goes_on = _RUN.fullmatch(text[end - 1 : end + 1]) and end < len(text)
-    return start >= 0 and text.startswith(phrase, start) and not goes_on
+    # the run at its end has to be whole, as the one at its beginning is
+    run_goes_on = _RUN.fullmatch(text[end - 1 : end + 1]) and end < len(text)
+    return start >= 0 and text.startswith(phrase, start) and not run_goes_on
 
 
 def _escaped(text: str) -> tuple[str, str, str]:
     return json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1], quote(text, safe="")
 
 
-def search(spark: SparkSession, folders: Sequence[str], keys: Collection[str], ids: Collection[str]) -> Traces:
-    """Look into every file of some folders for user keys, and for user ids.
+def search(spark: SparkSession, folders: Sequence[str], keys: Collection[str], ids: Collection[str]) -> Residue:
+    """Search every file of some folders for user keys and user ids.
 
-    A key is found wherever it stands. An id is found where it is the whole value of one of ID_COLUMNS. If it isn't a number and
-    has at least MIN_WORD characters, it is found in any text, too, as it is or escaped as in JSON or in a URL, unless letters
-    or digits go on before or behind it.
+    A key is found in any text. An id is found as the whole value of one of ID_COLUMNS. An id that has at least MIN_WORD
+    characters and isn't a number is found in any text, too: as it is, or escaped as in JSON or in a URL. It doesn't count
+    where letters or digits precede or follow it.
 
     Args:
-        folders: paths or addresses (``s3``, ``gs``, ``hdfs``) that driver and executors see; one that isn't there has no files.
+        spark: The session whose executors read the files.
+        folders: Paths or addresses (``s3``, ``gs``, ``hdfs``) in reach of driver and executors. A missing folder has no
+            files.
+        keys: User keys to search for.
+        ids: User ids to search for.
     """
     files = [file for folder in folders for file in _files(folder)]
     if not files:
-        return Traces(0, 0, [])
-    wanted = _Wanted.of([*keys, *(one for one in ids if len(one) >= MIN_WORD and not one.isdigit())])
-    values = frozenset(ids)
+        return Residue(0, 0, [])
+    wanted = _Wanted.of([*keys, *(user_id for user_id in ids if len(user_id) >= MIN_WORD and not user_id.isdigit())])
+    id_values = frozenset(ids)
 
-    def look(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    def search_files(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         for batch in batches:
-            said = [_look_into(path, wanted, values) for path in batch["path"]]
+            answers = [_search_file(path, wanted, id_values) for path in batch["path"]]
             yield pd.DataFrame(
-                {"path": batch["path"], "parquet": [one for one, _ in said], "found": [other for _, other in said]}
+                {
+                    "path": batch["path"],
+                    "parquet": [is_parquet for is_parquet, _ in answers],
+                    "found": [is_found for _, is_found in answers],
+                }
             )
 
     tasks = min(len(files), max(parallelism(spark), len(files) // FILES_PER_TASK))
     paths = spark.createDataFrame([(file,) for file in files], "path string").repartition(tasks)
-    answers = paths.mapInPandas(look, "path string, parquet boolean, found boolean")
-    counts = {row["parquet"]: row["count"] for row in answers.groupBy("parquet").count().collect()}
-    found = sorted(row["path"] for row in answers.filter("found").collect())
-    return Traces(counts.get(True, 0), counts.get(False, 0), found)
+    searched = paths.mapInPandas(search_files, "path string, parquet boolean, found boolean")
+    counts = {row["parquet"]: row["count"] for row in searched.groupBy("parquet").count().collect()}
+    files_with_residue = sorted(row["path"] for row in searched.filter("found").collect())
+    return Residue(counts.get(True, 0), counts.get(False, 0), files_with_residue)
 
 
 def _files(folder: str) -> list[str]:
@@ -128,20 +137,22 @@ def _files(folder: str) -> list[str]:
     if system.get_file_info(path).type == fs.FileType.NotFound:
         return []
     scheme = folder.partition("://")[0] + "://" if "://" in folder else ""
-    listed = system.get_file_info(fs.FileSelector(path, recursive=True))
-    return [scheme + info.path for info in listed if info.type == fs.FileType.File]
+    entries = system.get_file_info(fs.FileSelector(path, recursive=True))
+    return [scheme + entry.path for entry in entries if entry.type == fs.FileType.File]
 
 
-def _look_into(address: str, wanted: _Wanted, values: Collection[str]) -> tuple[bool, bool]:
-    """Whether a file is Parquet, and whether it holds one of the words or values."""
+def _search_file(address: str, wanted: _Wanted, id_values: Collection[str]) -> tuple[bool, bool]:
+    """Return whether a file is Parquet, and whether it holds a key or an id."""
     system, path = file_system(address)
     with system.open_input_file(path) as file:
-        parquet = file.read(4) == b"PAR1"
+        is_parquet = file.read(4) == b"PAR1"
         file.seek(0)
-        if not parquet:
+        if not is_parquet:
             return False, wanted.is_in(file.read().decode("utf-8", "replace"))
-        found = any(_has_value(name, texts, values) or wanted.is_in("\n".join(texts)) for name, texts in _texts(file))
-        return True, found
+        is_found = any(
+            _has_value(name, texts, id_values) or wanted.is_in("\n".join(texts)) for name, texts in _texts(file)
+        )
+        return True, is_found
 
 
 def _has_value(column: str, texts: Iterable[str], values: Collection[str]) -> bool:
@@ -149,7 +160,7 @@ def _has_value(column: str, texts: Iterable[str], values: Collection[str]) -> bo
 
 
 def _texts(file: Any) -> Iterator[tuple[str, list[str]]]:
-    """Name and distinct texts of each column with any, a row group at a time."""
+    """Yield name and distinct texts of each column that can hold texts, a row group at a time."""
     parquet = pq.ParquetFile(file)
     names = [field.name for field in parquet.schema_arrow if _holds_text(field.type)]
     for group in range(parquet.num_row_groups if names else 0):
@@ -161,11 +172,11 @@ def _texts(file: Any) -> Iterator[tuple[str, list[str]]]:
 def _holds_text(kind: pa.DataType) -> bool:
     if pa.types.is_nested(kind):
         return any(_holds_text(kind.field(number).type) for number in range(kind.num_fields))
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _leaves(array: pa.Array) -> Iterator[pa.Array]:
-    """The arrays of texts inside an array of any type."""
+    """Yield the arrays of texts inside an array of any type."""
     if isinstance(array, pa.MapArray):
         yield from _leaves(array.keys)
         yield from _leaves(array.items)

@@ -1,0 +1,1 @@
+"""Raw deliveries -> events: sources, pseudonyms, cleaning, texts."""

@@ -16,7 +16,7 @@ import pandas as pd
 from sklearn.isotonic import isotonic_regression
 
 from bp_spark.core.errors import BundleError
-from bp_spark.features.labels import of_days
+from bp_spark.features.labels import horizon_column
 from bp_spark.model.bins import quantile_bins
 from bp_spark.model.curve import Curve, as_json, curve_from_json
 
@@ -91,11 +91,13 @@ class Horizons:
         columns = {str(name): frame[name].to_numpy() for name in frame}
         ratios = []
         for days in sorted(others):
-            complete = ~np.isnan(columns[of_days(LABEL, days)])
+            complete = ~np.isnan(columns[horizon_column(LABEL, days)])
             if complete.sum() < MIN_ROWS:
                 continue
-            spend, main_spend = (np.maximum(columns[name][complete], 0.0) for name in (of_days(LABEL, days), LABEL))
-            by = NETWORK if of_days(NETWORK, days) in columns else EXPECTED
+            spend, main_spend = (
+                np.maximum(columns[name][complete], 0.0) for name in (horizon_column(LABEL, days), LABEL)
+            )
+            by = NETWORK if horizon_column(NETWORK, days) in columns else EXPECTED
             x = _curve_variable(by, days, main, expected, columns)[complete]
             ratios.append(Ratio(days, by, _fit_ratio(x, spend, main_spend, days / main, rising=by == NETWORK)))
         return cls(main, tuple(ratios))
@@ -159,11 +161,11 @@ def _curve_variable(
     """Return the variable of a ratio's curve for each user, ``float64[rows]``."""
     if by == EXPECTED:
         return np.asarray(np.log1p(expected))
-    for name in (NETWORK, of_days(NETWORK, days)):
+    for name in (NETWORK, horizon_column(NETWORK, days)):
         if name not in predictions:
             raise BundleError(f"horizons: no predictions {name!r}")
     main_spend = np.asarray(predictions[NETWORK], np.float64)
-    spend = np.asarray(predictions[of_days(NETWORK, days)], np.float64)
+    spend = np.asarray(predictions[horizon_column(NETWORK, days)], np.float64)
     # Below a cent of main spend any ratio will do.
     otherwise = np.full(len(main_spend), days / main)
     return np.asarray(np.divide(spend, main_spend, out=otherwise, where=main_spend > _CENT))

@@ -55,7 +55,7 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class Exercise:
+class PretrainingBatch:
     """Histories with the targets of their predictions.
 
     Attributes:
@@ -76,13 +76,13 @@ class Exercise:
     covered: Tensor
     spend: Tensor
 
-    def to(self, device: torch.device) -> Exercise:
+    def to(self, device: torch.device) -> PretrainingBatch:
         """Return the same tensors on another device."""
-        return Exercise(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return PretrainingBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 @dataclass(frozen=True)
-class Cut:
+class CutHistories:
     """Histories of B users cut at a moment.
 
     Attributes:
@@ -100,7 +100,7 @@ class Cut:
     spend: np.ndarray
 
 
-def cut(columns: Mapping[str, np.ndarray], days: float, rng: np.random.Generator) -> Cut:
+def cut_histories(columns: Mapping[str, np.ndarray], days: float, rng: np.random.Generator) -> CutHistories:
     """Cut histories at a moment.
 
     The moment is uniform between a user's first and last event, as an as-of date would be. Histories of fewer than two
@@ -126,16 +126,16 @@ def cut(columns: Mapping[str, np.ndarray], days: float, rng: np.random.Generator
     for row, moment in enumerate(moments):
         before["seq_age_days"][row] = (before["seq_age_days"][row] - moment).clip(0)
         after["seq_age_days"][row] = (moment - after["seq_age_days"][row]).clip(0)
-    return Cut(before, after, moments >= days, spend)
+    return CutHistories(before, after, moments >= days, spend)
 
 
-def exercise(
+def make_batch(
     columns: Mapping[str, np.ndarray],
     history_length: int,
     vocabulary_ids: np.ndarray,
     config: PretrainingConfig,
     rng: np.random.Generator,
-) -> Exercise:
+) -> PretrainingBatch:
     """Cut histories and hide events.
 
     Args:
@@ -149,14 +149,14 @@ def exercise(
         DataError: the arrays of a history differ in length.
     """
     spec = InputSpec((), frozenset(), history_length)
-    parts = cut(columns, config.days_ahead, rng)
+    parts = cut_histories(columns, config.days_ahead, rng)
     history, following = (collate(part, spec, vocabulary_ids) for part in (parts.before, parts.after))
     hidden = history.mask & torch.from_numpy(rng.random(tuple(history.mask.shape)) < config.mask_fraction)
     # The gap of the event after a hidden one would reveal the time of the hidden one.
     numeric = history.numeric.clone()
     numeric[..., GAP].masked_fill_(F.pad(hidden, (1, 0))[:, :-1], 0.0)
     spend = np.log1p(parts.spend[parts.covered].clip(min=0))
-    return Exercise(
+    return PretrainingBatch(
         history=replace(history, numeric=numeric),
         hidden=hidden,
         masked=_targets(history, hidden, GAP),
@@ -192,7 +192,7 @@ class PretrainingNetwork(nn.Module):
         self.of_days = nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.LayerNorm(size), nn.Linear(size, 1))
         self.key = nn.Linear(text_embeddings.shape[1], size)
 
-    def forward(self, batch: Exercise) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: PretrainingBatch) -> tuple[Tensor, Tensor]:
         """Return the sums of the losses of the :data:`PARTS` and the numbers of their targets, float32 [9] each."""
         encoder, mask = self.history, batch.history.mask
         events = encoder.events(batch.history)

@@ -152,7 +152,7 @@ class CalibratedStack:
         return fitted._with_reference(frame if reference is None else reference)
 
     def _with_reference(self, population: pd.DataFrame) -> Self:
-        predicted = self.steady({name: _column(population, name) for name in self.inputs})
+        predicted = self.apply_without_level({name: _column(population, name) for name in self.inputs})
         percentiles = np.linspace(0.0, 100.0, _GRID)
         grid = pd.DataFrame({"x": np.quantile(predicted["expected_spend"], percentiles / 100.0), "y": percentiles})
         # Equal values share the middle of their percentiles.
@@ -199,17 +199,17 @@ class CalibratedStack:
         Raises:
             BundleError: a member's predictions are missing, negative or not finite.
         """
-        return self.moved(self.steady(predictions), on)
+        return self.apply_level(self.apply_without_level(predictions), on)
 
-    def moved(self, predicted: Mapping[str, np.ndarray], on: date | None = None) -> dict[str, np.ndarray]:
-        """Multiply the money in what :meth:`steady` returned by the factor of a date.
+    def apply_level(self, predicted: Mapping[str, np.ndarray], on: date | None = None) -> dict[str, np.ndarray]:
+        """Multiply the money in what :meth:`apply_without_level` returned by the factor of a date.
 
         How a user compares with others doesn't change: score, level and risk stay.
         """
         factor = self.factor(on)
         return dict(predicted) | {name: predicted[name] * factor for name in ("expected_spend", "low", "high")}
 
-    def steady(self, predictions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def apply_without_level(self, predictions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return what :meth:`apply` does, without the level's factor."""
         for name in self.inputs:
             if name not in predictions:

@@ -49,7 +49,7 @@ class Bundle:
         folder: where its files lie.
         manifest: the document of ``manifest.json``; don't change it.
         members: the fitted members by name.
-        fusion: joins the members' predictions.
+        stack: joins the members' predictions.
         horizons: predicts the other horizons.
         explanation: takes predictions apart; ``None`` in a bundle that gives no reasons.
     """
@@ -66,7 +66,7 @@ class Bundle:
         self.folder = folder
         self.manifest = manifest
         self.members = {member.name: member for member in members}
-        self.fusion = stack
+        self.stack = stack
         self.horizons = horizons
         self.explanation = explanation
 
@@ -81,7 +81,7 @@ class Bundle:
         return int(self.manifest["horizon_days"])
 
     @property
-    def judged_on(self) -> str:
+    def test_date(self) -> str:
         """Test date of the bundle's figures, YYYY-MM-DD; a bundle that was fitted anew has that of its predecessor."""
         lineage = self.manifest["lineage"]
         return str(lineage.get("judged", lineage).get("test_date", "–"))
@@ -122,11 +122,11 @@ class Bundle:
         """
         self.check_inputs(columns)
         predictions = predict_all(self.members.values(), columns)
-        steady = self.fusion.steady(predictions)
+        steady = self.stack.apply_without_level(predictions)
         by_horizon = np.stack(list(self.horizons.apply(steady["expected_spend"], predictions).values()), axis=1)
         members = {f"member_{name}": predictions[name] for name in self.members}
-        horizons = {"expected_by_horizon": by_horizon * self.fusion.factor(on)}
-        return members | self.fusion.moved(steady, on) | horizons
+        horizons = {"expected_by_horizon": by_horizon * self.stack.factor(on)}
+        return members | self.stack.apply_level(steady, on) | horizons
 
     def explain(
         self, columns: Columns, predicted: Mapping[str, np.ndarray], on: date | None = None
@@ -143,9 +143,9 @@ class Bundle:
         """
         if self.explanation is None:
             raise BundleError(f"{self.folder}: gives no reasons")
-        predictions = {name: predicted[f"member_{name}"] for name in self.fusion.members}
-        by_feature, of_sequence, base = self.explanation(columns, predictions, self.members, self.fusion)
-        factor = self.fusion.factor(on)
+        predictions = {name: predicted[f"member_{name}"] for name in self.stack.members}
+        by_feature, of_sequence, base = self.explanation(columns, predictions, self.members, self.stack)
+        factor = self.stack.factor(on)
         return by_feature * factor, of_sequence * factor, base * factor
 
 

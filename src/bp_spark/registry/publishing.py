@@ -64,7 +64,7 @@ def publish(
     Args:
         config: the store, and the folder of bundles.
         bundle: its metrics, settings and lineage are those of its manifest.
-        history: figures of the transformer's epochs, where they are at hand; see :func:`bp_spark.training.fit.run_epochs`.
+        history: figures of the transformer's epochs, where they are at hand; see :func:`bp_spark.training.fit.fit`.
         started: when the training began, if the caller knows.
 
     Raises:
@@ -117,7 +117,7 @@ def _require_version(
         "bundle": bundle.folder.name,
         "code_version": manifest["code_version"],
         "run_id": lineage["run_id"],
-        "test_date": bundle.judged_on,
+        "test_date": bundle.test_date,
         "training_set_version": str(lineage["training_set"]["version"]),
     }
     decision = bundles.decision(bundle.folder)

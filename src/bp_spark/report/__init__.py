@@ -1,1 +1,1 @@
-"""Pages for people, each one HTML file: what a backtest came to, how a night went."""
+"""Pages for people, each one HTML file: the results of a backtest, and a scoring run."""

@@ -1,7 +1,4 @@
-"""The pages of a backtest: predictions with what was spent in, figures as PNG files and one HTML file out.
-
-The HTML file holds its images and needs nothing beside it.
-"""
+"""The page of a backtest, from predictions and the real spend: one HTML file that holds its images, and PNG files."""
 
 from __future__ import annotations
 
@@ -21,17 +18,20 @@ from bp_spark.report import page
 from bp_spark.report.page import FAINT, Chart, Markup, Section
 
 DECILES = 10
-_POINTS = 4000
+_MAX_POINTS = 4000
+"""Most points of a scatter plot."""
+_LEAST_LIFT_SHARE = 0.01
+"""Share of users from which the lift is drawn: before, noise would set the scale."""
 
 
 @dataclass(frozen=True)
 class Fold:
-    """What a backtest came to at one test date.
+    """Result of a backtest at one test date.
 
     Attributes:
-        test_date: the as-of date of the predictions.
-        table: see :func:`bp_spark.evaluation.bootstrap.compare`.
-        figures: title -> chart.
+        test_date: The as-of date of the predictions.
+        table: See :func:`bp_spark.evaluation.bootstrap.compare`.
+        figures: Title -> chart.
     """
 
     test_date: date
@@ -42,13 +42,13 @@ class Fold:
 def figures(
     frame: pd.DataFrame, members: Sequence[str], coverage: float, history: Sequence[Mapping[str, float]]
 ) -> dict[str, Chart]:
-    """Title -> chart of each figure.
+    """Draw the figures of a fold, as title -> chart.
 
     Args:
-        frame: a row per user: ``label_spend``, the members' columns, ``low``, ``high`` and ``p_active`` of ``fused``.
-        members: columns of expected spend, ``fused`` among them.
-        coverage: what the intervals promise.
-        history: per epoch of the transformer ``epoch``, ``train_loss``, ``valid_loss``; empty without one.
+        frame: A row per user: ``label_spend``, the members' columns, ``low``, ``high`` and ``p_active`` of ``fused``.
+        members: Columns of expected spend, ``fused`` among them.
+        coverage: Coverage that the intervals promise.
+        history: ``epoch``, ``train_loss``, ``valid_loss`` per epoch of the transformer; empty without a transformer.
     """
     truth = np.maximum(frame["label_spend"].to_numpy(np.float64), 0.0)
     drawn = {
@@ -64,12 +64,12 @@ def figures(
 
 
 def write(folder: Path, folds: Sequence[Fold], about: Mapping[str, str]) -> Path:
-    """Write the PNG files and ``report.html``; returns the page's path.
+    """Write the PNG files and ``report.html``; return the page's path.
 
     Args:
-        folder: made where it isn't there.
-        folds: in the order of the page.
-        about: what the page says of itself first, as setting -> value.
+        folder: Folder of the files, made if it is missing.
+        folds: The test dates, in the order of the page.
+        about: Facts at the top of the page, as setting -> value.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for fold in folds:
@@ -103,8 +103,8 @@ def _table(caption: str, rows: pd.DataFrame, by: str) -> Markup:
     lines = []
     for name, block in rows.groupby(by, sort=False):
         cells = block.set_index("metric")
-        found = (_cell(cells.loc[metric], metric) if metric in cells.index else "–" for metric in metrics)
-        lines.append([name, *found])
+        texts = (_cell(cells.loc[metric], metric) if metric in cells.index else "–" for metric in metrics)
+        lines.append([name, *texts])
     return page.table(caption, [by, *(TITLES.get(metric, metric) for metric in metrics)], lines)
 
 
@@ -118,16 +118,15 @@ def _gain_and_lift(truth: np.ndarray, frame: pd.DataFrame, members: Sequence[str
     figure, (gain, lift) = page.canvas(2)
     users = np.arange(1, len(truth) + 1) / max(len(truth), 1)
     total = truth.sum() or 1.0
-    # the lift of the first few users is noise that would set the scale
-    shown = users >= 0.01
+    shown = users >= _LEAST_LIFT_SHARE
     for member in [*members, "perfect"]:
         order_by = truth if member == "perfect" else frame[member].to_numpy()
         share = np.cumsum(truth[np.argsort(-order_by, kind="stable")]) / total
-        look = (
+        line_style = (
             {"color": FAINT, "linestyle": ":"} if member == "perfect" else {"linewidth": 2 if member == "fused" else 1}
         )
-        gain.plot(users, share, label=member, **look)
-        lift.plot(users[shown], (share / users)[shown], label=member, **look)
+        gain.plot(users, share, label=member, **line_style)
+        lift.plot(users[shown], (share / users)[shown], label=member, **line_style)
     page.label(gain, "share of users, highest predicted first", "share of spend")
     page.label(lift, "share of users, highest predicted first", "lift")
     page.legend(gain)
@@ -139,9 +138,10 @@ def _calibration(truth: np.ndarray, frame: pd.DataFrame, members: Sequence[str])
     top = 1.0
     for member in members:
         predicted = frame[member].to_numpy(np.float64)
-        said, was = zip(*((predicted[rows].mean(), truth[rows].mean()) for rows in _deciles(predicted)), strict=True)
-        top = max(top, *said, *was)
-        axes.plot(said, was, marker="o", markersize=3, linewidth=2 if member == "fused" else 1, label=member)
+        means = ((predicted[rows].mean(), truth[rows].mean()) for rows in _deciles(predicted))
+        expected, actual = zip(*means, strict=True)
+        top = max(top, *expected, *actual)
+        axes.plot(expected, actual, marker="o", markersize=3, linewidth=2 if member == "fused" else 1, label=member)
     axes.plot([0, top], [0, top], color=FAINT, linestyle=":")
     page.label(axes, "mean expected spend of a decile", "mean spend")
     page.legend(axes)
@@ -150,10 +150,10 @@ def _calibration(truth: np.ndarray, frame: pd.DataFrame, members: Sequence[str])
 
 def _residuals(truth: np.ndarray, frame: pd.DataFrame) -> Figure:
     figure, (axes,) = page.canvas()
-    shown = slice(None, None, max(1, math.ceil(len(truth) / _POINTS)))
+    shown = slice(None, None, max(1, math.ceil(len(truth) / _MAX_POINTS)))
     predicted = frame["fused"].to_numpy(np.float64)
     x, y = np.log1p(predicted), np.log1p(truth) - np.log1p(predicted)
-    # thousands of points: an image inside the drawing
+    # thousands of points are drawn as an image inside the drawing
     axes.scatter(x[shown], y[shown], s=4, alpha=0.4, rasterized=True)
     axes.axhline(0.0, color=FAINT, linestyle=":")
     page.label(axes, "log(1 + expected spend)", "log(1 + spend) − log(1 + expected spend)")
@@ -163,8 +163,8 @@ def _residuals(truth: np.ndarray, frame: pd.DataFrame) -> Figure:
 def _reliability(truth: np.ndarray, frame: pd.DataFrame) -> Figure:
     figure, (axes,) = page.canvas()
     p = frame["p_active"].to_numpy(np.float64)
-    said, was = zip(*((p[rows].mean(), (truth[rows] > 0).mean()) for rows in _deciles(p)), strict=True)
-    axes.plot(said, was, marker="o")
+    expected, actual = zip(*((p[rows].mean(), (truth[rows] > 0).mean()) for rows in _deciles(p)), strict=True)
+    axes.plot(expected, actual, marker="o")
     axes.plot([0, 1], [0, 1], color=FAINT, linestyle=":")
     page.label(axes, "mean predicted probability of a decile", "share of users that spent")
     return figure
@@ -192,5 +192,5 @@ def _learning_curve(history: Sequence[Mapping[str, float]]) -> Figure:
 
 
 def _deciles(by: np.ndarray) -> list[np.ndarray]:
-    """Row numbers of up to ten equal parts, lowest first."""
+    """Return the row numbers of up to ten equal parts, lowest first."""
     return [rows for rows in np.array_split(np.argsort(by, kind="stable"), DECILES) if len(rows)]

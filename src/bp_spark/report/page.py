@@ -1,7 +1,7 @@
-"""The parts of a page: tables, charts and sections in, one HTML file out that holds all it needs.
+"""Parts of a page, and the page as one HTML file that needs no other file.
 
-Nothing is fetched from anywhere and no script runs: a policy in the page forbids both. Charts take the colours of the reader's
-light or dark screen, and light ones on paper.
+A policy in the page forbids that it fetches anything or runs a script. Charts take the colours of the reader's light or dark
+screen, and light ones on paper.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ _DARK = {
         )
     ),
 }
-"""What a colour of a chart is on a dark screen."""
+"""Colour of a chart -> its colour on a dark screen."""
 _NAMES = {colour: f"--c{number}" for number, colour in enumerate(_DARK)}
 _ROW_HEADS = 1
+"""Columns of a table that head its rows."""
 _WIDE = 2.5
-"""Width by height from which a chart has a row to itself."""
+"""Ratio of width to height above which a chart has a row to itself."""
 
 
 class Markup(str):
@@ -52,8 +53,8 @@ class Chart:
     """A drawn figure.
 
     Attributes:
-        svg: for a page: as wide as there is room, in the colours of the page.
-        png: for a file or a notebook, which shows it by itself.
+        svg: For a page: as wide as the room, in the colours of the page.
+        png: For a file or a notebook, which shows it by itself.
     """
 
     svg: str = field(repr=False)
@@ -72,10 +73,12 @@ class Section:
 
 
 def page(title: str, lead: Sequence[Markup], sections: Sequence[Section]) -> str:
-    """An HTML document.
+    """Return an HTML document.
 
     Args:
-        lead: what stands between the title and the list of sections.
+        title: Title and first heading.
+        lead: Parts between the title and the list of sections.
+        sections: The sections.
     """
     anchors = [_anchor(section.title) for section in sections]
     links = "".join(
@@ -98,45 +101,45 @@ def page(title: str, lead: Sequence[Markup], sections: Sequence[Section]) -> str
 
 
 def write(path: Path, document: str) -> Path:
-    """Write a page, and its folder where it isn't there; returns the path."""
+    """Write a page, and its folder if it is missing; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(document, encoding="utf-8")
     return path
 
 
 def escaped(text: object) -> Markup:
-    """Anything as text of a page; markup stays as it is."""
+    """Return anything as text of a page; markup stays as it is."""
     return text if isinstance(text, Markup) else Markup(html.escape(str(text)))
 
 
 def paragraph(*parts: object) -> Markup:
-    """Text and markup, one after the other."""
+    """Return a paragraph of text and markup."""
     return Markup(f"<p>{''.join(escaped(part) for part in parts)}</p>")
 
 
 def note(*parts: object) -> Markup:
-    """A paragraph in small print."""
+    """Return a paragraph in small print."""
     return Markup(f'<p class="note">{"".join(escaped(part) for part in parts)}</p>')
 
 
 def subheading(text: str) -> Markup:
-    """A heading inside a section."""
+    """Return a heading inside a section."""
     return Markup(f"<h3>{html.escape(text)}</h3>")
 
 
 def badge(text: str, mood: str) -> Markup:
-    """A word in a coloured frame; ``mood`` is good, warn or bad."""
+    """Return a word in a coloured frame; ``mood`` is good, warn or bad."""
     return Markup(f'<span class="badge {mood}">{html.escape(text)}</span>')
 
 
 def facts(pairs: Sequence[tuple[str, object]]) -> Markup:
-    """Names and what they come to, one a line."""
+    """Return a list of names and values, one pair a line."""
     rows = "".join(f"<dt>{html.escape(name)}</dt><dd>{escaped(value)}</dd>" for name, value in pairs)
     return Markup(f"<dl>{rows}</dl>")
 
 
 def tiles(pairs: Sequence[tuple[str, object, object]]) -> Markup:
-    """The few figures that are read first, as (name, figure, what to hold it against)."""
+    """Return the few figures that are read first, as (name, figure, comparison)."""
     cells = (
         f"<span>{html.escape(name)}</span><strong>{escaped(value)}</strong><small>{escaped(more)}</small>"
         for name, value, more in pairs
@@ -152,44 +155,47 @@ def table(
     words: Collection[int] = (0,),
     sentences: Collection[int] = (),
 ) -> Markup:
-    """A table whose first column heads the rows.
+    """Return a table whose first column heads the rows.
 
     Args:
-        words: positions of the columns that hold words, which stand left; numbers stand right.
-        sentences: of those with more than a word or two, which may be broken into lines.
+        caption: Caption, which screen readers announce as the table's name.
+        headings: Headings of the columns.
+        rows: Cells of each row, text or markup.
+        words: Positions of columns of words, which are aligned left; numbers are aligned right.
+        sentences: Positions of columns of sentences, which may be broken into lines.
     """
     kinds = ("sentences" if n in sentences else "words" if n in words else "" for n in range(len(headings)))
     left = [f' class="{kind}"' if kind else "" for kind in kinds]
-    head = "".join(f'<th scope="col"{left[place]}>{html.escape(text)}</th>' for place, text in enumerate(headings))
+    head = "".join(f'<th scope="col"{left[n]}>{html.escape(text)}</th>' for n, text in enumerate(headings))
     lines = []
     for row in rows:
         cells = [
-            f'<th scope="row"{left[place]}>{escaped(value)}</th>'
-            if place < _ROW_HEADS
-            else f"<td{left[place]}>{escaped(value)}</td>"
-            for place, value in enumerate(row)
+            f'<th scope="row"{left[n]}>{escaped(value)}</th>'
+            if n < _ROW_HEADS
+            else f"<td{left[n]}>{escaped(value)}</td>"
+            for n, value in enumerate(row)
         ]
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    # not a caption of the table's own: where the table is wider than the screen, it would scroll away with it
-    named = html.escape(caption)
+    # not a <caption>: that would scroll away with a table that is wider than the screen
+    name = html.escape(caption)
     return Markup(
-        f'<p class="caption" aria-hidden="true">{named}</p><div class="scroll" tabindex="0"><table aria-label="{named}">'
+        f'<p class="caption" aria-hidden="true">{name}</p><div class="scroll" tabindex="0"><table aria-label="{name}">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
-def figure(chart: Chart, title: str, says: str = "") -> Markup:
-    """A chart with its title and, for who doesn't see it too, what it shows."""
-    told = f"{title}. {says}" if says else title
-    more = f" <span>{html.escape(says)}</span>" if says else ""
-    svg = chart.svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(told)}" ', 1)
+def figure(chart: Chart, title: str, caption: str = "") -> Markup:
+    """Return a chart with title and caption, which screen readers announce too."""
+    label_text = f"{title}. {caption}" if caption else title
+    more = f" <span>{html.escape(caption)}</span>" if caption else ""
+    svg = chart.svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label_text)}" ', 1)
     _, _, width, height = (float(number) for number in re.findall(r'viewBox="([^"]*)"', svg)[0].split())
     wide = ' class="wide"' if width > _WIDE * height else ""
     return Markup(f"<figure{wide}><figcaption><b>{html.escape(title)}</b>{more}</figcaption>{svg}</figure>")
 
 
 def figures(drawn: Sequence[Markup]) -> Markup:
-    """Figures beside each other, where there is room."""
+    """Return figures, beside each other where there is room."""
     return Markup(f'<div class="figures">{"".join(drawn)}</div>')
 
 
@@ -197,12 +203,12 @@ def figures(drawn: Sequence[Markup]) -> Markup:
 
 
 def canvas(panels: int = 1, *, width: float = 5.5, height: float = 3.9) -> tuple[Figure, list[Axes]]:
-    """An empty figure of panels beside each other, ``width`` by ``height`` inches each."""
-    # a Figure of its own and no pyplot: nothing global, no display needed
+    """Return an empty figure of panels beside each other, ``width`` by ``height`` inches each."""
+    # without pyplot there is no global state, and no display is needed
     drawn = Figure(figsize=(width * panels, height), layout="constrained")
     FigureCanvasAgg(drawn)
-    made = [drawn.add_subplot(1, panels, number + 1) for number in range(panels)]
-    for axes in made:
+    all_axes = [drawn.add_subplot(1, panels, number + 1) for number in range(panels)]
+    for axes in all_axes:
         axes.set_prop_cycle(color=SERIES)
         axes.set_axisbelow(True)
         axes.set_facecolor("none")
@@ -210,50 +216,50 @@ def canvas(panels: int = 1, *, width: float = 5.5, height: float = 3.9) -> tuple
         for side, spine in axes.spines.items():
             spine.set_color(FAINT)
             spine.set_visible(side in ("left", "bottom"))
-    return drawn, made
+    return drawn, all_axes
 
 
 def label(axes: Axes, x: str, y: str) -> None:
-    """Names of the axes, and a grid."""
+    """Set the names of the axes, and a grid."""
     axes.set_xlabel(x, color=INK, fontsize=11)
     axes.set_ylabel(y, color=INK, fontsize=11)
     axes.grid(color=GRID)
 
 
 def legend(axes: Axes, **where: Any) -> None:
-    """The names of the series."""
+    """Show the names of the series."""
     axes.legend(fontsize=10, frameon=False, labelcolor=INK, **where)
 
 
 def chart(drawn: Figure) -> Chart:
-    """A figure, drawn; the same figure is the same bytes."""
+    """Draw a figure; the same figure gives the same bytes."""
     png, svg = io.BytesIO(), io.StringIO()
     drawn.savefig(png, format="png", dpi=110, facecolor="white", metadata={"Software": None})
-    # text stays text, so that it can be read, searched and enlarged
+    # text stays text, so that people can read, search and enlarge it
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bp-spark"}):
         drawn.savefig(svg, format="svg", dpi=110, facecolor="none", metadata={"Date": None, "Creator": None})
     return Chart(_inline(svg.getvalue()), png.getvalue())
 
 
 def _inline(svg: str) -> str:
-    """An SVG file as a part of a page: no prolog, no size of its own, colours by name, and ids that no other chart has."""
+    """Return an SVG file as part of a page: without prolog and size, with colours by name and ids of its own."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg ") :], flags=re.S).strip()
     svg = re.sub(r'(<svg [^>]*?)width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg [^>]*?)height="[^"]*"', r"\1", svg, count=1)
     for colour, name in _NAMES.items():
         svg = svg.replace(f": {colour}", f": var({name},{colour})")
-    referred = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
-    svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in referred else "", svg)
-    own = hashlib.sha256(svg.encode()).hexdigest()[:8]
-    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>c{own}-", svg)
+    used_ids = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used_ids else "", svg)
+    prefix = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>c{prefix}-", svg)
 
 
 def _anchor(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
-def _colours(of: dict[str, str]) -> str:
-    return ";".join(f"{_NAMES[light]}:{shown}" for light, shown in of.items())
+def _colours(shown_colours: dict[str, str]) -> str:
+    return ";".join(f"{_NAMES[colour]}:{shown}" for colour, shown in shown_colours.items())
 
 
 _LIGHT_PAGE = (

@@ -1,6 +1,6 @@
-"""A night's tables -> the few figures that are shown of it: as many rows as there are groups, not users.
+"""Figures of all users of a scored date, from its tables: as many rows as there are groups, not users.
 
-What is read by people then leaves out groups of few users; see :func:`bp_spark.ingest.pseudonyms.withheld`.
+People never see groups of few users; see :func:`bp_spark.ingest.pseudonyms.withheld`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ BEST_FIRST = tuple(reversed(LEVELS))
 BIN = 5
 """Points of score in a bar of the distribution; the borders of levels are borders of bars too."""
 NEW, GONE = "new", "gone"
-"""What stands for the level of a user who has none on one of two nights."""
+"""In the place of the level of a user who has none on one of two dates."""
 
 
 def distribution(scores: DataFrame) -> DataFrame:
-    """``score_date, level, bin, risk_level, users, expected_spend``; ``bin`` is the lower end of BIN points of score.
+    """Count users and money by date, level, bin of score and risk level.
 
     Args:
-        scores: rows of SCORES.
+        scores: Rows of SCORES.
+
+    Returns:
+        ``score_date, level, bin, risk_level, users, expected_spend``; ``bin`` is the lower end of BIN points of score.
     """
     lower = (F.least(F.floor(F.col("score") / BIN), F.lit(100 // BIN - 1)) * BIN).cast("int")
     return scores.groupBy("score_date", "level", lower.alias("bin"), "risk_level").agg(
@@ -38,30 +41,36 @@ def distribution(scores: DataFrame) -> DataFrame:
 
 
 def migration(before: DataFrame, after: DataFrame) -> DataFrame:
-    """``before, after, users``: users by their level on two nights, NEW or GONE where they have none.
+    """Count users by their level on two dates.
 
     Args:
-        before: rows of SCORES of one night.
-        after: rows of SCORES of a later one.
+        before: Rows of SCORES of one date.
+        after: Rows of SCORES of a later date.
+
+    Returns:
+        ``before, after, users``; NEW or GONE stands for a missing level.
     """
-    one = before.select("user_key", F.col("level").alias("before"))
-    other = after.select("user_key", F.col("level").alias("after"))
+    levels_before = before.select("user_key", F.col("level").alias("before"))
+    levels_after = after.select("user_key", F.col("level").alias("after"))
     levels = F.coalesce("before", F.lit(NEW)).alias("before"), F.coalesce("after", F.lit(GONE)).alias("after")
-    return one.join(other, "user_key", "full_outer").groupBy(*levels).agg(F.count(F.lit(1)).alias("users"))
+    both = levels_before.join(levels_after, "user_key", "full_outer")
+    return both.groupBy(*levels).agg(F.count(F.lit(1)).alias("users"))
 
 
 def reasons(scores: DataFrame) -> DataFrame:
-    """``group, users, raised, contribution, feature``: of how many users a group of features is among the reasons, for how many
-    of these it raised the expected spend, the mean size of what it came to in money, and the feature that most often did most
-    of it.
+    """Summarize the reasons by group of features.
 
     Args:
-        scores: rows of SCORES of one night.
+        scores: Rows of SCORES of one date.
+
+    Returns:
+        ``group, users, raised, contribution, feature``: users with the group among their reasons, and users whose expected
+        spend it raised. ``contribution`` is its mean size in money; ``feature`` most often had the largest effect.
     """
     size = F.col("contribution")
     return (
         scores.select(F.inline("reasons"))
-        # nights of before have none
+        # dates that an older version scored have none
         .filter("group IS NOT NULL")
         .groupBy("group")
         .agg(
@@ -74,11 +83,15 @@ def reasons(scores: DataFrame) -> DataFrame:
 
 
 def freshness(events: DataFrame, score_date: date, days: int) -> DataFrame:
-    """``kind, newest, last_day, events``: the newest day of each kind of event in the ``days`` before the date, and how many
-    lie on its last day and in all of them.
+    """Return the newest day of each kind of event in the ``days`` days before the score date.
 
     Args:
         events: EVENTS.
+        score_date: The date.
+        days: Days to look back.
+
+    Returns:
+        ``kind, newest, last_day, events``: the newest day, the events on the day before the score date, and in all days.
     """
     day = F.col("event_date")
     recent = events.filter((day >= F.lit(score_date - timedelta(days=days))) & (day < F.lit(score_date)))
@@ -89,19 +102,33 @@ def freshness(events: DataFrame, score_date: date, days: int) -> DataFrame:
     )
 
 
-def refused(quarantine: DataFrame, ingests: list[int]) -> DataFrame:
-    """``source, rule, rows, tonight``: rows in quarantine by what they broke, and those that the ingests brought.
+def quarantined(quarantine: DataFrame, new_ingests: list[int]) -> DataFrame:
+    """Count rows in quarantine by table and broken rule.
 
     Args:
         quarantine: QUARANTINE.
+        new_ingests: Numbers of the ingests whose rows are new.
+
+    Returns:
+        ``source, rule, rows, new_rows``.
     """
-    fresh: Column = F.col("ingest_id").isin(ingests) if ingests else F.lit(False)
-    return quarantine.groupBy("source", "rule").agg(F.count(F.lit(1)).alias("rows"), F.count_if(fresh).alias("tonight"))
+    is_new: Column = F.col("ingest_id").isin(new_ingests) if new_ingests else F.lit(False)
+    return quarantine.groupBy("source", "rule").agg(
+        F.count(F.lit(1)).alias("rows"), F.count_if(is_new).alias("new_rows")
+    )
 
 
 @dataclass(frozen=True)
 class Group:
-    """A group of users as people may read of it; ``part`` is its share of all, NaN where that is withheld (``*``)."""
+    """A group of users in words; a withheld group has ``*`` everywhere.
+
+    Attributes:
+        users: Number of users.
+        share: Their share of all users.
+        spend: Their expected spend.
+        mean: Mean expected spend of a user.
+        part: ``share`` as a number; NaN where it is withheld.
+    """
 
     users: str
     share: str
@@ -110,29 +137,29 @@ class Group:
     part: float
 
 
-def by_level(night: pd.DataFrame, smallest: int) -> dict[str, Group]:
-    """Level -> its users, best first.
+def by_level(rows: pd.DataFrame, smallest_group: int) -> dict[str, Group]:
+    """Return level -> its users, best first.
 
     Args:
-        night: rows of :func:`distribution` of one night.
-        smallest: users of which figures may be told; the night's total counts as told.
+        rows: Rows of :func:`distribution` of one date.
+        smallest_group: Least users of a group that has figures; people also see the total of the date.
     """
-    return _grouped(night, "level", BEST_FIRST, smallest)
+    return _groups(rows, "level", BEST_FIRST, smallest_group)
 
 
-def by_risk(night: pd.DataFrame, smallest: int) -> dict[str, Group]:
-    """Risk level -> its users; see :func:`by_level`."""
-    return _grouped(night, "risk_level", RISKS, smallest)
+def by_risk(rows: pd.DataFrame, smallest_group: int) -> dict[str, Group]:
+    """Return risk level -> its users; see :func:`by_level`."""
+    return _groups(rows, "risk_level", RISKS, smallest_group)
 
 
-def _grouped(night: pd.DataFrame, by: str, groups: Sequence[str], smallest: int) -> dict[str, Group]:
-    sums = night.groupby(by)[["users", "expected_spend"]].sum().reindex(list(groups), fill_value=0)
-    counts = {group: int(sums["users"][group]) for group in groups}
-    hidden, total = withheld(counts, [groups], smallest), sum(counts.values())
+def _groups(rows: pd.DataFrame, by: str, names: Sequence[str], smallest_group: int) -> dict[str, Group]:
+    sums = rows.groupby(by)[["users", "expected_spend"]].sum().reindex(list(names), fill_value=0)
+    counts = {name: int(sums["users"][name]) for name in names}
+    hidden, total = withheld(counts, [names], smallest_group), sum(counts.values())
     withheld_group = Group("*", "*", "*", "*", math.nan)
     return {
-        group: withheld_group if group in hidden else _group(counts[group], float(sums["expected_spend"][group]), total)
-        for group in groups
+        name: withheld_group if name in hidden else _group(counts[name], float(sums["expected_spend"][name]), total)
+        for name in names
     }
 
 

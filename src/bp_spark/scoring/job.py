@@ -1,4 +1,4 @@
-"""The nightly pass: every user of a date scored, those whose features did not change carried over."""
+"""A scoring run: every user of a date scored, and unchanged users' scores carried forward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from bp_spark.core.session import broadcast_few, persisted
 from bp_spark.core.version import __version__
 from bp_spark.lakehouse import parquet
 from bp_spark.lakehouse.run import Run, recorded
-from bp_spark.lakehouse.tables import SCORES, SCORES_LATEST, Lakehouse
+from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.tables import SCORES, SCORES_LATEST
 from bp_spark.registry.bundle import Bundle, load_promoted
 from bp_spark.report import population
 from bp_spark.scoring import prediction
@@ -33,15 +34,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """What a night came to.
+    """Result of a scoring run.
 
     Attributes:
-        users: rows of the night.
-        computed: users whose score was computed; the others' was carried forward from an earlier night.
-        written: whether rows were written; False: they were there already.
-        levels: users and money by level and score; see :func:`bp_spark.report.population.distribution`.
-        bundle: the model.
-        stages: what ran.
+        users: Rows of the date.
+        computed: Users whose score was computed; the others' score was carried forward from an earlier run.
+        written: Whether rows were written; ``False`` if the same run wrote them before.
+        levels: Users and money by level and score; see :func:`bp_spark.report.population.distribution`.
+        bundle: The model.
+        stages: The stages that ran.
     """
 
     users: int
@@ -57,37 +58,42 @@ def score(
 ) -> ScoreResult:
     """Score every user of a date and overwrite that date in ``scores``.
 
-    A night that was scored with the same bundle on the same features is left as it is. Of any other, users whose features
-    are those of the newest night that the same bundle scored keep that night's score.
+    If the same bundle scored the date on the same features before, nothing is written. Otherwise a user whose features are
+    unchanged since the newest run of the same bundle keeps the score of that run.
 
     Args:
-        chosen: a bundle's folder, or its address in the registry as ``models:/NAME@ALIAS``; by default the bundle that
-            ``bundles/current`` names.
-        full: compute every user's score, whatever earlier nights said.
+        spark: The session.
+        config: All settings.
+        score_date: A date with features.
+        chosen: A bundle's folder, or its address in the registry as ``models:/NAME@ALIAS``; by default the promoted bundle,
+            which ``bundles/current`` names.
+        full: Compute every user's score, whatever earlier runs gave.
 
     Raises:
-        BundleError: no bundle is promoted, or it can't be trusted or doesn't fit the features.
-        DataError: there are no features of that date.
-        TrackingError: the registry can't be reached.
+        BundleError: No bundle is promoted, or it can't be trusted or doesn't fit the features.
+        DataError: There are no features of that date.
+        TrackingError: The registry can't be reached.
     """
     with recorded(spark, config, "score") as run:
         lakehouse = run.lakehouse
         bundle = load_promoted(config, chosen)
         require_same_features(bundle, config)
-        # the version that is recorded is the one that is read, whatever is written meanwhile
+        # read the version that is recorded, whatever other runs write meanwhile
         version = lakehouse.version("user_features")
         lakehouse.require_whole_files("user_features", version, {"as_of_date": str(score_date)})
-        users = features_of(lakehouse, score_date, version)
-        source = {row["built_from"]: row["count"] for row in users.groupBy("built_from").count().collect()}
-        if not source:
+        users = features_of_date(lakehouse, score_date, version)
+        users_by_source = {row["built_from"]: row["count"] for row in users.groupBy("built_from").count().collect()}
+        if not users_by_source:
             raise DataError(
                 "user_features", f"holds no rows of {score_date}; run featurize for it", column="as_of_date"
             )
-        inputs, expected = digest(__version__, bundle.digest, sorted(source)), sum(source.values())
+        inputs = digest(__version__, bundle.digest, sorted(users_by_source))
+        expected_users = sum(users_by_source.values())
         with run.stage("score", inputs) as figures:
-            written = full or not _scored(lakehouse, inputs, score_date, expected)
-            if written:
-                logger.info("scoring %s users of %s%s", f"{expected:,}", score_date, _estimate(run, expected))
+            is_new = full or not _is_scored(lakehouse, inputs, score_date, expected_users)
+            if is_new:
+                estimate = _time_estimate(run, expected_users)
+                logger.info("scoring %s users of %s%s", f"{expected_users:,}", score_date, estimate)
                 compute = partial(
                     prediction.score,
                     bundle=bundle,
@@ -96,12 +102,12 @@ def score(
                     run_id=run.run_id,
                     batch_mb=config.scoring.batch_mb,
                 )
-                earlier = None if full else _earlier_night(run, bundle, score_date)
+                earlier = None if full else _earlier_scores(run, bundle, score_date)
 
                 def write(reader: FeatureReader) -> None:
                     figures["reader"] = reader
-                    night = _night(users, earlier, compute, score_date, reader)
-                    with prediction.sized(spark, config.scoring), night as rows:
+                    scored = _scored_rows(users, earlier, compute, score_date, reader)
+                    with prediction.batch_sizes(spark, config.scoring), scored as rows:
                         where, note = {"score_date": [score_date]}, {"score_date": str(score_date)}
                         lakehouse.replace(SCORES, rows, where=where, inputs=inputs, note=note)
 
@@ -109,26 +115,26 @@ def score(
                     by_files = config.scoring.reader == "files" and lakehouse.is_plain("user_features")
                     write("files" if by_files else "spark")
                 except FileReadError as error:
-                    logger.warning("Spark brings the features, for a worker could not read them itself: %s", error)
+                    logger.warning("Spark reads the features, because a worker could not read them itself: %s", error)
                     write("spark")
             else:
                 figures["status"] = "unchanged"
             _refresh_latest(run, inputs)
-            count, computed = _checked(lakehouse, score_date, expected)
-            figures["rows_in"], figures["rows_out"] = expected, count if written else 0
-            figures["users"], figures["computed"] = count, computed if written else 0
-            night = lakehouse.read("scores").filter(F.col("score_date") == F.lit(score_date))
-            levels = population.distribution(night).toPandas()
+            count, computed = _checked_counts(lakehouse, score_date, expected_users)
+            figures["rows_in"], figures["rows_out"] = expected_users, count if is_new else 0
+            figures["users"], figures["computed"] = count, computed if is_new else 0
+            rows_of_date = lakehouse.read("scores").filter(F.col("score_date") == F.lit(score_date))
+            levels = population.distribution(rows_of_date).toPandas()
             figures["expected_spend"] = f"{levels['expected_spend'].sum():.2f}"
             figures["score_date"], figures["bundle"] = score_date, bundle.digest
-        return ScoreResult(count, computed if written else 0, written, levels, bundle, run.records)
+        return ScoreResult(count, computed if is_new else 0, is_new, levels, bundle, run.records)
 
 
 def require_same_features(bundle: Bundle, config: Config) -> None:
-    """Refuse a bundle of features that have the names of today's and mean something else.
+    """Refuse a bundle whose features have the same names as today's but other values.
 
     Raises:
-        BundleError: a setting that changes values, not columns, is another than in training.
+        BundleError: A setting that changes values, not columns, differs from that in training.
     """
     trained = bundle.manifest["lineage"].get("config", {}).get("features", {})
     # bundles of version 0.1.0 know the first by its old name
@@ -138,100 +144,100 @@ def require_same_features(bundle: Bundle, config: Config) -> None:
         if before != now:
             raise BundleError(
                 f"{bundle.folder}: was trained on features with features.{name}={before}, and now it is {now}: "
-                "train anew, or featurize and score as then"
+                "train again, or featurize and score with the old setting"
             )
 
 
-def features_of(lakehouse: Lakehouse, score_date: date, version: int) -> DataFrame:
-    """Rows of ``user_features`` that a night scores."""
+def features_of_date(lakehouse: Lakehouse, score_date: date, version: int) -> DataFrame:
+    """Return the rows of a version of ``user_features`` that a scoring run of the date scores."""
     return lakehouse.read("user_features", version).filter(F.col("as_of_date") == F.lit(score_date))
 
 
-class _Earlier(NamedTuple):
-    """Scores of an earlier night, and what the level has moved by since."""
+class _EarlierScores(NamedTuple):
+    """Scores of an earlier scoring run, and the growth of the platform's level since then."""
 
-    scores: DataFrame
-    factor: float
+    rows: DataFrame
+    level_factor: float
 
 
 @contextmanager
-def _night(
+def _scored_rows(
     users: DataFrame,
-    earlier: _Earlier | None,
+    earlier: _EarlierScores | None,
     compute: Callable[..., DataFrame],
     score_date: date,
     reader: FeatureReader,
 ) -> Iterator[DataFrame]:
-    """Rows of SCORES of all users, for the block; computed are those whose earlier score doesn't hold."""
-    places = parquet.row_locations(users, *prediction.KEPT) if reader == "files" else None
+    """Yield rows of SCORES of all users: computed for stale users, carried forward for the others."""
+    row_locations = parquet.row_locations(users, *prediction.SHARED_COLUMNS) if reader == "files" else None
     if earlier is None:
-        yield compute(users, places=places)
+        yield compute(users, row_locations=row_locations)
         return
-    with persisted(stale_users(users.select(*prediction.KEPT) if places is None else places, earlier.scores)) as moved:
-        few = broadcast_few(moved.select("user_key"), moved.count())
-        if places is None:
-            fresh = compute(users.join(few, "user_key", "left_semi"))
+    candidates = users.select(*prediction.SHARED_COLUMNS) if row_locations is None else row_locations
+    with persisted(stale_users(candidates, earlier.rows)) as stale:
+        stale_keys = broadcast_few(stale.select("user_key"), stale.count())
+        if row_locations is None:
+            computed = compute(users.join(stale_keys, "user_key", "left_semi"))
         else:
-            there = moved.filter(F.col(parquet.LOCATION_COLUMNS[0]).isNotNull())
-            fresh = compute(users, places=parquet.in_file_order(there, len(users.inputFiles())))
-        yield fresh.unionByName(carry_forward(earlier.scores, few, score_date, earlier.factor))
+            present = stale.filter(F.col(parquet.LOCATION_COLUMNS[0]).isNotNull())
+            computed = compute(users, row_locations=parquet.in_file_order(present, len(users.inputFiles())))
+        yield computed.unionByName(carry_forward(earlier.rows, stale_keys, score_date, earlier.level_factor))
 
 
-def night_run(lakehouse: Lakehouse, score_date: date) -> Row | None:
-    """The row of ``runs`` of the newest run that wrote this date into ``scores``, if one did."""
-    nights = _nights(lakehouse)
-    if nights is None:
+def newest_run_of(lakehouse: Lakehouse, score_date: date) -> Row | None:
+    """Return the row of ``runs`` of the newest run that wrote this date into ``scores``, or ``None``."""
+    scoring_runs = _scoring_runs(lakehouse)
+    if scoring_runs is None:
         return None
-    of_date = nights.filter(F.element_at("figures", "score_date") == str(score_date))
-    return of_date.orderBy(F.desc("started_at")).first()
+    runs_of_date = scoring_runs.filter(F.element_at("figures", "score_date") == str(score_date))
+    return runs_of_date.orderBy(F.desc("started_at")).first()
 
 
-def _nights(lakehouse: Lakehouse) -> DataFrame | None:
-    """Rows of ``runs`` of the nights that were scored; ``None`` where none can have been."""
+def _scoring_runs(lakehouse: Lakehouse) -> DataFrame | None:
+    """Return rows of ``runs`` of the scoring runs that wrote scores; ``None`` where there can't be any."""
     if not (lakehouse.exists("scores") and lakehouse.exists("runs")):
         return None
     return lakehouse.read("runs").filter((F.col("stage") == "score") & (F.col("status") == "done"))
 
 
-def _estimate(run: Run, users: int) -> str:
-    """How long so many users take at most, in words, by the newest night that computed any."""
-    nights = _nights(run.lakehouse)
-    if nights is None:
+def _time_estimate(run: Run, users: int) -> str:
+    """Return in words how long so many users take at most, judged by the newest run that computed any."""
+    scoring_runs = _scoring_runs(run.lakehouse)
+    if scoring_runs is None:
         return ""
     computed = F.element_at("figures", "computed").cast("long")
-    newest = (
-        nights.filter(computed > 0).orderBy(F.desc("started_at")).select("seconds", computed.alias("computed")).first()
-    )
+    runs_with_work = scoring_runs.filter(computed > 0).orderBy(F.desc("started_at"))
+    newest = runs_with_work.select("seconds", computed.alias("computed")).first()
     if newest is None:
         return ""
     seconds = newest["seconds"] * max(1.0, users / newest["computed"])
     return f": at most about {timedelta(seconds=math.ceil(seconds))}, by the last night"
 
 
-def _earlier_night(run: Run, bundle: Bundle, score_date: date) -> _Earlier | None:
-    """Scores of the newest night up to this date that the same bundle and code made."""
-    nights = _nights(run.lakehouse)
-    if nights is None:
+def _earlier_scores(run: Run, bundle: Bundle, score_date: date) -> _EarlierScores | None:
+    """Return the scores of the newest date, up to this one, that the same bundle and code computed."""
+    scoring_runs = _scoring_runs(run.lakehouse)
+    if scoring_runs is None:
         return None
     scored_date = F.to_date(F.element_at("figures", "score_date"))
-    theirs = (F.element_at("figures", "bundle") == bundle.digest) & (scored_date <= F.lit(score_date))
-    newest = nights.filter(theirs).agg(F.max(scored_date)).first()
+    by_same_bundle = (F.element_at("figures", "bundle") == bundle.digest) & (scored_date <= F.lit(score_date))
+    newest = scoring_runs.filter(by_same_bundle).agg(F.max(scored_date)).first()
     if newest is None or newest[0] is None:
         return None
     scores = run.lakehouse.read("scores")
     if not set(SCORES.schema.names) <= set(scores.columns):
-        # written by an older version of this package, which did not record as much
+        # written by an older version of this package, which recorded less
         return None
-    made_by = (F.col("bundle_digest") == bundle.digest) & (F.col("code_version") == __version__)
+    by_same_code = (F.col("bundle_digest") == bundle.digest) & (F.col("code_version") == __version__)
     scores = run.lakehouse.read("scores", run.lakehouse.version("scores"))
-    factor = bundle.fusion.factor(score_date) / bundle.fusion.factor(newest[0])
-    return _Earlier(scores.filter((F.col("score_date") == F.lit(newest[0])) & made_by), factor)
+    factor = bundle.stack.factor(score_date) / bundle.stack.factor(newest[0])
+    return _EarlierScores(scores.filter((F.col("score_date") == F.lit(newest[0])) & by_same_code), factor)
 
 
-def _scored(lakehouse: Lakehouse, inputs: str, score_date: date, users: int) -> bool:
-    """Whether the newest write of this date was made from these inputs, by the table's own log, and its rows are there.
+def _is_scored(lakehouse: Lakehouse, inputs: str, score_date: date, users: int) -> bool:
+    """Return whether the newest write of this date, by the table's own log, had these inputs, and its rows still exist.
 
-    ``runs`` can't tell: a run that was killed after its write is not in it, and its order is that of the machines' clocks.
+    ``runs`` can't tell: a run that was killed after its write is not in it, and its order depends on the machines' clocks.
     """
     if lakehouse.inputs("scores", score_date=str(score_date)) != inputs:
         return False
@@ -239,32 +245,33 @@ def _scored(lakehouse: Lakehouse, inputs: str, score_date: date, users: int) -> 
 
 
 def _refresh_latest(run: Run, inputs: str) -> None:
+    """Copy the newest date of ``scores`` into ``scores_latest``, unless it was copied before."""
     lakehouse = run.lakehouse
     before, version = lakehouse.commit_metadata("scores_latest"), lakehouse.version("scores")
     scores = lakehouse.read("scores", version)
     newest = scores.agg(F.max("score_date")).first()
     assert newest is not None
-    made_from = digest(inputs, version)
-    if before.get("inputs") != made_from:
+    copied_from = digest(inputs, version)
+    if before.get("inputs") != copied_from:
         rows = scores.filter(F.col("score_date") == F.lit(newest[0]))
-        lakehouse.replace(SCORES_LATEST, rows, inputs=made_from, after=before["version"])
+        lakehouse.replace(SCORES_LATEST, rows, inputs=copied_from, after=before["version"])
 
 
-def _checked(lakehouse: Lakehouse, score_date: date, users: int) -> tuple[int, int]:
-    """Rows of a night, and how many of them it computed itself.
+def _checked_counts(lakehouse: Lakehouse, score_date: date, users: int) -> tuple[int, int]:
+    """Return the number of rows of a date, and how many of them its own run computed.
 
     Raises:
-        DataError: there isn't one row for each user.
+        DataError: There isn't one row for each user.
     """
-    night = lakehouse.read("scores").filter(F.col("score_date") == F.lit(score_date))
-    counted = night.agg(
+    rows_of_date = lakehouse.read("scores").filter(F.col("score_date") == F.lit(score_date))
+    counts = rows_of_date.agg(
         F.count(F.lit(1)).alias("rows"),
         F.count_distinct("user_key").alias("users"),
         F.count_if(F.col("computed_on") == F.lit(score_date)).alias("computed"),
     ).first()
-    assert counted is not None
-    if not counted["rows"] == counted["users"] == users:
+    assert counts is not None
+    if not counts["rows"] == counts["users"] == users:
         raise DataError(
-            "scores", f"must hold one row for each of {users} users", column="user_key", count=counted["rows"]
+            "scores", f"must hold one row for each of {users} users", column="user_key", count=counts["rows"]
         )
-    return counted["rows"], counted["computed"]
+    return counts["rows"], counts["computed"]

@@ -21,8 +21,8 @@ from bp_spark.model.inputs import InputSpec
 from bp_spark.model.members.base import Member, predict_all
 from bp_spark.model.members.btyd import fit_btyd
 from bp_spark.model.members.linear import fit_linear
-from bp_spark.model.members.trees import SqrtTreesMember, TreesMember, fit_trees
 from bp_spark.model.members.transformer import TransformerMember
+from bp_spark.model.members.trees import SqrtTreesMember, TreesMember, fit_trees
 from bp_spark.training.dataset import sample, write_pretraining_set
 from bp_spark.training.loader import Snapshot, snapshot
 from bp_spark.training.tasks import pretrain
@@ -104,7 +104,7 @@ def cross_fit(
                     fitted = fit(None)
                     members.append(fitted.member)
                 figures.update(fitted.figures)
-    spend = [labels.of_days("label_spend", days) for days in run.config.labels.other_horizons]
+    spend = [labels.horizon_column("label_spend", days) for days in run.config.labels.other_horizons]
     return members, frame[["user_key", "as_of_date", "label_spend", *spend]].assign(**out_of_fold), history
 
 

@@ -19,8 +19,10 @@ from bp_spark.core.errors import DataError
 from bp_spark.core.version import __version__
 from bp_spark.features import catalogue as features
 from bp_spark.features import labels
-from bp_spark.features.job import features_digest, span, write_features
+from bp_spark.features.definition import KEY
+from bp_spark.features.job import features_digest, write_features
 from bp_spark.ingest import texts
+from bp_spark.ingest.job import span
 from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.tables import GIVEN_LABELS
 
@@ -79,7 +81,7 @@ def write_training_set(run: Run, dates: Sequence[date], test_date: date) -> int:
         rows = _labelled(run, source, dates, test_date)
         if survey:
             # a survey label covers the whole horizon, spend so far only a part of it: the survey label wins
-            observed = rows.join(survey.rows, features.KEY, "left_anti")
+            observed = rows.join(survey.rows, KEY, "left_anti")
             rows = observed.unionByName(_labelled_by_survey(run, survey, test_date))
         rows = spread(labels.without_holdout(rows, config.labels), config, "complete", "fold")
         table = labels.training_set_table(config.features, config.labels.other_horizons)
@@ -112,7 +114,7 @@ def survey_labels(run: Run, test_date: date) -> _SurveyLabels | None:
     """Return the survey labels that a training as of the test date may see; ``None`` if there are none."""
     if not run.lakehouse.exists(GIVEN_LABELS.name):
         return None
-    rows = labels.given_before(run.lakehouse.read(GIVEN_LABELS.name), test_date, run.config.labels)
+    rows = labels.survey_labels_before(run.lakehouse.read(GIVEN_LABELS.name), test_date, run.config.labels)
     # a digest of the rows, not the table's version: later labels, and maintenance, are no reason to train again
     content = rows.groupBy("as_of_date").agg(F.count(F.lit(1)), F.bit_xor(F.xxhash64(*rows.columns)))
     by_date = [tuple(row) for row in content.orderBy("as_of_date").collect()]
@@ -124,9 +126,9 @@ def _labelled_by_survey(run: Run, survey: _SurveyLabels, test_date: date) -> Dat
     config, daily = run.config, run.lakehouse.read("user_daily")
     # features of these users alone: those of all users of a date would be a waste for a few labels
     surveyed_users = features.user_features(
-        daily, survey.dates, config.features, features_digest(run), of=survey.rows.select("user_key")
+        daily, survey.dates, config.features, features_digest(run), users=survey.rows.select("user_key")
     )
-    rows = labels.with_given(surveyed_users, survey.rows, test_date, config.labels)
+    rows = labels.join_survey_labels(surveyed_users, survey.rows, test_date, config.labels)
     return labels.with_other_horizons(rows, daily, survey.dates, config.labels.other_horizons, test_date)
 
 

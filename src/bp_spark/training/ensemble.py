@@ -12,7 +12,7 @@ from pyspark.sql import DataFrame
 from bp_spark.core.config import Config
 from bp_spark.evaluation import metrics as evaluation
 from bp_spark.features import labels
-from bp_spark.features.job import span
+from bp_spark.ingest.job import span
 from bp_spark.lakehouse.run import Run
 from bp_spark.model.horizons import MIN_ROWS, NETWORK, Horizons
 from bp_spark.model.level import Level, WeeklySpend
@@ -69,17 +69,17 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
     fusion = CalibratedStack.fit(out_of_fold, config.fusion, reference, level.sd)
     horizons = _fit_horizons(run, out_of_fold, fusion)
     columns = {str(name): reference[name].to_numpy() for name in reference}
-    steady = fusion.steady(columns)
+    steady = fusion.apply_without_level(columns)
     # the predictions may be of a sample; without a forecast the users need no count
     total = float(steady["expected_spend"].mean()) * users.count() if level.forecast else 0.0
     fusion = replace(fusion, level=level.towards(total))
-    fused, by_horizon = fusion.moved(steady), horizons.apply(steady["expected_spend"], columns)
+    fused, by_horizon = fusion.apply_level(steady), horizons.apply(steady["expected_spend"], columns)
     predictions = reference.assign(
         fused=fused["expected_spend"],
         low=fused["low"],
         high=fused["high"],
         p_active=fused["p_active"],
-        **{labels.of_days("fused", days): by_horizon[days] * fusion.factor() for days in horizons.others},
+        **{labels.horizon_column("fused", days): by_horizon[days] * fusion.factor() for days in horizons.others},
     )
     return Fitted(test_date, version, members, fusion, horizons, predictions, history)
 
@@ -108,10 +108,10 @@ def _fit_horizons(run: Run, out_of_fold: pd.DataFrame, fusion: CalibratedStack) 
     """Fit the ratios of other horizons; the stage names each horizon that is left out, as no cutoff has seen it whole."""
     config = run.config.labels
     with run.stage("fit horizons") as figures:
-        expected = fusion.steady(fusion.inputs_from(out_of_fold))["expected_spend"]
+        expected = fusion.apply_without_level(fusion.inputs_from(out_of_fold))["expected_spend"]
         horizons = Horizons.fit(out_of_fold, expected, config.horizon_days, config.other_horizons)
         for days in config.other_horizons:
-            rows = int(out_of_fold[labels.of_days("label_spend", days)].notna().sum())
+            rows = int(out_of_fold[labels.horizon_column("label_spend", days)].notna().sum())
             figures[f"{days}_days"] = (
                 f"from {rows:,} rows"
                 if days in horizons.others
@@ -125,7 +125,7 @@ def predict_sample(rows: DataFrame, members: Sequence[Member], config: Config) -
     """Return each member's predictions of a sample of the rows, on the driver."""
     frame = sample(rows, config).toPandas()
     columns = {name: frame[name].to_numpy() for name in frame.columns}
-    others = [labels.of_days("label_spend", days) for days in config.labels.other_horizons]
+    others = [labels.horizon_column("label_spend", days) for days in config.labels.other_horizons]
     names = ("user_key", "as_of_date", "label_spend", *others, "seen", "bracket")
     return frame[[name for name in names if name in frame]].assign(**predict_all(members, columns))
 
@@ -140,9 +140,9 @@ def metrics_of(fitted: Fitted, complete: bool) -> pd.DataFrame:
     predictions = fitted.predictions
     tables = [evaluation.metrics_table(predictions, fitted.names)] if complete else []
     for days in fitted.horizons.others:
-        truth = predictions[labels.of_days("label_spend", days)]
+        truth = predictions[labels.horizon_column("label_spend", days)]
         if truth.notna().all():
-            columns = [labels.of_days(name, days) for name in (NETWORK, "fused")]
+            columns = [labels.horizon_column(name, days) for name in (NETWORK, "fused")]
             present = [name for name in columns if name in predictions]
             tables.append(evaluation.metrics_table(predictions.assign(label_spend=truth), present))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

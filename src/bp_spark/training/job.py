@@ -20,8 +20,8 @@ from bp_spark.evaluation.drift_reference import store_reference
 from bp_spark.features import catalogue as features
 from bp_spark.features import labels
 from bp_spark.features.aggregates import SEQUENCE_COLUMNS
-from bp_spark.features.job import span
 from bp_spark.ingest import texts
+from bp_spark.ingest.job import span
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.tables import METRICS
 from bp_spark.model.explanation import Explanation
@@ -150,7 +150,7 @@ def _write_bundle(run: Run, fitted: Fitted, metrics: pd.DataFrame, judged: Bundl
         "config": config.model_dump(mode="json"),
     }
     if judged:
-        lineage["judged"] = {"bundle": judged.folder.name, "test_date": judged.judged_on}
+        lineage["judged"] = {"bundle": judged.folder.name, "test_date": judged.test_date}
     name = f"{test_date:%Y%m%d}-{run.run_id}"
     with run.stage("bundle") as figures:
         bundle = bundles.write(
@@ -195,7 +195,7 @@ def fit_explanation(run: Run, fitted: Fitted) -> Explanation:
 
 
 def _record_metrics(run: Run, metrics: pd.DataFrame, bundle: Bundle) -> None:
-    test_date = date.fromisoformat(bundle.judged_on)
+    test_date = date.fromisoformat(bundle.test_date)
     rows = [
         {**row, "run_id": run.run_id, "bundle_digest": bundle.digest, "test_date": test_date}
         for row in metrics.to_dict("records")

@@ -135,8 +135,8 @@ def _fused(run: Run, bundle: Bundle, test_date: date) -> pd.DataFrame:
     users = users_of_test_date(run, test_date)
     bundle.check_inputs(users.columns)
     predictions = predict_sample(users, list(bundle.members.values()), run.config)
-    inputs = bundle.fusion.inputs_from(predictions)
-    fused = bundle.fusion.apply(inputs, test_date)["expected_spend"]
+    inputs = bundle.stack.inputs_from(predictions)
+    fused = bundle.stack.apply(inputs, test_date)["expected_spend"]
     return predictions[["user_key", "label_spend"]].assign(fused=fused)
 
 

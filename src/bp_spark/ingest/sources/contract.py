@@ -14,8 +14,9 @@ from typing import Protocol
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from bp_spark.lakehouse.tables import INGEST_COLUMNS, RAW_TABLES, Table
-from bp_spark.lakehouse.tables import Column as TableColumn
+from bp_spark.lakehouse.schema import Column as TableColumn
+from bp_spark.lakehouse.schema import Table
+from bp_spark.lakehouse.tables import INGEST_COLUMNS, RAW_TABLES
 
 _USER_ID = TableColumn("user_id", "string", "Platform's user id")
 

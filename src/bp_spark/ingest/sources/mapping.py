@@ -64,7 +64,7 @@ from pydantic import (
 from bp_spark.core.config import Section, parse_yaml
 from bp_spark.core.errors import ConfigError
 from bp_spark.ingest.sources.contract import RAW
-from bp_spark.lakehouse.tables import Table
+from bp_spark.lakehouse.schema import Table
 
 REQUIRED = {
     "raw_transactions": ("user_id", "ts", "amount"),

@@ -67,7 +67,8 @@ class HorizonsMember(Protocol):
     def predict_horizons(self, columns: Columns) -> dict[str, np.ndarray]:
         """Return the expected spend over each horizon, ``float64[rows]`` each.
 
-        The main horizon stands under the member's name, another one under that of :func:`bp_spark.features.labels.of_days`.
+        The main horizon stands under the member's name, the others as
+        :func:`bp_spark.features.labels.horizon_column` names them.
         """
         ...
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bp_spark.features.labels import of_days
+from bp_spark.features.labels import horizon_column
 from bp_spark.model.columns import Columns
 from bp_spark.model.inputs import read
 from bp_spark.model.network import SpendNetwork
@@ -50,7 +50,7 @@ class TransformerMember:
         Raises:
             DataError: ``columns`` lacks one that the network reads.
         """
-        names = [self.name, *(of_days(self.name, days) for days in self.network.other_horizons)]
+        names = [self.name, *(horizon_column(self.name, days) for days in self.network.other_horizons)]
         return dict(zip(names, self._predict_each(columns, self.network.to_money_of_each).T, strict=True))
 
     def p_active(self, columns: Columns) -> np.ndarray | None:

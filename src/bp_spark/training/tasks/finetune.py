@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from bp_spark.core.config import Config, TrainingConfig, digest
 from bp_spark.core.errors import BundleError, DataError
 from bp_spark.core.version import __version__
-from bp_spark.features.labels import of_days
+from bp_spark.features.labels import horizon_column
 from bp_spark.ingest.texts import model_digest, model_folder
 from bp_spark.model.history import ENCODER_FILE, HistoryEncoder
 from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, empty_user, tabular_matrix
@@ -134,7 +134,7 @@ def other_horizons(config: Config) -> tuple[int, ...]:
 
 def label_columns(others: Sequence[int]) -> tuple[str, ...]:
     """Return the label columns: that of the main horizon, then those of the others."""
-    return (LABEL, *(of_days(LABEL, days) for days in others))
+    return (LABEL, *(horizon_column(LABEL, days) for days in others))
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class FineTuneTask:
         return FitSettings(
             title="fine-tuning",
             section="training",
-            loss_names=("spend", *(of_days("spend", days) for days in other_horizons(self.config))),
+            loss_names=("spend", *(horizon_column("spend", days) for days in other_horizons(self.config))),
             max_epochs=self.epochs,
             patience=training.patience,
             gradient_clip=training.gradient_clip,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bp_spark.core.config import Config, digest
 from bp_spark.core.version import __version__
 from bp_spark.model.inputs import HISTORY_COLUMNS, InputSpec, empty_user
-from bp_spark.model.pretraining import PARTS, Exercise, PretrainingNetwork, exercise
+from bp_spark.model.pretraining import PARTS, PretrainingBatch, PretrainingNetwork, make_batch
 from bp_spark.training.distributed import Group, run_ranks
 from bp_spark.training.fit import FitSettings, fit
 from bp_spark.training.loader import Columns, ShardLoader, Snapshot, require_columns
@@ -104,7 +104,7 @@ class HistorySplit:
     group: Group
 
     @contextmanager
-    def epoch(self, seed: int) -> Iterator[Iterator[Exercise]]:
+    def epoch(self, seed: int) -> Iterator[Iterator[PretrainingBatch]]:
         """Open one pass over the rows of the shard.
 
         Without a row left, a batch has one empty user and no targets: a rank takes part in every step.
@@ -113,9 +113,9 @@ class HistorySplit:
         with self.loader.batches(self.steps, seed) as batches:
             yield (self._exercise(columns, rng) for columns in batches)
 
-    def _exercise(self, columns: Columns | None, rng: np.random.Generator) -> Exercise:
+    def _exercise(self, columns: Columns | None, rng: np.random.Generator) -> PretrainingBatch:
         rows = empty_user(InputSpec((), frozenset(), self.history_length)) if columns is None else columns
-        batch = exercise(rows, self.history_length, self.vocabulary_ids, self.config.pretraining, rng)
+        batch = make_batch(rows, self.history_length, self.vocabulary_ids, self.config.pretraining, rng)
         return batch.to(self.group.device)
 
 
@@ -171,12 +171,14 @@ class PretrainTask:
         schedule = warmup_cosine(optimizer, training.warmup_fraction, steps * settings.max_epochs)
         return TrainingState(network, optimizer, schedule)
 
-    def train_losses(self, network: PretrainingNetwork, model: nn.Module, batch: Exercise) -> tuple[Tensor, Tensor]:
+    def train_losses(
+        self, network: PretrainingNetwork, model: nn.Module, batch: PretrainingBatch
+    ) -> tuple[Tensor, Tensor]:
         """Return sums of the losses of the parts, and the numbers of their targets; see :class:`PretrainingNetwork`."""
         sums, counts = model(batch)
         return sums, counts
 
-    def valid_losses(self, network: PretrainingNetwork, batch: Exercise) -> tuple[Tensor, Tensor]:
+    def valid_losses(self, network: PretrainingNetwork, batch: PretrainingBatch) -> tuple[Tensor, Tensor]:
         """Return the same losses as in training."""
         return self.train_losses(network, network, batch)
 

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bp_spark.report import night as report
 from bp_spark.report import page
-from bp_spark.report.night import Night
+from bp_spark.report.night.data import PageData
+from bp_spark.report.night.document import document
 
 NIGHT, BEFORE = date(2024, 5, 2), date(2024, 5, 1)
 LEVELS = "ABCDE"
@@ -76,7 +76,7 @@ def fairness() -> pd.DataFrame:
     )
 
 
-def a_night(users: int = 5_000) -> Night:
+def a_night(users: int = 5_000) -> PageData:
     days = [NIGHT - timedelta(days=back) for back in reversed(range(30))]
     spend = 1.2e6 * (1 + 0.02 * np.sin(np.arange(30) / 4))
     history = pd.DataFrame(
@@ -98,11 +98,11 @@ def a_night(users: int = 5_000) -> Night:
         }
     )
     metrics = [("all", 4_000), ("seen", 3_600), ("unseen", 400)]
-    return Night(
+    return PageData(
         score_date=NIGHT,
-        previous=BEFORE,
+        previous_date=BEFORE,
         currency="USD",
-        smallest=10,
+        smallest_group=10,
         stages=[
             stage("ingest", ingest_id=7),
             stage("clean", rows=12_345, events=12_000, duplicates=300, quarantine=45),
@@ -113,7 +113,9 @@ def a_night(users: int = 5_000) -> Night:
         migration=moved,
         history=history,
         reasons=reasons,
-        meanings={features[0]: "Exponentially weighted spend per day, half-life 30 days & <more> [currency/day; all]"},
+        descriptions={
+            features[0]: "Exponentially weighted spend per day, half-life 30 days & <more> [currency/day; all]"
+        },
         freshness=pd.DataFrame(
             {
                 "kind": ["purchase", "browse"],
@@ -122,12 +124,12 @@ def a_night(users: int = 5_000) -> Night:
                 "events": [276_543, 1_234],
             }
         ),
-        refused=pd.DataFrame(
+        quarantine=pd.DataFrame(
             {
                 "source": ["raw_transactions"] * 2,
                 "rule": ["amount is too large", "ts is in the future"],
                 "rows": [40, 120],
-                "tonight": [0, 45],
+                "new_rows": [0, 45],
             }
         ),
         model={
@@ -145,13 +147,13 @@ def a_night(users: int = 5_000) -> Night:
 
 
 @pytest.fixture(scope="module")
-def night() -> Night:
+def night() -> PageData:
     return a_night()
 
 
 @pytest.fixture(scope="module")
-def text(night: Night) -> str:
-    return report.document(night)
+def text(night: PageData) -> str:
+    return document(night)
 
 
 def cells(text: str, caption: str) -> list[list[str]]:
@@ -161,8 +163,8 @@ def cells(text: str, caption: str) -> list[list[str]]:
     return [[re.sub("<[^>]+>", "", cell) for cell in re.findall("<t[hd].*?>(.*?)</t[hd]>", row)] for row in rows]
 
 
-def test_the_page_shows_the_figures_of_the_tables(night: Night, text: str) -> None:
-    tonight = night.tonight
+def test_the_page_shows_the_figures_of_the_tables(night: PageData, text: str) -> None:
+    tonight = night.current
     assert f"<strong>{tonight['users'].sum():,}</strong>" in text
     assert f"<strong>{tonight['expected_spend'].sum():,.0f}</strong>" in text
     levels = {row[0]: row for row in cells(text, "Users by level")}
@@ -187,19 +189,19 @@ def test_what_is_watched_stands_with_what_broke_first(text: str) -> None:
     assert [row[1] for row in groups] == ["35-49K"]
 
 
-def test_what_nobody_watches_has_no_section(night: Night) -> None:
-    text = report.document(replace(night, watched={}))
+def test_what_nobody_watches_has_no_section(night: PageData) -> None:
+    text = document(replace(night, watched={}))
     assert "Drift" not in text
     assert "Fairness" not in text
 
 
-def test_a_failed_stage_is_told_with_its_error(night: Night) -> None:
-    text = report.document(replace(night, stages=[*night.stages, stage("embed", "failed")]))
+def test_a_failed_stage_is_told_with_its_error(night: PageData) -> None:
+    text = document(replace(night, stages=[*night.stages, stage("embed", "failed")]))
     assert "1 of 5 stages failed" in text
     assert "DataError: bp.events: &lt;rule&gt;" in text
 
 
-def test_no_figure_of_a_group_of_few_is_told_nor_can_be_reckoned(night: Night) -> None:
+def test_no_figure_of_a_group_of_few_is_told_nor_can_be_reckoned(night: PageData) -> None:
     few = night.distribution.copy()
     # all of level A but three users of tonight fall to B
     fallen = few["level"].eq("A") & few["score_date"].eq(NIGHT)
@@ -213,44 +215,44 @@ def test_no_figure_of_a_group_of_few_is_told_nor_can_be_reckoned(night: Night) -
             ),
         ]
     )
-    levels = {row[0]: row for row in cells(report.document(replace(night, distribution=few)), "Users by level")[1:]}
+    levels = {row[0]: row for row in cells(document(replace(night, distribution=few)), "Users by level")[1:]}
     withheld = [level for level, row in levels.items() if row[1] == "*"]
     # of one withheld level alone the total would tell
     assert withheld == ["A", "D"]
     assert all(levels[level][1:5] == ["*"] * 4 for level in withheld)
-    moved = cells(report.document(night), "Users by level on")[1:]
+    moved = cells(document(night), "Users by level on")[1:]
     gone = {row[0]: row[6] for row in moved}
     # three of A went; of 28 in all, 25 of E would tell
     assert (gone["A"], gone["E"]) == ("*", "*")
     assert all(row.count("*") != 1 for row in moved[:5])
 
 
-def test_whom_a_feature_raised_is_told_only_of_many(night: Night) -> None:
+def test_whom_a_feature_raised_is_told_only_of_many(night: PageData) -> None:
     few = night.reasons.assign(raised=[3, *night.reasons["raised"][1:]])
-    told = cells(report.document(replace(night, reasons=few)), "The most frequent reasons")[1:]
+    told = cells(document(replace(night, reasons=few)), "The most frequent reasons")[1:]
     assert [row[2] for row in told[:3]] == ["*", "45%", "45%"]
 
 
-def test_a_first_night_has_no_night_before(night: Night) -> None:
+def test_a_first_night_has_no_night_before(night: PageData) -> None:
     first = replace(
         night,
-        previous=None,
-        distribution=night.tonight,
+        previous_date=None,
+        distribution=night.current,
         migration=pd.DataFrame(),
         history=night.history.tail(1),
         freshness=night.freshness.head(0),
-        refused=None,
+        quarantine=None,
         metrics=night.metrics.head(0),
         reasons=night.reasons.head(0),
     )
-    text = report.document(first)
+    text = document(first)
     assert "the first night that was scored" in text
     assert "A curve comes with the second night." in text
     assert "No event in the 28 days before the night." in text
 
 
-def test_the_same_night_is_the_same_page(night: Night, text: str) -> None:
-    assert report.document(night) == text
+def test_the_same_night_is_the_same_page(night: PageData, text: str) -> None:
+    assert document(night) == text
 
 
 # --- in a browser ------------------------------------------------------------------------------------------------------
@@ -332,7 +334,7 @@ def test_on_a_phone_only_tables_are_wider_than_the_screen(text: str, tmp_path: P
 
 @pytest.mark.integration
 def test_a_script_of_a_page_does_not_run(tmp_path: Path) -> None:
-    document = page.page("Title", [page.Markup('<script>console.log("ran")</script>')], [])
-    seen = opened(page.write(tmp_path / "page.html", document), tmp_path)
+    html = page.page("Title", [page.Markup('<script>console.log("ran")</script>')], [])
+    seen = opened(page.write(tmp_path / "page.html", html), tmp_path)
     assert not any('"ran"' in line for line in seen.console)
     assert any("Content Security Policy" in line for line in seen.console)

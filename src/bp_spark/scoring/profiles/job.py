@@ -1,0 +1,121 @@
+"""The job that writes the profile tables, as of the newest scored date or an older one."""
+
+from __future__ import annotations
+
+from datetime import date, timedelta
+from typing import Any
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from bp_spark.core.config import Config, digest
+from bp_spark.core.errors import DataError
+from bp_spark.core.session import persisted
+from bp_spark.core.version import __version__
+from bp_spark.features.catalogue import catalogue
+from bp_spark.lakehouse.run import Run, recorded
+from bp_spark.lakehouse.tables import (
+    CATEGORY_AFFINITY,
+    CUSTOMER_SERVICE,
+    MARKET_SEGMENTS,
+    PROFILE_TABLES,
+    RISK_CONTROL,
+    USER_PROFILE,
+)
+from bp_spark.scoring.profiles.affinity import category_affinity
+from bp_spark.scoring.profiles.applications import customer_service, risk_control
+from bp_spark.scoring.profiles.segments import market_segments
+from bp_spark.scoring.profiles.user_profile import SPANS, user_profile
+from bp_spark.training.backtest import brackets
+
+NEARBY_DAYS = 7
+"""Days by which a scored date may miss the wanted one of SPANS."""
+_INPUT_TABLES = ("scores", "user_features", "user_daily", "events")
+
+
+def profile(spark: SparkSession, config: Config, day: date | None = None) -> list[dict[str, Any]]:
+    """Write the profile tables as of a scored date, each in one commit, unless their inputs are unchanged.
+
+    Args:
+        spark: The session.
+        config: All settings.
+        day: By default the newest scored date; an older one brings the tables back to it.
+
+    Returns:
+        The stages that ran, as in ``runs``.
+
+    Raises:
+        DataError: Nothing was scored on that date, its features are gone, or no user has ``profiles.region_segment``.
+        ConflictError: Another run wrote the tables meanwhile.
+    """
+    with recorded(spark, config, "profile") as run:
+        lakehouse = run.lakehouse
+        names = (*_INPUT_TABLES, "raw_users") if config.profiles.region_segment is not None else _INPUT_TABLES
+        # read the versions that are recorded, whatever other runs write meanwhile
+        versions = {name: lakehouse.version(name) for name in names}
+        scores = lakehouse.read("scores", versions["scores"])
+        as_of = day or _newest_date(scores)
+        inputs = digest(__version__, config.profiles, config.privacy.smallest_group, as_of, sorted(versions.items()))
+        with run.stage("profile", inputs) as figures:
+            figures["score_date"] = as_of
+            if all(lakehouse.inputs(table.name) == inputs for table in PROFILE_TABLES):
+                figures["status"] = "unchanged"
+            else:
+                figures.update(_write(run, versions, as_of, inputs))
+        return run.records
+
+
+def _newest_date(scores: DataFrame) -> date:
+    row = scores.agg(F.max("score_date")).first()
+    if row is None or row[0] is None:
+        raise DataError("scores", "holds no rows; run score first")
+    newest: date = row[0]
+    return newest
+
+
+def _write(run: Run, versions: dict[str, int], day: date, inputs: str) -> dict[str, object]:
+    """Write the five tables and return the figures of the stage."""
+    lakehouse, config = run.lakehouse, run.config.profiles
+    least_users = run.config.privacy.smallest_group
+    tables = {name: lakehouse.read(name, version) for name, version in versions.items()}
+    scores = tables["scores"].filter(F.col("score_date") == F.lit(day))
+    users = scores.count()
+    if not users:
+        raise DataError("scores", f"holds no rows of {day}; run score for it", column="score_date")
+    features = tables["user_features"].filter(F.col("as_of_date") == F.lit(day))
+    if features.isEmpty():
+        raise DataError("user_features", f"holds no rows of {day}; run featurize for it", column="as_of_date")
+    regions = None
+    if config.region_segment is not None:
+        regions = brackets(tables["raw_users"], config.region_segment).withColumnRenamed("bracket", "region")
+    commit: dict[str, Any] = {"inputs": inputs, "note": {"score_date": str(day)}}
+    # the reservation of the last table: from here on no run that began before this one writes any of the five
+    reservation = lakehouse.reserve(MARKET_SEGMENTS, lakehouse.commit_metadata("market_segments"))
+    affinity = category_affinity(scores, features, tables["user_daily"], tables["events"], day, config, least_users)
+    version = lakehouse.replace(CATEGORY_AFFINITY, affinity, after=reservation, **commit)
+    affinity = lakehouse.read("category_affinity", version)
+    earlier = {span: compared for span in SPANS if (compared := _compared_scores(tables["scores"], day, span))}
+    rows = user_profile(scores, earlier, features, affinity, day, config, catalogue(run.config.features))
+    version = lakehouse.replace(USER_PROFILE, rows, after=reservation, **commit)
+    profiles = lakehouse.read("user_profile", version)
+    lakehouse.replace(RISK_CONTROL, risk_control(profiles, config), after=reservation, **commit)
+    lakehouse.replace(CUSTOMER_SERVICE, customer_service(profiles, config), after=reservation, **commit)
+    with persisted(market_segments(profiles, regions, day, least_users)) as segments:
+        lakehouse.replace(MARKET_SEGMENTS, segments, after=reservation, **commit)
+        cells, users_in_cells = segments.agg(F.count("users"), F.coalesce(F.sum("users"), F.lit(0))).collect()[0]
+    count = profiles.count()
+    if count != users:
+        raise DataError("user_profile", f"must hold one row for each of {users} users", column="user_key", count=count)
+    return {"rows_in": users, "rows_out": count, "users": count, "segments": cells, "users_in_segments": users_in_cells}
+
+
+def _compared_scores(scores: DataFrame, day: date, span: int) -> tuple[date, DataFrame] | None:
+    """Return the scored date nearest to ``span`` days before, with its scores; of two the newer one."""
+    wanted = day - timedelta(days=span)
+    first, last = wanted - timedelta(days=NEARBY_DAYS), wanted + timedelta(days=NEARBY_DAYS)
+    scored_date = F.col("score_date")
+    nearby = scores.filter(scored_date.between(F.lit(first), F.lit(last))).select("score_date").distinct().collect()
+    if not nearby:
+        return None
+    nearest = min((row[0] for row in nearby), key=lambda scored: (abs(scored - wanted), wanted - scored))
+    return nearest, scores.filter(scored_date == F.lit(nearest))
