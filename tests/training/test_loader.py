@@ -131,7 +131,7 @@ def test_an_object_store_is_read_as_a_folder_is(
     for module in (loader, footers):
         monkeypatch.setattr(module, "file_system", file_system)
     files = tuple(f"s3a://bucket{name}" for name in names)
-    schema, groups = loader._described(footers.read(DeltaTable(str(table)), files))
+    schema, groups = loader._schema_and_groups(footers.read(DeltaTable(str(table)), files))
     assert (schema, groups) == (here.schema, here.groups)
     there = replace(here, files=files)
     batches = [read(ShardLoader(found.shard(0, 1), SCALARS, HISTORY_COLUMNS, reader)) for found in (here, there)]

@@ -21,7 +21,7 @@ from bp_spark.core.errors import BundleError, DataError, FileReadError
 from bp_spark.core.session import broadcast_few, persisted
 from bp_spark.core.version import __version__
 from bp_spark.lakehouse import parquet
-from bp_spark.lakehouse.run import Run, recorded
+from bp_spark.lakehouse.run import Run, Step, recorded
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import SCORES, SCORES_LATEST
 from bp_spark.registry.bundle import Bundle, load_promoted
@@ -89,8 +89,10 @@ def score(
             )
         inputs = digest(__version__, bundle.digest, sorted(users_by_source))
         expected_users = sum(users_by_source.values())
-        with run.stage("score", inputs) as figures:
-            is_new = full or not _is_scored(lakehouse, inputs, score_date, expected_users)
+        with run.step("score", SCORES, inputs, score_date=str(score_date)) as step:
+            figures = step.figures
+            # the table's own log tells: a run that was killed after its write is not in ``runs``
+            is_new = full or not (step.unchanged and _rows_of(lakehouse, score_date).count() == expected_users)
             if is_new:
                 estimate = _time_estimate(run, expected_users)
                 logger.info("scoring %s users of %s%s", f"{expected_users:,}", score_date, estimate)
@@ -108,8 +110,7 @@ def score(
                     figures["reader"] = reader
                     scored = _scored_rows(users, earlier, compute, score_date, reader)
                     with prediction.batch_sizes(spark, config.scoring), scored as rows:
-                        where, note = {"score_date": [score_date]}, {"score_date": str(score_date)}
-                        lakehouse.replace(SCORES, rows, where=where, inputs=inputs, note=note)
+                        step.replace(rows, where={"score_date": [score_date]})
 
                 try:
                     by_files = config.scoring.reader == "files" and lakehouse.is_plain("user_features")
@@ -117,14 +118,11 @@ def score(
                 except FileReadError as error:
                     logger.warning("Spark reads the features, because a worker could not read them itself: %s", error)
                     write("spark")
-            else:
-                figures["status"] = "unchanged"
             _refresh_latest(run, inputs)
             count, computed = _checked_counts(lakehouse, score_date, expected_users)
             figures["rows_in"], figures["rows_out"] = expected_users, count if is_new else 0
             figures["users"], figures["computed"] = count, computed if is_new else 0
-            rows_of_date = lakehouse.read("scores").filter(F.col("score_date") == F.lit(score_date))
-            levels = population.distribution(rows_of_date).toPandas()
+            levels = population.distribution(_rows_of(lakehouse, score_date)).toPandas()
             figures["expected_spend"] = f"{levels['expected_spend'].sum():.2f}"
             figures["score_date"], figures["bundle"] = score_date, bundle.digest
         return ScoreResult(count, computed if is_new else 0, is_new, levels, bundle, run.records)
@@ -234,27 +232,24 @@ def _earlier_scores(run: Run, bundle: Bundle, score_date: date) -> _EarlierScore
     return _EarlierScores(scores.filter((F.col("score_date") == F.lit(newest[0])) & by_same_code), factor)
 
 
-def _is_scored(lakehouse: Lakehouse, inputs: str, score_date: date, users: int) -> bool:
-    """Return whether the newest write of this date, by the table's own log, had these inputs, and its rows still exist.
-
-    ``runs`` can't tell: a run that was killed after its write is not in it, and its order depends on the machines' clocks.
-    """
-    if lakehouse.inputs("scores", score_date=str(score_date)) != inputs:
-        return False
-    return lakehouse.read("scores").filter(F.col("score_date") == F.lit(score_date)).count() == users
+def _rows_of(lakehouse: Lakehouse, score_date: date) -> DataFrame:
+    """Return the scores of a date, as they stand now."""
+    return lakehouse.read("scores").filter(F.col("score_date") == F.lit(score_date))
 
 
 def _refresh_latest(run: Run, inputs: str) -> None:
     """Copy the newest date of ``scores`` into ``scores_latest``, unless it was copied before."""
     lakehouse = run.lakehouse
-    before, version = lakehouse.commit_metadata("scores_latest"), lakehouse.version("scores")
+    # the step begins first: what another run copies after that makes this one fail, not go back
+    step = Step.begin(lakehouse, SCORES_LATEST)
+    version = lakehouse.version("scores")
     scores = lakehouse.read("scores", version)
     newest = scores.agg(F.max("score_date")).first()
     assert newest is not None
-    copied_from = digest(inputs, version)
-    if before.get("inputs") != copied_from:
+    step.inputs = digest(inputs, version)
+    if not step.unchanged:
         rows = scores.filter(F.col("score_date") == F.lit(newest[0]))
-        lakehouse.replace(SCORES_LATEST, rows, inputs=copied_from, after=before["version"])
+        step.replace(rows, after=step.version)
 
 
 def _checked_counts(lakehouse: Lakehouse, score_date: date, users: int) -> tuple[int, int]:
@@ -263,12 +258,15 @@ def _checked_counts(lakehouse: Lakehouse, score_date: date, users: int) -> tuple
     Raises:
         DataError: There isn't one row for each user.
     """
-    rows_of_date = lakehouse.read("scores").filter(F.col("score_date") == F.lit(score_date))
-    counts = rows_of_date.agg(
-        F.count(F.lit(1)).alias("rows"),
-        F.count_distinct("user_key").alias("users"),
-        F.count_if(F.col("computed_on") == F.lit(score_date)).alias("computed"),
-    ).first()
+    counts = (
+        _rows_of(lakehouse, score_date)
+        .agg(
+            F.count(F.lit(1)).alias("rows"),
+            F.count_distinct("user_key").alias("users"),
+            F.count_if(F.col("computed_on") == F.lit(score_date)).alias("computed"),
+        )
+        .first()
+    )
     assert counts is not None
     if not counts["rows"] == counts["users"] == users:
         raise DataError(

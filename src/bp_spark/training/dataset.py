@@ -23,7 +23,7 @@ from bp_spark.features.definition import KEY
 from bp_spark.features.job import features_digest, write_features
 from bp_spark.ingest import texts
 from bp_spark.ingest.job import span
-from bp_spark.lakehouse.run import Run
+from bp_spark.lakehouse.run import Run, Step
 from bp_spark.lakehouse.tables import GIVEN_LABELS
 
 _HASHES = 1_000_000
@@ -73,24 +73,22 @@ def write_training_set(run: Run, dates: Sequence[date], test_date: date) -> int:
         test_date,
         survey and survey.digest,
     )
-    with run.stage("label", inputs) as figures:
-        done = lakehouse.commit_metadata("training_set")
-        if done.get("inputs") == inputs:
-            figures["status"] = "unchanged"
-            return int(done["version"])
+    table = labels.training_set_table(config.features, config.labels.other_horizons)
+    with run.step("label", table, inputs) as step:
+        if step.unchanged:
+            return step.version
         rows = _labelled(run, source, dates, test_date)
         if survey:
             # a survey label covers the whole horizon, spend so far only a part of it: the survey label wins
             observed = rows.join(survey.rows, KEY, "left_anti")
             rows = observed.unionByName(_labelled_by_survey(run, survey, test_date))
         rows = spread(labels.without_holdout(rows, config.labels), config, "complete", "fold")
-        table = labels.training_set_table(config.features, config.labels.other_horizons)
-        version = lakehouse.replace(table, rows, inputs=inputs)
-        figures["rows_in"] = source.count()
-        figures["rows"] = figures["rows_out"] = lakehouse.read("training_set", version).count()
-        figures["dates"] = len(dates)
+        version = step.replace(rows)
+        step.figures["rows_in"] = source.count()
+        step.figures["rows"] = step.figures["rows_out"] = lakehouse.read("training_set", version).count()
+        step.figures["dates"] = len(dates)
         if survey:
-            figures["given"] = lakehouse.read("training_set", version).filter("given").count()
+            step.figures["given"] = lakehouse.read("training_set", version).filter("given").count()
         return version
 
 
@@ -142,14 +140,13 @@ def write_pretraining_set(run: Run, test_date: date) -> tuple[str, int]:
     inputs = digest(
         __version__, config.labels, lakehouse.version("user_features"), config.training.processes, test_date
     )
-    done = lakehouse.commit_metadata("pretraining_set")
-    version = int(done["version"])
-    if done.get("inputs") != inputs:
-        table = labels.pretraining_set_table()
+    table = labels.pretraining_set_table()
+    step = Step.begin(lakehouse, table, inputs)
+    if not step.unchanged:
         users = lakehouse.read("user_features").filter(F.col("as_of_date") == F.lit(test_date))
         rows = labels.without_holdout(users, config.labels).select(*table.schema.names)
-        version = lakehouse.replace(table, spread(rows, config, "fold"), inputs=inputs)
-    return lakehouse.location("pretraining_set"), version
+        step.replace(spread(rows, config, "fold"))
+    return lakehouse.location("pretraining_set"), step.version
 
 
 def spread(rows: DataFrame, config: Config, *partitions: str) -> DataFrame:

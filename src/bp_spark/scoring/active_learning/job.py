@@ -22,7 +22,7 @@ from bp_spark.features import labels
 from bp_spark.features.definition import KEY
 from bp_spark.ingest import pseudonyms
 from bp_spark.ingest.job import require_same_secret, span
-from bp_spark.lakehouse.run import Run, recorded
+from bp_spark.lakehouse.run import Run, Step, recorded
 from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import GIVEN_LABELS, LABEL_REQUESTS
@@ -87,9 +87,8 @@ def select_labels(
             *(__version__, bundle.digest, source, as_of_date, budget, config.labelling.candidates_per_label),
             *(config.labels, _labelled_users_digest(lakehouse)),
         )
-        with run.stage("select labels", inputs) as figures:
-            before = lakehouse.commit_metadata(LABEL_REQUESTS.name)
-            asking_run = _run_that_asked(lakehouse, as_of_date, inputs)
+        with run.step("select labels", LABEL_REQUESTS, inputs, as_of_date=str(as_of_date)) as step:
+            asking_run = _run_that_asked(lakehouse, step)
             is_new = asking_run is None
             if asking_run is None:
                 askable_users = _without_asked(lakehouse, labels.without_holdout(users, config.labels), as_of_date)
@@ -102,17 +101,13 @@ def select_labels(
                     "requested_at": datetime.now(UTC),
                 }
                 rows = [{**row, **same_in_all_rows} for row in chosen.to_dict("records")]
-                note = {"as_of_date": str(as_of_date), "run_id": run.run_id}
-                requests = _frame(run, rows, LABEL_REQUESTS)
-                lakehouse.append(LABEL_REQUESTS, requests, inputs=inputs, note=note, after=before["version"])
+                step.append(_frame(run, rows, LABEL_REQUESTS), run_id=run.run_id)
                 asking_run = run.run_id
-            else:
-                figures["status"] = "unchanged"
             stored = lakehouse.read(LABEL_REQUESTS.name).filter(F.col("run_id") == asking_run)
             shown = ("user_key", "as_of_date", "rank", "disagreement", "expected_spend")
             asked = stored.select(*shown).toPandas().sort_values("rank").reset_index(drop=True)
-            figures["rows_out"] = len(asked) if is_new else 0
-            figures["users"], figures["bundle"] = len(asked), bundle.digest
+            step.figures["rows_out"] = len(asked) if is_new else 0
+            step.figures["users"], step.figures["bundle"] = len(asked), bundle.digest
         if output is not None:
             write_questions(output, asked)
         return SelectResult(asked, is_new, run.records)
@@ -140,7 +135,7 @@ def add_labels(spark: SparkSession, config: Config, path: Path) -> list[dict[str
         lakehouse = run.lakehouse
         users = lakehouse.read("user_keys")
         now = datetime.now(UTC)
-        with run.stage("add labels") as figures:
+        with run.step("add labels", GIVEN_LABELS) as step:
             first_event, _ = span(lakehouse)
             file = read_labels(path, first_event, now.date(), config.labelling)
             label_keys = [label.user for label in file.labels]
@@ -163,27 +158,24 @@ def add_labels(spark: SparkSession, config: Config, path: Path) -> list[dict[str
                 }
                 for key, label in zip(label_keys, file.labels, strict=True)
             ]
-            before = lakehouse.commit_metadata(GIVEN_LABELS.name)
             new_labels = checkpointed(_new_labels(lakehouse, _frame(run, rows, GIVEN_LABELS, DATED)))
-            figures["rows_in"], figures["unanswered"] = len(rows), file.unanswered
-            figures["rows_out"] = count = new_labels.count()
+            step.figures["rows_in"], step.figures["unanswered"] = len(rows), file.unanswered
+            step.figures["rows_out"] = count = new_labels.count()
             if count:
                 dates = sorted({label.as_of_date for label in file.labels})
-                lakehouse.merge(GIVEN_LABELS, new_labels, within={"as_of_date": dates}, after=before["version"])
-            else:
-                figures["status"] = "unchanged"
+                step.merge(new_labels, within={"as_of_date": dates})
             # trainings can't use the label of a user who had never bought before the date: there are no features
-            figures["given_in_all"] = lakehouse.read(GIVEN_LABELS.name).count()
+            step.figures["given_in_all"] = lakehouse.read(GIVEN_LABELS.name).count()
         return run.records
 
 
-def _run_that_asked(lakehouse: Lakehouse, as_of_date: date, inputs: str) -> str | None:
+def _run_that_asked(lakehouse: Lakehouse, step: Step) -> str | None:
     """Return the run that asked last for the date, if it had the same inputs and its requests still exist."""
-    newest = lakehouse.commit_metadata(LABEL_REQUESTS.name, as_of_date=str(as_of_date))
-    if newest.get("inputs") != inputs:
+    if not step.unchanged:
         return None
-    requests = lakehouse.read(LABEL_REQUESTS.name).filter(F.col("run_id") == newest["run_id"])
-    return None if requests.isEmpty() else str(newest["run_id"])
+    asking_run = str(step.previous["run_id"])
+    requests = lakehouse.read(LABEL_REQUESTS.name).filter(F.col("run_id") == asking_run)
+    return None if requests.isEmpty() else asking_run
 
 
 def _new_labels(lakehouse: Lakehouse, survey_labels: DataFrame) -> DataFrame:

@@ -13,7 +13,7 @@ from bp_spark.core.errors import DataError
 from bp_spark.core.session import persisted
 from bp_spark.core.version import __version__
 from bp_spark.features.catalogue import catalogue
-from bp_spark.lakehouse.run import Run, recorded
+from bp_spark.lakehouse.run import Run, Step, recorded
 from bp_spark.lakehouse.tables import (
     CATEGORY_AFFINITY,
     CUSTOMER_SERVICE,
@@ -56,12 +56,10 @@ def profile(spark: SparkSession, config: Config, day: date | None = None) -> lis
         scores = lakehouse.read("scores", versions["scores"])
         as_of = day or _newest_date(scores)
         inputs = digest(__version__, config.profiles, config.privacy.smallest_group, as_of, sorted(versions.items()))
-        with run.stage("profile", inputs) as figures:
-            figures["score_date"] = as_of
-            if all(lakehouse.inputs(table.name) == inputs for table in PROFILE_TABLES):
-                figures["status"] = "unchanged"
-            else:
-                figures.update(_write(run, versions, as_of, inputs))
+        with run.step("profile", MARKET_SEGMENTS, inputs, score_date=str(as_of)) as step:
+            step.figures["score_date"] = as_of
+            if not all(lakehouse.inputs(table.name) == inputs for table in PROFILE_TABLES):
+                step.figures.update(_write(run, versions, as_of, step))
         return run.records
 
 
@@ -73,8 +71,8 @@ def _newest_date(scores: DataFrame) -> date:
     return newest
 
 
-def _write(run: Run, versions: dict[str, int], day: date, inputs: str) -> dict[str, object]:
-    """Write the five tables and return the figures of the stage."""
+def _write(run: Run, versions: dict[str, int], day: date, step: Step) -> dict[str, object]:
+    """Write the five tables, that of the step last, and return the figures of the stage."""
     lakehouse, config = run.lakehouse, run.config.profiles
     least_users = run.config.privacy.smallest_group
     tables = {name: lakehouse.read(name, version) for name, version in versions.items()}
@@ -88,9 +86,9 @@ def _write(run: Run, versions: dict[str, int], day: date, inputs: str) -> dict[s
     regions = None
     if config.region_segment is not None:
         regions = brackets(tables["raw_users"], config.region_segment).withColumnRenamed("bracket", "region")
-    commit: dict[str, Any] = {"inputs": inputs, "note": {"score_date": str(day)}}
+    commit: dict[str, Any] = {"inputs": step.inputs, "note": step.recorded}
     # the reservation of the last table: from here on no run that began before this one writes any of the five
-    reservation = lakehouse.reserve(MARKET_SEGMENTS, lakehouse.commit_metadata("market_segments"))
+    reservation = step.reserve()
     affinity = category_affinity(scores, features, tables["user_daily"], tables["events"], day, config, least_users)
     version = lakehouse.replace(CATEGORY_AFFINITY, affinity, after=reservation, **commit)
     affinity = lakehouse.read("category_affinity", version)
@@ -101,7 +99,7 @@ def _write(run: Run, versions: dict[str, int], day: date, inputs: str) -> dict[s
     lakehouse.replace(RISK_CONTROL, risk_control(profiles, config), after=reservation, **commit)
     lakehouse.replace(CUSTOMER_SERVICE, customer_service(profiles, config), after=reservation, **commit)
     with persisted(market_segments(profiles, regions, day, least_users)) as segments:
-        lakehouse.replace(MARKET_SEGMENTS, segments, after=reservation, **commit)
+        step.replace(segments, after=reservation)
         cells, users_in_cells = segments.agg(F.count("users"), F.coalesce(F.sum("users"), F.lit(0))).collect()[0]
     count = profiles.count()
     if count != users:
