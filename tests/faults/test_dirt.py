@@ -13,9 +13,11 @@ import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
+from bp_spark import pipeline
 from bp_spark.core import config
 from bp_spark.core.config import TablesConfig
 from bp_spark.core.errors import ConfigError
+from bp_spark.ingest.job import currency_of
 from bp_spark.lakehouse.schema import Column, Table
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import TABLE_NAMES
@@ -178,3 +180,20 @@ def test_a_folder_whose_name_looks_like_code_is_a_folder(spark: SparkSession, tm
         lakehouse.replace(table, rows, where={"day": [value]})
     assert lakehouse.register(TABLE_NAMES) == ["runs"]
     assert {row["name"] for row in lakehouse.spark.sql("SELECT name FROM odd.runs").collect()} == set(INJECTIONS)
+
+
+def test_events_stay_in_their_currency_until_they_are_derived_anew(
+    spark: SparkSession, tmp_path: Path, language: Path
+) -> None:
+    platform = new_platform(tmp_path / "platform", language)
+    write_night(platform.folder, 0, transactions=[purchase("a", DAY, "10"), purchase("b", DAY, "20", currency="EUR")])
+    platform.featurize(spark, "lakehouse", "cleaning.currency=USD")
+    before = tables(tmp_path / "lakehouse/bp")
+    with pytest.raises(ConfigError, match=r"cleaning\.currency: is EUR, and events are in USD"):
+        platform.featurize(spark, "lakehouse", "cleaning.currency=EUR")
+    assert tables(tmp_path / "lakehouse/bp") == before
+    settings = platform.config("lakehouse", "cleaning.currency=EUR")
+    pipeline.featurize(spark, settings, [AS_OF], rebuild=True)
+    assert currency_of(Lakehouse(spark, settings.tables)) == "EUR"
+    (amount,) = [row["amount"] for row in Lakehouse(spark, settings.tables).read("events").collect()]
+    assert amount == 20

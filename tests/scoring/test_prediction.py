@@ -30,6 +30,7 @@ from bp_spark.registry import bundle as bundles
 from bp_spark.registry.bundle import Bundle
 from bp_spark.registry.predictions import REASONS, fit_to_task
 from bp_spark.scoring import prediction
+from bp_spark.scoring.job import common_currency
 from tests.support.random_users import NIGHT, make_bundles, users
 
 pytestmark = pytest.mark.slow
@@ -393,3 +394,20 @@ def test_a_task_with_a_gpu_computes_there(nights: Nights, monkeypatch: pytest.Mo
     task = SimpleNamespace(cpus=lambda: 1, resources=lambda: {"gpu": SimpleNamespace(addresses=["3"])})
     fit_to_task(bundle, task)  # type: ignore[arg-type]
     assert moved == ["cuda:3"]
+
+
+@pytest.mark.parametrize(
+    ("trained", "stored", "common"),
+    [("USD", "USD", "USD"), (None, "EUR", "EUR"), ("EUR", None, "EUR"), (None, None, None)],
+)
+def test_money_is_in_the_currency_that_bundle_and_events_agree_on(
+    trained: str | None, stored: str | None, common: str | None
+) -> None:
+    bundle: Any = SimpleNamespace(currency=trained, folder="bundles/x")
+    assert common_currency(bundle, stored) == common
+
+
+def test_a_bundle_of_another_currency_scores_nobody() -> None:
+    bundle: Any = SimpleNamespace(currency="USD", folder="bundles/x")
+    with pytest.raises(BundleError, match="bundles/x: predicts USD, and events are in EUR; train again"):
+        common_currency(bundle, "EUR")

@@ -45,7 +45,8 @@ def score(
     profile_stages = pipeline.profile(spark, settings)
     drift_result = pipeline.check_drift(spark, settings, day)
     render.show(render.stage_table("score", [*result.stages, *profile_stages, *drift_result.stages]))
-    render.show(render.levels_table(result.levels, f"Users of {day} by level", settings))
+    smallest_group = settings.privacy.smallest_group
+    render.show(render.levels_table(result.levels, f"Users of {day} by level", result.currency, smallest_group))
     outcome = (
         f"scored, {result.computed:,} of them computed and the others carried forward"
         if result.written
@@ -153,7 +154,8 @@ def report(
     from bp_spark import pipeline
 
     result = pipeline.report(common.start_session(settings, "report"), settings, day, output)
-    render.show(render.levels_table(result.levels, f"Users of {day} by level", settings))
+    smallest_group = settings.privacy.smallest_group
+    render.show(render.levels_table(result.levels, f"Users of {day} by level", result.currency, smallest_group))
     render.show(f"Report: {result.page.absolute()}")
 
 

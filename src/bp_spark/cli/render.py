@@ -11,8 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bp_spark.core.config import Config
-
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import RenderableType
@@ -94,20 +92,21 @@ def stage_table(title: str, stages: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def levels_table(levels: pd.DataFrame, title: str, settings: Config) -> Table:
+def levels_table(levels: pd.DataFrame, title: str, currency: str, smallest_group: int) -> Table:
     """Return users and money by level, without the figures of groups that are too small.
 
     Args:
         levels: Users by level, as :func:`bp_spark.report.population.distribution` returns them, of one night.
         title: Heading of the table.
-        settings: Gives the currency and ``privacy.smallest_group``.
+        currency: Currency of the money.
+        smallest_group: Users of the smallest group that is shown; see ``privacy.smallest_group``.
     """
     from bp_spark.report.population import by_level
 
     table = Table(title=title)
-    for heading in ("level", "users", "share", f"expected spend, {settings.cleaning.currency}", "mean of a user"):
+    for heading in ("level", "users", "share", f"expected spend, {currency}", "mean of a user"):
         table.add_column(heading, justify="left" if heading == "level" else "right")
-    for level, group in by_level(levels, settings.privacy.smallest_group).items():
+    for level, group in by_level(levels, smallest_group).items():
         table.add_row(level, group.users, group.share, group.spend, group.mean)
     return table
 

@@ -16,7 +16,7 @@ from bp_spark.core.spark_errors import SPARK_ERRORS, is_feed_gone
 from bp_spark.core.version import __version__
 from bp_spark.features import catalogue, user_daily
 from bp_spark.ingest import cleaning, texts
-from bp_spark.ingest.job import clean, distinct_dates, embed, ingest, replay, span
+from bp_spark.ingest.job import clean, distinct_dates, embed, ingest, replay, require_same_currency, span
 from bp_spark.lakehouse.run import Run, Step, recorded
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import USER_DAILY
@@ -37,9 +37,12 @@ def featurize(
         The stages that ran, as in ``runs``.
 
     Raises:
+        ConfigError: ``cleaning.currency`` is not the currency of the stored events, and they are not derived anew.
         DataError: the source breaks the raw contract; an as-of date lies before the data.
     """
     with recorded(spark, config, "featurize") as run:
+        if not rebuild:
+            require_same_currency(run.lakehouse, config.cleaning.currency)
         ingest(run)
         clean(run, rebuild)
         embed(run)

@@ -207,7 +207,12 @@ def clean(run: Run, rebuild: bool) -> None:
         quarantined = lakehouse.read("quarantine").filter(F.col("ingest_id").between(first, last))
         figures["quarantine"] = quarantined.count()
         brands = cleaning.brands(raw["raw_items"]) if "raw_items" in raw else None
-        note = {"format": cleaning.FORMAT, "through": last, "rules": rules}
+        note = {
+            "format": cleaning.FORMAT,
+            "through": last,
+            "rules": rules,
+            "currency": run.config.cleaning.currency,
+        }
         # events last: their commit makes the cleaning complete
         if first == 1:
             _replace_texts(run, batch, brands)
@@ -224,6 +229,25 @@ def clean(run: Run, rebuild: bool) -> None:
         if 0 < figures["rows"] == figures["quarantine"]:
             figures["note"] = _why_all_refused(quarantined)
             logger.warning("quarantine: %s", figures["note"])
+
+
+def currency_of(lakehouse: Lakehouse) -> str | None:
+    """Return the currency that events are in, as their cleaning recorded it; ``None`` if none did (before version 0.2.0)."""
+    return lakehouse.commit_metadata("events").get("currency")
+
+
+def require_same_currency(lakehouse: Lakehouse, currency: str) -> None:
+    """Make sure that new events would be in the currency of the stored ones.
+
+    Raises:
+        ConfigError: they would not.
+    """
+    stored = currency_of(lakehouse)
+    if stored is not None and stored != currency:
+        raise ConfigError(
+            f"cleaning.currency: is {currency}, and events are in {stored}; set it to {stored}, or derive all events anew in "
+            f"{currency} (featurize --rebuild) and train again"
+        )
 
 
 def first_to_clean(cleaned: Mapping[str, Any], *, rebuild: bool, all_kept: bool) -> int:
@@ -351,11 +375,13 @@ def replay(run: Run) -> None:
     Items and rates that are known today count, and so does today's time.
 
     Raises:
+        ConfigError: ``cleaning.currency`` is not the currency of the stored events.
         DataError: nothing was cleaned yet.
     """
     lakehouse = run.lakehouse
     if "through" not in _cleaned(run, lakehouse.commit_metadata("events")):
         raise DataError(f"{lakehouse.namespace}.events", "nothing was cleaned yet; run featurize first")
+    require_same_currency(lakehouse, run.config.cleaning.currency)
     references = {name: lakehouse.read(name) for name in ("raw_items", "raw_rates") if lakehouse.exists(name)}
     inputs = digest(run.config.cleaning, lakehouse.version("quarantine"))
     with run.step("replay", EVENTS, inputs) as step:
@@ -373,7 +399,9 @@ def replay(run: Run) -> None:
         good_rows = {name: df.filter("rule IS NULL") for name, df in validated.items()}
         brands = cleaning.brands(references["raw_items"]) if "raw_items" in references else None
         _add_texts(run, good_rows, brands)
-        note: dict[str, Any] = {key: cleaned[key] for key in ("format", "through", "rules") if key in cleaned}
+        note: dict[str, Any] = {
+            key: cleaned[key] for key in ("format", "through", "rules", "currency") if key in cleaned
+        }
         _add_events(step, cleaning.events(validated), note)
         # events first: if the run stops between the two, a row is in both, and the next replay counts it as a duplicate
         lakehouse.replace(QUARANTINE, cleaning.quarantine(validated), after=reservation)

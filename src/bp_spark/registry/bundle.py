@@ -87,6 +87,12 @@ class Bundle:
         return str(lineage.get("judged", lineage).get("test_date", "–"))
 
     @property
+    def currency(self) -> str | None:
+        """Currency of the spend that the bundle learned from; ``None`` for a bundle from before version 0.2.0."""
+        currency: str | None = self.manifest["lineage"].get("currency")
+        return currency
+
+    @property
     def required_columns(self) -> tuple[str, ...]:
         """The input columns of all members, group after group as in ``inputs``."""
         return tuple(name for names in self.manifest["inputs"].values() for name in names)

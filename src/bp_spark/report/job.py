@@ -15,6 +15,7 @@ from pyspark.sql import functions as F
 from bp_spark.core.config import Config, digest
 from bp_spark.core.errors import BundleError, DataError
 from bp_spark.features import catalogue
+from bp_spark.ingest.job import currency_of
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.store import Lakehouse, read_as_declared
 from bp_spark.lakehouse.tables import METRICS, RUNS
@@ -37,11 +38,13 @@ class ReportResult:
         page: The HTML file.
         levels: Users and money by level and score; see :func:`bp_spark.report.population.distribution`.
         stages: The stages that ran.
+        currency: Currency of the money in ``levels``.
     """
 
     page: Path
     levels: pd.DataFrame
     stages: list[dict[str, Any]]
+    currency: str
 
 
 def report(spark: SparkSession, config: Config, score_date: date, path: str | Path | None = None) -> ReportResult:
@@ -88,7 +91,7 @@ def report(spark: SparkSession, config: Config, score_date: date, path: str | Pa
             data = PageData(
                 score_date=score_date,
                 previous_date=previous_date,
-                currency=config.cleaning.currency,
+                currency=currency_of(lakehouse) or config.cleaning.currency,
                 smallest_group=config.privacy.smallest_group,
                 stages=[stage.asDict() for stage in stages],
                 distribution=distribution,
@@ -106,7 +109,7 @@ def report(spark: SparkSession, config: Config, score_date: date, path: str | Pa
             )
             page.write(path, document(data))
             figures["score_date"], figures["page"] = score_date, path.absolute()
-        return ReportResult(path, data.current, run.records)
+        return ReportResult(path, data.current, run.records, data.currency)
 
 
 def _scoring_runs(lakehouse: Lakehouse) -> list[Row]:

@@ -20,6 +20,7 @@ from bp_spark.core.config import Config, FeatureReader, digest
 from bp_spark.core.errors import BundleError, DataError, FileReadError
 from bp_spark.core.session import broadcast_few, persisted
 from bp_spark.core.version import __version__
+from bp_spark.ingest.job import currency_of
 from bp_spark.lakehouse import parquet
 from bp_spark.lakehouse.run import Run, Step, recorded
 from bp_spark.lakehouse.store import Lakehouse
@@ -43,6 +44,7 @@ class ScoreResult:
         levels: Users and money by level and score; see :func:`bp_spark.report.population.distribution`.
         bundle: The model.
         stages: The stages that ran.
+        currency: Currency of the money in ``levels``.
     """
 
     users: int
@@ -51,6 +53,7 @@ class ScoreResult:
     levels: pd.DataFrame
     bundle: Bundle
     stages: list[dict[str, Any]]
+    currency: str
 
 
 def score(
@@ -70,7 +73,7 @@ def score(
         full: Compute every user's score, whatever earlier runs gave.
 
     Raises:
-        BundleError: No bundle is promoted, or it can't be trusted or doesn't fit the features.
+        BundleError: No bundle is promoted, or it can't be trusted or doesn't fit the features or their currency.
         DataError: There are no features of that date.
         TrackingError: The registry can't be reached.
     """
@@ -78,6 +81,7 @@ def score(
         lakehouse = run.lakehouse
         bundle = load_promoted(config, chosen)
         require_same_features(bundle, config)
+        currency = common_currency(bundle, currency_of(lakehouse)) or config.cleaning.currency
         # read the version that is recorded, whatever other runs write meanwhile
         version = lakehouse.version("user_features")
         lakehouse.require_whole_files("user_features", version, {"as_of_date": str(score_date)})
@@ -125,7 +129,7 @@ def score(
             levels = population.distribution(_rows_of(lakehouse, score_date)).toPandas()
             figures["expected_spend"] = f"{levels['expected_spend'].sum():.2f}"
             figures["score_date"], figures["bundle"] = score_date, bundle.digest
-        return ScoreResult(count, computed if is_new else 0, is_new, levels, bundle, run.records)
+        return ScoreResult(count, computed if is_new else 0, is_new, levels, bundle, run.records, currency)
 
 
 def require_same_features(bundle: Bundle, config: Config) -> None:
@@ -144,6 +148,21 @@ def require_same_features(bundle: Bundle, config: Config) -> None:
                 f"{bundle.folder}: was trained on features with features.{name}={before}, and now it is {now}: "
                 "train again, or featurize and score with the old setting"
             )
+
+
+def common_currency(bundle: Bundle, currency: str | None) -> str | None:
+    """Return the currency of a bundle and of the features that it scores; ``None`` if neither knows it.
+
+    Args:
+        bundle: The bundle.
+        currency: Currency of the features, where it is known.
+
+    Raises:
+        BundleError: The two differ.
+    """
+    if None not in (bundle.currency, currency) and bundle.currency != currency:
+        raise BundleError(f"{bundle.folder}: predicts {bundle.currency}, and events are in {currency}; train again")
+    return currency or bundle.currency
 
 
 def features_of_date(lakehouse: Lakehouse, score_date: date, version: int) -> DataFrame:
