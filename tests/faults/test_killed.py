@@ -172,7 +172,7 @@ def test_a_python_worker_killed_while_it_scores_costs_the_run_and_no_row(
         os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prediction, "_answer_batch", killed)
+        patch.setattr(prediction, "_predict_batch", killed)
         with pytest.raises(PlatformError, match="a Python worker was killed"):
             unscored.score(spark)
     # the table is there, without a row

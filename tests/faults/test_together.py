@@ -166,22 +166,22 @@ WRITES: dict[str, Callable[[Lakehouse, int, int], int]] = {
 @pytest.mark.parametrize("way", WRITES)
 def test_what_follows_from_an_older_state_of_the_table_is_refused(pair: tuple[Lakehouse, Lakehouse], way: str) -> None:
     first, second = pair
-    seen = [at.note("numbers")["version"] for at in pair]
+    seen = [at.commit_metadata("numbers")["version"] for at in pair]
     first.spark.sql(f"OPTIMIZE delta.`{first.location('numbers')}`")
     version = WRITES[way](first, 1, seen[0])
     assert version == first.version("numbers")
     with pytest.raises(ConflictError, match=r"bp\.numbers"):
         WRITES[way](second, 2, seen[1])
     assert first.version("numbers") == version
-    WRITES[way](second, 2, second.note("numbers")["version"])
+    WRITES[way](second, 2, second.commit_metadata("numbers")["version"])
     assert 2 in {row["n"] for row in second.read("numbers").collect()}
 
 
 def test_an_older_claim_can_write_nothing_after_a_newer_one(pair: tuple[Lakehouse, Lakehouse]) -> None:
     first, second = pair
     other = Table("others", "Others", NUMBERS.columns)
-    older = first.claim(NUMBERS, first.note("numbers"))
-    newer = second.claim(NUMBERS, second.note("numbers"))
+    older = first.reserve(NUMBERS, first.commit_metadata("numbers"))
+    newer = second.reserve(NUMBERS, second.commit_metadata("numbers"))
     assert newer > older
     first.replace(other, numbers(first.spark, 1), after=older)
     second.replace(other, numbers(first.spark, 2), after=newer)

@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 from bp_spark import pipeline
 from bp_spark.core.config import Config
 from bp_spark.core.errors import DataError
-from bp_spark.features import job
+from bp_spark.ingest import job
 from bp_spark.lakehouse.store import Lakehouse
 from tests.support.histories import clock_at, sorted_rows, write_night
 from tests.support.platforms import DERIVED, MAPPING, settings_in
