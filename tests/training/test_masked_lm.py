@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +54,7 @@ from bp_spark.training.tasks.masked_lm import (
     train_masked_lm,
 )
 from bp_spark.training.tasks.masking import MaskedLanguageModel, Masking, TokenizedTexts
+from tests.support.ranks import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -136,12 +136,6 @@ def as_rank(rank: int, ranks: int, port: int) -> None:
     """Pretend that torchrun started this process."""
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1")
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 @pytest.fixture
