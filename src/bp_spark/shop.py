@@ -72,12 +72,14 @@ class Shop:
             return prepare(self._given_session)
         return get_session(self.settings, worker_imports=MODEL_MODULES)
 
-    def featurize(self, *as_of: Day, rebuild: bool = False) -> list[dict[str, Any]]:
+    def featurize(self, *as_of: Day, rebuild: bool = False, strict: bool = False) -> list[dict[str, Any]]:
         """Ingest new deliveries, clean them, and write `user_features` for the dates.
 
         Args:
             *as_of: Dates to build features for, from events before them.
             rebuild: Derive all tables again from the raw tables, as after a change of rules.
+            strict: Refuse all new files if one can't be read. By default that one is named in the log and left for the next
+                call.
 
         Returns:
             The stages that ran, as rows of the table `runs`.
@@ -92,7 +94,7 @@ class Shop:
         """
         from bp_spark import pipeline
 
-        return pipeline.featurize(self.spark, self.settings, [_day(day) for day in as_of], rebuild)
+        return pipeline.featurize(self.spark, self.settings, [_day(day) for day in as_of], rebuild, strict)
 
     def train(self, test_date: Day | None = None) -> TrainResult:
         """Fit all members on past dates, evaluate the bundle at a date that it has not seen, and promote or refuse it.

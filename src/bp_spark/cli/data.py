@@ -31,6 +31,10 @@ def featurize(
             "--rebuild", help="Derive all tables again from the raw tables, as after a change of cleaning rules."
         ),
     ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse all new files if one can't be read; by default that one is left out."),
+    ] = False,
     config_file: ConfigOption = None,
 ) -> None:
     """Ingest new deliveries, clean them, and build the features of each as-of date.
@@ -38,13 +42,15 @@ def featurize(
     Each raw row becomes an event, counts as a duplicate, or goes to quarantine. Only new deliveries are read. Only
     the user-days that they touch are aggregated again. The features go to the table user_features.
 
+    A file that can't be read is named in the log, and the next call tries it again.
+
     Example: bp-spark featurize --as-of 2017-10-03 tables.path=/data/lakehouse
     """
     settings = common.load_settings(config_file, overrides)
     dates = [config.parse_date(text) for text in as_of]
     from bp_spark import pipeline
 
-    stages = pipeline.featurize(common.start_session(settings, "featurize"), settings, dates, rebuild)
+    stages = pipeline.featurize(common.start_session(settings, "featurize"), settings, dates, rebuild, strict)
     render.show(render.stage_table("featurize", stages))
 
 

@@ -23,7 +23,7 @@ from bp_spark.lakehouse.tables import USER_DAILY
 
 
 def featurize(
-    spark: SparkSession, config: Config, as_of: Sequence[date], rebuild: bool = False
+    spark: SparkSession, config: Config, as_of: Sequence[date], rebuild: bool = False, strict: bool = False
 ) -> list[dict[str, Any]]:
     """Ingest new deliveries, clean them, embed new texts, update user-days, and build features of the as-of dates.
 
@@ -32,6 +32,7 @@ def featurize(
         config: all settings.
         as_of: dates to build features for.
         rebuild: derive everything from the raw tables anew: after a change of the cleaning rules, say.
+        strict: refuse all new files if one can't be read. By default that one is named in the log and left for the next call.
 
     Returns:
         The stages that ran, as in ``runs``.
@@ -43,7 +44,7 @@ def featurize(
     with recorded(spark, config, "featurize") as run:
         if not rebuild:
             require_same_currency(run.lakehouse, config.cleaning.currency)
-        ingest(run)
+        ingest(run, strict)
         clean(run, rebuild)
         embed(run)
         aggregate(run, rebuild)

@@ -16,6 +16,7 @@ from bp_spark.core.config import Config, digest
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.session import broadcast_few, checkpointed, parallelism, persisted
 from bp_spark.ingest import cleaning, pseudonyms, texts
+from bp_spark.ingest.readable import Batch, undo_ingest, write_readable
 from bp_spark.ingest.sources import open_source, source_digests
 from bp_spark.ingest.sources.contract import Delivery
 from bp_spark.lakehouse.run import Run, Step
@@ -41,12 +42,17 @@ logger = logging.getLogger(__name__)
 # --- ingest --------------------------------------------------------------------------------------------------------------
 
 
-def ingest(run: Run) -> None:
+def ingest(run: Run, strict: bool = False) -> None:
     """Read the deliveries that are new into the raw tables, with keys instead of user ids.
+
+    Args:
+        run: the run to record the stage in.
+        strict: refuse all deliveries if one can't be read. By default that one is named and left for the next ingest.
 
     Raises:
         ConfigError: the secret is missing, or is not the one that stored keys were made with.
-        DataError: the source breaks the raw contract, or the first ingest brings no transactions.
+        DataError: the source breaks the raw contract; no new delivery of transactions can be read, or none other with
+            ``strict``; the first ingest brings no transactions.
     """
     config, lakehouse = run.config.source, run.lakehouse
     source, identities = open_source(config), source_digests(config)
@@ -60,20 +66,35 @@ def ingest(run: Run) -> None:
         step.figures["ingest_id"] = number = last + 1
         secret = pseudonyms.load_secret(run.config.privacy.secret)
         require_same_secret(lakehouse, secret)
-        raw = {name: sampled(rows, config.sample) for name, rows in source.read(run.spark, fresh).items()}
-        if not last and raw["raw_transactions"].isEmpty():
-            raise DataError("raw_transactions", "holds no rows; there is nobody to score")
         now = F.lit(datetime.now(UTC))
-        reservation = step.reserve()
-        # keys before rows, so that no row ever has a key that user_keys lacks
-        if forgotten_users := _add_user_keys(lakehouse, raw, secret, number, after=reservation):
-            step.figures["forgotten_users"] = forgotten_users
-        row_counts = _write_raw_tables(run, raw, secret, number, now, after=reservation)
-        step.figures.update(row_counts)
-        step.figures["rows_in"] = step.figures["rows_out"] = sum(row_counts.values())
-        read = [(identity, d.table, d.name, d.fingerprint, number) for d in fresh]
-        # deliveries last: their commit makes the ingest complete
-        step.append(run.spark.createDataFrame(read, DELIVERIES.schema), ingest_id=number)
+
+        def write(batch: Batch) -> None:
+            raw = {name: sampled(rows, config.sample) for name, rows in batch.rows.items()}
+            if not last and raw["raw_transactions"].isEmpty():
+                raise batch.no_transactions
+            reservation = step.reserve()
+            # keys before rows, so that no row ever has a key that user_keys lacks
+            if forgotten_users := _add_user_keys(lakehouse, raw, secret, number, after=reservation):
+                step.figures["forgotten_users"] = forgotten_users
+            row_counts = _write_raw_tables(run, raw, secret, number, now, after=reservation)
+            step.figures.update(row_counts)
+            step.figures["rows_in"] = step.figures["rows_out"] = sum(row_counts.values())
+            read = [(identity, d.table, d.name, d.fingerprint, number) for d in batch.deliveries]
+            # deliveries last: their commit makes the ingest complete
+            step.append(run.spark.createDataFrame(read, DELIVERIES.schema), ingest_id=number, left=batch.left)
+
+        batch = write_readable(
+            run.spark,
+            source,
+            fresh,
+            write,
+            undo=lambda: undo_ingest(lakehouse, number, step.reserve),
+            strict=strict,
+            left_before=step.newest.get("left", ()),
+        )
+        step.figures["deliveries"] = len(batch.deliveries)
+        if batch.unreadable:
+            step.figures["unreadable_files"] = batch.unreadable_files
 
 
 def _write_raw_tables(

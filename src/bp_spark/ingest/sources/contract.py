@@ -7,13 +7,14 @@ into ``user_key`` before anything is stored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from bp_spark.core.errors import DataError
 from bp_spark.lakehouse.schema import Column as TableColumn
 from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.tables import INGEST_COLUMNS, RAW_TABLES
@@ -51,6 +52,15 @@ class Delivery:
     fingerprint: str
 
 
+OnUnreadable = Callable[[Delivery, DataError], None]
+"""Called by :meth:`Source.read` with a delivery that can't be read, and why."""
+
+
+def refuse(_: Delivery, error: DataError) -> None:
+    """Raise the error of a delivery that can't be read: one unreadable delivery refuses all."""
+    raise error
+
+
 class Source(Protocol):
     """A platform's data. Reading the same deliveries gives the same rows."""
 
@@ -62,11 +72,16 @@ class Source(Protocol):
         """
         ...
 
-    def read(self, spark: SparkSession, deliveries: Sequence[Delivery]) -> dict[str, DataFrame]:
+    def read(
+        self, spark: SparkSession, deliveries: Sequence[Delivery], on_unreadable: OnUnreadable = refuse
+    ) -> dict[str, DataFrame]:
         """Return the rows of these deliveries by raw table, as :func:`in_contract` shapes them.
 
-        Raises:
-            DataError: a delivery lacks a column or can't be read.
+        Args:
+            spark: session to read with.
+            deliveries: some of :meth:`deliveries`.
+            on_unreadable: called with each delivery that lacks a column or can't be read, as far as that shows before its rows
+                are read. If it returns, the delivery is left out. By default it raises the error.
         """
         ...
 

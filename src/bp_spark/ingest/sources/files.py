@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
@@ -25,7 +25,7 @@ from pyspark.sql import types as T
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.spark_errors import SPARK_ERRORS
 from bp_spark.core.stores import UNREACHABLE, file_system
-from bp_spark.ingest.sources.contract import Delivery, in_contract
+from bp_spark.ingest.sources.contract import Delivery, OnUnreadable, in_contract, refuse
 from bp_spark.ingest.sources.lines import CORRUPT, csv_rows, json_rows, one_row
 from bp_spark.ingest.sources.mapping import DayRule, TableMapping, TimeRule, load_mapping
 from bp_spark.ingest.sources.values import RuleError, rows_in_contract
@@ -76,7 +76,9 @@ class FilesSource:
             deliveries += [Delivery(table, path.removeprefix(self.folder), mark) for path, mark in files]
         return sorted(deliveries)
 
-    def read(self, spark: SparkSession, deliveries: Sequence[Delivery]) -> dict[str, DataFrame]:
+    def read(
+        self, spark: SparkSession, deliveries: Sequence[Delivery], on_unreadable: OnUnreadable = refuse
+    ) -> dict[str, DataFrame]:
         """Return the rows of these deliveries by raw table. Of the files, only headers and schemas are read now.
 
         A text with an offset, and an instant of Parquet or Delta, is taken as it is. Any other time is wall-clock time in the
@@ -88,17 +90,26 @@ class FilesSource:
         Args:
             spark: session to read with.
             deliveries: some of :meth:`deliveries`.
+            on_unreadable: called with each file that can't be read, or lacks a column that the mapping names (in JSON a
+                missing key is a NULL). By default it raises the error.
 
         Raises:
-            DataError: a file can't be read or lacks a column that the mapping names (in JSON a missing key is a NULL).
+            DataError: a delivery is of no table of the mapping; a Delta table can't be read; or by ``on_unreadable``.
             ConfigError: a format is no pattern of Spark; a number is mapped to a time without a unit.
         """
-        names: dict[str, list[str]] = {}
+        by_table: dict[str, dict[str, Delivery]] = {}
         for delivery in deliveries:
             if delivery.table not in self.tables:
                 raise DataError(self.name, f"has no table {delivery.table}, to which delivery {delivery.name} belongs")
-            names.setdefault(delivery.table, []).append(delivery.name)
-        return {table: self._read(spark, table, sorted(files)) for table, files in names.items()}
+            by_table.setdefault(delivery.table, {})[delivery.name] = delivery
+
+        def rows(table: str, by_name: dict[str, Delivery]) -> DataFrame:
+            def leave(name: str, error: DataError) -> None:
+                on_unreadable(by_name[name], error)
+
+            return self._read(spark, table, sorted(by_name), leave)
+
+        return {table: rows(table, by_name) for table, by_name in by_table.items()}
 
     def _address(self, path: str) -> str:
         return path if re.match(r"^([A-Za-z][\w+.-]*:)?/", path) else self.folder + path
@@ -119,7 +130,9 @@ class FilesSource:
         # a data file of Delta never changes
         return [(path, "delta") for path in files]
 
-    def _read(self, spark: SparkSession, table: str, names: list[str]) -> DataFrame:
+    def _read(
+        self, spark: SparkSession, table: str, names: list[str], leave: Callable[[str, DataError], None]
+    ) -> DataFrame:
         mapping = self.tables[table]
         self._check_formats(spark, table)
         if mapping.format == "delta":
@@ -130,11 +143,30 @@ class FilesSource:
             return self._rows(df, table).filter(F.col("delivery").isin(names))
         by_layout: dict[str, list[str]] = {}
         for name in names:
-            with _readable(name):
-                by_layout.setdefault(_layout(spark, mapping, self._address(name)), []).append(name)
+            try:
+                with _readable(name):
+                    by_layout.setdefault(_layout(spark, mapping, self._address(name)), []).append(name)
+            except DataError as error:
+                leave(name, error)
         by_layout.pop("", None)
-        frames = [self._rows(self._load(spark, mapping, files), table) for files in by_layout.values()]
+        loaded = (self._load_readable(spark, mapping, files, leave) for files in by_layout.values())
+        frames = [self._rows(df, table) for df in loaded if df is not None]
         return reduce(DataFrame.unionByName, frames) if frames else in_contract(spark.range(0).toDF("nothing"), table)
+
+    def _load_readable(
+        self, spark: SparkSession, mapping: TableMapping, names: Sequence[str], leave: Callable[[str, DataError], None]
+    ) -> DataFrame | None:
+        """Return the rows of files with the same columns, without those that can't be read."""
+        while names:
+            try:
+                return self._load(spark, mapping, names)
+            except DataError as error:
+                # these files lack the same columns; for other problems only the first was looked into
+                unreadable = len(names) if error.column else 1
+                for name in names[:unreadable]:
+                    leave(name, DataError(name, error.rule, column=error.column))
+                names = names[unreadable:]
+        return None
 
     def _load(self, spark: SparkSession, mapping: TableMapping, names: Sequence[str]) -> DataFrame:
         """Return the rows of files with the same columns."""
@@ -182,7 +214,8 @@ def _key(table: str, column: str) -> str:
 
 
 def _reader(spark: SparkSession, mapping: TableMapping) -> Any:
-    reader = spark.read.format(mapping.format)
+    # a cluster may be set to drop the rows of damaged files silently
+    reader = spark.read.format(mapping.format).option("ignoreCorruptFiles", False)
     if mapping.format == "csv":
         quote = mapping.reader_options.get("quote", '"')
         reader = reader.options(header=True, escape=quote, multiLine=True, maxCharsPerColumn=MAX_CHARACTERS)

@@ -111,7 +111,8 @@ def json_rows(spark: SparkSession, mapping: TableMapping, addresses: list[str]) 
     if "encoding" in of_text:
         # the reader of texts would refuse an unknown encoding only when rows are asked for
         one_row(spark).select(F.encode("nothing", of_text["encoding"])).collect()
-    lines = spark.read.format("text").options(wholetext=whole_file, **of_text).load(addresses)
+    reader = spark.read.format("text").options(wholetext=whole_file, ignoreCorruptFiles=False, **of_text)
+    lines = reader.load(addresses)
     row = T.StructType([T.StructField(column, T.StringType()) for column in sorted(mapping.platform_columns)])
     text = F.regexp_replace("value", "^\ufeff", "")
     # in an object of our own that ends with a mark: whatever closes it early, or follows a value, takes the mark away
