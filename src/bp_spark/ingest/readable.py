@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -167,26 +168,30 @@ def _failing(spark: SparkSession, source: Source, deliveries: Sequence[Delivery]
     if error is None:
         return {}
     if len(deliveries) == 1:
-        [delivery] = deliveries
-        return {delivery: DataError(delivery.name, error.rule, column=error.column)}
+        return {deliveries[0]: error}
     middle = len(deliveries) // 2
     return _failing(spark, source, deliveries[:middle]) | _failing(spark, source, deliveries[middle:])
 
 
 def _failure(spark: SparkSession, source: Source, deliveries: Sequence[Delivery]) -> DataError | None:
-    """Return the error that ends the reading of these deliveries' rows."""
+    """Return the error that ends the reading of these deliveries' rows, about the file that Spark names."""
     try:
         with translate():
             for rows in source.read(spark, deliveries).values():
                 rows.write.format("noop").mode("overwrite").save()
     except DataError as error:
-        return error
+        # a Delta table is read whole, so that the file may be another one
+        names = (d.name for d in deliveries if unquote(error.table).endswith(f"/{unquote(d.name)}"))
+        return DataError(next(names, error.table), error.rule, column=error.column)
     return None
 
 
 def _warn(unreadable: Mapping[Delivery, DataError]) -> None:
-    for delivery in sorted(unreadable)[:_LOGGED]:
-        fields = {"table": delivery.table, "file": delivery.name}
-        logger.warning("%s: left out, featurize tries it again", unreadable[delivery], extra={"fields": fields})
-    if len(unreadable) > _LOGGED:
-        logger.warning("and %s more files can't be read", f"{len(unreadable) - _LOGGED:,}")
+    """Log each reason once: all files of a Delta table have the same."""
+    table_by_reason = {str(unreadable[delivery]): delivery.table for delivery in sorted(unreadable, reverse=True)}
+    reasons = sorted(table_by_reason)
+    for reason in reasons[:_LOGGED]:
+        fields = {"table": table_by_reason[reason]}
+        logger.warning("%s (left out; the next featurize tries it again)", reason, extra={"fields": fields})
+    if len(reasons) > _LOGGED:
+        logger.warning("and %s more files can't be read and are left out", f"{len(reasons) - _LOGGED:,}")

@@ -32,6 +32,7 @@ from bp_spark.ingest.sources.values import RuleError, rows_in_contract
 
 MAX_CHARACTERS = 20_000_000
 """Most characters of one CSV value: a quote that isn't closed would make one value of the rest of the file."""
+_DAMAGED = re.compile("FAILED_READ_FILE|CANNOT_READ_FILE_FOOTER")
 _NO_TABLE = ("PATH_NOT_FOUND", "DELTA_PATH_DOES_NOT_EXIST", "DELTA_TABLE_NOT_FOUND", "DELTA_MISSING_DELTA_TABLE")
 
 
@@ -136,10 +137,15 @@ class FilesSource:
         mapping = self.tables[table]
         self._check_formats(spark, table)
         if mapping.format == "delta":
-            with _readable(mapping.path):
-                df = _reader(spark, mapping).load(self._address(mapping.path))
-                columns = df.columns
-            _require_columns(columns, mapping, mapping.path)
+            try:
+                with _readable(mapping.path):
+                    df = _reader(spark, mapping).load(self._address(mapping.path))
+                    columns = df.columns
+                _require_columns(columns, mapping, mapping.path)
+            except DataError as error:
+                for name in names:
+                    leave(name, error)
+                return in_contract(spark.range(0).toDF("nothing"), table)
             return self._rows(df, table).filter(F.col("delivery").isin(names))
         by_layout: dict[str, list[str]] = {}
         for name in names:
@@ -323,4 +329,7 @@ def _readable(name: str) -> Iterator[None]:
         yield
     except SPARK_ERRORS as error:
         cause = error.java_exception.toString() if isinstance(error, Py4JJavaError) else str(error)
-        raise DataError(name, f"can't be read: {cause.splitlines()[0]}") from error
+        problem = (
+            "it is damaged, cut short or of another format" if _DAMAGED.search(str(error)) else cause.splitlines()[0]
+        )
+        raise DataError(name, f"can't be read: {problem}") from error
