@@ -168,6 +168,15 @@ def test_a_file_of_ids_is_read_with_or_without_a_byte_order_mark(
     assert [user_id for user_id in forgotten if user_id] == ["u1", "line\u2028separator"]
 
 
+@pytest.mark.parametrize("options", [[], ["--strict"]])
+def test_featurize_is_strict_where_it_is_asked_to_be(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    strict: list[bool] = []
+    monkeypatch.setattr(common, "start_session", lambda *_: None)
+    monkeypatch.setattr(pipeline, "featurize", lambda *arguments: strict.append(arguments[-1]) or [])
+    assert CliRunner().invoke(app.app, ["featurize", "--as-of", "2024-10-01", *options]).exit_code == 0
+    assert strict == [bool(options)]
+
+
 def test_what_people_typed_is_shown_as_it_is_and_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     typed = [
         "[red]x[/red]",

@@ -47,7 +47,7 @@ TEST_SETTINGS = {
 
 @dataclass
 class Cluster:
-    """A master and its workers, each the leader of a process group of its own, started as the README says."""
+    """A master and its workers, each the leader of a process group of its own, started as docs/cluster.md says."""
 
     folder: Path
     workers: int = 2

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from bp_spark.core.config import NetworkConfig
 from bp_spark.model.history import HistoryEncoder
@@ -17,6 +20,14 @@ from tests.support.training_rows import SPEC, TEXT_IDS
 TINY = NetworkConfig(
     hidden_size=16, layers=2, heads=2, intermediate_size=16, adapter_size=8, loss="ziln", horizons_weight=0.1
 )
+
+
+def assert_equal_weights(one: Path, other: Path, tolerance: float) -> None:
+    """Two files of weights hold the same tensors."""
+    found, expected = load_file(one), load_file(other)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
 def make_network(

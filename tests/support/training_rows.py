@@ -90,6 +90,12 @@ def write_table(
     assert start == len(table)
 
 
+def write_splits(path: Path, train: Sequence[int], valid: Sequence[int]) -> None:
+    """Write rows to train on and rows to validate by, as files of the given numbers of rows."""
+    for seed, (split, files) in enumerate({"train": train, "valid": valid}.items(), start=1):
+        write_table(path, make_rows(sum(files), seed), split, files)
+
+
 def write_texts(path: Path, model: Path | None = None) -> Path:
     """A vocabulary with embeddings of 6 numbers and, for a language model, the tokens of :data:`TEXTS`."""
     embeddings = torch.from_numpy(np.random.default_rng(1).normal(size=(len(TEXT_IDS), 6)).astype(np.float32))

@@ -26,8 +26,9 @@ from bp_spark.training.loader import Snapshot, snapshot
 from bp_spark.training.progress import CHECKPOINT_FILE, TENSORBOARD_FOLDER, Progress, WeightAverage
 from bp_spark.training.tasks import finetune as module
 from bp_spark.training.tasks.finetune import FineTuneTask, finetune, inputs_digest
+from tests.support.networks import assert_equal_weights
 from tests.support.ranks import as_rank, free_port
-from tests.support.training_rows import SPEC, make_rows, write_language_model, write_table, write_texts
+from tests.support.training_rows import SPEC, make_rows, write_language_model, write_splits, write_table, write_texts
 
 pytestmark = pytest.mark.slow
 
@@ -63,23 +64,15 @@ def train_rank(task: FineTuneTask) -> Progress:
     return fit.fit(task).progress
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(str(folder / module.MODEL_FOLDER / WEIGHTS_FILE))
-
-
-def assert_equal_weights(one: Path, other: Path, tolerance: float) -> None:
-    found, expected = weights(one), weights(other)
-    assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=tolerance, msg=name)
+def weights(folder: Path) -> Path:
+    return folder / module.MODEL_FOLDER / WEIGHTS_FILE
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Training rows in files of very different sizes, so that two ranks have 203 and 37 rows."""
     path = tmp_path_factory.mktemp("training")
-    write_table(path / "table", make_rows(240, seed=1), files=[200, 30, 3, 7])
-    write_table(path / "table", make_rows(60, seed=2), split="valid", files=[50, 10])
+    write_splits(path / "table", train=[200, 30, 3, 7], valid=[50, 10])
     write_texts(path / "texts.safetensors", write_language_model(path / "bert", "bert"))
     return path
 
@@ -148,7 +141,7 @@ def test_uneven_ranks_make_the_step_of_one_process_with_all_rows(two_ranks: Path
     shares = [splits(two_ranks)[0].shard(rank, 2).rows for rank in range(2)]
     assert max(shares) > 5 * min(shares)
     train_rank(job(two_ranks, "alone", *ONE_STEP))
-    assert_equal_weights(two_ranks / "uneven", two_ranks / "alone", 1e-5)
+    assert_equal_weights(weights(two_ranks / "uneven"), weights(two_ranks / "alone"), 1e-5)
 
 
 def test_a_rank_without_rows_does_not_stop_the_others(two_ranks: Path) -> None:
@@ -168,7 +161,7 @@ def test_a_language_model_is_tuned_by_ranks_of_which_one_has_no_rows(two_ranks: 
 
 
 def test_a_resumed_run_ends_like_an_undisturbed_one(two_ranks: Path) -> None:
-    assert_equal_weights(two_ranks / "stopped", two_ranks / "undisturbed", 1e-6)
+    assert_equal_weights(weights(two_ranks / "stopped"), weights(two_ranks / "undisturbed"), 1e-6)
 
 
 def test_squared_error_of_logs_still_predicts_money(two_ranks: Path) -> None:
@@ -187,7 +180,7 @@ def test_a_checkpoint_of_other_inputs_is_ignored(folder: Path, single_rank: None
     assert progress.epoch == 1
     os.environ["MASTER_PORT"] = str(free_port())
     train_rank(job(folder, "fresh", "training.max_epochs=1", "training.seed=8"))
-    assert_equal_weights(folder / "reused", folder / "fresh", 0)
+    assert_equal_weights(weights(folder / "reused"), weights(folder / "fresh"), 0)
     assert not list((folder / "reused").glob("*.tmp"))
 
 
@@ -237,7 +230,7 @@ def test_the_average_of_weights_is_kept_and_without_one_the_weights_are(folder: 
         os.environ["MASTER_PORT"] = str(free_port())
         train_rank(job(folder, run, "training.max_epochs=1", f"training.average_epochs={epochs}"))
         last = torch.load(folder / run / CHECKPOINT_FILE, weights_only=True)["state"]["network"]
-        saved = weights(folder / run)
+        saved = load_file(weights(folder / run))
         assert all(torch.equal(saved[name], last[name]) for name in saved.keys() & last.keys()) == kept
 
 
@@ -248,7 +241,7 @@ def test_a_run_without_validation_rows_is_that_of_so_many_epochs(folder: Path, s
     (folder / "unwatched").mkdir()
     again = train_rank(replace(with_validation, valid=None, epochs=progress.best_epoch, run_dir=folder / "unwatched"))
     assert again.epoch == again.best_epoch == progress.best_epoch
-    assert_equal_weights(folder / "watched", folder / "unwatched", 0)
+    assert_equal_weights(weights(folder / "watched"), weights(folder / "unwatched"), 0)
 
 
 def test_a_loss_that_is_not_finite_is_an_error(folder: Path, single_rank: None) -> None:

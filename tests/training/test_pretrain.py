@@ -28,8 +28,9 @@ from bp_spark.training.progress import Progress
 from bp_spark.training.tasks import finetune
 from bp_spark.training.tasks import pretrain as module
 from bp_spark.training.tasks.pretrain import ENCODER_FOLDER, PretrainTask, inputs_digest
+from tests.support.networks import assert_equal_weights
 from tests.support.ranks import as_rank, free_port
-from tests.support.training_rows import SPEC, TEXT_IDS, arrays, make_rows, write_table, write_texts
+from tests.support.training_rows import SPEC, TEXT_IDS, arrays, make_rows, write_splits, write_table, write_texts
 
 pytestmark = pytest.mark.slow
 
@@ -60,23 +61,15 @@ def pretrain_rank(task: PretrainTask) -> Progress:
     return fit.fit(task).progress
 
 
-def encoder(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(str(folder / ENCODER_FOLDER / ENCODER_FILE))
-
-
-def assert_equal_encoders(one: Path, other: Path, tolerance: float) -> None:
-    found, expected = encoder(one), encoder(other)
-    assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=tolerance, msg=name)
+def encoder(folder: Path) -> Path:
+    return folder / ENCODER_FOLDER / ENCODER_FILE
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Histories in files of very different sizes."""
     path = tmp_path_factory.mktemp("pretraining")
-    write_table(path / "table", make_rows(120, seed=1), files=[90, 20, 3, 7])
-    write_table(path / "table", make_rows(40, seed=2), split="valid", files=[30, 10])
+    write_splits(path / "table", train=[90, 20, 3, 7], valid=[30, 10])
     write_texts(path / "texts.safetensors")
     return path
 
@@ -232,7 +225,7 @@ def rank_scenario(rank: int, folder: Path, ports: list[int]) -> None:
 
 def test_two_ranks_of_unequal_shares_finish_and_tell_the_same(folder: Path) -> None:
     mp.start_processes(rank_scenario, (folder, [free_port()]), nprocs=2, start_method="spawn")
-    assert encoder(folder / "two ranks")
+    assert load_file(encoder(folder / "two ranks"))
 
 
 def test_a_resumed_run_ends_like_an_undisturbed_one(folder: Path, single_rank: None) -> None:
@@ -244,7 +237,7 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(folder: Path, single_rank: N
     stop_in_epoch(3, job(folder, "stopped"))
     os.environ["MASTER_PORT"] = str(free_port())
     pretrain_rank(job(folder, "stopped"))
-    assert_equal_encoders(folder / "stopped", folder / "undisturbed", 1e-6)
+    assert_equal_weights(encoder(folder / "stopped"), encoder(folder / "undisturbed"), 1e-6)
 
 
 def test_histories_teach_what_spend_of_the_next_order_depends_on(tmp_path: Path, single_rank: None) -> None:
@@ -287,7 +280,7 @@ def test_fine_tuning_starts_from_the_encoder_and_takes_no_other(folder: Path, si
     os.environ["MASTER_PORT"] = str(free_port())
     fit.fit(start(initial))
     tuned = SpendNetwork.load(folder / "fine-tuned" / finetune.MODEL_FOLDER)
-    pretrained = encoder(run.run_dir)
+    pretrained = load_file(encoder(run.run_dir))
     for name, tensor in tuned.history.state_dict().items():
         torch.testing.assert_close(tensor, pretrained[name], msg=name)
     # texts are kept as the encoder reads them

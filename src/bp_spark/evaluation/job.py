@@ -23,6 +23,7 @@ from bp_spark.evaluation.drift_reference import SCORE, SCORE_BORDERS, Spreads, m
 from bp_spark.features import labels
 from bp_spark.ingest.job import span
 from bp_spark.lakehouse.run import Run, recorded
+from bp_spark.lakehouse.schema import rows_of_date
 from bp_spark.lakehouse.tables import DRIFT, FAIRNESS
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def check_drift(spark: SparkSession, config: Config, score_date: date) -> DriftR
                 common = {"run_id": run.run_id, "score_date": score_date, "bundle_digest": bundle_digest}
                 frame = spark.createDataFrame([{**row, **common} for row in rows], DRIFT.schema)
                 step.replace(frame, where={"score_date": [score_date]})
-            date_rows = lakehouse.read("drift").filter(F.col("score_date") == F.lit(score_date))
+            date_rows = rows_of_date(lakehouse.read("drift"), score_date)
             result = DriftResult([row.asDict() for row in date_rows.collect()], run.records)
             step.figures["rows_out"], step.figures["broken"] = len(result.rows), len(result.broken)
         _warn(result, score_date)
@@ -118,7 +119,7 @@ def check_drift(spark: SparkSession, config: Config, score_date: date) -> DriftR
 
 
 def _bundle_of(scores: DataFrame, score_date: date) -> str:
-    row = scores.filter(F.col("score_date") == F.lit(score_date)).select("bundle_digest").first()
+    row = rows_of_date(scores, score_date).select("bundle_digest").first()
     if row is None:
         raise DataError("scores", f"holds no rows of {score_date}; run score for it", column="score_date")
     return str(row[0])
@@ -158,17 +159,17 @@ def _spread_figures(
     config: DriftConfig, scores: DataFrame, features: DataFrame, days: list[date], reference: Spreads | None
 ) -> list[dict[str, Any]]:
     """Return the distances of features and score on the first day to the training, and to the second day if there is one."""
-    users = scores.filter(F.col("score_date") == F.lit(days[0])).count()
+    users = rows_of_date(scores, days[0]).count()
     feature_rows = drift.sampled(features.filter(F.col("as_of_date").isin(days)), users, config.max_users, "user_key")
     score_rows = drift.sampled(scores.filter(F.col("score_date").isin(days)), users, config.max_users, "user_key")
     if reference is None:
         # without a training to compare with, the borders come from the other day
         names = [field.name for field in features.schema if field.dataType.simpleString() == "float"]
-        last_day = feature_rows.filter(F.col("as_of_date") == F.lit(days[-1]))
+        last_day = rows_of_date(feature_rows, days[-1], "as_of_date")
         reference = measure_spreads(last_day, names, config, ("user_key",))
-        against = {}
+        trained = {}
     else:
-        against = {name: {TRAINING: counts} for name, (_, counts) in reference.items()}
+        trained = {name: counts for name, (_, counts) in reference.items()}
     edges = {name: edges for name, (edges, _) in reference.items() if name in features.columns}
     spreads = drift.count_spreads(feature_rows, edges, "as_of_date")
     for day, counts in drift.count_spreads(score_rows, {SCORE: SCORE_BORDERS}, "score_date").items():
@@ -176,26 +177,22 @@ def _spread_figures(
     rows = []
     for subject, current in spreads.get(str(days[0]), {}).items():
         watched, kind = subject not in config.not_watched, SCORE if subject == SCORE else "feature"
-        if TRAINING in against.get(subject, {}):
-            rows += drift.distances(
-                kind,
-                subject,
-                against[subject][TRAINING],
-                current,
-                against=TRAINING,
-                max_psi=config.max_psi if watched else None,
-                max_ks=config.max_ks if watched else None,
-            )
-        for before in map(str, days[1:]):
-            if subject in spreads.get(before, {}):
+        for before, spread, max_psi, max_ks in (
+            (TRAINING, trained.get(subject), config.max_psi, config.max_ks),
+            *(
+                (day, spreads.get(day, {}).get(subject), config.max_psi_night, config.max_ks_night)
+                for day in map(str, days[1:])
+            ),
+        ):
+            if spread is not None:
                 rows += drift.distances(
                     kind,
                     subject,
-                    spreads[before][subject],
+                    spread,
                     current,
                     against=before,
-                    max_psi=config.max_psi_night if watched else None,
-                    max_ks=config.max_ks_night if watched else None,
+                    max_psi=max_psi if watched else None,
+                    max_ks=max_ks if watched else None,
                 )
     return rows
 
@@ -204,8 +201,8 @@ def _level_changes(
     config: DriftConfig, scores: DataFrame, features: DataFrame, score_date: date, before: date
 ) -> list[dict[str, Any]]:
     """Return the shares of users by their level before and now, and how many scores moved."""
-    earlier, later = (scores.filter(F.col("score_date") == F.lit(day)) for day in (before, score_date))
-    feature_rows = [features.filter(F.col("as_of_date") == F.lit(day)) for day in (before, score_date)]
+    earlier, later = (rows_of_date(scores, day) for day in (before, score_date))
+    feature_rows = [rows_of_date(features, day, "as_of_date") for day in (before, score_date)]
     moved = drift.has_moved(config.moved_points)
     with persisted(drift.join_runs(earlier, later)) as users:
         cells = users.groupBy("before", "after").agg(F.count(F.lit(1)).alias("users"), F.count_if(moved).alias("moved"))
@@ -287,13 +284,13 @@ def _has_horizon(scores: DataFrame, day: date, days: int) -> bool:
     """Return whether the expected spend of a date is over so many days: one bundle, with one horizon, predicted it."""
     by_horizon = F.col("expected_by_horizon")
     same = F.element_at(by_horizon, F.lit(days)) == F.col("expected_spend")
-    row = scores.filter(F.col("score_date") == F.lit(day)).select(F.coalesce(same, by_horizon.isNull())).first()
+    row = rows_of_date(scores, day).select(F.coalesce(same, by_horizon.isNull())).first()
     return row is not None and bool(row[0])
 
 
 def _with_spend(run: Run, scores: DataFrame, day: date) -> DataFrame:
     """Return the scores of a date with ``label_spend``, the user's spend over the horizon."""
-    of_date = scores.filter(F.col("score_date") == F.lit(day)).withColumn("as_of_date", F.col("score_date"))
+    of_date = rows_of_date(scores, day).withColumn("as_of_date", F.col("score_date"))
     spend = labels.future_spend(run.lakehouse.read("user_daily"), [day], run.config.labels.horizon_days)
     return labels.join_labels(of_date, spend)
 
@@ -302,7 +299,7 @@ def _errors(run: Run, scores: DataFrame, day: date) -> list[dict[str, Any]]:
     """Return the figures of the kind realised: the metrics of a date, and whether they are as promised."""
     config = run.config.drift
     rows = _with_spend(run, scores, day)
-    users = scores.filter(F.col("score_date") == F.lit(day)).count()
+    users = rows_of_date(scores, day).count()
     columns = ("label_spend", "expected_spend", "low", "high", "p_active")
     frame = drift.sampled(rows, users, config.max_users, "user_key").select(*columns).toPandas()
     truth, predicted, low, high, p_active = (frame[name].to_numpy(np.float64) for name in columns)
@@ -373,7 +370,7 @@ def fairness(spark: SparkSession, config: Config, score_date: date) -> FairnessR
         complete = _complete_dates(run, scores, score_date)
         inputs = digest(config.fairness, score_date, complete[-1:])
         with run.step("fairness", FAIRNESS, inputs, score_date=str(score_date)) as step:
-            of_date = scores.filter(F.col("score_date") == F.lit(score_date))
+            of_date = rows_of_date(scores, score_date)
             rows = _by_segment(run, of_date, segments, names, by_segment.of_scores(), score_date)
             for day in complete[-1:]:
                 with_spend = _with_spend(run, scores, day)
@@ -382,7 +379,7 @@ def fairness(spark: SparkSession, config: Config, score_date: date) -> FairnessR
                 rows = rows.unionByName(_by_segment(run, with_spend, segments, names, errors, day))
             rows = rows.withColumns({"run_id": F.lit(run.run_id), "score_date": F.lit(score_date)})
             step.replace(rows, where={"score_date": [score_date]})
-            report = lakehouse.read("fairness").filter(F.col("score_date") == F.lit(score_date))
+            report = rows_of_date(lakehouse.read("fairness"), score_date)
             counted = report.agg(F.count(F.lit(1)), F.count_if("broken")).collect()[0]
             step.figures["segments"], step.figures["score_date"] = len(names), score_date
             step.figures["measured"] = complete[-1] if complete else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 
 from pyspark.sql import Column as SparkColumn
@@ -109,6 +110,17 @@ def as_stored(df: DataFrame, table: Table) -> DataFrame:
         return rows
     month = F.trunc(table.month_of, "MONTH").alias(MONTH.name, metadata={"comment": MONTH.comment})
     return rows.select("*", month)
+
+
+def rows_of_date(df: DataFrame, day: date | None, column: str = "score_date") -> DataFrame:
+    """Return the rows of a date; none for ``None``.
+
+    Args:
+        df: rows of a table that is kept by date.
+        day: the date.
+        column: column with the date.
+    """
+    return df.filter(F.col(column) == F.lit(day))
 
 
 def typed_null(field: StructField) -> SparkColumn:

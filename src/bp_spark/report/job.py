@@ -17,6 +17,7 @@ from bp_spark.core.errors import BundleError, DataError
 from bp_spark.features import catalogue
 from bp_spark.ingest.job import currency_of
 from bp_spark.lakehouse.run import Run, recorded
+from bp_spark.lakehouse.schema import rows_of_date
 from bp_spark.lakehouse.store import Lakehouse, read_as_declared
 from bp_spark.lakehouse.tables import METRICS, RUNS
 from bp_spark.registry import bundle as bundles
@@ -78,9 +79,9 @@ def report(spark: SparkSession, config: Config, score_date: date, path: str | Pa
         scoring_run = next((row for row in reversed(runs_of_date) if row["status"] == "done"), runs_of_date[-1])
         with run.stage(_JOB, digest(scoring_run["run_id"])) as figures:
             scores = lakehouse.read("scores")
-            current = scores.filter(F.col("score_date") == F.lit(score_date))
+            current = rows_of_date(scores, score_date)
             previous_date = _previous_date(scores, score_date)
-            previous = scores.filter(F.col("score_date") == F.lit(previous_date))
+            previous = rows_of_date(scores, previous_date)
             distribution = population.distribution(current.unionByName(previous)).toPandas()
             if score_date not in set(distribution["score_date"]):
                 raise DataError("scores", f"holds no rows of {score_date}; run score for it", column="score_date")
@@ -215,5 +216,5 @@ def _model(run: Run, bundle_digest: str) -> tuple[dict[str, object], pd.DataFram
 def _watched(lakehouse: Lakehouse, score_date: date) -> dict[str, pd.DataFrame]:
     """Return the date's rows of the tables of watched figures that have any: as many as there are features and groups."""
     names = [name for name in _WATCHED if lakehouse.exists(name)]
-    tables = {name: lakehouse.read(name).filter(F.col("score_date") == F.lit(score_date)).toPandas() for name in names}
+    tables = {name: rows_of_date(lakehouse.read(name), score_date).toPandas() for name in names}
     return {name: rows for name, rows in tables.items() if len(rows)}

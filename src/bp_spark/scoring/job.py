@@ -23,6 +23,7 @@ from bp_spark.core.version import __version__
 from bp_spark.ingest.job import currency_of
 from bp_spark.lakehouse import parquet
 from bp_spark.lakehouse.run import Run, Step, recorded
+from bp_spark.lakehouse.schema import rows_of_date
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import SCORES, SCORES_LATEST
 from bp_spark.registry.bundle import Bundle, load_promoted
@@ -84,10 +85,10 @@ def score(
         currency = common_currency(bundle, currency_of(lakehouse)) or config.cleaning.currency
         # read the version that is recorded, whatever other runs write meanwhile
         version = lakehouse.version("user_features")
-        lakehouse.require_whole_files("user_features", version, {"as_of_date": str(score_date)})
         users = features_of_date(lakehouse, score_date, version)
         users_by_source = {row["built_from"]: row["count"] for row in users.groupBy("built_from").count().collect()}
         if not users_by_source:
+            require_whole_features(lakehouse, score_date, version)
             raise DataError(
                 "user_features", f"holds no rows of {score_date}; run featurize for it", column="as_of_date"
             )
@@ -96,8 +97,11 @@ def score(
         with run.step("score", SCORES, inputs, score_date=str(score_date)) as step:
             figures = step.figures
             # the table's own log tells: a run that was killed after its write is not in ``runs``
-            is_new = full or not (step.unchanged and _rows_of(lakehouse, score_date).count() == expected_users)
+            is_new = full or not (
+                step.unchanged and rows_of_date(lakehouse.read("scores"), score_date).count() == expected_users
+            )
             if is_new:
+                require_whole_features(lakehouse, score_date, version)
                 estimate = _time_estimate(run, expected_users)
                 logger.info("scoring %s users of %s%s", f"{expected_users:,}", score_date, estimate)
                 compute = partial(
@@ -126,7 +130,7 @@ def score(
             count, computed = _checked_counts(lakehouse, score_date, expected_users)
             figures["rows_in"], figures["rows_out"] = expected_users, count if is_new else 0
             figures["users"], figures["computed"] = count, computed if is_new else 0
-            levels = population.distribution(_rows_of(lakehouse, score_date)).toPandas()
+            levels = population.distribution(rows_of_date(lakehouse.read("scores"), score_date)).toPandas()
             figures["expected_spend"] = f"{levels['expected_spend'].sum():.2f}"
             figures["score_date"], figures["bundle"] = score_date, bundle.digest
         return ScoreResult(count, computed if is_new else 0, is_new, levels, bundle, run.records, currency)
@@ -167,7 +171,16 @@ def common_currency(bundle: Bundle, currency: str | None) -> str | None:
 
 def features_of_date(lakehouse: Lakehouse, score_date: date, version: int) -> DataFrame:
     """Return the rows of a version of ``user_features`` that a scoring run of the date scores."""
-    return lakehouse.read("user_features", version).filter(F.col("as_of_date") == F.lit(score_date))
+    return rows_of_date(lakehouse.read("user_features", version), score_date, "as_of_date")
+
+
+def require_whole_features(lakehouse: Lakehouse, score_date: date, version: int) -> None:
+    """Require that no damaged footer hides rows of :func:`features_of_date`.
+
+    Raises:
+        DataError: A footer is damaged.
+    """
+    lakehouse.require_whole_files("user_features", version, {"as_of_date": str(score_date)})
 
 
 class _EarlierScores(NamedTuple):
@@ -248,12 +261,7 @@ def _earlier_scores(run: Run, bundle: Bundle, score_date: date) -> _EarlierScore
     by_same_code = (F.col("bundle_digest") == bundle.digest) & (F.col("code_version") == __version__)
     scores = run.lakehouse.read("scores", run.lakehouse.version("scores"))
     factor = bundle.stack.factor(score_date) / bundle.stack.factor(newest[0])
-    return _EarlierScores(scores.filter((F.col("score_date") == F.lit(newest[0])) & by_same_code), factor)
-
-
-def _rows_of(lakehouse: Lakehouse, score_date: date) -> DataFrame:
-    """Return the scores of a date, as they stand now."""
-    return lakehouse.read("scores").filter(F.col("score_date") == F.lit(score_date))
+    return _EarlierScores(rows_of_date(scores, newest[0]).filter(by_same_code), factor)
 
 
 def _refresh_latest(run: Run, inputs: str) -> None:
@@ -267,7 +275,7 @@ def _refresh_latest(run: Run, inputs: str) -> None:
     assert newest is not None
     step.inputs = digest(inputs, version)
     if not step.unchanged:
-        rows = scores.filter(F.col("score_date") == F.lit(newest[0]))
+        rows = rows_of_date(scores, newest[0])
         step.replace(rows, after=step.version)
 
 
@@ -278,7 +286,7 @@ def _checked_counts(lakehouse: Lakehouse, score_date: date, users: int) -> tuple
         DataError: There isn't one row for each user.
     """
     counts = (
-        _rows_of(lakehouse, score_date)
+        rows_of_date(lakehouse.read("scores"), score_date)
         .agg(
             F.count(F.lit(1)).alias("rows"),
             F.count_distinct("user_key").alias("users"),

@@ -14,6 +14,7 @@ from bp_spark.core.errors import DataError
 from bp_spark.core.spark_errors import SPARK_ERRORS, is_gone
 from bp_spark.core.version import __version__
 from bp_spark.lakehouse.run import recorded
+from bp_spark.lakehouse.schema import rows_of_date
 from bp_spark.lakehouse.store import Lakehouse, read_as_declared
 from bp_spark.lakehouse.tables import RUNS, SCORES
 from bp_spark.registry import bundle as bundles
@@ -172,7 +173,7 @@ def _bundle(config: Config, bundle_digest: str) -> Bundle:
 
 
 def _scores(lakehouse: Lakehouse, score_date: date) -> DataFrame:
-    return read_as_declared(lakehouse, SCORES).filter(F.col("score_date") == F.lit(score_date))
+    return rows_of_date(read_as_declared(lakehouse, SCORES), score_date)
 
 
 def _stages(lakehouse: Lakehouse, run_id: str | None) -> list[Row]:

@@ -14,6 +14,7 @@ from bp_spark.core.session import persisted
 from bp_spark.core.version import __version__
 from bp_spark.features.catalogue import catalogue
 from bp_spark.lakehouse.run import Run, Step, recorded
+from bp_spark.lakehouse.schema import rows_of_date
 from bp_spark.lakehouse.tables import (
     CATEGORY_AFFINITY,
     CUSTOMER_SERVICE,
@@ -76,11 +77,11 @@ def _write(run: Run, versions: dict[str, int], day: date, step: Step) -> dict[st
     lakehouse, config = run.lakehouse, run.config.profiles
     least_users = run.config.privacy.smallest_group
     tables = {name: lakehouse.read(name, version) for name, version in versions.items()}
-    scores = tables["scores"].filter(F.col("score_date") == F.lit(day))
+    scores = rows_of_date(tables["scores"], day)
     users = scores.count()
     if not users:
         raise DataError("scores", f"holds no rows of {day}; run score for it", column="score_date")
-    features = tables["user_features"].filter(F.col("as_of_date") == F.lit(day))
+    features = rows_of_date(tables["user_features"], day, "as_of_date")
     if features.isEmpty():
         raise DataError("user_features", f"holds no rows of {day}; run featurize for it", column="as_of_date")
     regions = None
@@ -116,4 +117,4 @@ def _compared_scores(scores: DataFrame, day: date, span: int) -> tuple[date, Dat
     if not nearby:
         return None
     nearest = min((row[0] for row in nearby), key=lambda scored: (abs(scored - wanted), wanted - scored))
-    return nearest, scores.filter(scored_date == F.lit(nearest))
+    return nearest, rows_of_date(scores, nearest)
