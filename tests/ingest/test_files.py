@@ -19,6 +19,9 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark.core.errors import ConfigError, DataError
+from bp_spark.core.session import with_settings
+from bp_spark.core.spark_errors import SPARK_ERRORS
+from bp_spark.ingest.sources.contract import Delivery
 from bp_spark.ingest.sources.files import FilesSource
 from bp_spark.lakehouse.tables import INGEST_COLUMNS, RAW_TRANSACTIONS
 
@@ -502,6 +505,33 @@ def test_a_file_of_another_format_is_named(spark: SparkSession, tmp_path: Path) 
     source = source_of(tmp_path, ORDERS.replace("format: csv", "format: parquet"), a__csv="who,at,paid\n")
     with pytest.raises(DataError, match=r"a\.csv: can't be read"):
         source.read(spark, source.deliveries(spark))
+
+
+def test_unreadable_files_are_left_out_where_the_caller_takes_them(spark: SparkSession, tmp_path: Path) -> None:
+    mapping = ORDERS.replace('"*.csv"', '"*.csv*"') + (
+        "searches: {path: s.json.gz, format: json, columns: {user_id: who, ts: at, query: q}}\n"
+        "reviews: {path: reviews, format: delta, columns: {user_id: who, ts: at, text: said}}\n"
+    )
+    spark.sql("SELECT 1 AS who").write.format("delta").save(str(tmp_path / "reviews"))
+    header = "who,at,paid\n"
+    files = {"b__csv": f"{header}1,2024-05-01,5\n", "c__csv": "who,at\n", "d__csv": f"{header}2,2024-05-01,6\n"}
+    # cut short so early that Spark can't find the header, though its line can be read
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(header.encode() * 9)[:-12])
+    lines = "".join(f'{{"who": "{n}", "at": "2024-05-01", "q": "a"}}\n' for n in range(2_000))
+    (tmp_path / "s.json.gz").write_bytes(gzip.compress(lines.encode())[:-100])
+    source = source_of(tmp_path, mapping, **files)
+    unreadable: dict[Delivery, DataError] = {}
+    rows = source.read(spark, source.deliveries(spark), unreadable.__setitem__)
+    assert sorted(row.user_id for row in rows["raw_transactions"].collect()) == ["1", "2"]
+    *reviews, cut, lacking = (str(unreadable[delivery]) for delivery in sorted(unreadable))
+    assert reviews == ["reviews.at: column is missing; there are 'who'"]
+    assert cut == "a.csv.gz: can't be read: it is damaged, cut short or of another format"
+    assert lacking == "c.csv.paid: column is missing; there are 'who', 'at'"
+    assert rows["raw_reviews"].isEmpty()
+    # what a cluster may be set to
+    silent = with_settings(spark, {"spark.sql.files.ignoreCorruptFiles": "true"})
+    with silent, pytest.raises(SPARK_ERRORS, match="FAILED_READ_FILE"):
+        rows["raw_searches"].count()
 
 
 def test_no_transactions_is_an_error_and_no_other_table_is(spark: SparkSession, tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ def ingest(run: Run, strict: bool = False) -> None:
 
     Raises:
         ConfigError: the secret is missing, or is not the one that stored keys were made with.
-        DataError: the source breaks the raw contract; no new delivery of transactions can be read, or none other with
-            ``strict``; the first ingest brings no transactions.
+        DataError: the source breaks the raw contract; the first ingest brings no transactions; deliveries can't be read, as
+            :func:`bp_spark.ingest.readable.write_readable` says.
     """
     config, lakehouse = run.config.source, run.lakehouse
     source, identities = open_source(config), source_digests(config)
@@ -63,7 +63,7 @@ def ingest(run: Run, strict: bool = False) -> None:
         step.figures["deliveries"] = len(fresh)
         if not fresh:
             return
-        step.figures["ingest_id"] = number = last + 1
+        number = last + 1
         secret = pseudonyms.load_secret(run.config.privacy.secret)
         require_same_secret(lakehouse, secret)
         now = F.lit(datetime.now(UTC))
@@ -74,9 +74,11 @@ def ingest(run: Run, strict: bool = False) -> None:
                 raise batch.no_transactions
             reservation = step.reserve()
             # keys before rows, so that no row ever has a key that user_keys lacks
-            if forgotten_users := _add_user_keys(lakehouse, raw, secret, number, after=reservation):
-                step.figures["forgotten_users"] = forgotten_users
+            forgotten_users = _add_user_keys(lakehouse, raw, secret, number, after=reservation)
             row_counts = _write_raw_tables(run, raw, secret, number, now, after=reservation)
+            step.figures["ingest_id"] = number
+            if forgotten_users:
+                step.figures["forgotten_users"] = forgotten_users
             step.figures.update(row_counts)
             step.figures["rows_in"] = step.figures["rows_out"] = sum(row_counts.values())
             read = [(identity, d.table, d.name, d.fingerprint, number) for d in batch.deliveries]
