@@ -52,7 +52,7 @@ _TYPES = {
     "DATE": ("DATE", TEXT),
 }
 """Types of CAST by sqlglot's name -> Spark's name and the kind of the value."""
-_COMPARISONS = {
+_COMPARISONS: dict[type[exp.Expr], str] = {
     exp.EQ: "=",
     exp.NEQ: "<>",
     exp.GT: ">",
@@ -61,8 +61,8 @@ _COMPARISONS = {
     exp.LTE: "<=",
     exp.NullSafeEQ: "<=>",
 }
-_ARITHMETIC = {exp.Add: "+", exp.Sub: "-", exp.Mul: "*", exp.Mod: "%"}
-_MATCHES = {exp.Like: "LIKE", exp.ILike: "ILIKE", exp.RegexpLike: "RLIKE"}
+_ARITHMETIC: dict[type[exp.Expr], str] = {exp.Add: "+", exp.Sub: "-", exp.Mul: "*", exp.Mod: "%"}
+_MATCHES: dict[type[exp.Expr], str] = {exp.Like: "LIKE", exp.ILike: "ILIKE", exp.RegexpLike: "RLIKE"}
 
 
 class Value(NamedTuple):

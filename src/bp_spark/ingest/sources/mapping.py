@@ -212,6 +212,11 @@ class TableMapping(Section):
         return ()
 
     @property
+    def selects(self) -> bool:
+        """Whether some rows of the files don't belong to the table."""
+        return self.where is not None or self.explode is not None
+
+    @property
     def reader_options(self) -> dict[str, str]:
         """Options as texts, by name in lower case."""
         return {name.lower(): str(value) for name, value in self.options.items()}
@@ -237,6 +242,12 @@ class TableMapping(Section):
             elif isinstance(rule, ColumnRule):
                 names |= set(rule.platform_columns)
         return names
+
+    @property
+    def top_level_names(self) -> list[str]:
+        """Keys that a JSON object may have for the names of the mapping, sorted."""
+        names = self.platform_columns
+        return sorted(names | {name.split(".")[0] for name in names})
 
 
 class OrdersMapping(TableMapping):
