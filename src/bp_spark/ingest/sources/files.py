@@ -301,7 +301,7 @@ def _require_columns(schema: T.StructType, mapping: TableMapping, file: str, par
     of the mapping.
     """
     missing = missing_columns(schema, mapping, partitions)
-    if mapping.explode and not missing and not is_array(schema, mapping.explode):
+    if mapping.explode and mapping.explode not in missing and not is_array(schema, mapping.explode):
         raise DataError(file, "column can't be exploded: it is no array of objects", column=mapping.explode)
     if not missing:
         return

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import sqlglot
 from sqlglot import exp
 from sqlglot.dialects.spark import Spark
 from sqlglot.errors import SqlglotError
+from sqlglot.parsers.spark import SparkParser
 
 TEXT, WHOLE, DECIMAL, DOUBLE, BOOLEAN, INSTANT, NESTED = (
     *("text", "whole", "decimal", "double", "boolean", "instant", "nested"),
@@ -138,10 +139,10 @@ _ZONED = (
 class _Dialect(Spark):
     """SQL of Spark in which calls of functions are left as they are written."""
 
-    class Parser(Spark.parser_class):  # type: ignore[misc, name-defined]
-        FUNCTIONS: dict[str, object] = {}  # noqa: RUF012 - as in the base class
-        FUNCTION_PARSERS = {  # noqa: RUF012
-            name: parser for name, parser in Spark.parser_class.FUNCTION_PARSERS.items() if name in ("CAST", "TRY_CAST")
+    class Parser(SparkParser):
+        FUNCTIONS: ClassVar[dict[str, Callable[..., Any]]] = {}
+        FUNCTION_PARSERS: ClassVar = {
+            name: parser for name, parser in SparkParser.FUNCTION_PARSERS.items() if name in ("CAST", "TRY_CAST")
         }
 
 

@@ -9,7 +9,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from bp_spark.ingest.sources import expressions, grammar
-from bp_spark.ingest.sources.fields import NO_ELEMENTS
+from bp_spark.ingest.sources.fields import NO_ELEMENTS, UNEXPLODED
 from bp_spark.ingest.sources.lines import CORRUPT, quoted_column
 from bp_spark.ingest.sources.mapping import ColumnRule, TableMapping
 
@@ -64,12 +64,14 @@ def with_selection(df: DataFrame, mapping: TableMapping) -> DataFrame:
     Raises:
         ValueError: ``where`` doesn't fit the types of its columns.
     """
-    belongs = ~F.col(NO_ELEMENTS) if NO_ELEMENTS in df.columns else F.lit(True)
+    is_exploded = NO_ELEMENTS in df.columns
+    belongs = ~F.col(NO_ELEMENTS) if is_exploded else F.lit(True)
     if mapping.where is None:
         return df.withColumn(BELONGS, belongs)
     kinds: Mapping[str, str] = kinds_of(df, grammar.columns_of(mapping.where))
     where = expressions.condition(mapping.where, kinds)
     corrupt = F.col(CORRUPT).isNotNull() if CORRUPT in df.columns else F.lit(False)
+    corrupt = corrupt | F.col(UNEXPLODED).isNotNull() if is_exploded else corrupt
     df = df.withColumns(
         {"_where": F.expr(where.sql), "_where_failed": F.expr(expressions.joined(where.failures)) & ~corrupt}
     )
