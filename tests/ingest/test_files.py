@@ -24,6 +24,7 @@ from bp_spark.core.spark_errors import SPARK_ERRORS
 from bp_spark.ingest.sources.contract import Delivery
 from bp_spark.ingest.sources.files import FilesSource
 from bp_spark.lakehouse.tables import INGEST_COLUMNS, RAW_TRANSACTIONS
+from tests.support.sources import rows_of, source_of, utc
 
 ORDERS = """
 transactions:
@@ -31,26 +32,6 @@ transactions:
   format: csv
   columns: {user_id: who, ts: at, amount: paid}
 """
-
-
-def source_of(folder: Path, mapping: str, **files: str) -> FilesSource:
-    """A source in ``folder`` with this mapping; files are given as ``name__csv="text"``."""
-    for name, text in files.items():
-        (folder / name.replace("__", ".")).write_text(text, encoding="utf-8")
-    (folder / "shop.yaml").write_text(mapping, encoding="utf-8")
-    return FilesSource(folder / "shop.yaml")
-
-
-def rows_of(spark: SparkSession, source: FilesSource, table: str = "raw_transactions") -> list[Any]:
-    df = source.read(spark, source.deliveries(spark))[table]
-    times = [name for name in df.columns if name in ("ts", "signup_ts")]
-    # collected timestamps are shown in the zone of the machine; the instant itself is not
-    exact = df.withColumns({name: F.unix_micros(name) for name in times})
-    return sorted(exact.collect(), key=lambda row: str(row.asDict()))
-
-
-def utc(*parts: int) -> int:
-    return int(datetime(*parts, tzinfo=UTC).timestamp()) * 1_000_000  # type: ignore[arg-type, misc]
 
 
 @pytest.fixture
