@@ -3,7 +3,7 @@ r"""The mapping language: a YAML file that describes where the columns of the ra
 A mapping with all its keys (only ``transactions`` is mandatory)::
 
     timezone: UTC                # zone of times without an offset; UTC by default
-    transactions:                # also behaviours, searches, reviews, items, users, rates
+    transactions:                # also behaviours, searches, reviews, items, users, rates, consultations, campaigns, promotions
       path: "orders/*.csv"       # glob: from this file's folder, absolute, or an object store's address
       format: csv                # csv, json, parquet, delta
       options: {sep: ";"}        # of Spark's reader; in CSV a header, doubled quotes and quoted line breaks are the defaults
@@ -74,6 +74,9 @@ REQUIRED = {
     "raw_items": ("item_id",),
     "raw_users": ("user_id",),
     "raw_rates": ("currency", "day", "rate"),
+    "raw_consultations": ("user_id", "ts"),
+    "raw_campaigns": ("user_id", "campaign_id", "first_day"),
+    "raw_promotions": ("item_id", "first_day"),
 }
 """Raw table -> columns that a mapping of the table must name."""
 OPTIONS = {
