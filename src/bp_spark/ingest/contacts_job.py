@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -116,7 +116,7 @@ def _replace_quarantine(
     lakehouse: Lakehouse,
     log: ContactLog,
     validated: DataFrame,
-    ingests: Mapping[str, list[int]],
+    ingests: Mapping[str, Sequence[object]],
     of_ingests: Column,
     guard: int,
 ) -> int:
