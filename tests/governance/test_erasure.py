@@ -26,7 +26,7 @@ from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import GIVEN_LABELS, LABEL_REQUESTS, MARKET_SEGMENTS, SCORES, USER_PROFILE
 from tests.support.histories import SECRET, sorted_rows, write_night
-from tests.support.platforms import DERIVED, MAPPING
+from tests.support.platforms import CONTACTS, DERIVED, MAPPING
 from tests.support.rows import frame
 
 pytestmark = pytest.mark.slow
@@ -50,6 +50,10 @@ def search(user: str, query: str) -> dict[str, Any]:
     return {"user": user, "time": day(9), "query": query}
 
 
+def talk(user: str, text: str, **more: str) -> dict[str, Any]:
+    return {"user": user, "time": day(9), "channel": "chat", "text": text, **more}
+
+
 FIRST_NIGHT: dict[str, list[dict[str, Any]]] = {
     "items": [{"item": "i1", "title": "Thing", "category": "A > b", "brand": "Acme"}],
     "transactions": [
@@ -64,7 +68,16 @@ FIRST_NIGHT: dict[str, list[dict[str, Any]]] = {
         search(STAYS, "shared words"),
         search(STAYS, f"write to {EMAIL}"),
     ],
+    "consultations": [
+        *(talk(user, f"{user[-1]} asks from {EMAIL}") for user in (GONE, STAYS)),
+        talk(GONE, "whether?", solved="maybe"),
+    ],
+    "campaigns": [
+        *({"user": user, "campaign": "c1", "from": str(TODAY - timedelta(days=300))} for user in (GONE, STAYS)),
+        {"user": GONE, "campaign": "c1", "from": str(TODAY), "cost": -1},
+    ],
 }
+CONTACT_TABLES = {"raw_consultations", "raw_campaigns", "consultations", "campaign_contacts"}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +87,7 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     write_night(folder / "files", 0, **FIRST_NIGHT)
     with (folder / "files/transactions/000.json").open("a", encoding="utf-8") as file:
         file.write(f'{{"user": "{GONE}", "order": \n')
-    (folder / "files/source.yaml").write_text(MAPPING, encoding="utf-8")
+    (folder / "files/source.yaml").write_text(MAPPING + CONTACTS, encoding="utf-8")
     settings = settings_of(folder / "tables")
     with chdir(folder):
         pipeline.featurize(spark, settings, [AS_OF])
@@ -156,14 +169,20 @@ def test_ids_stand_in_user_keys_only_and_secret_and_addresses_nowhere(
     secret = SECRET.value.decode()
     assert found(spark, tables, EMAIL, secret, SECRET.value.hex()) == set()
     # what is searched is there to be found: a key, a masked word, and in what isn't Parquet a table's name
-    assert found(spark, tables, SECRET.key_of(GONE)) >= {"raw_transactions", "events", "quarantine", "user_features"}
+    assert found(spark, tables, SECRET.key_of(GONE)) >= {
+        *("raw_transactions", "events", "quarantine", "user_features"),
+        *CONTACT_TABLES,
+    }
     assert found(spark, tables, "shared") == {"raw_searches", "texts"}
     assert "events" in found(spark, tables, "delta.enableChangeDataFeed")
     lakehouse = Lakehouse(spark, settings_of(tables).tables)
     keys = {row["user_id"]: row["user_key"] for row in lakehouse.read("user_keys").collect()}
     assert keys == {user: SECRET.key_of(user) for user in (GONE, STAYS, *OTHERS)}
     refused = [row["rule"] for row in lakehouse.read("quarantine").orderBy("rule").collect()]
-    assert refused == ["amount is unreadable", "amount is unreadable", "row is unreadable", "user_id is missing"]
+    assert refused == [
+        *("amount is unreadable", "amount is unreadable", "cost is negative", "row is unreadable"),
+        *("solved is unreadable", "user_id is missing"),
+    ]
     monkeypatch.setenv("BP_SPARK_SECRET", "another-secret-of-more-than-32-bytes")
     with pytest.raises(ConfigError, match="rotate-keys"):
         pipeline.forget(spark, settings_of(tables), [GONE])
@@ -192,7 +211,7 @@ def test_a_forgotten_user_is_in_no_file_and_the_nights_go_on(
     assert found(spark, tables, SECRET.key_of(GONE), GONE, "mine", ids=(GONE,)) == set()
     assert [folder.name for folder in (tables / "work").iterdir()] == ["fresh"]
     assert {row["text"] for row in lakehouse.read("texts").collect()} == {*ids} - {"only mine"}
-    for name in ("scores", "user_profile", "label_requests", "given_labels"):
+    for name in ("scores", "user_profile", "label_requests", "given_labels", *CONTACT_TABLES):
         assert {row[0] for row in lakehouse.read(name).select("user_key").collect()} == {SECRET.key_of(STAYS)}
     # what counted the user is not to be held against what does not
     assert lakehouse.read("market_segments").isEmpty()
@@ -268,6 +287,7 @@ def test_rotated_keys_are_in_no_file_and_known_events_stay_known(
         "user_daily",
         "scores",
         "given_labels",
+        *CONTACT_TABLES,
         "quarantine",
     }
     assert lakehouse.read("label_requests").isEmpty()
@@ -334,6 +354,10 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
             "given_labels",
             "label_requests",
             "raw_transactions",
+            "raw_consultations",
+            "raw_campaigns",
+            "consultations",
+            "campaign_contacts",
             "quarantine",
         )
     } == {
@@ -343,6 +367,10 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
         "given_labels": "2",
         "label_requests": "2",
         "raw_transactions": "0",
+        "raw_consultations": "0",
+        "raw_campaigns": "0",
+        "consultations": "0",
+        "campaign_contacts": "2",
         "quarantine": "0",
     }
     oldest = [

@@ -26,6 +26,17 @@ items:
 """
     + WRITTEN_TEXTS
 )
+CONTACTS = """
+consultations:
+  path: "consultations/*.json"
+  format: json
+  columns: {user_id: user, ts: time, channel: channel, topic: topic, text: text, solved: solved}
+campaigns:
+  path: "campaigns/*.json"
+  format: json
+  columns: {user_id: user, campaign_id: campaign, first_day: from, last_day: to, kind: kind, cost: cost}
+"""
+"""Of a mapping: contacts with users, for the tests that deliver some."""
 
 
 DERIVED = ("events", "quarantine", "texts", "user_daily", "user_features")

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from bp_spark.ingest.sources.completejourney import FILES, PACKAGE, data_folder
+from bp_spark.ingest.sources.completejourney import PACKAGE, REQUIRED, data_folder
 
 SMALL = [
     "texts.max_tokens=8",
@@ -41,12 +41,21 @@ def write_small_package(folder: Path, households: Collection[str]) -> Path:
     (package / "data").mkdir(parents=True)
     (package / "__init__.py").touch()
     chosen = pa.array(sorted(households))
-    tables = {name: pq.read_table(data_folder() / f"{name}.parquet") for name in FILES.values()}
+    tables = {name: _table(data_folder() / f"{name}.parquet") for name in REQUIRED}
     bought = tables["transactions"].filter(_of(tables["transactions"], chosen))["product_id"].unique()
     for name, table in tables.items():
-        rows = pc.is_in(table["product_id"], bought) if name == "products" else _of(table, chosen)
-        pq.write_table(table.filter(rows), package / "data" / f"{name}.parquet", coerce_timestamps="us")
+        if "household_id" in table.column_names:
+            table = table.filter(_of(table, chosen))
+        elif "product_id" in table.column_names:
+            table = table.filter(pc.is_in(table["product_id"], bought))
+        pq.write_table(table, package / "data" / f"{name}.parquet", coerce_timestamps="us")
     return folder
+
+
+def _table(path: Path) -> pa.Table:
+    """Rows of a file, or its first ones: promotions have 21 million."""
+    file = pq.ParquetFile(path)
+    return pa.Table.from_batches(batch for batch, _ in zip(file.iter_batches(100_000), range(20), strict=False))
 
 
 def small_settings(folder: Path) -> list[str]:

@@ -63,7 +63,7 @@ def quarantine(
 ) -> None:
     """Count the quarantined rows, or judge them again after a change of rules, items or rates.
 
-    A replay moves the rows that now pass to events.
+    A replay moves the rows that now pass to events, consultations and campaign_contacts.
 
     Example: bp-spark quarantine replay cleaning.max_amount=5000000
     """

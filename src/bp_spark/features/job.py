@@ -15,7 +15,7 @@ from bp_spark.core.session import broadcast_few, checkpointed, persisted
 from bp_spark.core.spark_errors import SPARK_ERRORS, is_feed_gone
 from bp_spark.core.version import __version__
 from bp_spark.features import catalogue, user_daily
-from bp_spark.ingest import cleaning, texts
+from bp_spark.ingest import cleaning, contacts_job, texts
 from bp_spark.ingest.job import clean, distinct_dates, embed, ingest, replay, require_same_currency, span
 from bp_spark.lakehouse.run import Run, Step, recorded
 from bp_spark.lakehouse.store import Lakehouse
@@ -46,6 +46,7 @@ def featurize(
             require_same_currency(run.lakehouse, config.cleaning.currency)
         ingest(run, strict)
         clean(run, rebuild)
+        contacts_job.contacts(run, rebuild)
         embed(run)
         aggregate(run, rebuild)
         write_features(run, as_of)
@@ -53,7 +54,9 @@ def featurize(
 
 
 def replay_quarantine(spark: SparkSession, config: Config) -> list[dict[str, Any]]:
-    """Validate the rows in quarantine again, after a change of rules, items or rates, and move the good ones into ``events``.
+    """Validate the rows in quarantine again, after a change of rules, items or rates, and move the good ones out of it.
+
+    They go to ``events``, ``consultations`` and ``campaign_contacts``.
 
     Returns:
         The stages that ran, as in ``runs``.
@@ -63,6 +66,7 @@ def replay_quarantine(spark: SparkSession, config: Config) -> list[dict[str, Any
     """
     with recorded(spark, config, "quarantine replay") as run:
         replay(run)
+        contacts_job.replay(run)
         embed(run)
         aggregate(run, rebuild=False)
         return run.records

@@ -24,6 +24,8 @@ from bp_spark.ingest.job import embed
 from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import (
+    CAMPAIGN_CONTACTS,
+    CONSULTATIONS,
     DELIVERIES,
     EVENTS,
     GIVEN_LABELS,
@@ -52,7 +54,8 @@ def stop_other_writers(lakehouse: Lakehouse) -> dict[str, int]:
     Returns:
         Table -> version of the reservation under which it may be written.
     """
-    derived = (DELIVERIES, EVENTS, TEXTS, TEXT_EMBEDDINGS, USER_DAILY, SCORES_LATEST, MARKET_SEGMENTS)
+    of_ingest = (DELIVERIES, EVENTS, CONSULTATIONS, CAMPAIGN_CONTACTS, TEXTS, TEXT_EMBEDDINGS)
+    derived = (*of_ingest, USER_DAILY, SCORES_LATEST, MARKET_SEGMENTS)
     reservations = {
         table.name: lakehouse.reserve(table, lakehouse.commit_metadata(table.name))
         for table in (*derived, LABEL_REQUESTS, GIVEN_LABELS)

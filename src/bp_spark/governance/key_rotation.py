@@ -17,11 +17,13 @@ from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.session import persisted
 from bp_spark.features.job import aggregate
 from bp_spark.governance import cleanup
-from bp_spark.ingest import pseudonyms
+from bp_spark.ingest import contacts_job, pseudonyms
 from bp_spark.ingest.job import clean, embed, require_same_secret
 from bp_spark.lakehouse.run import recorded
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import (
+    CAMPAIGN_CONTACTS,
+    CONSULTATIONS,
     DELIVERIES,
     EVENTS,
     GIVEN_LABELS,
@@ -40,10 +42,10 @@ PROVEN_KEYS = 1_000
 def rotate_keys(spark: SparkSession, config: Config, to: str) -> list[dict[str, Any]]:
     """Give every user a new key, made with another secret, and erase the files that hold the old ones.
 
-    Raw rows, scores and survey labels get the new keys. A key is part of an event's identity, so events and what follows
-    from them are derived from the raw rows again. Features, training sets, profiles and label requests are emptied:
-    ``featurize``, ``train``, ``profile`` and ``select-labels`` make them again. A hash of the key decides holdout and folds,
-    so both change: train again.
+    Raw rows, scores and survey labels get the new keys. A key is part of an event's identity, so events, contacts and
+    what follows from them are derived from the raw rows again. Features, training sets, profiles and label requests are
+    emptied: ``featurize``, ``train``, ``profile`` and ``select-labels`` make them again. A hash of the key decides holdout and
+    folds, so both change: train again.
 
     Args:
         spark: The session.
@@ -78,6 +80,7 @@ def rotate_keys(spark: SparkSession, config: Config, to: str) -> list[dict[str, 
                         "again, or their rows come in with later deliveries"
                     )
             clean(run, rebuild=True)
+            contacts_job.contacts(run, rebuild=True)
             embed(run)
             aggregate(run, rebuild=True)
             new_columns = {
@@ -140,7 +143,8 @@ def _require_keys_of_users(lakehouse: Lakehouse, users: DataFrame) -> None:
     Raises:
         DataError: Some rows have another key.
     """
-    tables = (*RAW_TABLES, EVENTS, USER_DAILY, SCORES, SCORES_LATEST, GIVEN_LABELS)
+    contacts = (CONSULTATIONS, CAMPAIGN_CONTACTS)
+    tables = (*RAW_TABLES, EVENTS, *contacts, USER_DAILY, SCORES, SCORES_LATEST, GIVEN_LABELS)
     keys = [
         lakehouse.read(table.name).select(F.lit(table.name).alias("table"), "user_key").filter("user_key IS NOT NULL")
         for table in tables

@@ -12,14 +12,17 @@ from bp_spark.core.config import Config
 from bp_spark.core.errors import ConfigError
 from bp_spark.governance import cleanup
 from bp_spark.lakehouse.run import Run, recorded
-from bp_spark.lakehouse.tables import PROFILE_TABLES, RAW_LOGS
+from bp_spark.lakehouse.tables import PROFILE_TABLES, RAW_CONTACTS, RAW_LOGS
 
 ROW_DAYS: Mapping[str, Mapping[str, str]] = {
     "raw": {
-        **dict.fromkeys((table.name for table in RAW_LOGS), "ingested_at"),
+        **dict.fromkeys((table.name for table in (*RAW_LOGS, *RAW_CONTACTS)), "ingested_at"),
         "quarantine": "substring(get_json_object(row, '$.ingested_at'), 1, 10)",
     },
-    "events": {"events": "event_date"},
+    "events": {
+        **dict.fromkeys(("events", "consultations"), "event_date"),
+        "campaign_contacts": "coalesce(last_day, first_day)",
+    },
     "features": {"user_features": "as_of_date"},
     "training": dict.fromkeys(("training_set", "pretraining_set", "label_requests", "given_labels"), "as_of_date"),
     "scores": {name: "score_date" for name in ("scores", "scores_latest", *(table.name for table in PROFILE_TABLES))},

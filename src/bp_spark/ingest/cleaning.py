@@ -26,7 +26,7 @@ from bp_spark.core.config import CleaningConfig
 from bp_spark.ingest.pseudonyms import BROKEN_TEXT
 from bp_spark.ingest.sources.contract import THOUSAND
 from bp_spark.ingest.texts import normalised, text_id
-from bp_spark.lakehouse.tables import EVENTS, RAW_LOGS
+from bp_spark.lakehouse.tables import EVENTS, RAW_CONTACTS, RAW_LOGS
 
 FORMAT = 3
 """Raised when the meaning of events changes; events of an older format are then cleaned anew."""
@@ -46,7 +46,7 @@ NEW, CHANGED, KNOWN = "new", "changed", "known"
 _AMOUNTS = ("amount", "discount", "coupon_discount")
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _JSON = {"timestampFormat": "yyyy-MM-dd'T'HH:mm:ss.SSSSSSXXX"}
-_RAW = {table.name: table for table in RAW_LOGS}
+_RAW = {table.name: table for table in (*RAW_LOGS, *RAW_CONTACTS)}
 _CONTENT = ("item_id", "ts", "quantity", "amount", "discount", "coupon_discount", "rating", "dwell_s", "own_text")
 
 
@@ -63,6 +63,17 @@ class Rule:
     holds: Column
 
 
+def timed_rules(config: CleaningConfig, now: Column | None = None) -> Sequence[Rule]:
+    """Return the rules of rows with a user and a time; see :func:`rules`."""
+    latest = (F.col("ingested_at") if now is None else now) + F.expr(f"INTERVAL {config.ahead_minutes} MINUTES")
+    return [
+        Rule("user_id is missing", F.col("user_key").isNotNull()),
+        Rule("ts is missing", F.col("ts").isNotNull()),
+        Rule("ts is in the future", F.col("ts") <= latest),
+        Rule(f"ts is before {config.first_day}", F.col("ts") >= F.lit(config.first_day).cast("timestamp")),
+    ]
+
+
 def rules(table: str, config: CleaningConfig, now: Column | None = None) -> Sequence[Rule]:
     """Return the rules of a raw table in their order, for rows with the columns of :func:`_with_references`.
 
@@ -71,7 +82,6 @@ def rules(table: str, config: CleaningConfig, now: Column | None = None) -> Sequ
         config: settings of cleaning.
         now: latest valid time of an event; by default the time of the row's ingest.
     """
-    latest = (F.col("ingested_at") if now is None else now) + F.expr(f"INTERVAL {config.ahead_minutes} MINUTES")
 
     def present(column: str) -> Rule:
         return Rule(f"{column} is missing", F.length(F.trim(F.col(column))) > 0)
@@ -94,12 +104,6 @@ def rules(table: str, config: CleaningConfig, now: Column | None = None) -> Sequ
         # a refund takes the reduction back
         return absent_or(column, (F.col(column) >= 0) | (F.col("amount") < 0), "is negative")
 
-    timed = [
-        Rule("user_id is missing", F.col("user_key").isNotNull()),
-        Rule("ts is missing", F.col("ts").isNotNull()),
-        Rule("ts is in the future", F.col("ts") <= latest),
-        Rule(f"ts is before {config.first_day}", F.col("ts") >= F.lit(config.first_day).cast("timestamp")),
-    ]
     known_item = (
         [Rule("item is unknown", F.col("item_id").isNull() | F.col("item_known"))]
         if config.unknown_items == "quarantine"
@@ -137,7 +141,7 @@ def rules(table: str, config: CleaningConfig, now: Column | None = None) -> Sequ
             *known_item,
         ],
     }
-    return [*timed, *own[table]]
+    return [*timed_rules(config, now), *own[table]]
 
 
 def validate(
@@ -153,7 +157,7 @@ def validate(
     """
     return {
         name: _with_references(raw[name], name, references, config).withColumn(
-            "rule", _first_broken(rules(name, config, now))
+            "rule", first_broken(rules(name, config, now))
         )
         for name in LOGS
         if name in raw
@@ -219,7 +223,8 @@ def _with_rate(df: DataFrame, raw_rates: DataFrame | None, currency: str) -> Dat
     return joined.withColumn("rate", rate).drop("_currency", "_rates")
 
 
-def _first_broken(rules_of_table: Sequence[Rule]) -> Column:
+def first_broken(rules_of_table: Sequence[Rule]) -> Column:
+    """Return the name of the first rule that a raw row breaks; an unreadable value comes before all rules."""
     name = F.array_min(F.map_keys("unreadable"))
     text = F.when(name.isin(*_AMOUNTS), F.try_element_at("unreadable", name))
     reason = F.when(text.rlike(THOUSAND), F.lit(" has a point that may part thousands")).when(

@@ -225,9 +225,10 @@ def clean(run: Run, rebuild: bool) -> None:
         validated = cleaning.validate(batch, raw, run.config.cleaning)
         reservation, figures = step.reserve(), step.figures
         figures["rows"] = figures["rows_in"] = sum(batch[name].count() for name in validated)
-        where = None if first == 1 else {"ingest_id": list(range(first, last + 1))}
+        of_ingests = {} if first == 1 else {"ingest_id": list(range(first, last + 1))}
+        where = {"source": cleaning.LOGS, **of_ingests}
         lakehouse.replace(QUARANTINE, cleaning.quarantine(validated), where=where, after=reservation)
-        quarantined = lakehouse.read("quarantine").filter(F.col("ingest_id").between(first, last))
+        quarantined = _quarantined(lakehouse).filter(F.col("ingest_id").between(first, last))
         figures["quarantine"] = quarantined.count()
         brands = cleaning.brands(raw["raw_items"]) if "raw_items" in raw else None
         note = {
@@ -410,7 +411,7 @@ def replay(run: Run) -> None:
     with run.step("replay", EVENTS, inputs) as step:
         cleaned = _cleaned(run, step.newest)
         reservation, figures = step.reserve(), step.figures
-        rows = checkpointed(lakehouse.read("quarantine"))
+        rows = checkpointed(_quarantined(lakehouse))
         figures["rows"] = figures["rows_in"] = rows.count()
         now = F.lit(datetime.now(UTC))
         # ingest 0 is before any row's
@@ -427,10 +428,16 @@ def replay(run: Run) -> None:
         }
         _add_events(step, cleaning.events(validated), note)
         # events first: if the run stops between the two, a row is in both, and the next replay counts it as a duplicate
-        lakehouse.replace(QUARANTINE, cleaning.quarantine(validated), after=reservation)
-        figures["quarantine"] = lakehouse.read("quarantine").count()
+        where = {"source": cleaning.LOGS}
+        lakehouse.replace(QUARANTINE, cleaning.quarantine(validated), where=where, after=reservation)
+        figures["quarantine"] = _quarantined(lakehouse).count()
         _require_balance(figures)
         figures["rows_out"] = figures["events"]
+
+
+def _quarantined(lakehouse: Lakehouse) -> DataFrame:
+    """Return the rows in quarantine that would be events; those of contacts are another stage's."""
+    return lakehouse.read("quarantine").filter(F.col("source").isin(*cleaning.LOGS))
 
 
 def quarantine_by_rule(spark: SparkSession, config: Config) -> list[tuple[str, str, int]]:

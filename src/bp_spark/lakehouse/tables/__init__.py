@@ -1,6 +1,7 @@
 """Declarations of all tables: name, columns with their comments, key and layout. A declaration holds no code."""
 
 from bp_spark.lakehouse.tables.audit import BACKTESTS, DRIFT, DRIFT_REFERENCE, FAIRNESS, METRICS, RUNS, TRIALS
+from bp_spark.lakehouse.tables.contacts import CAMPAIGN_CONTACTS, CONSULTATIONS
 from bp_spark.lakehouse.tables.events import (
     DELIVERIES,
     EVENTS,
@@ -24,8 +25,12 @@ from bp_spark.lakehouse.tables.profiles import (
 from bp_spark.lakehouse.tables.raw import (
     INGEST_COLUMNS,
     RAW_BEHAVIOURS,
+    RAW_CAMPAIGNS,
+    RAW_CONSULTATIONS,
+    RAW_CONTACTS,
     RAW_ITEMS,
     RAW_LOGS,
+    RAW_PROMOTIONS,
     RAW_RATES,
     RAW_REVIEWS,
     RAW_SEARCHES,
@@ -42,6 +47,8 @@ SHARED_TABLES = (
     DELIVERIES,
     EVENTS,
     QUARANTINE,
+    CONSULTATIONS,
+    CAMPAIGN_CONTACTS,
     TEXTS,
     TEXT_EMBEDDINGS,
     USER_DAILY,
@@ -64,8 +71,10 @@ TABLE_NAMES = (*(table.name for table in SHARED_TABLES), "user_features", "train
 
 __all__ = [
     "BACKTESTS",
+    "CAMPAIGN_CONTACTS",
     "CATEGORY_AFFINITY",
     "CATEGORY_DAY",
+    "CONSULTATIONS",
     "CUSTOMER_SERVICE",
     "DELIVERIES",
     "DRIFT",
@@ -82,8 +91,12 @@ __all__ = [
     "PROFILE_TABLES",
     "QUARANTINE",
     "RAW_BEHAVIOURS",
+    "RAW_CAMPAIGNS",
+    "RAW_CONSULTATIONS",
+    "RAW_CONTACTS",
     "RAW_ITEMS",
     "RAW_LOGS",
+    "RAW_PROMOTIONS",
     "RAW_RATES",
     "RAW_REVIEWS",
     "RAW_SEARCHES",

@@ -110,6 +110,54 @@ RAW_RATES = Table(
     ),
     partition_by=("ingest_id",),
 )
+RAW_CONSULTATIONS = Table(
+    "raw_consultations",
+    "Consultations as delivered: talks of users with the shop's staff or its assistant",
+    columns(
+        ("user_key", "string", "Key of the user; NULL where the platform gave no id"),
+        ("ts", "timestamp", "Time at which the consultation began, UTC"),
+        ("channel", "string", "Chat, telephone, e-mail, store, as the platform names it"),
+        ("topic", "string", "What it was about, as the platform names it"),
+        ("text", "string", "Text that the user wrote or said"),
+        ("solved", "boolean", "Whether the user's question was answered; NULL while it is open, or where nobody knows"),
+        *_DELIVERED,
+        *_INGESTED,
+    ),
+    partition_by=("ingest_id",),
+)
+RAW_CAMPAIGNS = Table(
+    "raw_campaigns",
+    "Campaigns as delivered: one row per user and campaign that addressed the user",
+    columns(
+        ("user_key", "string", "Key of the user; NULL where the platform gave no id"),
+        ("campaign_id", "string", "Campaign"),
+        ("first_day", "date", "First day on which the campaign addressed the user; may lie ahead, as planned"),
+        ("last_day", "date", "Last day of the campaign for the user, inclusive"),
+        ("kind", "string", "E-mail, letter, message, or a type of the platform's own"),
+        ("cost", "decimal(18,6)", "Cost of addressing the user, in the platform's currency"),
+        *_DELIVERED,
+        *_INGESTED,
+    ),
+    partition_by=("ingest_id",),
+)
+RAW_PROMOTIONS = Table(
+    "raw_promotions",
+    "Promotions of items as delivered: offers to everybody, and the items that a campaign's coupons are for",
+    columns(
+        ("item_id", "string", "Item"),
+        ("first_day", "date", "First day of the promotion"),
+        ("last_day", "date", "Last day of the promotion, inclusive"),
+        ("kind", "string", "Display, mailer, coupon, or a kind of the platform's own"),
+        ("promotion_id", "string", "Number of the promotion or the coupon, where the platform has one"),
+        ("campaign_id", "string", "Campaign that the coupon belongs to"),
+        ("stores", "int", "Number of stores that had the promotion, where the platform counts them"),
+        *_DELIVERED,
+        *_INGESTED,
+    ),
+    partition_by=("ingest_id",),
+)
 RAW_LOGS = (RAW_TRANSACTIONS, RAW_BEHAVIOURS, RAW_SEARCHES, RAW_REVIEWS)
 """Tables of events: each of their rows ends in events, duplicates or quarantine."""
-RAW_TABLES = (*RAW_LOGS, RAW_ITEMS, RAW_USERS, RAW_RATES)
+RAW_CONTACTS = (RAW_CONSULTATIONS, RAW_CAMPAIGNS)
+"""Tables of contacts with users: each of their rows ends in a table of contacts, duplicates or quarantine."""
+RAW_TABLES = (*RAW_LOGS, RAW_ITEMS, RAW_USERS, RAW_RATES, *RAW_CONTACTS, RAW_PROMOTIONS)
