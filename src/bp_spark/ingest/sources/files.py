@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
@@ -26,9 +26,14 @@ from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.spark_errors import SPARK_ERRORS
 from bp_spark.core.stores import UNREACHABLE, file_system
 from bp_spark.ingest.sources.contract import Delivery, in_contract
-from bp_spark.ingest.sources.lines import CORRUPT, csv_rows, json_rows, one_row
-from bp_spark.ingest.sources.mapping import DayRule, TableMapping, TimeRule, load_mapping
-from bp_spark.ingest.sources.values import RuleError, rows_in_contract
+from bp_spark.ingest.sources.fields import file_path, is_array, missing_columns, names_in, partitions_of, with_fields
+from bp_spark.ingest.sources.grammar import patterns_of
+from bp_spark.ingest.sources.lines import CORRUPT, csv_rows, head, json_rows, names_in_header, one_row
+from bp_spark.ingest.sources.mapping import ColumnRule, DayRule, TableMapping, TimeRule, load_mapping
+from bp_spark.ingest.sources.selection import BELONGS, with_selection
+from bp_spark.ingest.sources.times import RuleError
+from bp_spark.ingest.sources.totals import shared
+from bp_spark.ingest.sources.values import rows_in_contract
 
 MAX_CHARACTERS = 20_000_000
 """Most characters of one CSV value: a quote that isn't closed would make one value of the rest of the file."""
@@ -93,12 +98,37 @@ class FilesSource:
             DataError: a file can't be read or lacks a column that the mapping names (in JSON a missing key is a NULL).
             ConfigError: a format is no pattern of Spark; a number is mapped to a time without a unit.
         """
+        names = self._names(deliveries)
+        return {table: self._read(spark, table, files) for table, files in names.items()}
+
+    def left_out(self, spark: SparkSession, deliveries: Sequence[Delivery]) -> dict[str, int]:
+        """Return raw table -> rows that ``where`` and empty arrays of ``explode`` leave out; only tables that have either.
+
+        Rows are read for it once more. Of Parquet and Delta these are the columns of ``where`` alone.
+
+        Args:
+            spark: session to read with.
+            deliveries: as for :meth:`read`.
+
+        Raises:
+            DataError: as :meth:`read` does.
+            ConfigError: as :meth:`read` does.
+        """
+        counts: dict[str, int] = {}
+        for table, files in self._names(deliveries).items():
+            if self.tables[table].selects:
+                rows = [self._selected(df, table) for df in self._frames(spark, table, files)]
+                counts[table] = sum(df.filter(~F.col(BELONGS)).count() for df in rows)
+        return counts
+
+    def _names(self, deliveries: Sequence[Delivery]) -> dict[str, list[str]]:
+        """Return the names of deliveries by table, sorted."""
         names: dict[str, list[str]] = {}
-        for delivery in deliveries:
+        for delivery in sorted(deliveries):
             if delivery.table not in self.tables:
                 raise DataError(self.name, f"has no table {delivery.table}, to which delivery {delivery.name} belongs")
             names.setdefault(delivery.table, []).append(delivery.name)
-        return {table: self._read(spark, table, sorted(files)) for table, files in names.items()}
+        return names
 
     def _address(self, path: str) -> str:
         return path if re.match(r"^([A-Za-z][\w+.-]*:)?/", path) else self.folder + path
@@ -120,60 +150,108 @@ class FilesSource:
         return [(path, "delta") for path in files]
 
     def _read(self, spark: SparkSession, table: str, names: list[str]) -> DataFrame:
+        frames = [self._rows(df, table) for df in self._frames(spark, table, names)]
+        return reduce(DataFrame.unionByName, frames) if frames else in_contract(spark.range(0).toDF("nothing"), table)
+
+    def _frames(self, spark: SparkSession, table: str, names: list[str]) -> list[DataFrame]:
+        """Return the rows of files as the platform has them, in a frame for all files with the same columns."""
         mapping = self.tables[table]
-        self._check_formats(spark, table)
+        self._check_patterns(spark, table)
         if mapping.format == "delta":
             with _readable(mapping.path):
                 df = _reader(spark, mapping).load(self._address(mapping.path))
-                columns = df.columns
-            _require_columns(columns, mapping, mapping.path)
-            return self._rows(df, table).filter(F.col("delivery").isin(names))
+                schema = df.schema
+            _require_columns(schema, mapping, mapping.path)
+            return [with_fields(df, mapping, {}).filter(self._delivery().isin(names))]
         by_layout: dict[str, list[str]] = {}
         for name in names:
             with _readable(name):
-                by_layout.setdefault(_layout(spark, mapping, self._address(name)), []).append(name)
-        by_layout.pop("", None)
-        frames = [self._rows(self._load(spark, mapping, files), table) for files in by_layout.values()]
-        return reduce(DataFrame.unionByName, frames) if frames else in_contract(spark.range(0).toDF("nothing"), table)
+                layout = _layout(spark, mapping, self._address(name))
+            if layout:
+                by_layout.setdefault(f"{layout} {sorted(self._partitions(mapping, name))}", []).append(name)
+        return [self._load(spark, mapping, files) for files in by_layout.values()]
+
+    def _partitions(self, mapping: TableMapping, name: str) -> dict[str, str]:
+        """Return the names of the mapping that stand in a file's path."""
+        partitions = partitions_of(self._address(name))
+        return {key: written for key, written in partitions.items() if key in mapping.platform_columns}
 
     def _load(self, spark: SparkSession, mapping: TableMapping, names: Sequence[str]) -> DataFrame:
         """Return the rows of files with the same columns."""
         addresses = [_literal(self._address(name)) for name in names]
+        partitions = self._partitions(mapping, names[0])
         reader = _reader(spark, mapping)
         with _readable(names[0]):
             if mapping.format == "json":
-                return json_rows(spark, mapping, addresses)
+                return with_fields(json_rows(spark, mapping, addresses), mapping, partitions)
+            skipped = set[str]()
             if mapping.format == "parquet":
                 df = reader.load(addresses)
-                columns = df.columns
+                schema = df.schema
+            elif mapping.skip_lines:
+                schema, skipped = self._after_skipped(spark, mapping, names)
+                df = csv_rows(reader.options(header=False), mapping, schema.names, addresses, skipped)
             else:
-                columns = _schema_of(spark, mapping, self._address(names[0])).names
-                df = csv_rows(reader, mapping, columns, addresses)
-        _require_columns(columns, mapping, names[0])
-        return cast(DataFrame, df)
+                schema = _schema_of(spark, mapping, self._address(names[0]))
+                df = csv_rows(reader, mapping, schema.names, addresses)
+        _require_columns(schema, mapping, names[0], partitions)
+        return with_fields(df, mapping, partitions)
+
+    def _after_skipped(
+        self, spark: SparkSession, mapping: TableMapping, names: Sequence[str]
+    ) -> tuple[T.StructType, set[str]]:
+        """Return the columns that the line after skipped ones names, and the lines of all files that are no rows."""
+        heads = [head(spark, mapping, self._address(name)) for name in names]
+        try:
+            columns = names_in_header(mapping, heads[0][-1])
+        except ValueError as error:
+            raise DataError(names[0], str(error)) from None
+        skipped = {line for lines in heads for line in (lines if mapping.has_header else lines[:-1])}
+        return T.StructType([T.StructField(column, T.StringType()) for column in columns]), skipped
+
+    def _selected(self, df: DataFrame, table: str) -> DataFrame:
+        try:
+            return with_selection(df, self.tables[table])
+        except ValueError as error:
+            raise ConfigError(f"{self.name}: {table.removeprefix('raw_')}.where: {error}") from None
 
     def _rows(self, df: DataFrame, table: str) -> DataFrame:
+        mapping = self.tables[table]
+        if mapping.selects:
+            df = self._selected(df, table).filter(BELONGS)
         try:
-            return rows_in_contract(df, table, self.tables[table], self.timezone, self._delivery())
+            rows = rows_in_contract(df, table, mapping, self.timezone, self._delivery())
         except RuleError as error:
             raise ConfigError(f"{self.name}: {_key(table, error.name)}: {error}") from None
+        return shared(rows, mapping.totals) if mapping.totals else rows
 
     def _delivery(self) -> Column:
         """Return the name of the delivery that a row came from, as :meth:`deliveries` gives it."""
-        # Spark escapes the path as an address; a plus stands for itself there, but is a space to url_decode
-        path = F.url_decode(F.replace(F.col("_metadata.file_path"), F.lit("+"), F.lit("%2B")))
+        path = file_path()
         within = path.substr(F.lit(len(self.folder) + 1), F.length(path))
         return F.when(path.startswith(F.lit(self.folder)), within).otherwise(path)
 
-    def _check_formats(self, spark: SparkSession, table: str) -> None:
-        for name, rule in self.tables[table].columns:
+    def _check_patterns(self, spark: SparkSession, table: str) -> None:
+        """Require patterns of times that Spark knows, and regular expressions that Java knows."""
+        mapping = self.tables[table]
+        for name, rule in mapping.columns:
             if isinstance(rule, TimeRule | DayRule) and rule.format:
-                try:
-                    one_row(spark).select(F.try_to_timestamp("nothing", F.lit(rule.format))).collect()
-                except PySparkException as error:
-                    raise ConfigError(
-                        f"{self.name}: {_key(table, name)}.format: {rule.format!r} is no pattern of Spark"
-                    ) from error
+                self._require_known(
+                    spark, f"{_key(table, name)}.format", F.try_to_timestamp("nothing", F.lit(rule.format)), rule.format
+                )
+        expressions = {f"{table.removeprefix('raw_')}.where": mapping.where}
+        expressions |= {
+            f"{_key(table, name)}.expr": rule.expr for name, rule in mapping.columns if isinstance(rule, ColumnRule)
+        }
+        for key, text in expressions.items():
+            for pattern in patterns_of(text) if text else ():
+                self._require_known(spark, key, F.rlike("nothing", F.lit(pattern)), pattern)
+
+    def _require_known(self, spark: SparkSession, key: str, use: Column, pattern: str) -> None:
+        try:
+            one_row(spark).select(use).collect()
+        except PySparkException as error:
+            raise ConfigError(f"{self.name}: {key}: {pattern!r} is no pattern of Spark") from error
 
 
 def _key(table: str, column: str) -> str:
@@ -198,6 +276,9 @@ def _layout(spark: SparkSession, mapping: TableMapping, address: str) -> str:
     with suppress(*UNREACHABLE):
         if mapping.format == "parquet":
             return _parquet_schema(address)
+        if mapping.skip_lines:
+            lines = head(spark, mapping, address)
+            return lines[-1] if len(lines) > mapping.skip_lines else ""
         if mapping.has_header:
             return _first_line(address)
     # no header, or a file that Spark alone can reach
@@ -213,27 +294,32 @@ def _schema_of(spark: SparkSession, mapping: TableMapping, address: str) -> T.St
     return cast(T.StructType, reader.load(literal).schema)
 
 
-def _require_columns(columns: Sequence[str], mapping: TableMapping, file: str) -> None:
+def _require_columns(schema: T.StructType, mapping: TableMapping, file: str, partitions: Iterable[str] = ()) -> None:
     """Raise a DataError for a column that the mapping names and the file lacks.
 
     The first line of a CSV file without a header is a user's row. So the message quotes it only where the line names a column
     of the mapping.
     """
-    mapped = mapping.platform_columns
-    missing = sorted(mapped.difference(columns))
+    missing = missing_columns(schema, mapping, partitions)
+    if mapping.explode and not missing and not is_array(schema, mapping.explode):
+        raise DataError(file, "column can't be exploded: it is no array of objects", column=mapping.explode)
     if not missing:
         return
+    mapped = mapping.platform_columns.difference(partitions)
     if mapping.format == "csv" and mapping.has_header and len(missing) == len(mapped):
         problem = (
-            f"column is missing, and so are all others of the mapping; the first line has {len(columns)} fields between "
-            f"{mapping.separator!r}. For another separator set options: {{sep: ...}}; for a file without a header options: "
-            "{header: false}, and name its columns _c0, _c1, ..."
+            f"column is missing, and so are all others of the mapping; the first line has {len(schema)} fields between "
+            f"{mapping.separator!r}. For another separator set options: {{sep: ...}}; for lines before the header "
+            "skip_lines; for a file without a header options: {header: false}, and name its columns _c0, _c1, ..."
         )
     else:
-        close = difflib.get_close_matches(missing[0], columns, n=1)
-        problem = f"column is missing; there are {', '.join(map(repr, columns))}" + (
-            f"; did you mean {close[0]!r}?" if close else ""
-        )
+        names = names_in(schema)
+        close = difflib.get_close_matches(missing[0], names, n=1)
+        problem = f"column is missing; there are {', '.join(map(repr, names))}"
+        if close == missing[:1]:
+            problem += f"; {close[0].rpartition('.')[0]!r} is an array: name it in explode"
+        elif close:
+            problem += f"; did you mean {close[0]!r}?"
     raise DataError(file, problem, column=missing[0])
 
 

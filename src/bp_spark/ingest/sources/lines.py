@@ -6,14 +6,19 @@ So each record's text is checked here.
 
 from __future__ import annotations
 
+import codecs
+import csv
+import io
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import islice
 from typing import Any, cast
 
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from bp_spark.core.stores import UNREACHABLE, file_system
 from bp_spark.ingest.sources.mapping import TableMapping
 
 CORRUPT = "_bp_spark_corrupt"
@@ -36,7 +41,9 @@ def characters_pattern(text: str) -> str:
     return "".join(rf"\x{{{ord(character):x}}}" for character in text)
 
 
-def csv_rows(reader: Any, mapping: TableMapping, columns: Sequence[str], addresses: list[str]) -> DataFrame:
+def csv_rows(
+    reader: Any, mapping: TableMapping, columns: Sequence[str], addresses: list[str], skipped: Collection[str] = ()
+) -> DataFrame:
     """Return the rows of CSV files with the same columns.
 
     Spark gives the text of a record only where the number of fields differs from that of columns. By SPARE_FIELDS it always
@@ -47,6 +54,7 @@ def csv_rows(reader: Any, mapping: TableMapping, columns: Sequence[str], address
         mapping: the table's mapping.
         columns: columns of the files.
         addresses: the files, as globs.
+        skipped: records that are no rows: the lines before a header, and the header.
     """
     spare = [f"{CORRUPT}_{number}" for number in range(SPARE_FIELDS)]
     fields = [T.StructField(name, T.StringType()) for name in (*columns, *spare, CORRUPT)]
@@ -55,7 +63,49 @@ def csv_rows(reader: Any, mapping: TableMapping, columns: Sequence[str], address
         ~_has_fields(record, mapping, len(columns)), record
     )
     df = reader.schema(T.StructType(fields)).load(addresses)
+    if skipped:
+        df = df.filter(~F.coalesce(record.isin(*skipped), F.lit(False)))
     return cast(DataFrame, df.select("_metadata", *(quoted_column(name) for name in columns), torn.alias(CORRUPT)))
+
+
+def head(spark: SparkSession, mapping: TableMapping, address: str) -> list[str]:
+    """Return the first lines of a CSV file: those that the mapping skips, and the one after them."""
+    count = mapping.skip_lines + 1
+    encoding = mapping.reader_options.get("encoding", mapping.reader_options.get("charset", "utf-8"))
+    try:
+        files, path = file_system(address)
+        with files.open_input_stream(path) as stream:
+            text = io.TextIOWrapper(stream, codecs.lookup(encoding).name, errors="replace")
+            lines = [line.rstrip("\r\n") for line in islice(text, count)]
+    except (*UNREACHABLE, LookupError):
+        rows = spark.read.option("encoding", encoding).text(address).limit(count).collect()
+        lines = [row["value"].rstrip("\r") for row in rows]
+    return [line.removeprefix("\ufeff") for line in lines]
+
+
+def names_in_header(mapping: TableMapping, line: str) -> list[str]:
+    """Return the columns that the first line after skipped ones names; without a header ``_c0, _c1, ...``.
+
+    Raises:
+        ValueError: a name goes on in the next line.
+    """
+    options = mapping.reader_options
+    quote = _unescaped(options.get("quote", '"'))
+    separator = _unescaped(mapping.separator)
+    if quote in ("", "\0") or len(separator) > 1 or len(quote) > 1:
+        fields = line.split(separator)
+    elif line.count(quote) % 2:
+        raise ValueError("the header after skip_lines goes on in the next line")
+    else:
+        fields = next(csv.reader([line], delimiter=separator, quotechar=quote), [])
+    if not mapping.has_header:
+        return [f"_c{place}" for place in range(len(fields))]
+    lower = [field.lower() for field in fields]
+    # as Spark names columns without a name, and those that share one
+    return [
+        f"{field}{place}" if lower.count(field.lower()) > 1 else field
+        for place, field in enumerate(field or f"_c{place}" for place, field in enumerate(fields))
+    ]
 
 
 def _has_fields(record: Column, mapping: TableMapping, count: int) -> Column:
@@ -112,7 +162,7 @@ def json_rows(spark: SparkSession, mapping: TableMapping, addresses: list[str]) 
         # the reader of texts would refuse an unknown encoding only when rows are asked for
         one_row(spark).select(F.encode("nothing", of_text["encoding"])).collect()
     lines = spark.read.format("text").options(wholetext=whole_file, **of_text).load(addresses)
-    row = T.StructType([T.StructField(column, T.StringType()) for column in sorted(mapping.platform_columns)])
+    row = T.StructType([T.StructField(key, T.StringType()) for key in mapping.top_level_names])
     text = F.regexp_replace("value", "^\ufeff", "")
     # in an object of our own that ends with a mark: whatever closes it early, or follows a value, takes the mark away
     mark = uuid.uuid4().hex

@@ -1,45 +1,6 @@
-r"""The mapping language: a YAML file that describes where the columns of the raw contract lie in a platform's files.
+"""The mapping language: a YAML file that describes where the columns of the raw contract lie in a platform's files.
 
-A mapping with all its keys (only ``transactions`` is mandatory)::
-
-    timezone: UTC                # zone of times without an offset; UTC by default
-    transactions:                # also behaviours, searches, reviews, items, users, rates
-      path: "orders/*.csv"       # glob: from this file's folder, absolute, or an object store's address
-      format: csv                # csv, json, parquet, delta
-      options: {sep: ";"}        # of Spark's reader; in CSV a header, doubled quotes and quoted line breaks are the defaults
-      timezone: Asia/Shanghai    # of this table
-      columns:
-        user_id: customer                                      # column of the contract: column of the platform
-        order_id: {column: number, lower: true, valid: ["NA"]} # in lower case; texts that are ids though they look like none
-        ts: {column: time, format: "yyyy/MM/dd HH:mm"}         # or unit: s, ms, us for an epoch; timezone, too
-        amount: {column: paid, decimal: ",", thousands: "."}   # and symbol: "€", negative: trailing (parentheses), round: true
-        quantity: {value: 1}                                   # the same in all rows
-    behaviours:
-      path: clicks.parquet
-      format: parquet
-      columns:
-        user_id: uid
-        ts: at
-        action: {column: event, values: {view: browse, pv: browse}}   # values not listed stay as they are
-    users:
-      path: users.json
-      format: json
-      columns: {user_id: id, segment: {columns: {age: age_bracket, income: income_bracket}}}
-
-Types are never guessed. A value that is not of its column's type becomes NULL, and its text stays in ``unreadable``. A line
-that can't be parsed stays there whole, as ``row``. In CSV such a line has too many or too few fields, or a quote that isn't
-closed. Such a quote takes all lines with it, up to the next quote that could close it. Blank text is NULL.
-
-Ids are texts without surrounding blanks. A whole number is the same id with and without ``.0``. ``nan``, ``null``, ``NA``,
-``\N`` and the like are no ids. ``0``, ``-1`` and JSON objects are no ids of users. ``valid`` lists exceptions.
-
-Money is a number with a decimal point and no other mark, unless the mapping describes other marks. An amount or discount with
-more than two decimals is unreadable unless ``round`` is set. So is the text ``1.234`` while ``decimal`` isn't given.
-
-A CSV file is read by one task, because a quoted value may have line breaks. Files without such values are read in parallel
-with ``options: {multiLine: false}``. An encoding that is not a Unicode one (``options: {encoding: GBK}``) needs Spark's setting
-``spark.sql.legacy.javaCharsets=true``. Files whose names start with ``_`` or ``.`` are no deliveries. A path may be a folder,
-and then means all files in it.
+docs/mapping.md describes each key, with examples.
 """
 
 from __future__ import annotations
@@ -48,6 +9,7 @@ import difflib
 import re
 import zoneinfo
 from collections.abc import Iterable
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -64,6 +26,8 @@ from pydantic import (
 from bp_spark.core.config import Section, parse_yaml
 from bp_spark.core.errors import ConfigError
 from bp_spark.ingest.sources.contract import RAW
+from bp_spark.ingest.sources.expressions import check
+from bp_spark.ingest.sources.grammar import columns_of
 from bp_spark.lakehouse.schema import Table
 
 REQUIRED = {
@@ -115,11 +79,17 @@ Zone = Annotated[str, AfterValidator(_zone)]
 Scalar = str | bool | int | float
 
 
+Expression = Annotated[str, AfterValidator(check)]
+Condition = Annotated[str, AfterValidator(lambda text: check(text, condition=True))]
+
+
 class ColumnRule(Section):
     """Where a column comes from; a bare name stands for ``{column: name}``."""
 
     column: str | None = None
     value: Scalar | None = None
+    expr: Expression | None = None
+    """Expression of Spark SQL over the columns of the row."""
 
     @model_validator(mode="before")
     @classmethod
@@ -128,9 +98,16 @@ class ColumnRule(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> ColumnRule:
-        if (self.column is None) == (self.value is None):
-            raise ValueError("needs either column or value")
+        if sum(origin is not None for origin in (self.column, self.value, self.expr)) != 1:
+            raise ValueError("needs either column or value or expr")
         return self
+
+    @property
+    def platform_columns(self) -> tuple[str, ...]:
+        """Columns of the platform that the value is read from."""
+        if self.expr is not None:
+            return columns_of(self.expr)
+        return () if self.column is None else (self.column,)
 
 
 class TextRule(ColumnRule):
@@ -160,6 +137,8 @@ class MoneyRule(TextRule):
     negative: Literal["leading", "trailing", "parentheses"] = "leading"
     round: bool = False
     """Whether surplus decimals are rounded away."""
+    scale: Decimal | None = Field(None, gt=0, lt=1000, decimal_places=8)
+    """What the number is multiplied by: 0.01 for cents."""
 
     @model_validator(mode="after")
     def _two_marks(self) -> MoneyRule:
@@ -175,11 +154,13 @@ class DayRule(ColumnRule):
 
 
 class TimeRule(ColumnRule):
-    """A time: ``format`` of a text (by default ISO 8601), or ``unit`` of an epoch."""
+    """A time: ``format`` of a text (by default ISO 8601), or ``unit`` of an epoch or of Excel's days."""
 
     format: str | None = None
-    unit: Literal["s", "ms", "us"] | None = None
+    unit: Literal["s", "ms", "us", "ns", "excel_days"] | None = None
     timezone: Zone | None = None
+    zones: dict[Annotated[str, Field(pattern=r"^[A-Za-z]{1,9}$")], Zone] = Field(default_factory=dict)
+    """Short name of a zone, as ``IST`` -> the zone that the platform means."""
 
     @model_validator(mode="after")
     def _text_or_epoch(self) -> TimeRule:
@@ -202,6 +183,12 @@ class TableMapping(Section):
     format: Literal["csv", "json", "parquet", "delta"]
     options: dict[str, Scalar] = Field(default_factory=dict)
     timezone: Zone | None = None
+    where: Condition | None = None
+    """Condition that rows of this table meet."""
+    skip_lines: int = Field(0, ge=0, le=1000)
+    """Lines of a CSV file before its header."""
+    explode: str | None = None
+    """Column with an array of objects; each of them is a row."""
     columns: Section
 
     @field_validator("options")
@@ -210,6 +197,24 @@ class TableMapping(Section):
         if "format" in info.data:
             _require_allowed(options, info.data["format"])
         return options
+
+    @model_validator(mode="after")
+    def _of_the_format(self) -> TableMapping:
+        if self.skip_lines and (self.format != "csv" or "linesep" in self.reader_options):
+            raise ValueError("skip_lines is of CSV files without the option lineSep")
+        if self.explode and self.format == "csv":
+            raise ValueError("explode is of JSON, Parquet and Delta; a CSV file has no arrays")
+        return self
+
+    @property
+    def totals(self) -> tuple[str, ...]:
+        """Columns of the contract that hold an order's total on each of its lines."""
+        return ()
+
+    @property
+    def selects(self) -> bool:
+        """Whether some rows of the files don't belong to the table."""
+        return self.where is not None or self.explode is not None
 
     @property
     def reader_options(self) -> dict[str, str]:
@@ -228,14 +233,42 @@ class TableMapping(Section):
 
     @property
     def platform_columns(self) -> set[str]:
-        """Columns of the platform that the mapping names."""
-        names: set[str] = set()
+        """Columns of the platform that the mapping names; fields of a column as ``customer.id``."""
+        names = {self.explode} if self.explode else set()
+        names |= set(columns_of(self.where)) if self.where else set()
         for _, rule in self.columns:
             if isinstance(rule, SegmentsRule):
                 names |= set(rule.columns.values())
-            elif isinstance(rule, ColumnRule) and rule.column is not None:
-                names.add(rule.column)
+            elif isinstance(rule, ColumnRule):
+                names |= set(rule.platform_columns)
         return names
+
+    @property
+    def top_level_names(self) -> list[str]:
+        """Keys that a JSON object may have for the names of the mapping, sorted."""
+        names = self.platform_columns
+        return sorted(names | {name.split(".")[0] for name in names})
+
+
+class OrdersMapping(TableMapping):
+    """Where order lines come from."""
+
+    per_order: tuple[Literal["amount", "discount", "coupon_discount"], ...] = ()
+    """Columns that hold the order's total on each of its lines."""
+
+    @property
+    def totals(self) -> tuple[str, ...]:
+        """Columns of the contract that hold an order's total on each of its lines."""
+        return self.per_order
+
+    @model_validator(mode="after")
+    def _orders_are_named(self) -> OrdersMapping:
+        if self.per_order and getattr(self.columns, "order_id", None) is None:
+            raise ValueError("per_order needs columns.order_id, to know the lines of an order")
+        for name in self.per_order:
+            if getattr(self.columns, name, None) is None:
+                raise ValueError(f"per_order names {name}, which columns doesn't map")
+        return self
 
 
 RULES = {"timestamp": TimeRule, "date": DayRule, "map<string,string>": SegmentsRule}
@@ -251,7 +284,8 @@ def _model(table: Table) -> Any:
             rule: Any = IdRule if column.name.endswith("_id") else by_type
             fields[column.name] = (rule, ...) if column.name in REQUIRED[table.name] else (rule | None, None)
     columns = create_model(f"{table.name}_columns", __base__=Section, **fields)
-    return create_model(table.name, __base__=TableMapping, columns=(columns, ...))
+    base = OrdersMapping if table.name == "raw_transactions" else TableMapping
+    return create_model(table.name, __base__=base, columns=(columns, ...))
 
 
 MODELS = {name.removeprefix("raw_"): _model(table) for name, table in RAW.items()}
@@ -301,7 +335,11 @@ def _explain(name: str, problem: Any) -> str:
         return f"{name}: {key} is missing"
     if problem["type"] != "extra_forbidden":
         # options may hold the credentials of a store
-        value = "" if problem["loc"][-1] == "options" else f" (got {problem['input']!r})"
+        value = (
+            ""
+            if problem["loc"][-1] == "options" or isinstance(problem["input"], dict)
+            else f" (got {problem['input']!r})"
+        )
         return f"{name}: {key}: {problem['msg']}{value}"
     *parents, last = (str(part) for part in problem["loc"])
     close = difflib.get_close_matches(last, sorted(_keys_within(parents)), n=1)
@@ -316,5 +354,5 @@ def _keys_within(parents: list[str]) -> set[str]:
         case [table, _]:
             return set(MODELS[table].model_fields["columns"].annotation.model_fields)
         case _:
-            sections = (TableMapping, TimeRule, IdRule, MoneyRule)
+            sections = (OrdersMapping, TimeRule, IdRule, MoneyRule)
             return {name for section in sections for name in section.model_fields}

@@ -5,16 +5,19 @@ A value that is not of its column's type becomes NULL, and its text goes to ``un
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from bp_spark.ingest.sources import expressions, grammar
 from bp_spark.ingest.sources.contract import BLANKS, THOUSAND, in_contract, text_map
+from bp_spark.ingest.sources.fields import UNEXPLODED
 from bp_spark.ingest.sources.lines import CORRUPT, characters_pattern, quoted_column
 from bp_spark.ingest.sources.mapping import (
+    REQUIRED,
     ColumnRule,
     DayRule,
     IdRule,
@@ -24,33 +27,20 @@ from bp_spark.ingest.sources.mapping import (
     TextRule,
     TimeRule,
 )
+from bp_spark.ingest.sources.selection import UNREADABLE_WHERE, joined_texts, kinds_of
+from bp_spark.ingest.sources.times import RuleError, moment
 
-MICROS = {"s": 1_000_000, "ms": 1_000, "us": 1}
-"""Microseconds of each unit of an epoch."""
-DATE_AND_TIME = r"^\d{4}-\d\d?-\d\d?([T ]\d\d?:\d\d?(:\d\d?(\.\d+)?)?"
 NO_IDS = ("nan", "null", "none", "nil", "undefined", "na", "n/a", "#n/a", "<na>", "\\n")
 """Texts that programs write where there is no id, in lower case."""
 NO_USERS = ("0", "-1")
 """Ids that shops write for guests."""
 SCALE = 2
 """Decimals of money."""
-ZONE_LETTERS = "[VzOXxZ]"
-"""Letters of a pattern of Spark that stand for a zone or an offset."""
 _NOISE = 1e-6
-
-
-class RuleError(ValueError):
-    """A rule doesn't fit the type of its column.
-
-    Args:
-        name: column of the contract.
-        column: column of the platform, or ``None``.
-        problem: end of a sentence that begins with the column.
-    """
-
-    def __init__(self, name: str, column: str | None, problem: str) -> None:
-        super().__init__(f"column {column} {problem}")
-        self.name = name
+_WHOLE_DOUBLES = 2**53
+"""Whole numbers below are doubles of their own."""
+_SELECTION = {"where": UNREADABLE_WHERE, "explode": UNEXPLODED}
+"""Key of a table in the mapping -> column with the text that it could not read."""
 
 
 @dataclass
@@ -86,13 +76,72 @@ def rows_in_contract(df: DataFrame, table: str, mapping: TableMapping, timezone:
         RuleError: the type of a column doesn't fit its rule.
     """
     columns = _Values()
+    exact = table == "raw_transactions"
     for name, rule in mapping.columns:
         if isinstance(rule, SegmentsRule):
             columns.values[name] = _segments(df, rule)
         elif isinstance(rule, ColumnRule):
-            _add(columns, df, name, rule, mapping.timezone or timezone, exact=table == "raw_transactions")
+            mapped, text = rule, None
+            if rule.expr is not None:
+                df, mapped, text = _with_expression(df, table, name, rule, mapping, exact=exact)
+            _add(columns, df, name, mapped, mapping.timezone or timezone, exact=exact)
+            if text is not None:
+                columns.texts[name] = text
     df = df.withColumns(columns.numbers) if columns.numbers else df
     return _shaped(_with_ids(df, columns.ids, columns.id_rules), table, columns, delivery)
+
+
+def _with_expression(
+    df: DataFrame, table: str, name: str, rule: ColumnRule, mapping: TableMapping, *, exact: bool
+) -> tuple[DataFrame, ColumnRule, Column | None]:
+    """Return rows with the value of an expression as a column, the rule of this column, and the text where it's unreadable."""
+    expr = rule.expr or ""
+    kinds = kinds_of(df, grammar.columns_of(expr))
+    df, numbers = _with_numbers(df, name, rule, kinds, exact=exact) if isinstance(rule, MoneyRule) else (df, {})
+    try:
+        value = expressions.translate(expr, kinds, numbers)
+    except ValueError as error:
+        raise RuleError(name, "the expression", str(error)) from None
+    sql, column = value.sql, _origin(name)
+    if isinstance(rule, IdRule) and value.kind == grammar.DOUBLE:
+        # beyond that, two ids are one double
+        sql = f"CASE WHEN abs({sql}) < {_WHOLE_DOUBLES} THEN {sql} END"
+    failed = f"failed in {name}"
+    df = df.withColumns({column: F.expr(sql), failed: F.expr(expressions.joined(value.failures))})
+    update: dict[str, object] = {"column": column, "expr": None}
+    if isinstance(rule, MoneyRule) and value.kind != grammar.TEXT:
+        update |= {"decimal": ".", "thousands": None, "symbol": None, "negative": "leading"}
+    text = joined_texts(df, kinds, mapping)
+    if value.kind == grammar.TEXT:
+        text = F.coalesce(_text(df, column), text)
+    is_unread = quoted_column(failed)
+    if name == "user_id":
+        return df, rule.model_copy(update=update), None
+    if not isinstance(rule, IdRule):
+        # NULL in a mandatory column is no answer, whatever the expression means by it
+        is_unread = F.lit(True) if name in REQUIRED[table] else is_unread | quoted_column(column).isNotNull()
+    return df, rule.model_copy(update=update), F.when(is_unread, text)
+
+
+def _origin(name: str) -> str:
+    """Return the name of the column that holds the value of an expression."""
+    return f"expression of {name}"
+
+
+def _with_numbers(
+    df: DataFrame, name: str, rule: MoneyRule, kinds: dict[str, str], *, exact: bool
+) -> tuple[DataFrame, dict[str, str]]:
+    """Add the number of each text that an expression of money uses, by the marks of its rule; return their names as well."""
+    texts = [column for column in kinds if isinstance(df.schema[column].dataType, T.StringType)]
+    numbers = {column: f"number of {column} in {name}" for column in texts}
+    values = {numbers[column]: _unambiguous(_text(df, column), rule, exact=exact) for column in texts}
+    return (df.withColumns(values) if values else df), numbers
+
+
+def _unambiguous(text: Column, rule: MoneyRule, *, exact: bool) -> Column:
+    """Return the number in a text, but for a thousand with a mark that may be a point."""
+    is_ambiguous = exact and not rule.round and rule.decimal is rule.thousands is None
+    return F.when(~text.rlike(THOUSAND), text) if is_ambiguous else _number(text, rule)
 
 
 def _add(columns: _Values, df: DataFrame, name: str, rule: ColumnRule, zone: str, *, exact: bool) -> None:
@@ -107,13 +156,20 @@ def _add(columns: _Values, df: DataFrame, name: str, rule: ColumnRule, zone: str
         is_text = isinstance(df.schema[rule.column].dataType, T.StringType)
         number = quoted_column(f"number of {name}")
         must_be_exact = exact and not rule.round
-        columns.numbers[f"number of {name}"] = _number(text, rule)
+        if rule.scale is not None:
+            # what is scaled has no mark any more
+            text = _unambiguous(text, rule, exact=exact) if is_text else _number(text, rule)
+            is_text = False
+            columns.numbers[f"number of {name}"] = _scaled(text, rule.scale)
+        else:
+            columns.numbers[f"number of {name}"] = _number(text, rule)
         columns.values[name] = F.when(_is_exact(number, rule, is_text=is_text), number) if must_be_exact else number
         columns.texts[name] = _text(df, rule.column)
     elif isinstance(rule, TimeRule | DayRule):
         kind = T.StringType() if rule.column is None else df.schema[rule.column].dataType
         columns.texts[name] = text
-        columns.values[name] = _moment(name, rule, text, kind, zone)
+        origin = "the expression" if rule.column == _origin(name) else f"column {rule.column}"
+        columns.values[name] = moment(name, rule, text, kind, zone, origin)
 
 
 def _add_id(columns: _Values, name: str, rule: IdRule, text: Column) -> None:
@@ -134,13 +190,16 @@ def _segments(df: DataFrame, rule: SegmentsRule) -> Column:
 def _shaped(df: DataFrame, table: str, columns: _Values, delivery: Column) -> DataFrame:
     """Return ``in_contract``, with the texts of unreadable values and lines in ``unreadable``."""
     corrupt = F.col(CORRUPT) if CORRUPT in df.columns else F.lit(None).cast("string")
+    selected = {key: F.col(column) for key, column in _SELECTION.items() if column in df.columns}
     prepared = df.select(
         *(F.when(corrupt.isNull(), value).alias(name) for name, value in columns.values.items()),
         *(F.when(corrupt.isNull(), text).alias(f"text of {name}") for name, text in columns.texts.items()),
         corrupt.alias("row"),
         delivery.alias("delivery"),
+        *(column.alias(key) for key, column in selected.items()),
     )
     unread = {name: F.when(F.col(name).isNull(), F.col(f"text of {name}")) for name in columns.texts}
+    unread |= {key: F.col(key) for key in selected}
     values = {name: F.col(name) for name in (*columns.values, "delivery")}
     return in_contract(prepared, table, text_map({"row": F.col("row"), **unread}), **values)
 
@@ -235,53 +294,7 @@ def _is_exact(number: Column, rule: MoneyRule, *, is_text: bool) -> Column:
     )
 
 
-# --- times ---------------------------------------------------------------------------------------------------------------
-
-
-def _moment(name: str, rule: TimeRule | DayRule, text: Column, kind: T.DataType, zone: str) -> Column:
-    """Return a time or date from its column's text and type; NULL where it can't be read."""
-    if isinstance(rule, DayRule):
-        if isinstance(kind, T.TimestampType):
-            raise RuleError(name, rule.column, "is an instant; a day must be a date or a text")
-        return _day(rule, text, kind)
-    zone = rule.timezone or zone
-    if isinstance(kind, T.TimestampType):
-        return quoted_column(rule.column or "")
-    if isinstance(kind, T.TimestampNTZType | T.DateType):
-        return _in_zone(quoted_column(rule.column or "").cast("timestamp_ntz"), zone)
-    text = F.trim(text)
-    if rule.unit:
-        micros = text.try_cast("decimal(26,6)") * F.lit(MICROS[rule.unit])
-        return F.timestamp_micros(micros.try_cast("bigint"))
-    if rule.format:
-        return _formatted(text, rule.format, zone)
-    if isinstance(kind, T.NumericType):
-        raise RuleError(name, rule.column, "is a number: say its unit (s, ms, us) or its format")
-    return _iso_8601(text, zone)
-
-
-def _day(rule: DayRule, text: Column, kind: T.DataType) -> Column:
-    if rule.format and isinstance(kind, T.StringType):
-        return F.try_to_timestamp(F.trim(text), F.lit(rule.format)).cast("date")
-    return F.when(text.rlike(r"^\s*\d{4}-\d\d?-\d\d?"), text.try_cast("date"))
-
-
-def _iso_8601(text: Column, zone: str) -> Column:
-    local = F.when(text.rlike(f"{DATE_AND_TIME})?$"), _in_zone(text.try_cast("timestamp_ntz"), zone))
-    # a letter or sign after the time begins an offset or zone; other texts that Spark would read depend on its session
-    zoned = F.regexp_replace(text, r"^(\S+[T ]\d\d?:\d\d?)( ?[A-Za-z+-])", "$1:00$2")
-    return local.when(text.rlike(f"{DATE_AND_TIME} ?[A-Za-z+-].*)$"), zoned.try_cast("timestamp"))
-
-
-def _in_zone(wall_clock: Column, zone: str) -> Column:
-    return F.concat(wall_clock.cast("string"), F.lit(f" {zone}")).try_cast("timestamp")
-
-
-def _formatted(text: Column, pattern: str, zone: str) -> Column:
-    """Return the time of a text by a pattern; the pattern's zone is missing, optional (in brackets) or mandatory."""
-    bare = re.sub(rf"\[[^\[\]']*{ZONE_LETTERS}[^\[\]']*\]", "", pattern)
-    with_zone = F.try_to_timestamp(text, F.lit(pattern))
-    if re.search(ZONE_LETTERS, re.sub("'[^']*'", "", bare)):
-        return with_zone
-    local = F.try_to_timestamp(F.concat(text, F.lit(f" {zone}")), F.lit(f"{bare} VV"))
-    return local if bare == pattern else F.coalesce(local, with_zone)
+def _scaled(number: Column, scale: Decimal) -> Column:
+    """Return a number times a scale, as text without surplus zeros; exact, as products of doubles are not."""
+    product = number.try_cast("decimal(26,10)") * F.lit(scale).cast("decimal(11,8)")
+    return F.regexp_replace(product.cast("string"), r"\.?0+$", "")
