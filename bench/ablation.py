@@ -30,7 +30,7 @@ from bp_spark.core.config import Config, FusionConfig, MemberName
 from bp_spark.core.session import MODEL_MODULES, get_session
 from bp_spark.evaluation import bootstrap
 from bp_spark.features import labels
-from bp_spark.ingest import job as ingest_job
+from bp_spark.ingest import clean
 from bp_spark.lakehouse.run import Run
 from bp_spark.model.inputs import InputSpec
 from bp_spark.model.stack import CalibratedStack
@@ -69,7 +69,7 @@ def run(settings: Config, test_date: date | None, folder: Path) -> dict[str, Any
     """All figures; the folder takes checkpoints of the way."""
     spark = get_session(settings, "bp-spark bench", MODEL_MODULES)
     line = Run(spark, settings)
-    first, last = ingest_job.span(line.lakehouse)
+    first, last = clean.span(line.lakehouse)
     test_date = test_date or last - timedelta(days=settings.labels.horizon_days)
     dates = labels.cutoffs(first, test_date, settings.labels)
     version, vocabulary, _ = dataset.prepare(line, dates, test_date)

@@ -35,7 +35,7 @@ from bp_spark.evaluation import metrics
 from bp_spark.features import catalogue as features
 from bp_spark.features import job as feature_job
 from bp_spark.features.catalogue import Catalogue
-from bp_spark.ingest import job as ingest_job
+from bp_spark.ingest import clean
 from bp_spark.lakehouse.run import Run
 from bp_spark.model.columns import Columns, to_matrix
 from bp_spark.model.members.base import Member, predict_all
@@ -76,7 +76,7 @@ def run(settings: config.Config, seeds: int, most: int = MOST, test_date: date |
     spark = get_session(settings, "bp-spark bench")
     line = Run(spark, settings)
     horizon = timedelta(days=settings.labels.horizon_days)
-    test_date = test_date or ingest_job.span(line.lakehouse)[1] - horizon
+    test_date = test_date or clean.span(line.lakehouse)[1] - horizon
     pool_date = test_date - horizon
     feature_job.write_features(line, [pool_date, test_date])
     pool, test = (

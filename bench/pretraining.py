@@ -33,7 +33,7 @@ from bp_spark.core.session import get_session
 from bp_spark.evaluation.metrics import normalised_gini, spearman
 from bp_spark.features import job as feature_job
 from bp_spark.features import labels
-from bp_spark.ingest import job as ingest_job
+from bp_spark.ingest import clean
 from bp_spark.lakehouse.run import Run
 from bp_spark.model.inputs import InputSpec
 from bp_spark.model.members.transformer import TransformerMember
@@ -65,7 +65,7 @@ def run(
         )
     spark = get_session(settings, "bp-spark bench")
     line = Run(spark, settings)
-    first, last = ingest_job.span(line.lakehouse)
+    first, last = clean.span(line.lakehouse)
     test_date = test_date or last - timedelta(days=settings.labels.horizon_days)
     dates = labels.cutoffs(first, test_date, settings.labels)
     feature_job.write_features(line, [*dates, test_date])

@@ -44,7 +44,7 @@ from bp_spark.core.config import Config
 from bp_spark.core.session import MODEL_MODULES, get_session
 from bp_spark.evaluation import bootstrap, metrics
 from bp_spark.features import labels
-from bp_spark.ingest.job import span
+from bp_spark.ingest.clean import span
 from bp_spark.lakehouse.run import recorded
 from bp_spark.training.ensemble import fit_as_of
 

@@ -9,7 +9,7 @@ from bp_spark.features.job import featurize, replay_quarantine
 from bp_spark.governance.erasure import forget
 from bp_spark.governance.key_rotation import rotate_keys
 from bp_spark.governance.retention import retain
-from bp_spark.ingest.job import quarantine_by_rule
+from bp_spark.ingest.quarantine import quarantine_by_rule
 from bp_spark.report.job import ReportResult, report
 from bp_spark.scoring.active_learning.job import SelectResult, add_labels, select_labels
 from bp_spark.scoring.counterfactual import what_if

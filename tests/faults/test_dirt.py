@@ -17,7 +17,7 @@ from bp_spark import pipeline
 from bp_spark.core import config
 from bp_spark.core.config import TablesConfig
 from bp_spark.core.errors import ConfigError
-from bp_spark.ingest.job import currency_of
+from bp_spark.ingest.clean import currency_of
 from bp_spark.lakehouse.schema import Column, Table
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import TABLE_NAMES

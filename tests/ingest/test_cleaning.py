@@ -11,8 +11,8 @@ from pyspark.sql import functions as F
 from bp_spark.core import config
 from bp_spark.core.config import CleaningConfig
 from bp_spark.core.errors import ConfigError
-from bp_spark.ingest import cleaning
-from bp_spark.ingest.job import first_to_clean
+from bp_spark.ingest import cleaning, identity
+from bp_spark.ingest.clean import first_to_clean
 from tests.support.histories import raw_frame, sorted_rows
 
 CONFIG = config.load().cleaning
@@ -201,11 +201,11 @@ def test_what_is_known_already_is_told_from_what_is_new_or_corrected(spark: Spar
         cleaning.events(cleaning.validate({"raw_transactions": raw}, {}, CONFIG)).drop("copy")
         for raw in (before, after)
     )
-    found = cleaning.add_state(fresh, known).orderBy("amount").collect()
+    found = identity.add_state(fresh, known).orderBy("amount").collect()
     assert [(float(row["amount"]), row["state"], row["ingest_id"]) for row in found] == [
-        (1.0, cleaning.CHANGED, 1),
-        (2.0, cleaning.NEW, 2),
-        (9.9, cleaning.KNOWN, 1),
+        (1.0, identity.CHANGED, 1),
+        (2.0, identity.NEW, 2),
+        (9.9, identity.KNOWN, 1),
     ]
 
 

@@ -16,7 +16,7 @@ from bp_spark.core import config
 from bp_spark.core.config import Config
 from bp_spark.core.errors import ConfigError
 from bp_spark.governance.retention import ROW_DAYS
-from bp_spark.ingest import contacts_job, job, pseudonyms
+from bp_spark.ingest import clean, contacts_job, pseudonyms, quarantine
 from bp_spark.ingest.contacts import LOGS, validate
 from bp_spark.ingest.sources import completejourney
 from bp_spark.ingest.sources.completejourney import CompleteJourney
@@ -102,7 +102,9 @@ def deliver(spark: SparkSession, lakehouse: Lakehouse, *nights: int) -> None:
         for name, rows in NIGHTS[night - 1].items():
             at = f"2024-06-0{night}"
             lakehouse.append(tables[name], raw_frame(spark, name, *rows, ingest_id=night, at=at))
-        lakehouse.append(DELIVERIES, spark.createDataFrame([("s", "t", "n", "f", night)], DELIVERIES.schema))
+        lakehouse.append(
+            DELIVERIES, spark.createDataFrame([("s", "t", "n", "f", night, None, None)], DELIVERIES.schema)
+        )
 
 
 def night(
@@ -110,7 +112,7 @@ def night(
 ) -> dict[str, dict[str, Any]]:
     run = Run(spark, settings)
     if with_events:
-        job.clean(run, rebuild)
+        clean.clean(run, rebuild)
     contacts_job.contacts(run, rebuild)
     return {stage["stage"]: {**stage["figures"], "status": stage["status"]} for stage in run.records}
 
@@ -172,7 +174,7 @@ def test_nights_come_to_the_contacts_of_a_rebuild_and_a_replay_keeps_what_is_new
     # by other settings the first night's cost would pass; the second night corrected it
     widened = settings.model_copy(update={"cleaning": settings.cleaning.model_copy(update={"max_amount": 3e6})})
     run = Run(spark, widened)
-    job.replay(run)
+    quarantine.replay(run)
     contacts_job.replay(run)
     figures = {stage["stage"]: stage["figures"] for stage in run.records}
     assert (figures["replay"]["rows"], figures["replay"]["quarantine"]) == ("1", "1")

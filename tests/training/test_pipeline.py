@@ -31,7 +31,7 @@ from bp_spark.features import labels
 from bp_spark.governance import residue_scan
 from bp_spark.ingest import job as ingest_job
 from bp_spark.ingest import texts
-from bp_spark.ingest.job import span
+from bp_spark.ingest.clean import span
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import TABLE_NAMES

@@ -21,7 +21,7 @@ from bp_spark.evaluation import drift, metrics
 from bp_spark.evaluation import fairness as by_segment
 from bp_spark.evaluation.drift_reference import SCORE, SCORE_BORDERS, Spreads, measure_spreads, read_reference
 from bp_spark.features import labels
-from bp_spark.ingest.job import span
+from bp_spark.ingest.clean import span
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.schema import rows_of_date
 from bp_spark.lakehouse.tables import DRIFT, FAIRNESS

@@ -16,7 +16,10 @@ from bp_spark.core.spark_errors import SPARK_ERRORS, is_feed_gone
 from bp_spark.core.version import __version__
 from bp_spark.features import catalogue, user_daily
 from bp_spark.ingest import cleaning, contacts_job, texts
-from bp_spark.ingest.job import clean, distinct_dates, embed, ingest, replay, require_same_currency, span
+from bp_spark.ingest.clean import clean, distinct_dates, require_same_terms, span
+from bp_spark.ingest.job import ingest
+from bp_spark.ingest.quarantine import replay
+from bp_spark.ingest.texts_job import embed
 from bp_spark.lakehouse.run import Run, Step, recorded
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import USER_DAILY
@@ -43,7 +46,7 @@ def featurize(
     """
     with recorded(spark, config, "featurize") as run:
         if not rebuild:
-            require_same_currency(run.lakehouse, config.cleaning.currency)
+            require_same_terms(run.lakehouse, config.cleaning)
         ingest(run, strict)
         clean(run, rebuild)
         contacts_job.contacts(run, rebuild)

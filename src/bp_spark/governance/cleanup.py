@@ -20,7 +20,7 @@ from bp_spark.core.session import checkpointed
 from bp_spark.features.job import aggregate
 from bp_spark.governance import residue_scan
 from bp_spark.ingest import cleaning, texts
-from bp_spark.ingest.job import embed
+from bp_spark.ingest.texts_job import embed
 from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import (

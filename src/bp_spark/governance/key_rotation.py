@@ -18,7 +18,9 @@ from bp_spark.core.session import persisted
 from bp_spark.features.job import aggregate
 from bp_spark.governance import cleanup
 from bp_spark.ingest import contacts_job, pseudonyms
-from bp_spark.ingest.job import clean, embed, require_same_secret
+from bp_spark.ingest.clean import clean
+from bp_spark.ingest.job import require_same_secret
+from bp_spark.ingest.texts_job import embed
 from bp_spark.lakehouse.run import recorded
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import (

@@ -6,11 +6,7 @@ Point in time. The rows of one ingest are validated and described by what was kn
 timestamps; items and exchange rates count from the ingest that brought them. So cleaning ingest by ingest gives the same events
 as cleaning everything at once.
 
-Duplicates. A line with a ``line_id`` is identified by user, order, day and line. Its newest delivery counts, as a correction. A
-line without one is identified by the whole content of the row and its occurrence number within its delivery. Two equal lines of
-one basket in one file are two real lines (two scans of one article). The same two lines in a second file are a repeated
-delivery, and only the larger count is kept. The part files of one write of Spark are one delivery (:func:`_write_of`). The day
-is part of either identity, so that duplicates are searched among events of the same days.
+Duplicates. :mod:`bp_spark.ingest.identity` says which rows are the same event.
 """
 
 from __future__ import annotations
@@ -23,31 +19,28 @@ from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from bp_spark.core.config import CleaningConfig
+from bp_spark.ingest.identity import identified
 from bp_spark.ingest.pseudonyms import BROKEN_TEXT
 from bp_spark.ingest.sources.contract import THOUSAND
 from bp_spark.ingest.texts import normalised, text_id
 from bp_spark.lakehouse.tables import EVENTS, RAW_CONTACTS, RAW_LOGS
 
-FORMAT = 3
+FORMAT = 4
 """Raised when the meaning of events changes; events of an older format are then cleaned anew."""
-COMPATIBLE = (2,)
+COMPATIBLE = (2, 3)
 """Older formats that new events may join, where old raw rows are deleted.
 
-In format 2, equal lines in two part files of one write were one event.
+In format 2, equal lines in two part files of one write were one event. In format 3, a line that moved over midnight was two,
+and no row was superseded.
 """
 
 ACTIONS = ("browse", "click", "cart", "favourite", "coupon")
 LOGS = tuple(table.name for table in RAW_LOGS)
 MONEY = "decimal(18,2)"
 
-NEW, CHANGED, KNOWN = "new", "changed", "known"
-"""States of an event, by :func:`add_state`."""
-
 _AMOUNTS = ("amount", "discount", "coupon_discount")
-_UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _JSON = {"timestampFormat": "yyyy-MM-dd'T'HH:mm:ss.SSSSSSXXX"}
 _RAW = {table.name: table for table in (*RAW_LOGS, *RAW_CONTACTS)}
-_CONTENT = ("item_id", "ts", "quantity", "amount", "discount", "coupon_discount", "rating", "dwell_s", "own_text")
 
 
 @dataclass(frozen=True)
@@ -256,24 +249,34 @@ def from_quarantine(rows: DataFrame, table: str) -> DataFrame:
     return rows.filter(F.col("source") == table).select(row.alias("row")).select("row.*")
 
 
-def events(validated: Mapping[str, DataFrame]) -> DataFrame:
-    """Return the good rows as EVENTS with ``copy``: the number of a delivery of the event, from 1, the one that counts."""
-    good = _union([_EVENT_OF[name](df.filter(F.col("rule").isNull())) for name, df in validated.items()])
-    return good.transform(_identified).select(*EVENTS.schema.names, "copy")
-
-
-def add_state(fresh: DataFrame, stored: DataFrame) -> DataFrame:
-    """Add ``state`` to fresh events: ``new``, ``changed`` (corrects a stored event) or ``known`` (delivered again).
+def events(validated: Mapping[str, DataFrame], day_in: str = "UTC") -> DataFrame:
+    """Return the good rows as EVENTS, with the other columns of :func:`bp_spark.ingest.identity.identified`.
 
     Args:
-        fresh: EVENTS, each event once.
-        stored: stored EVENTS, at least of the days in ``fresh``.
+        validated: log -> rows as :func:`validate` returns them; ``superseded`` and ``snapshot``
+            (:meth:`bp_spark.ingest.deliveries.Versions.mark`) are false where they lack these columns.
+        day_in: zone whose clock ``ts`` and ``event_date`` show.
     """
-    content = F.xxhash64(*(name for name in EVENTS.schema.names if name != "ingest_id"))
-    seen = stored.select("event_id", "event_date", content.alias("_content"), F.col("ingest_id").alias("_first"))
-    state = F.when(F.col("_content").isNull(), NEW).when(F.col("_content") == content, KNOWN).otherwise(CHANGED)
-    joined = fresh.join(seen, ["event_id", "event_date"], "left").withColumn("state", state)
-    return joined.withColumn("ingest_id", F.coalesce("_first", "ingest_id")).select(*EVENTS.schema.names, "state")
+    rows = [_EVENT_OF[name](_with_clock(_that_count(df), day_in)) for name, df in validated.items()]
+    added = ("copy", "superseded", "delivered_by", "neighbour_id", "neighbour_date")
+    return _union(rows).transform(identified).select(*EVENTS.schema.names, *added)
+
+
+def _that_count(df: DataFrame) -> DataFrame:
+    """Return the rows that are good or superseded, with the flags ``good``, ``superseded`` and ``snapshot``."""
+    flags = {name: F.lit(False) for name in ("superseded", "snapshot") if name not in df.columns}
+    good = F.col("rule").isNull()
+    return df.withColumns({**flags, "good": good}).filter(good | F.col("superseded"))
+
+
+def _with_clock(df: DataFrame, day_in: str) -> DataFrame:
+    """Move ``ts`` to the clock of a zone; ``instant`` is the time in UTC."""
+    return df.withColumn("instant", F.col("ts")).withColumn("ts", local_time("ts", day_in))
+
+
+def local_time(column: str, day_in: str) -> Column:
+    """Return what the clock of a zone showed at a time of UTC."""
+    return F.col(column) if day_in == "UTC" else F.from_utc_timestamp(column, day_in)
 
 
 def _event(kind: Column, **columns: Column) -> list[Column]:
@@ -290,16 +293,18 @@ def _event(kind: Column, **columns: Column) -> list[Column]:
     types = {field.name: field.dataType for field in EVENTS.schema.fields}
     names = [name for name in EVENTS.schema.names if name != "event_id"]
     selected = [given.get(name, F.lit(None)).cast(types[name]).alias(name) for name in names]
-    extra = {name: columns.get(name, F.lit(None)).cast("string").alias(name) for name in ("line_id", "own_text")}
-    return [*selected, *extra.values(), F.coalesce(F.col("delivery"), F.lit("")).alias("delivery")]
+    extra = [columns.get(name, F.lit(None)).cast("string").alias(name) for name in ("line_id", "own_text")]
+    delivery = F.coalesce(F.col("delivery"), F.lit("")).alias("delivery")
+    return [*selected, *extra, delivery, *map(F.col, ("instant", "good", "superseded", "snapshot"))]
 
 
 def _purchases(df: DataFrame) -> DataFrame:
     def converted(column: str) -> Column:
-        return (F.col(column) * F.col("rate")).cast(MONEY)
+        # a superseded row may hold what the rules would have kept out
+        return F.when(F.col("good"), F.col(column) * F.col("rate")).cast(MONEY)
 
     # in a log without orders, lines of one user and one moment are an order
-    order = F.coalesce(F.col("order_id"), F.date_format("ts", "yyyy-MM-dd'T'HH:mm:ss"))
+    order = F.coalesce(F.col("order_id"), F.date_format("instant", "yyyy-MM-dd'T'HH:mm:ss"))
     money = {name: converted(name) for name in _AMOUNTS}
     names = ("line_id", "item_id", "quantity")
     return df.select(*_event(F.lit("purchase"), order_id=order, **{name: F.col(name) for name in names}, **money))
@@ -326,34 +331,6 @@ _EVENT_OF = {
     "raw_searches": _searches,
     "raw_reviews": _reviews,
 }
-
-
-def _identified(df: DataFrame) -> DataFrame:
-    """Add ``event_id`` and ``copy``: the number of a delivery of one event, from 1, newest first.
-
-    ``ingest_id`` becomes that of the event's first delivery.
-    """
-    by_line = F.to_json(F.struct("kind", "user_key", "order_id", "event_date", "line_id"))
-    by_content = F.to_json(F.struct("kind", "user_key", "order_id", *_CONTENT))
-    has_line = F.col("line_id").isNotNull()
-    identity = F.sha2(F.when(has_line, by_line).otherwise(by_content), 256)
-    same_write = Window.partitionBy("identity", "ingest_id", _write_of("delivery")).orderBy("ts")
-    newest = [F.desc(name) for name in ("ingest_id", "delivery", *_CONTENT, "category", "text_id")]
-    same_event = Window.partitionBy("identity", "occurrence").orderBy(*newest)
-    return (
-        df.withColumn("identity", identity)
-        .repartition("identity")
-        .withColumn("occurrence", F.when(has_line, F.lit(0)).otherwise(F.row_number().over(same_write)))
-        .withColumn("copy", F.row_number().over(same_event))
-        .withColumn("ingest_id", F.min("ingest_id").over(Window.partitionBy("identity", "occurrence")))
-        .withColumn("event_id", F.sha2(F.concat_ws("/", "identity", "occurrence"), 256))
-    )
-
-
-def _write_of(delivery: str) -> Column:
-    """Return the write that a file is part of: Spark names a file by the number of its task and the write's UUID."""
-    named = F.regexp_replace(delivery, rf"part-\d+-({_UUID})[^/]*$", "$1")
-    return F.when(F.contains(F.col(delivery), F.lit("part-")), named).otherwise(F.col(delivery))
 
 
 def texts(raw: Mapping[str, DataFrame]) -> DataFrame:

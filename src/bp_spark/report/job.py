@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 from bp_spark.core.config import Config, digest
 from bp_spark.core.errors import BundleError, DataError
 from bp_spark.features import catalogue
-from bp_spark.ingest.job import currency_of
+from bp_spark.ingest.clean import currency_of
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.schema import rows_of_date
 from bp_spark.lakehouse.store import Lakehouse, read_as_declared

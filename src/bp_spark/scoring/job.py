@@ -20,7 +20,7 @@ from bp_spark.core.config import Config, FeatureReader, digest
 from bp_spark.core.errors import BundleError, DataError, FileReadError
 from bp_spark.core.session import broadcast_few, persisted
 from bp_spark.core.version import __version__
-from bp_spark.ingest.job import currency_of
+from bp_spark.ingest.clean import currency_of
 from bp_spark.lakehouse import parquet
 from bp_spark.lakehouse.run import Run, Step, recorded
 from bp_spark.lakehouse.schema import rows_of_date

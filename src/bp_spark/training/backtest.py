@@ -19,7 +19,7 @@ from bp_spark.core.errors import DataError
 from bp_spark.core.version import __version__
 from bp_spark.evaluation import bootstrap
 from bp_spark.features import labels
-from bp_spark.ingest.job import span
+from bp_spark.ingest.clean import span
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import BACKTESTS

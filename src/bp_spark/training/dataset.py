@@ -22,7 +22,7 @@ from bp_spark.features import labels
 from bp_spark.features.definition import KEY
 from bp_spark.features.job import features_digest, write_features
 from bp_spark.ingest import texts
-from bp_spark.ingest.job import span
+from bp_spark.ingest.clean import span
 from bp_spark.lakehouse.run import Run, Step
 from bp_spark.lakehouse.tables import GIVEN_LABELS
 

@@ -12,7 +12,7 @@ from pyspark.sql import DataFrame
 from bp_spark.core.config import Config
 from bp_spark.evaluation import metrics as evaluation
 from bp_spark.features import labels
-from bp_spark.ingest.job import span
+from bp_spark.ingest.clean import span
 from bp_spark.lakehouse.run import Run
 from bp_spark.model.horizons import MIN_ROWS, NETWORK, Horizons
 from bp_spark.model.level import Level, WeeklySpend

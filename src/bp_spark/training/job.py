@@ -21,7 +21,7 @@ from bp_spark.features import catalogue as features
 from bp_spark.features import labels
 from bp_spark.features.aggregates import SEQUENCE_COLUMNS
 from bp_spark.ingest import texts
-from bp_spark.ingest.job import currency_of, span
+from bp_spark.ingest.clean import currency_of, span
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.tables import METRICS
 from bp_spark.model.explanation import Explanation

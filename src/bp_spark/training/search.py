@@ -26,7 +26,7 @@ from bp_spark.core.errors import BpSparkError, ConfigError
 from bp_spark.evaluation import metrics
 from bp_spark.evaluation.bootstrap import BETTER
 from bp_spark.features import labels
-from bp_spark.ingest.job import span
+from bp_spark.ingest.clean import span
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.tables import TRIALS
 from bp_spark.model.stack import CalibratedStack

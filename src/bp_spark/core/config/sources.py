@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from bp_spark.core.config.base import Fraction, Positive, Section, distinct
+from bp_spark.core.config.base import Fraction, Positive, Section, Zone, distinct
 
 Delivered = Literal["transactions", "behaviours", "searches", "reviews", "items"]
 
@@ -39,6 +39,10 @@ class CleaningConfig(Section):
     )
     currency: str = Field(
         "USD", description="The platform's currency. The source's rates convert lines in other currencies into it."
+    )
+    day_in: Zone = Field(
+        "UTC",
+        description="Time zone whose clock tells the days of events, as Asia/Shanghai. Raw rows stay in UTC.",
     )
     first_day: date = Field(
         date(1995, 1, 1), description="Earliest plausible day of a timestamp. Earlier ones are mistakes."

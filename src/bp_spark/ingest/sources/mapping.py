@@ -6,8 +6,6 @@ docs/mapping.md describes each key, with examples.
 from __future__ import annotations
 
 import difflib
-import re
-import zoneinfo
 from collections.abc import Iterable
 from decimal import Decimal
 from pathlib import Path
@@ -24,6 +22,7 @@ from pydantic import (
 )
 
 from bp_spark.core.config import Section, parse_yaml
+from bp_spark.core.config.base import Zone
 from bp_spark.core.errors import ConfigError
 from bp_spark.ingest.sources.contract import RAW
 from bp_spark.ingest.sources.expressions import check
@@ -60,12 +59,6 @@ _STORE_PREFIX = "fs."
 """Prefix of the options of object stores."""
 
 
-def _zone(name: str) -> str:
-    if not re.fullmatch(r"[+-]\d\d:\d\d", name) and name not in zoneinfo.available_timezones():
-        raise ValueError("must be a time zone such as Asia/Shanghai or +08:00")
-    return name
-
-
 def _require_allowed(options: Iterable[str], file_format: str) -> None:
     allowed = {name.lower() for name in OPTIONS[file_format]}
     for name in options:
@@ -78,7 +71,6 @@ def _require_allowed(options: Iterable[str], file_format: str) -> None:
             )
 
 
-Zone = Annotated[str, AfterValidator(_zone)]
 Scalar = str | bool | int | float
 
 

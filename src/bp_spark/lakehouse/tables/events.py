@@ -29,15 +29,17 @@ FORGOTTEN = Table(
 )
 DELIVERIES = Table(
     "deliveries",
-    "Files that were ingested; a file with a fingerprint in this table is never read again",
+    "Files that were ingested, one row per version; a file is read again when its fingerprint isn't that of its newest version",
     columns(
         ("source", "string!", "Digest of the source's settings"),
         ("table", "string!", "Raw table that holds the rows"),
         ("name", "string!", "Name that the platform gave"),
-        ("fingerprint", "string!", "Digest that changes with the content"),
+        ("fingerprint", "string!", "Changes with the content; gone for a data file that has left its Delta table"),
         ("ingest_id", "bigint!", "Ingest that read the file, numbered from 1"),
+        ("first_day", "date", "UTC day of the file's first row, where the file came again with other rows"),
+        ("last_day", "date", "UTC day of its last row, likewise"),
     ),
-    key=("source", "table", "name", "fingerprint"),
+    key=("source", "table", "name", "fingerprint", "ingest_id"),
 )
 EVENTS = Table(
     "events",

@@ -21,7 +21,8 @@ from bp_spark.features import catalogue as features
 from bp_spark.features import labels
 from bp_spark.features.definition import KEY
 from bp_spark.ingest import pseudonyms
-from bp_spark.ingest.job import require_same_secret, span
+from bp_spark.ingest.clean import span
+from bp_spark.ingest.job import require_same_secret
 from bp_spark.lakehouse.run import Run, Step, recorded
 from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.store import Lakehouse
