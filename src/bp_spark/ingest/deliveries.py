@@ -138,6 +138,13 @@ class Versions:
         """Numbers of the ingests that brought versions of the touched files."""
         return sorted({number for _, _, number, _, _, is_touched, _ in self.marks if is_touched})
 
+    def supersedes(self, table: str) -> bool:
+        """Return whether the ingests asked for bring later versions of files of a raw table."""
+        return any(
+            of_table == table and is_touched and (is_whole or spans)
+            for of_table, _, _, _, is_whole, is_touched, spans in self.marks
+        )
+
     def mark(self, rows: DataFrame, table: str, day: Column) -> DataFrame:
         """Add ``superseded``, ``touched`` (a version of the row's file is) and ``snapshot`` (of a Delta table) to raw rows.
 

@@ -74,7 +74,8 @@ def identified(rows: DataFrame) -> DataFrame:
     newest_odd = F.max(F.when(live & has_line & ~is_even, delivered)).over(around)
     moved = F.coalesce(F.when(is_even, newest_odd).otherwise(newest_even) > delivered, F.lit(False))
     copy = F.row_number().over(Window.partitionBy(*event).orderBy(*newest))
-    first = F.min(F.when(F.col("good"), F.col("ingest_id"))).over(Window.partitionBy(*event))
+    # a line that moved away and came back is known since it came back
+    first = F.min(F.when(F.col("good") & ~F.col("moved"), F.col("ingest_id"))).over(Window.partitionBy(*event))
     return (
         rows.withColumns({"identity": identity, "live": live, "seconds": F.unix_timestamp("ts")})
         .withColumn("place", F.when(has_line, line).otherwise(F.xxhash64("identity")))

@@ -18,10 +18,12 @@ from bp_spark.ingest.sources import open_source, source_digests
 from bp_spark.ingest.sources.contract import Delivery, Source
 from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.store import Lakehouse
-from bp_spark.lakehouse.tables import DELIVERIES, INGEST_COLUMNS, RAW_TABLES, USER_KEYS
+from bp_spark.lakehouse.tables import DELIVERIES, INGEST_COLUMNS, RAW_CAMPAIGNS, RAW_TABLES, USER_KEYS
 
 _SAMPLE_BUCKETS = 10_000
 """Groups that a hash spreads user ids over, to draw a sample of users."""
+_PLANNED_DAYS = 400
+"""Days that a campaign may be planned ahead."""
 
 
 def ingest(run: Run, strict: bool = False) -> None:
@@ -135,7 +137,8 @@ def _days(run: Run, changed: Sequence[Delivery], number: int) -> dict[Delivery, 
             continue
         of_table = {delivery.name: delivery for delivery in changed if delivery.table == table}
         # a mistaken year would make the file speak about days that it says nothing about
-        plausible = day.between(first_day, F.date_add(F.to_date("ingested_at"), 1))
+        latest = F.date_add(F.to_date("ingested_at"), _PLANNED_DAYS if table == RAW_CAMPAIGNS.name else 1)
+        plausible = day.between(first_day, latest)
         spans = rows.filter(F.col("delivery").isin(*of_table) & plausible).groupBy("delivery")
         for row in spans.agg(F.min(day).alias("first"), F.max(day).alias("last")).collect():
             found[of_table[row["delivery"]]] = (row["first"], row["last"])
@@ -144,6 +147,8 @@ def _days(run: Run, changed: Sequence[Delivery], number: int) -> dict[Delivery, 
 
 def day_of(table: str) -> Column | None:
     """Return the UTC day of a raw table's rows; ``None`` where its rows have none."""
+    if table == RAW_CAMPAIGNS.name:
+        return F.col("first_day")
     names = next(declared.schema.names for declared in RAW_TABLES if declared.name == table)
     return F.to_date("ts") if "ts" in names else None
 

@@ -1,0 +1,197 @@
+"""Files that come again: corrected, cut, grown, touched, rewritten by Delta; after each night spend is as the files are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from bp_spark.core import config
+from bp_spark.core.config import Config
+from bp_spark.core.errors import ConfigError
+from bp_spark.ingest.clean import clean, require_same_terms
+from bp_spark.ingest.job import ingest
+from bp_spark.ingest.quarantine import replay
+from bp_spark.lakehouse.run import Run
+from bp_spark.lakehouse.store import Lakehouse
+from tests.support.histories import sorted_rows
+
+pytestmark = pytest.mark.slow
+
+MAPPING = """
+timezone: UTC
+transactions:
+  path: "{path}"
+  format: {format}
+  columns: {{user_id: user, order_id: order{line}, ts: at, amount: paid}}
+"""
+HEADER = "user,order,line,at,paid"
+
+
+def settings_of(folder: Path, path: str, file_format: str = "csv", line: str = "", *overrides: str) -> Config:
+    (folder / "shop.yaml").write_text(MAPPING.format(path=path, format=file_format, line=line), encoding="utf-8")
+    source = ["source.kind=files", f"source.mapping={folder}/shop.yaml", f"tables.path={folder}/lake"]
+    return config.load(overrides=[*source, *overrides])
+
+
+@pytest.fixture
+def night(spark: SparkSession) -> Callable[..., dict[str, dict[str, Any]]]:
+    """Ingest and clean; return the figures of both stages."""
+
+    def run_night(settings: Config, *, rebuild: bool = False) -> dict[str, dict[str, Any]]:
+        run = Run(spark, settings)
+        ingest(run)
+        clean(run, rebuild)
+        return {stage["stage"]: stage["figures"] for stage in run.records}
+
+    return run_night
+
+
+def write(path: Path, *lines: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([HEADER, *lines]) + "\n", encoding="utf-8")
+
+
+def spend(spark: SparkSession, settings: Config) -> list[tuple[str, float]]:
+    """Return local time and amount of each event, in order."""
+    rows = Lakehouse(spark, settings.tables).read("events").select(F.col("ts").cast("string").alias("ts"), "amount")
+    return sorted((row["ts"], float(row["amount"])) for row in rows.collect())
+
+
+def contents(spark: SparkSession, settings: Config) -> dict[str, list[tuple[Any, ...]]]:
+    lakehouse = Lakehouse(spark, settings.tables)
+    return {name: sorted_rows(lakehouse.read(name)) for name in ("events", "quarantine", "texts")}
+
+
+def test_a_file_that_comes_again_supersedes_its_days_and_a_touched_one_brings_nothing(
+    spark: SparkSession, tmp_path: Path, night: Callable[..., dict[str, dict[str, Any]]]
+) -> None:
+    settings = settings_of(tmp_path, "orders/*.csv")
+    file = tmp_path / "orders/may.csv"
+    first = [f"u{n},o{n},,2024-05-0{n} 10:00:00,{n}0.00" for n in range(1, 6)]
+    write(file, *first, "u9,o9,,2024-05-03 11:00:00,a lot")
+    night(settings)
+
+    # the line of the 3rd is corrected, that of the 4th is gone, so is the one in quarantine; the 1st isn't in the file now
+    write(file, *first[1:2], "u3,o3,,2024-05-03 10:00:00,31.00", *first[4:])
+    figures = night(settings)["clean"]
+    days = [(f"2024-05-0{day} 10:00:00", paid) for day, paid in ((1, 10.0), (2, 20.0), (3, 31.0), (5, 50.0))]
+    assert spend(spark, settings) == days
+    assert (figures["events"], figures["duplicates"], figures["removed"]) == ("1", "2", "2")
+    assert contents(spark, settings)["quarantine"] == []
+
+    # a copy without times
+    file.write_bytes(file.read_bytes())
+    versions = {name: Lakehouse(spark, settings.tables).version(name) for name in ("events", "raw_transactions")}
+    figures = night(settings)["ingest"]
+    assert figures["unchanged_files"] == "1"
+    assert {name: Lakehouse(spark, settings.tables).version(name) for name in versions} == versions
+    assert night(settings)["ingest"]["deliveries"] == "0"
+
+    nightly = contents(spark, settings)
+    figures = night(settings, rebuild=True)["clean"]
+    assert (figures["superseded"], contents(spark, settings)) == ("5", nightly)
+
+
+def test_a_line_that_moves_over_midnight_is_one_line(
+    spark: SparkSession, tmp_path: Path, night: Callable[..., dict[str, dict[str, Any]]]
+) -> None:
+    settings = settings_of(tmp_path, "orders/*.csv", "csv", ", line_id: line", "cleaning.day_in=Asia/Shanghai")
+    # 15:59 UTC is 23:59 in Shanghai
+    write(tmp_path / "orders/1.csv", "u1,o1,1,2024-05-01 15:59:00,30.00", "u2,o2,1,2024-05-01 15:59:00,5.00")
+    night(settings)
+    write(tmp_path / "orders/2.csv", "u1,o1,1,2024-05-01 16:01:00,30.00", "u2,o2,1,2024-05-03 15:59:00,5.00")
+    figures = night(settings)["clean"]
+    moved = [("2024-05-01 23:59:00", 5.0), ("2024-05-02 00:01:00", 30.0), ("2024-05-03 23:59:00", 5.0)]
+    assert (figures["moved"], spend(spark, settings)) == ("1", moved)
+    # and back
+    write(tmp_path / "orders/3.csv", "u1,o1,1,2024-05-01 15:58:00,30.00")
+    night(settings)
+    back = [("2024-05-01 23:58:00", 30.0), *moved[::2]]
+    assert spend(spark, settings) == back
+    nightly = contents(spark, settings)
+    night(settings, rebuild=True)
+    assert contents(spark, settings) == nightly
+    days = Lakehouse(spark, settings.tables).read("events").select(F.col("event_date").cast("string")).collect()
+    assert sorted(row[0] for row in days) == ["2024-05-01", "2024-05-01", "2024-05-03"]
+    with pytest.raises(
+        ConfigError, match=r"cleaning\.day_in: is UTC, and the days of events are those of Asia/Shanghai"
+    ):
+        require_same_terms(Lakehouse(spark, settings.tables), config.load().cleaning)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_nights_of_changed_files_come_to_what_a_rebuild_gives(
+    spark: SparkSession, tmp_path: Path, night: Callable[..., dict[str, dict[str, Any]]], seed: int
+) -> None:
+    settings = settings_of(tmp_path, "orders/*.csv", "csv", ", line_id: line")
+    rng = np.random.default_rng(seed)
+
+    def line() -> str:
+        at = datetime(2024, 5, 1, 18) + timedelta(minutes=int(rng.integers(0, 5 * 1440)))
+        number = rng.integers(0, 4) if rng.random() < 0.7 else ""
+        paid = "a lot" if rng.random() < 0.1 else f"{rng.integers(1, 4)}.00"
+        return f"u{rng.integers(0, 2)},o{rng.integers(0, 3)},{number},{at},{paid}"
+
+    files = {"a": [line() for _ in range(12)], "b": [line() for _ in range(12)]}
+    for name, lines in files.items():
+        write(tmp_path / f"orders/{name}.csv", *lines)
+    night(settings)
+    for step in range(3):
+        changed = ["a", "b"][step % 2]
+        kept = [old for old in files[changed] if rng.random() < 0.7]
+        files[changed] = [*kept, *(line() for _ in range(int(rng.integers(1, 6)))), *kept[:1]]
+        files[f"new{step}"] = [line() for _ in range(3)]
+        for name in (changed, f"new{step}"):
+            write(tmp_path / f"orders/{name}.csv", *files[name])
+        night(settings)
+        if step == 1:
+            replay(Run(spark, settings))
+    nightly = contents(spark, settings)
+    night(settings, rebuild=True)
+    assert contents(spark, settings) == nightly
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+def test_spend_follows_the_rows_of_a_delta_table_and_not_its_files(
+    spark: SparkSession, tmp_path: Path, night: Callable[..., dict[str, dict[str, Any]]], vectors: bool
+) -> None:
+    table = tmp_path / "orders delta"
+    settings = settings_of(tmp_path, "orders delta", "delta")
+
+    def lines(*rows: tuple[str, str, str, str]) -> None:
+        money = Decimal("5.00")
+        df = spark.createDataFrame(
+            [(*row[:3], money) for row in rows], "user string, order string, at string, paid decimal(18,2)"
+        )
+        writer = df.coalesce(1).write.format("delta").mode("append")
+        writer.option("delta.enableDeletionVectors", str(vectors).lower()).save(str(table))
+
+    def paid() -> float:
+        night(settings)
+        return sum(amount for _, amount in spend(spark, settings))
+
+    one, two, three = (("u1", f"o{n}", f"2024-05-0{n} 10:00:00", "") for n in (1, 2, 3))
+    lines(one, two)
+    assert paid() == 10.0
+    # an equal line in another file is another line
+    lines(two, three)
+    assert paid() == 20.0
+    spark.sql(f"OPTIMIZE delta.`{table}`").collect()
+    assert paid() == 20.0
+    spark.sql(f"UPDATE delta.`{table}` SET paid = 7.00 WHERE order = 'o3'")
+    assert paid() == 22.0
+    spark.sql(f"DELETE FROM delta.`{table}` WHERE order = 'o2'")
+    assert paid() == 12.0
+    spark.sql(f"RESTORE TABLE delta.`{table}` TO VERSION AS OF 1").collect()
+    assert paid() == 20.0
+    nightly = spend(spark, settings)
+    night(settings, rebuild=True)
+    assert spend(spark, settings) == nightly
