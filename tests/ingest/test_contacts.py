@@ -23,7 +23,7 @@ from bp_spark.ingest.sources.completejourney import CompleteJourney
 from bp_spark.ingest.sources.files import FilesSource
 from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.store import Lakehouse
-from bp_spark.lakehouse.tables import DELIVERIES, RAW_TABLES, SHARED_TABLES
+from bp_spark.lakehouse.tables import DELIVERIES, RAW_CONSULTATIONS, RAW_TABLES, SHARED_TABLES
 from tests.support.histories import SECRET, raw_frame, sorted_rows
 from tests.support.platforms import CONTACTS
 
@@ -193,6 +193,20 @@ def test_nights_come_to_the_contacts_of_a_rebuild_and_a_replay_keeps_what_is_new
     )
     with pytest.raises(ConfigError, match="consultations can't be derived from them anew"):
         contacts_job.contacts(Run(spark, kept_short), rebuild=True)
+
+
+@pytest.mark.slow
+def test_a_corrected_file_of_consultations_takes_the_place_of_the_first(
+    spark: SparkSession, settings: Config, lakehouse: Lakehouse
+) -> None:
+    day = date(2024, 3, 1)
+    for number, text in enumerate(("Where is it?", "Where is my parcel?"), start=1):
+        talk = {**TALK, "text": text, "delivery": "talks.csv"}
+        lakehouse.append(RAW_CONSULTATIONS, raw_frame(spark, "raw_consultations", talk, ingest_id=number))
+        version = ("s", "raw_consultations", "talks.csv", text, number, *([day, day] if number > 1 else [None, None]))
+        lakehouse.append(DELIVERIES, spark.createDataFrame([version], DELIVERIES.schema))
+        night(spark, settings)
+    assert [row["text"] for row in lakehouse.read("consultations").collect()] == ["Where is my parcel?"]
 
 
 def test_a_mapping_reads_contacts_and_promotions_and_texts_are_masked(spark: SparkSession, tmp_path: Path) -> None:
