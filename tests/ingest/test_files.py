@@ -16,12 +16,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyspark.errors import AnalysisException, NumberFormatException, PythonException
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.session import with_settings
 from bp_spark.core.spark_errors import SPARK_ERRORS
+from bp_spark.ingest.sources import files
 from bp_spark.ingest.sources.contract import Delivery
 from bp_spark.ingest.sources.files import FilesSource
 from bp_spark.lakehouse.tables import INGEST_COLUMNS, RAW_TRANSACTIONS
@@ -400,8 +402,13 @@ def test_a_json_file_of_one_array_may_have_many_lines(spark: SparkSession, tmp_p
 
 @pytest.mark.parametrize(
     ("kind", "encoding", "more"),
-    [("csv", "GBK", ""), ("csv", "windows-1252", ""), ("csv", "UTF-16", ""), ("json", "windows-1252", "")]
-    + [("json", "UTF-16", ", multiLine: true")],
+    [
+        ("csv", "GBK", ""),
+        ("csv", "windows-1252", ""),
+        ("csv", "UTF-16", ""),
+        ("json", "windows-1252", ""),
+        ("json", "UTF-16", ", multiLine: true"),
+    ],
 )
 def test_a_file_is_read_in_the_encoding_that_the_mapping_names(
     spark: SparkSession, tmp_path: Path, kind: str, encoding: str, more: str
@@ -526,6 +533,27 @@ def test_no_value_of_a_file_without_a_header_stands_in_an_error(spark: SparkSess
         source.read(spark, source.deliveries(spark))
     assert "anna" not in str(caught.value)
     assert "2024" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NumberFormatException("[CAST_INVALID_INPUT] The value 'anna' of the type STRING cannot be cast"),
+        PythonException("ValueError: could not convert string to float: 'anna'"),
+        AnalysisException(errorClass="COLUMN_ALREADY_EXISTS", messageParameters={"columnName": "`anna`"}),
+    ],
+)
+def test_no_value_that_spark_quotes_stands_in_an_error(error: Exception) -> None:
+    with pytest.raises(DataError, match=r"^a\.csv: can't be read: \S+") as caught, files._readable("a.csv"):
+        raise error
+    assert "anna" not in str(caught.value)
+
+
+def test_equal_values_of_a_file_without_a_header_stand_in_no_error(spark: SparkSession, tmp_path: Path) -> None:
+    source = source_of(tmp_path, ORDERS, a__csv="178,178,1780\n178,178,1780\n")
+    with pytest.raises(DataError) as caught:
+        source.read(spark, source.deliveries(spark))
+    assert "178" not in str(caught.value)
 
 
 def test_a_header_may_have_line_breaks_in_its_names(spark: SparkSession, tmp_path: Path) -> None:

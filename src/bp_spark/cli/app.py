@@ -119,6 +119,7 @@ def _fail(error: Exception) -> NoReturn:
         logger.error("%s", error, extra={"fields": fields})
     else:
         logger.error("unexpected, see the traceback", exc_info=_without_values(error), extra={"fields": fields})
+    sys.exit(code)
 
 
 def _without_values(error: Exception) -> Exception:
@@ -131,4 +132,3 @@ def _without_values(error: Exception) -> Exception:
     if isinstance(error, AnalysisException) or not isinstance(error, SPARK_ERRORS):
         return error
     return RuntimeError(describe_error(error)).with_traceback(error.__traceback__)
-    sys.exit(code)

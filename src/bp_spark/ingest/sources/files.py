@@ -22,7 +22,7 @@ from pyspark.sql import types as T
 
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.spark_errors import SPARK_ERRORS
-from bp_spark.core.stores import UNREACHABLE, file_system
+from bp_spark.core.stores import UNREACHABLE
 from bp_spark.ingest.sources.contract import SNAPSHOT, Delivery, OnUnreadable, in_contract, refuse
 from bp_spark.ingest.sources.fields import file_path, is_array, missing_columns, names_in, partitions_of, with_fields
 from bp_spark.ingest.sources.grammar import patterns_of
@@ -426,7 +426,9 @@ def _problem(error: Exception) -> str:
     if _DAMAGED.search(text):
         return "it is damaged, cut short or of another format"
     if isinstance(error, AnalysisException):
-        return text.splitlines()[0]
+        # the first line of a file without a header is a row, and Spark takes its values for names
+        two = "two of its columns have the same name" if error.getCondition() == "COLUMN_ALREADY_EXISTS" else None
+        return two or text.splitlines()[0]
     if isinstance(error, Py4JJavaError):
         return f"Spark ends with {error.java_exception.getClass().getName()}"
     condition = error.getCondition() if isinstance(error, PySparkException) else None
