@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pyspark.errors import AnalysisException, NumberFormatException, PythonException
+from pyspark.errors import NumberFormatException, PythonException
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
@@ -540,7 +540,6 @@ def test_no_value_of_a_file_without_a_header_stands_in_an_error(spark: SparkSess
     [
         NumberFormatException("[CAST_INVALID_INPUT] The value 'anna' of the type STRING cannot be cast"),
         PythonException("ValueError: could not convert string to float: 'anna'"),
-        AnalysisException(errorClass="COLUMN_ALREADY_EXISTS", messageParameters={"columnName": "`anna`"}),
     ],
 )
 def test_no_value_that_spark_quotes_stands_in_an_error(error: Exception) -> None:
