@@ -227,3 +227,17 @@ def test_a_spark_without_delta_ends_with_what_is_missing(tmp_path: Path) -> None
 
 def test_the_page_of_features_is_the_catalogue() -> None:
     assert run("bp-spark", "features").stdout == (ROOT / "docs/features.md").read_text(encoding="utf-8")
+
+
+def test_a_traceback_holds_no_value_that_spark_quotes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pyspark.errors import AnalysisException, NumberFormatException
+
+    words = "[CAST_INVALID_INPUT] The value 'anna@example.com' of the type \"STRING\" cannot be cast"
+    for error, stays in ((NumberFormatException(words), False), (AnalysisException("no column paid"), True)):
+        with pytest.raises(SystemExit), caplog.at_level("ERROR"):
+            app._fail(error)
+        assert ("no column paid" in caplog.text) is stays
+    assert "NumberFormatException" in caplog.text
+    assert "anna" not in caplog.text

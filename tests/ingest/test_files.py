@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -15,12 +16,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyspark.errors import NumberFormatException, PythonException
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.session import with_settings
 from bp_spark.core.spark_errors import SPARK_ERRORS
+from bp_spark.ingest.sources import files
 from bp_spark.ingest.sources.contract import Delivery
 from bp_spark.ingest.sources.files import FilesSource
 from bp_spark.lakehouse.tables import INGEST_COLUMNS, RAW_TRANSACTIONS
@@ -397,16 +400,75 @@ def test_a_json_file_of_one_array_may_have_many_lines(spark: SparkSession, tmp_p
     assert [(row.delivery, row.unreadable) for row in rows if row.unreadable] == [("b.json", {"row": text + text})]
 
 
-def test_another_encoding_needs_the_session_to_allow_it(spark: SparkSession, tmp_path: Path) -> None:
-    source = source_of(tmp_path, ORDERS.replace("format: csv", "format: csv\n  options: {encoding: GBK}"))
-    (tmp_path / "a.csv").write_bytes("who,at,paid\n王五,2024-05-01,5\n".encode("gbk"))
-    with pytest.raises(DataError, match=r"a\.csv: can't be read: .*GBK"):
-        source.read(spark, source.deliveries(spark))
-    spark.conf.set("spark.sql.legacy.javaCharsets", "true")
-    try:
-        assert [row.user_id for row in rows_of(spark, source)] == ["王五"]
-    finally:
-        spark.conf.unset("spark.sql.legacy.javaCharsets")
+@pytest.mark.parametrize(
+    ("kind", "encoding", "more"),
+    [
+        ("csv", "GBK", ""),
+        ("csv", "windows-1252", ""),
+        ("csv", "UTF-16", ""),
+        ("json", "windows-1252", ""),
+        ("json", "UTF-16", ", multiLine: true"),
+    ],
+)
+def test_a_file_is_read_in_the_encoding_that_the_mapping_names(
+    spark: SparkSession, tmp_path: Path, kind: str, encoding: str, more: str
+) -> None:
+    mapping = ORDERS.replace("csv", kind).replace("path", f"options: {{encoding: {encoding}{more}}}\n  path")
+    user = "王五" if encoding == "GBK" else "Müller"
+    text = f"who,at,paid\n{user},2024-05-01,5\n"
+    if kind == "json":
+        text = f'{{"who": "{user}", "at": "2024-05-01", "paid": 5}}\n'
+    (tmp_path / f"a.{kind}").write_bytes(text.encode(encoding))
+    assert [(row.user_id, row.amount) for row in rows_of(spark, source_of(tmp_path, mapping))] == [(user, 5)]
+
+
+def test_a_file_of_another_encoding_is_named_with_the_remedy(spark: SparkSession, tmp_path: Path) -> None:
+    header = "who,at,paid,größe\n"
+    json_row = '{"who": "1", "at": "2024-05-01", "paid": 5}'
+    mapping = ORDERS.replace('"*.csv"', '"*.txt"')
+    cases = {
+        "a.txt": (header.encode("utf-16"), mapping, "is no UTF-8 but UTF-16: set options: {encoding: UTF-16}"),
+        "b.txt": (header.encode("utf-16-be"), mapping, "is no UTF-8 but UTF-16BE: set options: {encoding: UTF-16BE}"),
+        "c.txt": (header.encode("cp1252"), mapping, "its header is no UTF-8: name the encoding in the mapping"),
+        "d.txt": (json_row.encode("utf-16"), mapping.replace("csv", "json"), "{encoding: UTF-16} and multiLine: true"),
+        "e.txt": (
+            b"x\n",
+            mapping.replace("path", "options: {encoding: nothing-9}\n  path"),
+            "doesn't know the encoding",
+        ),
+    }
+    for name, (content, case, remedy) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        source = source_of(tmp_path, case)
+        with pytest.raises(DataError, match=re.escape(remedy)) as caught:
+            source.read(spark, source.deliveries(spark))
+        assert str(caught.value).startswith(f"{name}: ")
+        (tmp_path / name).unlink()
+
+
+def test_parquet_times_in_nanoseconds_are_instants_or_wall_clock_times(spark: SparkSession, tmp_path: Path) -> None:
+    nanos, micros = [1714556000123456789, -1, None], [1714556000123456, -1, None]
+    kinds = {
+        "naive": (nanos, pa.timestamp("ns")),
+        "aware": (nanos, pa.timestamp("ns", "America/Lima")),
+        "micros": (micros, pa.timestamp("us")),
+        "number": (micros, pa.timestamp("us", "UTC")),
+    }
+    for name, (values, kind) in kinds.items():
+        times = pa.array(values, kind)
+        lines = pa.array([[{"at": time}] for time in times], pa.list_(pa.struct([("at", kind)])))
+        order = pa.StructArray.from_arrays([times, lines], ["at", "lines"])
+        columns = {"who": ["a", "b", "c"], "at": times, "paid": [1.0] * 3, "order": order}
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    mapping = ORDERS.replace("csv", "parquet").replace("path", "timezone: '+08:00'\n  path")
+    exploded = mapping.replace("path", "explode: order.lines\n  path").replace("ts: at", "ts: order.lines.at")
+    for case in (mapping, mapping.replace("ts: at", "ts: order.at"), exploded):
+        rows = rows_of(spark, source_of(tmp_path, case))
+        found = {(row.delivery.removesuffix(".parquet"), row.user_id): row.ts for row in rows}
+        for name, (_, kind) in kinds.items():
+            shift = 0 if kind.tz else 8 * 3_600_000_000
+            right = [1714556000123456 - shift, -1 - shift, None]
+            assert [found[name, user] for user in "abc"] == right, (case, name)
 
 
 def test_new_and_changed_files_are_new_deliveries(spark: SparkSession, tmp_path: Path) -> None:
@@ -471,6 +533,26 @@ def test_no_value_of_a_file_without_a_header_stands_in_an_error(spark: SparkSess
         source.read(spark, source.deliveries(spark))
     assert "anna" not in str(caught.value)
     assert "2024" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NumberFormatException("[CAST_INVALID_INPUT] The value 'anna' of the type STRING cannot be cast"),
+        PythonException("ValueError: could not convert string to float: 'anna'"),
+    ],
+)
+def test_no_value_that_spark_quotes_stands_in_an_error(error: Exception) -> None:
+    with pytest.raises(DataError, match=r"^a\.csv: can't be read: \S+") as caught, files._readable("a.csv"):
+        raise error
+    assert "anna" not in str(caught.value)
+
+
+def test_equal_values_of_a_file_without_a_header_stand_in_no_error(spark: SparkSession, tmp_path: Path) -> None:
+    source = source_of(tmp_path, ORDERS, a__csv="178,178,1780\n178,178,1780\n")
+    with pytest.raises(DataError) as caught:
+        source.read(spark, source.deliveries(spark))
+    assert "178" not in str(caught.value)
 
 
 def test_a_header_may_have_line_breaks_in_its_names(spark: SparkSession, tmp_path: Path) -> None:

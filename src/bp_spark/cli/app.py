@@ -118,5 +118,17 @@ def _fail(error: Exception) -> NoReturn:
     if isinstance(error, BpSparkError):
         logger.error("%s", error, extra={"fields": fields})
     else:
-        logger.error("unexpected, see the traceback", exc_info=error, extra={"fields": fields})
+        logger.error("unexpected, see the traceback", exc_info=_without_values(error), extra={"fields": fields})
     sys.exit(code)
+
+
+def _without_values(error: Exception) -> Exception:
+    """Return an error without the words of Spark, which may quote a row; of its analysis, which sees no row, they stay."""
+    from pyspark.errors import AnalysisException
+
+    from bp_spark.core.spark_errors import SPARK_ERRORS
+    from bp_spark.lakehouse.run import describe_error
+
+    if isinstance(error, AnalysisException) or not isinstance(error, SPARK_ERRORS):
+        return error
+    return RuntimeError(describe_error(error)).with_traceback(error.__traceback__)

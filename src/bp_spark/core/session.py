@@ -40,6 +40,12 @@ VECTOR_MODULE = "jdk.incubator.vector"
 # Parquet pages are written with checksums, and by default the reader ignores these. Then most flipped bits are read as other
 # values, where the file system itself doesn't notice.
 VERIFY_PAGES = ("parquet.page.verify-checksum.enabled", "true")
+# Spark refuses Parquet files with times in nanoseconds, which pandas writes, unless it may read them as numbers. The source
+# turns these into times.
+NANOSECONDS = ("spark.sql.legacy.parquet.nanosAsLong", "true")
+# Spark 4 takes six encodings alone, and ends a job at the first byte that is none of its encoding. With these settings it takes
+# all of Java's, as windows-1252 and GBK, and replaces such bytes; texts with the replacement are told or refused by rule.
+ENCODINGS = {"spark.sql.legacy.javaCharsets": "true", "spark.sql.legacy.codingErrorAction": "true"}
 # With shortened tracebacks, SQL workers have another environment than RDD workers (frames made of Python rows use these). Spark
 # keeps a daemon for each environment, and all libraries would be imported twice.
 ONE_DAEMON = ("spark.sql.execution.pyspark.udf.simplifiedTraceback.enabled", "false")
@@ -110,6 +116,9 @@ def prepare(spark: SparkSession) -> SparkSession:
             spark.conf.set(key, value)
     spark.conf.set("spark.sql.session.timeZone", "UTC")
     spark.conf.set(*VERIFY_PAGES)
+    spark.conf.set(*NANOSECONDS)
+    for key, value in ENCODINGS.items():
+        spark.conf.set(key, value)
     _cache_java_classes(spark)
     return spark
 

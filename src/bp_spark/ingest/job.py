@@ -11,7 +11,7 @@ from pyspark.sql import functions as F
 
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.session import checkpointed
-from bp_spark.ingest import pseudonyms
+from bp_spark.ingest import broken_text, pseudonyms
 from bp_spark.ingest.deliveries import Ledger
 from bp_spark.ingest.readable import Batch, undo_ingest, write_readable
 from bp_spark.ingest.sources import open_source, source_digests
@@ -64,9 +64,11 @@ def ingest(run: Run, strict: bool = False) -> None:
             # keys before rows, so that no row ever has a key that user_keys lacks
             forgotten_users = _add_user_keys(lakehouse, raw, secret, number, after=reservation)
             row_counts = _write_raw_tables(run, raw, secret, number, after=reservation)
+            broken_text_rows = broken_text.warn(lakehouse, number, row_counts)
             if new or gone:
                 step.figures["ingest_id"] = number
             figures = {"forgotten_users": forgotten_users, "unchanged_files": len(unchanged), "gone_files": len(gone)}
+            figures["broken_text_rows"] = broken_text_rows
             step.figures.update({name: count for name, count in figures.items() if count})
             step.figures.update(row_counts)
             step.figures["rows_in"] = step.figures["rows_out"] = sum(row_counts.values())

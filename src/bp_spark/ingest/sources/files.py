@@ -7,7 +7,6 @@ In: a mapping file in the language of :mod:`bp_spark.ingest.sources.mapping`, an
 from __future__ import annotations
 
 import difflib
-import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +14,6 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
-import pyarrow.parquet as pq
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -24,10 +22,11 @@ from pyspark.sql import types as T
 
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.spark_errors import SPARK_ERRORS
-from bp_spark.core.stores import UNREACHABLE, file_system
+from bp_spark.core.stores import UNREACHABLE
 from bp_spark.ingest.sources.contract import SNAPSHOT, Delivery, OnUnreadable, in_contract, refuse
 from bp_spark.ingest.sources.fields import file_path, is_array, missing_columns, names_in, partitions_of, with_fields
 from bp_spark.ingest.sources.grammar import patterns_of
+from bp_spark.ingest.sources.heads import first_line, parquet_schema, require_utf8, with_nanoseconds
 from bp_spark.ingest.sources.lines import CORRUPT, csv_rows, head, json_rows, names_in_header, one_row
 from bp_spark.ingest.sources.mapping import ColumnRule, DayRule, TableMapping, TimeRule, load_mapping
 from bp_spark.ingest.sources.selection import BELONGS, with_selection
@@ -37,6 +36,7 @@ from bp_spark.ingest.sources.values import rows_in_contract
 
 MAX_CHARACTERS = 20_000_000
 """Most characters of one CSV value: a quote that isn't closed would make one value of the rest of the file."""
+_CHARSET = re.compile(r"\[INVALID_PARAMETER_VALUE\.CHARSET\].*but got (\S+?)\.? ")
 _DAMAGED = re.compile("FAILED_READ_FILE|CANNOT_READ_FILE_FOOTER")
 _NO_TABLE = ("PATH_NOT_FOUND", "DELTA_PATH_DOES_NOT_EXIST", "DELTA_TABLE_NOT_FOUND", "DELTA_MISSING_DELTA_TABLE")
 
@@ -202,6 +202,7 @@ class FilesSource:
         by_layout: dict[str, list[str]] = {}
         for name in by_name:
             try:
+                require_utf8(mapping, name, self._address(name))
                 with _readable(name):
                     layout = _layout(spark, mapping, self._address(name))
             except DataError as error:
@@ -242,7 +243,7 @@ class FilesSource:
                 return with_fields(json_rows(spark, mapping, addresses), mapping, partitions)
             skipped = set[str]()
             if mapping.format == "parquet":
-                df = reader.load(addresses)
+                df = with_nanoseconds(reader.load(addresses), self._address(names[0]))
                 schema = df.schema
             elif mapping.skip_lines:
                 schema, skipped = self._after_skipped(spark, mapping, names)
@@ -332,12 +333,12 @@ def _layout(spark: SparkSession, mapping: TableMapping, address: str) -> str:
         return "json"
     with suppress(*UNREACHABLE):
         if mapping.format == "parquet":
-            return _parquet_schema(address)
+            return parquet_schema(address)
         if mapping.skip_lines:
             lines = head(spark, mapping, address)
             return lines[-1] if len(lines) > mapping.skip_lines else ""
         if mapping.has_header:
-            return _first_line(address)
+            return first_line(address)
     # no header, or a file that Spark alone can reach
     return str(_schema_of(spark, mapping, address).simpleString())
 
@@ -402,25 +403,6 @@ def _listed(spark: SparkSession, pattern: str) -> list[tuple[str, str]]:
     ]
 
 
-def _first_line(address: str) -> str:
-    """Return the first line that is not blank; its bytes aren't decoded, so the text is good for comparing only."""
-    files, path = file_system(address)
-    with files.open_input_stream(path) as stream:
-        for line in io.TextIOWrapper(stream, "ISO-8859-1"):
-            if line.count('"') % 2:
-                raise ValueError("a name of a column may go on in the next line")
-            if line.strip():
-                return line.rstrip("\n")
-    return ""
-
-
-def _parquet_schema(address: str) -> str:
-    """Return columns and types of a file, without the first line, which names an object of this process."""
-    files, path = file_system(address)
-    with files.open_input_file(path) as file:
-        return str(pq.ParquetFile(file).schema).partition("\n")[2]
-
-
 def _literal(path: str) -> str:
     """Return a path as a glob that matches itself only."""
     return re.sub(r"([\[\]{}*?\\])", r"\\\1", path)
@@ -432,8 +414,22 @@ def _readable(name: str) -> Iterator[None]:
     try:
         yield
     except SPARK_ERRORS as error:
-        cause = error.java_exception.toString() if isinstance(error, Py4JJavaError) else str(error)
-        problem = (
-            "it is damaged, cut short or of another format" if _DAMAGED.search(str(error)) else cause.splitlines()[0]
-        )
+        problem = _problem(error)
         raise DataError(name, f"can't be read: {problem}") from error
+
+
+def _problem(error: Exception) -> str:
+    """Return the reason of an error of Spark. Only errors of analysis are quoted: others may hold values of rows."""
+    text = str(error)
+    if encoding := _CHARSET.search(text):
+        return f"Java doesn't know the encoding {encoding[1]}: name another one in options: {{encoding: ...}}"
+    if _DAMAGED.search(text):
+        return "it is damaged, cut short or of another format"
+    if isinstance(error, AnalysisException):
+        # the first line of a file without a header is a row, and Spark takes its values for names
+        two = "two of its columns have the same name" if error.getCondition() == "COLUMN_ALREADY_EXISTS" else None
+        return two or text.splitlines()[0]
+    if isinstance(error, Py4JJavaError):
+        return f"Spark ends with {error.java_exception.getClass().getName()}"
+    condition = error.getCondition() if isinstance(error, PySparkException) else None
+    return f"Spark ends with {condition or type(error).__name__}"

@@ -156,13 +156,17 @@ def json_rows(spark: SparkSession, mapping: TableMapping, addresses: list[str]) 
     A line that is neither an object nor an array of objects stays as CORRUPT.
     """
     options = mapping.reader_options
-    of_text = {name: options.pop(name) for name in ("encoding", "linesep") if name in options}
+    encoding = options.pop("encoding", None)
+    of_text = {name: options.pop(name) for name in ("linesep",) if name in options}
     whole_file = options.get("multiline", "false")
-    if "encoding" in of_text:
-        # the reader of texts would refuse an unknown encoding only when rows are asked for
-        one_row(spark).select(F.encode("nothing", of_text["encoding"])).collect()
+    if encoding is not None:
+        # an unknown encoding would end the job only when rows are asked for
+        one_row(spark).select(F.encode("nothing", encoding)).collect()
     reader = spark.read.format("text").options(wholetext=whole_file, ignoreCorruptFiles=False, **of_text)
     lines = reader.load(addresses)
+    if encoding is not None:
+        # the reader of texts takes the bytes as they are, whatever encoding it is given
+        lines = lines.withColumn("value", F.decode(F.col("value").cast("binary"), encoding))
     row = T.StructType([T.StructField(key, T.StringType()) for key in mapping.top_level_names])
     text = F.regexp_replace("value", "^\ufeff", "")
     # in an object of our own that ends with a mark: whatever closes it early, or follows a value, takes the mark away

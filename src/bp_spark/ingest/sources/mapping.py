@@ -197,6 +197,10 @@ class TableMapping(Section):
     def _of_the_format(self) -> TableMapping:
         if self.skip_lines and (self.format != "csv" or "linesep" in self.reader_options):
             raise ValueError("skip_lines is of CSV files without the option lineSep")
+        encoding = self.reader_options.get("encoding", "").lower()
+        is_wide = encoding.replace("_", "-").startswith(("utf-16", "utf-32"))
+        if self.format == "json" and is_wide and self.reader_options.get("multiline", "").lower() != "true":
+            raise ValueError(f"{encoding} can't be parted into lines: set multiLine: true, or deliver UTF-8")
         if self.explode and self.format == "csv":
             raise ValueError("explode is of JSON, Parquet and Delta; a CSV file has no arrays")
         return self
