@@ -22,6 +22,7 @@ from bp_spark.model.members.linear import LinearMember
 from bp_spark.model.members.trees import TreesMember
 from bp_spark.model.stack import OUTPUTS, CalibratedStack
 from bp_spark.registry import bundle as b
+from bp_spark.registry import decisions
 from bp_spark.registry.manifest import describe_file, encode, seal
 
 HORIZONS = Horizons(
@@ -341,8 +342,8 @@ def test_promotion_points_to_one_bundle_at_any_time(write, tmp_path):
 def test_where_nothing_is_promoted_the_newest_refusal_says_why(write, tmp_path):
     bundles = tmp_path / "bundles"
     for name, reason in (("one", "below linear"), ("two", "below btyd 0.85")):
-        b.record(bundles, write(bundles / name), promoted=False, reason=reason)
-    (bundles / f"broken{b.DECISION}").write_text("{")
+        decisions.record(bundles, write(bundles / name), promoted=False, reason=reason)
+    (bundles / f"broken{decisions.DECISION}").write_text("{")
     with pytest.raises(
         BundleError, match=r"no bundle is promoted yet; two, the newest, was refused: below btyd 0\.85;"
     ):
@@ -352,7 +353,7 @@ def test_where_nothing_is_promoted_the_newest_refusal_says_why(write, tmp_path):
 
 def test_a_decision_is_recorded_beside_the_bundle_which_stays_as_it_was(write, tmp_path):
     bundle = write(tmp_path / "bundles" / "one")
-    path = b.record(tmp_path / "bundles", bundle, promoted=True, reason="better than zero")
+    path = decisions.record(tmp_path / "bundles", bundle, promoted=True, reason="better than zero")
     decision = json.loads(path.read_text(encoding="utf-8"))
     assert (decision["bundle"], decision["digest"]) == ("one", bundle.digest)
     assert decision["promoted"] is True

@@ -389,13 +389,11 @@ def _read_description(path: Path) -> tuple[InputSpec, NetworkConfig, dict[str, A
             raise BundleError(f"{path}: format {description['format']!r}, this version reads {FORMAT}")
         spec = InputSpec.from_json(description["input"])
         config = NetworkConfig.model_validate(description["network"])
-        numbers = {
-            "vocabulary": whole(description["vocabulary"], 0, 2**31),
-            "other_horizons": tuple(whole(days, 1, _LONGEST) for days in description["other_horizons"]),
-        }
-        if len(set(numbers["other_horizons"])) != len(numbers["other_horizons"]):
+        horizons = tuple(whole(days, 1, _LONGEST) for days in description["other_horizons"])
+        if len(set(horizons)) != len(horizons):
             raise ValueError("a horizon is there twice")
-        return spec, config, description | numbers
+        vocabulary = whole(description["vocabulary"], 0, 2**31)
+        return spec, config, description | {"vocabulary": vocabulary, "other_horizons": horizons}
     except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         # The words of pydantic would quote the values.
         reason = f"{error.error_count()} settings can't be used" if isinstance(error, ValidationError) else error

@@ -319,7 +319,7 @@ def _language_config(language: Any, max_tokens: int, tensors: int) -> PreTrained
 
 def _require_tokens(table: TokenTable, vocabulary: int) -> None:
     """Make sure that rows of a table lie within it, and its tokens within a language model's vocabulary."""
-    if table.tokens.ndim != 2 or not table.tokens.numel() or {table.tokens.dtype, table.lengths.dtype} != {torch.int32}:
+    if not table.tokens.numel() or {table.tokens.dtype, table.lengths.dtype} != {torch.int32}:
         raise ValueError("tokens must be rows of whole numbers")
     lengths, tokens = (torch.stack(tensor.aminmax()).tolist() for tensor in (table.lengths, table.tokens))
     if lengths[0] < 0 or lengths[1] > table.tokens.shape[1] or tokens[0] < 0 or tokens[1] >= vocabulary:

@@ -41,7 +41,7 @@ def require_sound(document: Mapping[str, Any], objective: str) -> None:
         raise ValueError(f"not a booster of {objective} with feature names") from None
     try:
         _require_trees(learner, features)
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError):
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError):
         rule = "arrays of other lengths, an index beyond them, a circle, or a value of another type"
         raise ValueError(f"its trees are none: {rule}") from None
 
@@ -92,7 +92,7 @@ def _require_tree(tree: Mapping[str, Any], position: int, features: int) -> None
     _require(all(type(flag) in (int, bool) and flag in (0, 1) for flag in tree["default_left"]))
     _require(_are_integers(tree["split_type"]) and not any(tree["split_type"]))
     _require(not any(tree.get(name) for name in _CATEGORIES))
-    _require_walkable(*(tree[name] for name in _INDICES), tree["split_indices"], features)
+    _require_walkable(tree["left_children"], tree["right_children"], tree["parents"], tree["split_indices"], features)
 
 
 def _require_walkable(

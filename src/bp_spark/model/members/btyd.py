@@ -135,7 +135,8 @@ class BtydMember:
             raise BundleError(f"{path}: not a btyd member ({error})") from None
         if min(values.values()) <= 0 or values["q"] <= 1:
             raise BundleError(f"{path}: parameters must be positive, q above 1")
-        return cls(**values | {"horizon_days": horizon_days})
+        del values["horizon_days"]
+        return cls(horizon_days, **values)
 
 
 def _visits(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
