@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bp_spark.core.config import FusionConfig
-from bp_spark.core.errors import BundleError
+from bp_spark.core.errors import BundleError, OvertakenError, PlatformError
 from bp_spark.model.curve import Curve
 from bp_spark.model.horizons import EXPECTED, Horizons, Ratio
 from bp_spark.model.members.linear import LinearMember
@@ -336,7 +336,30 @@ def test_promotion_points_to_one_bundle_at_any_time(write, tmp_path):
     for bundle in (first, second):
         b.promote(tmp_path / "bundles", bundle)
         assert b.current(tmp_path / "bundles") == bundle.folder
-    assert sorted(path.name for path in (tmp_path / "bundles").iterdir()) == ["current", "one", "two"]
+    assert sorted(path.name for path in (tmp_path / "bundles").iterdir()) == [".current.lock", "current", "one", "two"]
+
+
+def test_of_two_promotions_decided_beside_each_other_the_second_is_refused(write, tmp_path):
+    bundles = tmp_path / "bundles"
+    first, second = write(bundles / "one"), write(bundles / "two")
+    before = b.promoted(bundles)
+    b.promote(bundles, first, before)
+    with pytest.raises(OvertakenError, match="names one now") as overtaken:
+        b.promote(bundles, second, before)
+    assert overtaken.value.exit_code == 7
+    assert b.current(bundles) == first.folder
+
+
+def test_a_full_disk_ends_the_writing_of_a_bundle_with_its_path(tmp_path, trees, fusion):
+    class Full:
+        name = "linear"
+
+        def save(self, folder):
+            Path("/dev/full").write_text("x")
+
+    with pytest.raises(PlatformError, match=r"bundles/x: can't be written: no space left"):
+        b.write(tmp_path / "bundles/x", [trees, Full()], fusion, HORIZONS, inputs={}, lineage={}, metrics={})
+    assert list((tmp_path / "bundles").iterdir()) == []
 
 
 def test_where_nothing_is_promoted_the_newest_refusal_says_why(write, tmp_path):
