@@ -20,7 +20,9 @@ def test_a_harmed_bundle_is_usable_or_refused_by_name(tmp_path: Path) -> None:
     lines = load_harmed(tmp_path, 120, 1).splitlines()
     refusals = [line for line in lines if "Error: " in line]
     assert len(refusals) > 60
-    assert all(".json" in line or ".safetensors" in line or "copy" in line for line in refusals)
+    # what no look at the files can tell shows when the bundle predicts
+    unnamed = [line for line in refusals if "/copy/" not in line and "predicted a negative or non-finite" not in line]
+    assert unnamed == []
 
 
 @pytest.mark.thorough

@@ -274,12 +274,12 @@ def load(folder: str | Path, public_key: Ed25519PublicKey | None = None) -> Bund
     try:
         stack = CalibratedStack.from_json(manifest["fusion"])
         horizons = Horizons.from_json(manifest["horizons"])
+        explanation = Explanation.from_json(manifest["explanation"], folder) if manifest["explanation"] else None
     except BundleError as error:
         raise BundleError(f"{folder / MANIFEST}: {error}") from None
     absent = [name for name in stack.members if name not in manifest["members"]]
     if absent:
         raise BundleError(f"{folder / MANIFEST}: the fusion needs member {absent[0]!r}")
-    explanation = Explanation.from_json(manifest["explanation"], folder) if manifest["explanation"] else None
     members = [load_member(name, folder) for name in manifest["members"]]
     return Bundle(folder, manifest, members, stack, horizons, explanation)
 
