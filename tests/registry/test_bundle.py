@@ -15,13 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bp_spark.core.config import FusionConfig
-from bp_spark.core.errors import BundleError
+from bp_spark.core.errors import BundleError, OvertakenError, PlatformError
 from bp_spark.model.curve import Curve
 from bp_spark.model.horizons import EXPECTED, Horizons, Ratio
 from bp_spark.model.members.linear import LinearMember
 from bp_spark.model.members.trees import TreesMember
 from bp_spark.model.stack import OUTPUTS, CalibratedStack
 from bp_spark.registry import bundle as b
+from bp_spark.registry import decisions
 from bp_spark.registry.manifest import describe_file, encode, seal
 
 HORIZONS = Horizons(
@@ -335,14 +336,37 @@ def test_promotion_points_to_one_bundle_at_any_time(write, tmp_path):
     for bundle in (first, second):
         b.promote(tmp_path / "bundles", bundle)
         assert b.current(tmp_path / "bundles") == bundle.folder
-    assert sorted(path.name for path in (tmp_path / "bundles").iterdir()) == ["current", "one", "two"]
+    assert sorted(path.name for path in (tmp_path / "bundles").iterdir()) == [".current.lock", "current", "one", "two"]
+
+
+def test_of_two_promotions_decided_beside_each_other_the_second_is_refused(write, tmp_path):
+    bundles = tmp_path / "bundles"
+    first, second = write(bundles / "one"), write(bundles / "two")
+    before = b.promoted(bundles)
+    b.promote(bundles, first, before)
+    with pytest.raises(OvertakenError, match="names one now") as overtaken:
+        b.promote(bundles, second, before)
+    assert overtaken.value.exit_code == 7
+    assert b.current(bundles) == first.folder
+
+
+def test_a_full_disk_ends_the_writing_of_a_bundle_with_its_path(tmp_path, trees, fusion):
+    class Full:
+        name = "linear"
+
+        def save(self, folder):
+            Path("/dev/full").write_text("x")
+
+    with pytest.raises(PlatformError, match=r"bundles/x: can't be written: no space left"):
+        b.write(tmp_path / "bundles/x", [trees, Full()], fusion, HORIZONS, inputs={}, lineage={}, metrics={})
+    assert list((tmp_path / "bundles").iterdir()) == []
 
 
 def test_where_nothing_is_promoted_the_newest_refusal_says_why(write, tmp_path):
     bundles = tmp_path / "bundles"
     for name, reason in (("one", "below linear"), ("two", "below btyd 0.85")):
-        b.record(bundles, write(bundles / name), promoted=False, reason=reason)
-    (bundles / f"broken{b.DECISION}").write_text("{")
+        decisions.record(bundles, write(bundles / name), promoted=False, reason=reason)
+    (bundles / f"broken{decisions.DECISION}").write_text("{")
     with pytest.raises(
         BundleError, match=r"no bundle is promoted yet; two, the newest, was refused: below btyd 0\.85;"
     ):
@@ -352,7 +376,7 @@ def test_where_nothing_is_promoted_the_newest_refusal_says_why(write, tmp_path):
 
 def test_a_decision_is_recorded_beside_the_bundle_which_stays_as_it_was(write, tmp_path):
     bundle = write(tmp_path / "bundles" / "one")
-    path = b.record(tmp_path / "bundles", bundle, promoted=True, reason="better than zero")
+    path = decisions.record(tmp_path / "bundles", bundle, promoted=True, reason="better than zero")
     decision = json.loads(path.read_text(encoding="utf-8"))
     assert (decision["bundle"], decision["digest"]) == ("one", bundle.digest)
     assert decision["promoted"] is True

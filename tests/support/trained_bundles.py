@@ -16,6 +16,7 @@ from bp_spark.model.members.linear import LinearMember
 from bp_spark.model.members.trees import TreesMember
 from bp_spark.model.stack import CalibratedStack
 from bp_spark.registry import bundle as bundles
+from bp_spark.registry import decisions
 from bp_spark.registry.bundle import Bundle
 
 USERS = 50
@@ -90,5 +91,5 @@ def write_bundle(
     )
     if promoted:
         bundles.promote(settings.bundles, bundle)
-    bundles.record(settings.bundles, bundle, promoted=promoted, reason=reason)
+    decisions.record(settings.bundles, bundle, promoted=promoted, reason=reason)
     return bundle

@@ -36,6 +36,7 @@ from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import TABLE_NAMES
 from bp_spark.registry import bundle as bundles
+from bp_spark.registry import decisions
 from bp_spark.registry.predictions import REASONS, as_frame, predict
 from bp_spark.scoring import prediction
 from bp_spark.scoring.counterfactual import one_more_order
@@ -636,7 +637,7 @@ def test_the_first_bundle_is_promoted_above_the_baselines_and_says_so(line: Line
     assert line.trained.promoted
     assert "no worse than linear 0." in line.trained.reason
     assert "no other bundle is promoted" in line.trained.reason
-    record = Path(f"{line.trained.bundle.folder}{bundles.DECISION}")
+    record = Path(f"{line.trained.bundle.folder}{decisions.DECISION}")
     assert json.loads(record.read_text(encoding="utf-8"))["reason"] == line.trained.reason
     stage = line.lakehouse.read("runs").filter("stage = 'promote'").orderBy("started_at").first()
     assert stage is not None
@@ -731,7 +732,7 @@ def test_without_a_test_date_what_passed_is_fitted_anew_with_all_that_is_known(
     assert trained.bundle.test_date == str(trained.fitted.test_date) == str(last - horizon)
     judged = bundles.load(tmp_path / "bundles" / lineage["judged"]["bundle"])
     assert judged.manifest["lineage"]["test_date"] == trained.bundle.test_date
-    decision = bundles.decision(judged.folder)
+    decision = decisions.decision(judged.folder)
     assert decision is not None
     assert not decision["promoted"]
     assert f"to be fitted anew as of {tomorrow}" in decision["reason"]

@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from bp_spark.cli import data, governance, look, model, nights, render
-from bp_spark.core import extras, logs
+from bp_spark.core import disk, extras, logs
 from bp_spark.core.errors import BpSparkError
 from bp_spark.core.logs import LogFormat
 from bp_spark.core.version import __version__
@@ -100,7 +100,10 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         # typer ends the process itself, also after a usage error.
-        app([command, *words] if command else words, prog_name="bp-spark")
+        try:
+            app([command, *words] if command else words, prog_name="bp-spark")
+        finally:
+            disk.flush_output()
     except SystemExit as end:
         # Databricks takes any SystemExit of a task for a failure.
         if end.code:
@@ -113,6 +116,7 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
 
 def _fail(error: Exception) -> NoReturn:
     """Log the error and end the process with its exit code."""
+    error = disk.translated(error) or error
     code = error.exit_code if isinstance(error, BpSparkError) else 1
     fields = {"error": type(error).__name__, "exit_code": code}
     if isinstance(error, BpSparkError):

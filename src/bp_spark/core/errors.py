@@ -107,6 +107,23 @@ class ConflictError(BpSparkError):
         self.table = table
 
 
+class OvertakenError(ConflictError):
+    """Another training promoted its bundle while this one decided about its own.
+
+    Args:
+        pointer: the file that names the promoted bundle.
+        promoted: the bundle that it names now, if any.
+    """
+
+    def __init__(self, pointer: str, promoted: str | None) -> None:
+        BpSparkError.__init__(
+            self,
+            f"{pointer}: names {promoted or 'no bundle'} now, which another run changed meanwhile, and which the new bundle "
+            "wasn't compared with; the new bundle is written and not promoted: train again",
+        )
+        self.table = pointer
+
+
 class DriftError(BpSparkError):
     """Thresholds of a drift check are broken; the rows are in the table drift, and the scores stay unchanged."""
 

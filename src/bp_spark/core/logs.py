@@ -10,9 +10,14 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
+
+_logged: ContextVar[set[str]] = ContextVar("logged", default=set())  # noqa: B039 - one set for all that is no run
 
 
 class LogFormat(StrEnum):
@@ -74,6 +79,23 @@ def listen(form: LogFormat) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+@contextmanager
+def each_warning_once() -> Iterator[None]:
+    """Let :func:`warn_once` log each warning anew, once for the block: a run."""
+    before = _logged.set(set())
+    try:
+        yield
+    finally:
+        _logged.reset(before)
+
+
+def warn_once(logger: logging.Logger, message: str) -> None:
+    """Log a warning, unless this run has logged it; outside of runs, unless this process has."""
+    if message not in _logged.get():
+        _logged.get().add(message)
+        logger.warning("%s", message)
 
 
 def _through_java(line: str) -> None:

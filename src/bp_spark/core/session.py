@@ -21,7 +21,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from bp_spark.core import daemon, scratch
+from bp_spark.core import daemon, disk, scratch, temporary
 from bp_spark.core.config import Config, digest
 from bp_spark.core.errors import PlatformError
 
@@ -54,6 +54,7 @@ NO_CALL_SITES = ("spark.python.sql.dataFrameDebugging.enabled", "false")
 # Spark's web pages quote rows and settings, and ask nobody who reaches the machine for a password.
 NO_PAGES = ("spark.ui.enabled", "false")
 ANSWERS_HERE = ("spark.connect.grpc.binding.address", "127.0.0.1")
+LOCAL_DIR = "spark.local.dir"
 # On one machine tables are small and cores few. Delta's 50 tasks for a log and 2,000 parts of a write, Spark's 200 and VACUUM's
 # 10,000 tasks would be all overhead.
 LOCAL_SQL_SETTINGS = {
@@ -136,6 +137,8 @@ def _start(builder: Any, config: Config, worker_imports: Sequence[str]) -> Spark
     if "PYSPARK_GATEWAY_PORT" not in os.environ:
         if "MASTER" not in os.environ:
             builder = builder.master("local[*]").config("spark.driver.host", "localhost").config(*NO_PAGES)
+        if os.environ.get("MASTER", "local").startswith("local"):
+            builder = _with_private_folder(builder)
         builder = _with_local_java(builder)
     spark: SparkSession = builder.getOrCreate()
     return spark
@@ -145,7 +148,7 @@ def _connect(builder: Any) -> SparkSession:
     """Return a session of the Spark Connect server at ``SPARK_REMOTE``; ``local[*]`` or the like starts a server here."""
     if os.environ["SPARK_REMOTE"].startswith("local"):
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-        builder = _with_local_java(builder).config(*NO_PAGES).config(*ANSWERS_HERE)
+        builder = _with_private_folder(_with_local_java(builder)).config(*NO_PAGES).config(*ANSWERS_HERE)
     with warnings.catch_warnings():
         # pyspark sets the server's settings a second time, and the server refuses each with a warning
         warnings.filterwarnings("ignore", "Failed to set spark", UserWarning)
@@ -162,6 +165,18 @@ def _with_local_java(builder: Any) -> Any:
     for key, value in DELTA_SETTINGS.items():
         builder = builder.config(key, value)
     return builder.config("spark.driver.memory", driver_memory())
+
+
+def _with_private_folder(builder: Any) -> Any:
+    """Put the temporary files of a session on this machine into this process's folder, unless a place is set for them."""
+    folder = os.environ.get("SPARK_CONF_DIR") or Path(
+        os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent, "conf"
+    )
+    defaults = Path(folder, "spark-defaults.conf")
+    given = os.environ.get("PYSPARK_SUBMIT_ARGS", "") + (defaults.read_text("utf-8") if defaults.is_file() else "")
+    if "SPARK_LOCAL_DIRS" in os.environ or LOCAL_DIR in given:
+        return builder
+    return builder.config(LOCAL_DIR, str(temporary.folder("spark")))
 
 
 def is_connect(spark: SparkSession) -> bool:
@@ -269,11 +284,12 @@ exec {shlex.quote(str(home / "bin" / "java"))} "$@"
 """
     java = Path.home() / ".cache" / "bp-spark" / f"java-{digest(script)}" / "bin" / "java"
     if not java.exists():
-        java.parent.mkdir(parents=True, exist_ok=True)
-        temporary = java.with_name(f"java-{os.getpid()}")
-        temporary.write_text(script, encoding="utf-8")
-        temporary.chmod(0o755)
-        temporary.replace(java)
+        with disk.writing(java):
+            java.parent.mkdir(parents=True, exist_ok=True)
+            draft = java.with_name(f"java-{os.getpid()}")
+            draft.write_text(script, encoding="utf-8")
+            draft.chmod(0o755)
+            draft.replace(java)
     return java.parents[1]
 
 

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 
+from bp_spark.core.disk import FULL
 from bp_spark.core.errors import BpSparkError, ConflictError, DataError, FileReadError, OccupiedError, PlatformError
 
 SPARK_ERRORS = (PySparkException, Py4JJavaError)
 """Errors of Spark and Delta: a Spark Connect session raises the first, a classic session both."""
-_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
+_FULL_FILE = re.compile(r"(/\S+) \((?:No space left on device|Disk quota exceeded|File too large)\)")
 _CONFLICT = re.compile(
     r"DELTA_CONCURRENT_|DELTA_METADATA_CHANGED|DELTA_PROTOCOL_CHANGED|TABLE_OR_VIEW_ALREADY_EXISTS|"
     r"Concurrent(Write|Append|Transaction|DeleteRead|DeleteDelete)Exception"
@@ -78,8 +79,10 @@ def _translated(text: str, table: str) -> BpSparkError | None:
     return None
 
 
-def _no_space(_: re.Match[str], table: str) -> BpSparkError:
-    where = f"{table}: can't be written: " if table else ""
+def _no_space(match: re.Match[str], table: str) -> BpSparkError:
+    path = _FULL_FILE.search(match.string)
+    name = table or (path[1] if path else "")
+    where = f"{name}: can't be written: " if name else ""
     return PlatformError(
         f"{where}no space left on a disk; no table holds a part of what was being written: make room and run again"
     )
@@ -115,7 +118,7 @@ def _killed_worker(_: re.Match[str], table: str) -> BpSparkError:
 
 _CAUSES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str], str], BpSparkError]], ...] = (
     (_BY_WORKER, lambda match, table: FileReadError(match[1], match[2])),
-    (_FULL, _no_space),
+    (FULL, _no_space),
     (_CONFLICT, lambda match, table: ConflictError(table)),
     (_OCCUPIED, lambda match, table: OccupiedError(table)),
     (_UNREADABLE, _unreadable_file),

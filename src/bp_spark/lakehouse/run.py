@@ -15,7 +15,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
-from bp_spark.core import scratch
+from bp_spark.core import logs, scratch
 from bp_spark.core.config import Config, TablesConfig, digest
 from bp_spark.core.errors import BpSparkError
 from bp_spark.core.spark_errors import translate
@@ -326,7 +326,7 @@ def recorded(spark: SparkSession, config: Config, job: str) -> Iterator[Run]:
     """
     run = Run(spark, config, job)
     try:
-        with translate(), scratch.opened(spark, config.tables):
+        with logs.each_warning_once(), translate(), scratch.opened(spark, config.tables):
             yield run
     except BaseException as error:
         # a mistaken tables.path must not become a lakehouse by the record of the mistake

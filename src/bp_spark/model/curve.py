@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bp_spark.model.values import floats
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -32,25 +34,18 @@ def as_json(fitted: DataclassInstance) -> dict[str, Any]:
     return document
 
 
-def floats(values: Any) -> tuple[float, ...]:
-    """Return numbers as plain floats.
-
-    Raises:
-        ValueError: one is not finite.
-    """
-    plain = tuple(float(value) for value in values)
-    if not all(math.isfinite(value) for value in plain):
-        raise ValueError("not finite")
-    return plain
-
-
-def curve_from_json(document: Mapping[str, Any]) -> Curve:
+def curve_from_json(document: Mapping[str, Any], least: float = -math.inf, most: float = math.inf) -> Curve:
     """Return the curve whose fields are in a JSON document.
+
+    Args:
+        document: of :func:`as_json`.
+        least: smallest ``y`` that is allowed.
+        most: largest ``y`` that is allowed.
 
     Raises:
         KeyError, TypeError, ValueError: they are not the fields of a curve.
     """
-    curve = Curve(floats(document["x"]), floats(document["y"]))
+    curve = Curve(floats(document["x"]), floats(document["y"], least, most))
     if len(curve.x) != len(curve.y) or not curve.x:
         raise ValueError("a curve needs as many x as y")
     if any(after <= before for before, after in zip(curve.x, curve.x[1:], strict=False)):

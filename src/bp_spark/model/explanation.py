@@ -30,6 +30,7 @@ from bp_spark.model.columns import Columns, to_matrix
 from bp_spark.model.members.base import Member
 from bp_spark.model.members.trees import SqrtTreesMember, TreesMember
 from bp_spark.model.stack import CalibratedStack
+from bp_spark.model.values import number, texts
 
 SEQUENCE = "recent events"
 """The group of the order and content of the last events, which no tabular feature holds."""
@@ -194,10 +195,10 @@ class Explanation:
         """
         try:
             explanation = cls(
-                features=tuple(map(str, document["features"])),
+                features=texts(document["features"]),
                 groups=tuple(map(str, document["groups"])),
                 imitation=Imitation.load(folder) if document["imitation"] else None,
-                r_squared=float(document["r_squared"]),
+                r_squared=number(document["r_squared"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(f"explanation: malformed ({error!r})") from None

@@ -159,16 +159,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file.
 
     Raises:
-        BundleError: the file is missing or damaged.
+        BundleError: the file is missing or damaged, or a number is not finite.
     """
     try:
-        return load_file(str(path))
-    except (OSError, SafetensorError) as error:
+        tensors = load_file(str(path))
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise BundleError(f"{path}: can't be read: {error}") from error
+    for name, tensor in tensors.items():
+        # The extremes, and not a mask of all: a table of texts may be large.
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise BundleError(f"{path}: tensor {name} has numbers that are not finite")
+    return tensors
 
 
 def require_same_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Make sure that tensors have the names and shapes of a module's state.
+    """Make sure that tensors have the names, shapes and types of a module's state.
 
     Args:
         module: the module.
@@ -176,10 +181,10 @@ def require_same_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Pa
         path: file of the tensors, for the message.
 
     Raises:
-        BundleError: names or shapes differ.
+        BundleError: names, shapes or types differ.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in module.state_dict().items()}
+    actual = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if wrong := sorted({name for name, _ in expected.items() ^ actual.items()}):
         raise BundleError(f"{path}: {len(wrong)} tensors don't fit the configured network, first {wrong[0]}")
 

@@ -19,6 +19,7 @@ from bp_spark.core.errors import BundleError
 from bp_spark.features.labels import horizon_column
 from bp_spark.model.bins import quantile_bins
 from bp_spark.model.curve import Curve, as_json, curve_from_json
+from bp_spark.model.values import whole
 
 LABEL = "label_spend"
 NETWORK = "transformer"
@@ -29,6 +30,8 @@ MIN_ROWS = 100
 
 _BINS, _BIN_ROWS = 10, 200
 _CENT = 0.01
+_LONGEST = 100 * 366
+"""Most days of a horizon."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class Horizons:
         try:
             if set(document) != {field.name for field in fields(cls)}:
                 raise ValueError("not the keys of horizons")
-            horizons = cls(int(document["main"]), tuple(map(_ratio, document["ratios"])))
+            horizons = cls(whole(document["main"], 1, _LONGEST), tuple(map(_ratio, document["ratios"])))
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(f"horizons: malformed ({error!r})") from None
         if len(set(horizons.days)) < len(horizons.days):
@@ -152,7 +155,8 @@ class Horizons:
 def _ratio(document: Mapping[str, Any]) -> Ratio:
     if set(document) != {field.name for field in fields(Ratio)} or document["by"] not in (NETWORK, EXPECTED):
         raise ValueError("not a ratio")
-    return Ratio(int(document["days"]), str(document["by"]), curve_from_json(document["curve"]))
+    curve = curve_from_json(document["curve"], least=0.0)
+    return Ratio(whole(document["days"], 1, _LONGEST), str(document["by"]), curve)
 
 
 def _curve_variable(

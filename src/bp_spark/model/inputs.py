@@ -18,6 +18,7 @@ from bp_spark.core.config import FeaturesConfig
 from bp_spark.core.errors import DataError
 from bp_spark.features.catalogue import catalogue
 from bp_spark.model.columns import Columns, ragged, to_matrix
+from bp_spark.model.values import texts, whole
 
 HISTORY_COLUMNS = (
     "seq_kind",
@@ -40,6 +41,7 @@ NUMERIC_FEATURES = 5
 """Numbers of an event: log amount, log items, discount share, log gap to the event before, log age."""
 AMOUNT, GAP, AGE = 0, 3, 4
 """Positions among the numbers of an event."""
+_LONGEST_HISTORY = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class InputSpec:
         Raises:
             KeyError, TypeError, ValueError: ``values`` are not those of a specification.
         """
-        return cls(tuple(values["tabular"]), frozenset(values["log_scaled"]), int(values["history_length"]))
+        history_length = whole(values["history_length"], 1, _LONGEST_HISTORY)
+        return cls(texts(values["tabular"]), frozenset(texts(values["log_scaled"])), history_length)
 
 
 @dataclass(frozen=True)

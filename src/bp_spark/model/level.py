@@ -27,7 +27,8 @@ import numpy as np
 
 from bp_spark.core.config import FusionConfig
 from bp_spark.core.errors import BundleError
-from bp_spark.model.curve import Curve, as_json, curve_from_json, floats
+from bp_spark.model.curve import Curve, as_json, curve_from_json
+from bp_spark.model.values import floats, number
 
 WEEKS_A_YEAR = 52
 _WINDOWS = (4, 13, 26, 52)
@@ -232,10 +233,10 @@ class Level:
             if set(document) != {field.name for field in fields(cls)}:
                 raise ValueError("not the keys of a level")
             as_of = date.fromisoformat(document["as_of"]).isoformat()
-            evidence, forecast, reach, sd = (float(document[name]) for name in ("evidence", "forecast", "reach", "sd"))
-            if not (evidence <= 1 and all(0 <= number < math.inf for number in (evidence, forecast, reach, sd))):
-                raise ValueError("out of range")
-            return cls(as_of, evidence, forecast, reach, curve_from_json(document["log_factor"]), sd)
+            evidence, reach = number(document["evidence"], 0, 1), number(document["reach"], 0, _MOST)
+            forecast, sd = number(document["forecast"], 0), number(document["sd"], 0)
+            log_factor = curve_from_json(document["log_factor"], -_MOST, _MOST)
+            return cls(as_of, evidence, forecast, reach, log_factor, sd)
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(f"level: malformed ({error!r})") from None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from bp_spark.model.history import HistoryEncoder, read_tensors, require_same_te
 from bp_spark.model.inputs import Batch, InputSpec
 from bp_spark.model.losses import band_loss, log_mse_loss, tweedie_loss, ziln_loss, ziln_parameters
 from bp_spark.model.text_history import TextHistoryEncoder, restore_text_encoder
+from bp_spark.model.values import whole
 
 WEIGHTS_FILE = "transformer.safetensors"
 DESCRIPTION_FILE = "transformer.json"
@@ -36,6 +37,8 @@ _TABULAR_LIMIT = 10.0
 _MIN_STD = 1e-6
 _OUTPUTS = {"ziln": 3, "tweedie": 1, "mse": 1}
 _HISTORY = "history."
+_LONGEST = 100 * 366
+"""Most days of a horizon."""
 
 History = HistoryEncoder | TextHistoryEncoder
 """A history encoder: users in, [B, hidden_size] out."""
@@ -321,15 +324,19 @@ class SpendNetwork(nn.Module):
         ids = tensors.pop("vocabulary_ids", torch.zeros(0))
         if ids.shape != (description["vocabulary"],):
             raise BundleError(f"{path}: there must be {description['vocabulary']} texts, found {tuple(ids.shape)}")
-        network = cls(
-            spec,
-            config,
-            ids,
-            _restored_history(spec, config, description, tensors, path),
-            description["other_horizons"],
-        )
-        require_same_tensors(network, tensors, path)
-        network.load_state_dict(tensors, assign=True)
+        if ids.dtype != torch.int64 or not bool((ids.diff() > 0).all()):
+            raise BundleError(f"{path}: ids of texts must be whole numbers that rise")
+
+        def make() -> tuple[SpendNetwork, dict[str, Tensor]]:
+            state = dict(tensors)
+            history = _restored_history(spec, config, description, state, path)
+            return cls(spec, config, ids, history, description["other_horizons"]), state
+
+        # First without memory: the description may name any size, until the tensors prove it.
+        with torch.device("meta"):
+            require_same_tensors(*_made(make, path), path)
+        network, state = make()
+        network.load_state_dict(state, assign=True)
         return network.eval()
 
     def _read_tabular(self, values: Tensor) -> Tensor:
@@ -342,6 +349,23 @@ class SpendNetwork(nn.Module):
         return vectors
 
 
+def _made(
+    make: Callable[[], tuple[SpendNetwork, dict[str, Tensor]]], path: Path
+) -> tuple[SpendNetwork, dict[str, Tensor]]:
+    """Return what ``make`` does.
+
+    Raises:
+        BundleError: no network can be of the sizes in the description.
+    """
+    try:
+        return make()
+    except BundleError:
+        raise
+    except Exception as error:
+        # Errors of torch and transformers, of any class: sizes that don't fit each other or are beyond all limits.
+        raise BundleError(f"{path}: no network of these sizes: {type(error).__name__}") from error
+
+
 def _restored_history(
     spec: InputSpec, config: NetworkConfig, description: Mapping[str, Any], tensors: dict[str, Tensor], path: Path
 ) -> History:
@@ -349,8 +373,10 @@ def _restored_history(
     if config.backbone == "text":
         return restore_text_encoder(config, description["vocabulary"], description.get("language"), tensors, path)
     texts, expected = tensors.pop("texts", torch.zeros(0)), (description["vocabulary"] + 1, config.hidden_size)
-    if texts.shape != expected:
+    if texts.shape != expected or texts.dtype != torch.float32:
         raise BundleError(f"{path}: texts must be of shape {expected}, found {tuple(texts.shape)}")
+    if config.layers > len(tensors):
+        raise BundleError(f"{path}: holds fewer tensors than the network has layers")
     history = HistoryEncoder(config, spec.history_length, torch.zeros(0, 1))
     history.take_texts(texts)
     return history
@@ -358,15 +384,17 @@ def _restored_history(
 
 def _read_description(path: Path) -> tuple[InputSpec, NetworkConfig, dict[str, Any]]:
     try:
-        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        description: dict[str, Any] = json.loads(path.read_bytes())
         if description["format"] != FORMAT:
             raise BundleError(f"{path}: format {description['format']!r}, this version reads {FORMAT}")
         spec = InputSpec.from_json(description["input"])
         config = NetworkConfig.model_validate(description["network"])
-        numbers = {
-            "vocabulary": int(description["vocabulary"]),
-            "other_horizons": tuple(int(days) for days in description["other_horizons"]),
-        }
-        return spec, config, description | numbers
-    except (OSError, KeyError, TypeError, ValueError, ValidationError) as error:
-        raise BundleError(f"{path}: no description of a network: {error}") from error
+        horizons = tuple(whole(days, 1, _LONGEST) for days in description["other_horizons"])
+        if len(set(horizons)) != len(horizons):
+            raise ValueError("a horizon is there twice")
+        vocabulary = whole(description["vocabulary"], 0, 2**31)
+        return spec, config, description | {"vocabulary": vocabulary, "other_horizons": horizons}
+    except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        # The words of pydantic would quote the values.
+        reason = f"{error.error_count()} settings can't be used" if isinstance(error, ValidationError) else error
+        raise BundleError(f"{path}: no description of a network: {reason}") from error

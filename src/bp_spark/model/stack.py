@@ -22,9 +22,10 @@ from bp_spark.core.config import FusionConfig
 from bp_spark.core.errors import BundleError, DataError
 from bp_spark.model.bins import equivalent_rows, quantile_bins
 from bp_spark.model.columns import ACTIVE, SILENT
-from bp_spark.model.curve import Curve, as_json, curve_from_json, floats
+from bp_spark.model.curve import Curve, as_json, curve_from_json
 from bp_spark.model.intervals import Intervals, fit_intervals, rows_needed
 from bp_spark.model.level import Level
+from bp_spark.model.values import LARGEST_LOG, floats, number, require_rising, texts
 
 LEVELS = ("E", "D", "C", "B", "A")
 """Fifths of the reference population, by score."""
@@ -268,24 +269,26 @@ class CalibratedStack:
             raise BundleError("fusion: not the keys of a fusion")
         try:
             stack = cls(
-                members=tuple(str(name) for name in document["members"]),
-                weights=floats(document["weights"]),
-                coverage=float(document["coverage"]),
-                calibration=curve_from_json(document["calibration"]),
-                activity=curve_from_json(document["activity"]),
+                members=texts(document["members"]),
+                weights=floats(document["weights"], 0.0),
+                coverage=number(document["coverage"], 0.0, 1.0),
+                calibration=curve_from_json(document["calibration"], 0.0, LARGEST_LOG),
+                activity=curve_from_json(document["activity"], 0.0, 1.0),
                 edges=floats(document["edges"]),
-                lower=floats(document["lower"]),
-                upper=floats(document["upper"]),
-                reference=curve_from_json(document["reference"]),
-                risk=(float(document["risk"][0]), float(document["risk"][1])),
+                lower=floats(document["lower"], -LARGEST_LOG, LARGEST_LOG),
+                upper=floats(document["upper"], -LARGEST_LOG, LARGEST_LOG),
+                reference=curve_from_json(document["reference"], 0.0, 100.0),
+                risk=(number(document["risk"][0]), number(document["risk"][1])),
                 level=Level.from_json(document["level"]) if "level" in document else None,
                 recency=floats(document["recency"]) if "recency" in document else None,
             )
+            for rising in (stack.calibration.y, stack.edges, stack.reference.y, stack.risk):
+                require_rising(rising)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise BundleError(f"fusion: malformed ({error!r})") from None
         if stack.recency is not None and len(stack.recency) != _ACTIVITY_WEIGHTS:
             raise BundleError("fusion: recency must have four numbers")
-        if len(stack.weights) != len(stack.members) or min(stack.weights) < 0:
+        if not stack.members or len(stack.weights) != len(stack.members):
             raise BundleError("fusion: members and weights don't fit together")
         if not len(stack.edges) + 1 == len(stack.lower) == len(stack.upper):
             raise BundleError("fusion: edges, lower and upper don't fit together")

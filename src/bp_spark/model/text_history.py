@@ -54,6 +54,9 @@ _SMALLEST = 1e-6
 _EVENT_TOKENS = 8
 """Mean tokens of an event with its text, for an estimate of a history's length."""
 _LANGUAGE = "language."
+_LARGEST, _POSITIONS = 1_000_000, 8192
+"""Largest number and most tokens of a history in a language model's configuration."""
+_REASON = 200
 
 
 @dataclass(frozen=True)
@@ -278,14 +281,49 @@ def restore_text_encoder(
         table = TokenTable(tensors.pop("tokens"), tensors.pop("token_lengths"))
         if table.texts != vocabulary:
             raise ValueError(f"tokens of {table.texts} texts, not {vocabulary}")
-        values = dict(language)
-        language_config: PreTrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
+        if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in weights.values()):
+            raise ValueError("weights must be of float32")
+        language_config = _language_config(language, config.text.max_tokens, len(weights))
+        _require_tokens(table, int(language_config.vocab_size))
         auto_model: Any = AutoModel
         model = _without_unused_layers(auto_model.from_config(language_config)).requires_grad_(False)
         model.load_state_dict({name.removeprefix(_LANGUAGE): tensor for name, tensor in weights.items()}, assign=True)
         return TextHistoryEncoder(config, model, table)
-    except (KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
-        raise BundleError(f"{path}: no language model that reads histories: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        # Transformers raises errors of any class for a configuration that makes no sense.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BundleError(f"{path}: no language model that reads histories: {reason[:_REASON]}") from error
+
+
+def _language_config(language: Any, max_tokens: int, tensors: int) -> PreTrainedConfig:
+    """Return a language model's configuration.
+
+    Args:
+        language: its JSON.
+        max_tokens: tokens of the longest history.
+        tensors: how many tensors the language model has.
+
+    Raises:
+        ValueError: a size is beyond all limits, or the configuration would fetch another model.
+    """
+    values = dict(language)
+    if any("backbone" in name or (isinstance(value, int) and abs(value) > _LARGEST) for name, value in values.items()):
+        raise ValueError("its configuration has a part of another model, or a number beyond all limits")
+    config: PreTrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
+    if not 0 < int(config.num_hidden_layers) <= tensors:
+        raise ValueError("there are fewer tensors than layers")
+    if not max_tokens <= int(getattr(config, "max_position_embeddings", max_tokens)) <= _POSITIONS:
+        raise ValueError("it can't read so many tokens")
+    return config
+
+
+def _require_tokens(table: TokenTable, vocabulary: int) -> None:
+    """Make sure that rows of a table lie within it, and its tokens within a language model's vocabulary."""
+    if not table.tokens.numel() or {table.tokens.dtype, table.lengths.dtype} != {torch.int32}:
+        raise ValueError("tokens must be rows of whole numbers")
+    lengths, tokens = (torch.stack(tensor.aminmax()).tolist() for tensor in (table.lengths, table.tokens))
+    if lengths[0] < 0 or lengths[1] > table.tokens.shape[1] or tokens[0] < 0 or tokens[1] >= vocabulary:
+        raise ValueError("tokens are beyond the table or the vocabulary")
 
 
 def _without_unused_layers(model: Any) -> Any:

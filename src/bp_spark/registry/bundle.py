@@ -10,19 +10,23 @@ Digests reveal damage. A signature, ``manifest.sig``, proves who wrote a bundle,
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bp_spark.core import disk, logs
 from bp_spark.core.config import Config
-from bp_spark.core.errors import BundleError
+from bp_spark.core.errors import BundleError, OvertakenError
+from bp_spark.core.files import sync, write_synced
+from bp_spark.core.locks import locked
 from bp_spark.core.version import __version__
 from bp_spark.model.columns import Columns
 from bp_spark.model.explanation import Explanation
@@ -30,16 +34,16 @@ from bp_spark.model.horizons import Horizons
 from bp_spark.model.members.base import Member, predict_all
 from bp_spark.model.members.files import load_member
 from bp_spark.model.stack import CalibratedStack
+from bp_spark.registry import decisions, mlflow_store
 from bp_spark.registry import manifest as manifests
-from bp_spark.registry import mlflow_store
 from bp_spark.registry.manifest import MANIFEST, NAME, OWN_FILES, SIGNATURE
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+logger = logging.getLogger(__name__)
+
 CURRENT = "current"
-DECISION = ".promotion.json"
-"""Ending of the file beside a bundle that says whether it was promoted, and why."""
 
 
 class Bundle:
@@ -182,47 +186,51 @@ def write(
 
     Raises:
         BundleError: the folder exists, its name or a file's is unfit, or a member of the stack is missing.
+        PlatformError: the disk is full.
     """
     folder = Path(folder)
     names = [member.name for member in members]
     _require_writable(folder, names, stack)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
-    draft.mkdir()
-    try:
-        for member in members:
-            member.save(draft)
-        if explanation is not None:
-            explanation.save(draft)
-        manifest = manifests.seal(
-            {
-                "format": manifests.FORMAT,
-                "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "code_version": __version__,
-                "horizon_days": horizons.main,
-                "horizons": horizons.to_json(),
-                "inputs": inputs,
-                "members": names,
-                "fusion": stack.to_json(),
-                "explanation": {} if explanation is None else explanation.to_json(),
-                "metrics": metrics,
-                "lineage": lineage,
-                "files": _described_files(draft, folder),
-            }
-        )
-        text = manifests.encode(manifest)
-        _write_synced(draft / MANIFEST, text)
-        if private_key is not None:
-            _write_synced(draft / SIGNATURE, private_key.sign(text))
-        _sync(draft)
+    with disk.writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
+        draft.mkdir()
         try:
-            os.rename(draft, folder)
-        except OSError as error:
-            raise BundleError(f"{folder}: can't be put in place ({error.strerror})") from None
-        _sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+            for member in members:
+                member.save(draft)
+            if explanation is not None:
+                explanation.save(draft)
+            manifest = manifests.seal(
+                {
+                    "format": manifests.FORMAT,
+                    "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "code_version": __version__,
+                    "horizon_days": horizons.main,
+                    "horizons": horizons.to_json(),
+                    "inputs": inputs,
+                    "members": names,
+                    "fusion": stack.to_json(),
+                    "explanation": {} if explanation is None else explanation.to_json(),
+                    "metrics": metrics,
+                    "lineage": lineage,
+                    "files": _described_files(draft, folder),
+                }
+            )
+            text = manifests.encode(manifest)
+            write_synced(draft / MANIFEST, text)
+            if private_key is not None:
+                write_synced(draft / SIGNATURE, private_key.sign(text))
+            sync(draft)
+            try:
+                os.rename(draft, folder)
+            except OSError as error:
+                if disk.is_full(error):
+                    raise
+                raise BundleError(f"{folder}: can't be put in place ({error.strerror})") from None
+            sync(folder.parent)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
     return Bundle(folder, manifest, members, stack, horizons, explanation)
 
 
@@ -245,7 +253,7 @@ def _described_files(draft: Path, folder: Path) -> dict[str, Any]:
     for name in files:
         if not NAME.fullmatch(name) or name in OWN_FILES:
             raise BundleError(f"{folder}: a member wrote a file {name!r}")
-        _sync(draft / name)
+        sync(draft / name)
     return files
 
 
@@ -263,12 +271,15 @@ def load(folder: str | Path, public_key: Ed25519PublicKey | None = None) -> Bund
     folder = Path(folder)
     manifest = manifests.read(folder / MANIFEST, public_key)
     manifests.require_files(folder, manifest["files"])
-    stack = CalibratedStack.from_json(manifest["fusion"])
+    try:
+        stack = CalibratedStack.from_json(manifest["fusion"])
+        horizons = Horizons.from_json(manifest["horizons"])
+        explanation = Explanation.from_json(manifest["explanation"], folder) if manifest["explanation"] else None
+    except BundleError as error:
+        raise BundleError(f"{folder / MANIFEST}: {error}") from None
     absent = [name for name in stack.members if name not in manifest["members"]]
     if absent:
         raise BundleError(f"{folder / MANIFEST}: the fusion needs member {absent[0]!r}")
-    horizons = Horizons.from_json(manifest["horizons"])
-    explanation = Explanation.from_json(manifest["explanation"], folder) if manifest["explanation"] else None
     members = [load_member(name, folder) for name in manifest["members"]]
     return Bundle(folder, manifest, members, stack, horizons, explanation)
 
@@ -289,72 +300,64 @@ def load_promoted(settings: Config, address: str | Path | None = None) -> Bundle
     # Only here: workers that load a bundle by its folder need no cryptography.
     from bp_spark.registry import signing
 
+    public_key = signing.public_key(settings.signing)
+    if public_key is None:
+        logs.warn_once(logger, "signing.public_key: is not set, so nothing proves who made the bundle")
+
     def verified(folder: str | Path) -> Bundle:
-        return load(folder, signing.public_key(settings.signing))
+        return load(folder, public_key)
 
     if address is not None and str(address).startswith(mlflow_store.SCHEME):
         return verified(mlflow_store.fetch(settings, str(address), lambda files: verified(files).digest))
     return verified(address or current(settings.bundles))
 
 
-def promote(bundles_dir: str | Path, bundle: Bundle) -> None:
+@dataclass(frozen=True)
+class Promoted:
+    """What ``bundles/current`` said at a moment.
+
+    Attributes:
+        name: of the promoted bundle, usable or not; ``None`` where none was promoted.
+    """
+
+    name: str | None
+
+
+def promoted(bundles_dir: str | Path) -> Promoted:
+    """Return what ``current`` says now, for :func:`promote` after a decision."""
+    try:
+        return Promoted((Path(bundles_dir) / CURRENT).read_text(encoding="utf-8", errors="replace").strip())
+    except OSError:
+        return Promoted(None)
+
+
+def promote(bundles_dir: str | Path, bundle: Bundle, replacing: Promoted | None = None) -> None:
     """Make ``bundle`` the one that scores: ``bundles_dir/current`` names it from one moment to the next.
 
     Args:
         bundles_dir: folder of all bundles.
         bundle: lies directly in it.
+        replacing: what ``current`` must still say; by default, whatever it says is replaced.
 
     Raises:
         BundleError: the bundle doesn't lie directly in ``bundles_dir``.
+        OvertakenError: ``current`` says something else than ``replacing``.
+        PlatformError: the disk is full.
     """
     bundles_dir = Path(bundles_dir)
     if bundle.folder.resolve().parent != bundles_dir.resolve():
         raise BundleError(f"{bundle.folder}: must lie in {bundles_dir} to be promoted")
+    pointer = bundles_dir / CURRENT
     draft = bundles_dir / f".{CURRENT}.{uuid.uuid4().hex}.tmp"
-    try:
-        _write_synced(draft, f"{bundle.folder.name}\n".encode())
-        os.replace(draft, bundles_dir / CURRENT)
-    finally:
-        draft.unlink(missing_ok=True)
-    _sync(bundles_dir)
-
-
-def record(bundles_dir: str | Path, bundle: Bundle, *, promoted: bool, reason: str) -> Path:
-    """Write the decision about a bundle beside its folder, which itself never changes; return the file.
-
-    Args:
-        bundles_dir: folder of all bundles.
-        bundle: the bundle.
-        promoted: the decision.
-        reason: why, for people.
-
-    Raises:
-        BundleError: the file can't be written.
-    """
-    path = Path(bundles_dir) / f"{bundle.folder.name}{DECISION}"
-    document = {
-        "bundle": bundle.folder.name,
-        "digest": bundle.digest,
-        "promoted": promoted,
-        "reason": reason,
-        "decided_at": datetime.now(UTC).isoformat(),
-    }
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        draft.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(draft, path)
-    except OSError as error:
-        raise BundleError(f"{path}: can't be written ({error.strerror})") from None
-    return path
-
-
-def decision(folder: Path) -> Mapping[str, Any] | None:
-    """Return what :func:`record` wrote about the bundle in a folder; ``None`` where no readable decision lies."""
-    try:
-        document = json.loads(folder.with_name(f"{folder.name}{DECISION}").read_bytes())
-    except (OSError, ValueError):
-        return None
-    return document if isinstance(document, dict) and {"promoted", "reason"} <= set(document) else None
+    with disk.writing(pointer), locked(bundles_dir / f".{CURRENT}.lock"):
+        if replacing is not None and (now := promoted(bundles_dir)) != replacing:
+            raise OvertakenError(str(pointer), now.name)
+        try:
+            write_synced(draft, f"{bundle.folder.name}\n".encode())
+            os.replace(draft, pointer)
+        finally:
+            draft.unlink(missing_ok=True)
+    sync(bundles_dir)
 
 
 def is_any_promoted(bundles_dir: str | Path) -> bool:
@@ -372,7 +375,7 @@ def current(bundles_dir: str | Path) -> Path:
     try:
         name = pointer.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
-        raise BundleError(f"{pointer}: no bundle is promoted yet; {_why_none(Path(bundles_dir))}") from None
+        raise BundleError(f"{pointer}: no bundle is promoted yet; {decisions.why_none(bundles_dir)}") from None
     folder = Path(bundles_dir) / name
     if not NAME.fullmatch(name):
         raise BundleError(f"{pointer}: {name[:40]!r} is no bundle's name")
@@ -402,30 +405,3 @@ def find(bundles_dir: str | Path, digest: str) -> Path:
     raise BundleError(
         f"{bundles_dir}: no bundle that can be read has the digest {digest[:12]}; was it moved or deleted?"
     )
-
-
-def _why_none(bundles_dir: Path) -> str:
-    """Return why no bundle is promoted, and what to do."""
-    refusals = []
-    for path in bundles_dir.glob(f"*{DECISION}"):
-        document = decision(path.with_name(path.name.removesuffix(DECISION)))
-        if document is not None and not document["promoted"] and {"decided_at", "bundle"} <= set(document):
-            refusals.append((str(document["decided_at"]), str(document["bundle"]), str(document["reason"])))
-    if not refusals:
-        return "train one first"
-    _, name, reason = max(refusals)
-    return f"{name}, the newest, was refused: {reason}; train another, or name a bundle's folder"
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Make a file or the entries of a folder survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

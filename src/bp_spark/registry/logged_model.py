@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from pyspark import TaskContext
 
+from bp_spark.core import disk, temporary
 from bp_spark.features.aggregates import SEQUENCE_COLUMNS
 from bp_spark.lakehouse.tables import SCORES
 from bp_spark.model.columns import Ragged, ragged
@@ -87,7 +88,7 @@ def log_model(bundle: Bundle, name: str, tags: Mapping[str, str]) -> ModelInfo:
     """
     from mlflow import pyfunc
 
-    with TemporaryDirectory() as folder:
+    with disk.writing(temporary.folder("models")), TemporaryDirectory(dir=temporary.folder("models")) as folder:
         data = shutil.copytree(bundle.folder, Path(folder) / "bundle")
         code = Path(folder) / "bp_spark"
         _copy_code(resources.files("bp_spark"), code)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +58,7 @@ def read(path: Path, public_key: Ed25519PublicKey | None) -> dict[str, Any]:
     Raises:
         BundleError: the manifest is missing, damaged, of another format or not signed by the key.
     """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path}: can't be read ({error.strerror})") from None
+    text = _read_plain_file(path)
     if public_key is not None:
         _require_signature(path.with_name(SIGNATURE), text, public_key)
     try:
@@ -69,16 +67,53 @@ def read(path: Path, public_key: Ed25519PublicKey | None) -> dict[str, Any]:
         raise BundleError(f"{path}: not JSON or cut short") from None
     manifest = _require_format(path, document)
     for key, kind in _KEYS.items():
-        if not isinstance(manifest.get(key), kind):
+        if type(manifest.get(key)) is not kind:
             raise BundleError(f"{path}: {key} is missing or no {kind.__name__}")
     # Byte for byte: JSON readers may take some documents differently, such as one that gives a key twice.
     content = {key: value for key, value in manifest.items() if key not in _SEALS}
-    if set(manifest) != set(_KEYS) or encode(seal(content)) != text:
+    try:
+        differs = set(manifest) != set(_KEYS) or encode(seal(content)) != text
+    except RecursionError:
+        raise BundleError(f"{path}: is nested too deeply") from None
+    if differs:
         raise BundleError(f"{path}: differs from what was written (checksum)")
+    _require_types(path, manifest)
+    return manifest
+
+
+def _read_plain_file(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        # a pipe would never end
+        raise BundleError(f"{path}: can't be read (no plain file)")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: can't be read ({error.strerror})") from None
+
+
+def _require_types(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Make sure that the parts of a manifest have the types that its readers expect."""
     inputs = manifest["inputs"]
     if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in inputs.values()):
         raise BundleError(f"{path}: inputs must be lists of column names")
-    return manifest
+    members = manifest["members"]
+    if not all(isinstance(name, str) for name in members) or len(set(members)) != len(members):
+        raise BundleError(f"{path}: members must be different names")
+    if manifest["horizon_days"] != manifest["horizons"].get("main", manifest["horizon_days"]):
+        raise BundleError(f"{path}: horizon_days and horizons don't fit together")
+    lineage = manifest["lineage"]
+    judged = lineage.get("judged", {})
+    if not isinstance(judged, dict):
+        raise BundleError(f"{path}: judged is no dict")
+    if judged and not (isinstance(judged.get("bundle"), str) and NAME.fullmatch(judged["bundle"])):
+        raise BundleError(f"{path}: judged names no bundle")
+    for values in (lineage, judged):
+        try:
+            date.fromisoformat(values.get("test_date", "2000-01-01"))
+        except (TypeError, ValueError):
+            raise BundleError(f"{path}: test_date is no date") from None
+    if not isinstance(lineage.get("currency"), str | None):
+        raise BundleError(f"{path}: currency is no text")
 
 
 def _require_format(path: Path, document: object) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from bp_spark.core import disk
 from bp_spark.core.config import Config, TrackingConfig
 from bp_spark.core.errors import BundleError, ConfigError, TrackingError
 
@@ -74,6 +75,7 @@ def connected(uri: str) -> Iterator[MlflowClient]:
 
     Raises:
         TrackingError: the store can't be reached or refuses a call of the block.
+        PlatformError: a disk is full.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -93,6 +95,8 @@ def connected(uri: str) -> Iterator[MlflowClient]:
                 file.execute("PRAGMA schema_version")
         yield MlflowClient(uri, registry_uri(uri))
     except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
+        if disk.is_full(error):
+            raise disk.no_space(uri) from error
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TrackingError(f"tracking.uri {uri}: {first_line[:_MESSAGE_LENGTH]}") from error
 
@@ -161,7 +165,7 @@ def fetch(config: Config, address: str, digest_of: Callable[[Path], str]) -> Pat
         folder = Path(config.training.work_dir).absolute() / "registry" / digest
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=folder.parent) as draft:
+            with disk.writing(folder), TemporaryDirectory(dir=folder.parent) as draft:
                 files = _download(client, uri, version, draft) / "data" / "bundle"
                 if (downloaded := digest_of(files)) != digest:
                     raise BundleError(f"{address}: the files are those of another bundle, {downloaded[:12]}")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bp_spark.core.config import Config, TrackingConfig
 from bp_spark.core.errors import BundleError
 from bp_spark.registry import bundle as bundles
+from bp_spark.registry import decisions
 from bp_spark.registry.bundle import Bundle
 from bp_spark.registry.logged_model import log_model
 from bp_spark.registry.mlflow_store import (
@@ -120,7 +121,7 @@ def _require_version(
         "test_date": bundle.test_date,
         "training_set_version": str(lineage["training_set"]["version"]),
     }
-    decision = bundles.decision(bundle.folder)
+    decision = decisions.decision(bundle.folder)
     verdict = {"decision": "none" if decision is None else "promoted" if decision["promoted"] else "refused"}
     if runs:
         run = runs[0]
@@ -159,7 +160,7 @@ def _find_version(client: MlflowClient, model: str, bundle: Bundle, runs: Sequen
 
 def _describe(client: MlflowClient, version: ModelVersion, bundle: Bundle) -> None:
     """Give a version the reason of the bundle's decision as its description."""
-    decision = bundles.decision(bundle.folder)
+    decision = decisions.decision(bundle.folder)
     reason = "" if decision is None else str(decision["reason"])
     if reason and not version.description:
         client.update_model_version(version.name, version.version, description=reason)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from bp_spark.core import disk
 from bp_spark.evaluation.bootstrap import CONFIDENCE
 from bp_spark.evaluation.metrics import TITLES, format_figure
 from bp_spark.report import page
@@ -74,7 +75,9 @@ def write(folder: Path, folds: Sequence[Fold], about: Mapping[str, str]) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     for fold in folds:
         for title, chart in fold.figures.items():
-            (folder / f"{fold.test_date}-{title.lower().replace(' ', '-')}.png").write_bytes(chart.png)
+            path = folder / f"{fold.test_date}-{title.lower().replace(' ', '-')}.png"
+            with disk.writing(path):
+                path.write_bytes(chart.png)
     lead = [
         page.facts(list(about.items())),
         page.paragraph(

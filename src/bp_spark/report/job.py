@@ -21,6 +21,7 @@ from bp_spark.lakehouse.schema import rows_of_date
 from bp_spark.lakehouse.store import Lakehouse, read_as_declared
 from bp_spark.lakehouse.tables import METRICS, RUNS
 from bp_spark.registry import bundle as bundles
+from bp_spark.registry import decisions
 from bp_spark.report import population
 from bp_spark.report.night.data import FRESH_DAYS, PageData
 
@@ -200,7 +201,7 @@ def _model(run: Run, bundle_digest: str) -> tuple[dict[str, object], pd.DataFram
         return facts, metrics_of_bundle
     lineage = bundle.manifest["lineage"]
     weights = zip(bundle.stack.members, bundle.stack.weights, strict=True)
-    decision = bundles.decision(bundle.folder) or {"promoted": False, "reason": "no decision is recorded"}
+    decision = decisions.decision(bundle.folder) or {"promoted": False, "reason": "no decision is recorded"}
     facts |= {
         "bundle": bundle.folder.name,
         "horizon_days": bundle.horizon_days,

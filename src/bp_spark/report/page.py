@@ -20,6 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from bp_spark.core import disk
+
 INK, FAINT, GRID = "#1c2430", "#6b7480", "#dde1e6"
 SERIES = ("#1b66b0", "#c4571a", "#2a8a5a", "#8a4fb0", "#a8323e", "#6f6a2c", "#3a8fa3", "#b04f8a")
 _DARK = {
@@ -101,9 +103,14 @@ def page(title: str, lead: Sequence[Markup], sections: Sequence[Section]) -> str
 
 
 def write(path: Path, document: str) -> Path:
-    """Write a page, and its folder if it is missing; return the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(document, encoding="utf-8")
+    """Write a page, and its folder if it is missing; return the path.
+
+    Raises:
+        PlatformError: the disk is full.
+    """
+    with disk.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(document, encoding="utf-8")
     return path
 
 

@@ -6,9 +6,7 @@ unpacks once; its Python workers map the same files into memory.
 
 from __future__ import annotations
 
-import atexit
 import gc
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +26,7 @@ from pyspark.sql.pandas.functions import pandas_udf
 from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import StructField, StructType
 
+from bp_spark.core import disk, temporary
 from bp_spark.core.config import ScoringConfig
 from bp_spark.core.errors import BundleError
 from bp_spark.core.session import with_settings
@@ -180,13 +179,12 @@ def distribute(spark: SparkSession, bundle: Bundle) -> str:
     key = (str(spark.conf.get("spark.app.id")), str(getattr(spark, "session_id", "")), name)
     if key not in _archives:
         # executors that start later fetch it too, so it stays as long as this process
-        folder = Path(tempfile.mkdtemp(prefix="bp-spark-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        _archives[key] = folder / f"{name}.zip"
-        with zipfile.ZipFile(_archives[key], "w", zipfile.ZIP_STORED) as archive:
+        packed = Path(tempfile.mkdtemp(dir=temporary.folder("bundles"))) / f"{name}.zip"
+        with disk.writing(packed), zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
             for path in sorted(bundle.folder.iterdir()):
                 archive.write(path, path.name)
-        spark.addArtifact(f"{_archives[key]}#{name}", archive=True)
+        spark.addArtifact(f"{packed}#{name}", archive=True)
+        _archives[key] = packed
     return name
 
 

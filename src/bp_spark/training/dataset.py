@@ -14,6 +14,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from safetensors.numpy import save_file
 
+from bp_spark.core import disk
 from bp_spark.core.config import Config, digest
 from bp_spark.core.errors import DataError
 from bp_spark.core.version import __version__
@@ -205,7 +206,8 @@ def write_vocabulary(run: Run, test_date: date, folder: Path) -> Path:
     }
     if run.config.network.backbone == "text":
         arrays |= _tokens(run, rows["text_id"])
-    save_file(arrays, path)
+    with disk.writing(path):
+        save_file(arrays, path)
     return path
 
 

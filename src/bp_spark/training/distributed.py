@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
@@ -147,7 +147,9 @@ def _run_rank(
         return function(*args, **kwargs)
     except BaseException:
         path = Path(run_dir) / f"rank-{os.environ['RANK']}.error"
-        path.write_text(traceback.format_exc(), encoding="utf-8")
+        # on a full disk, the launcher still gets the error's exit code
+        with suppress(OSError):
+            path.write_text(traceback.format_exc(), encoding="utf-8")
         raise
 
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from bp_spark.core import disk
 from bp_spark.core.errors import ConfigError
 from bp_spark.training.distributed import Group, process_group
 from bp_spark.training.progress import (
@@ -181,7 +182,8 @@ def _fit(task: Task[NetworkT, SplitT], group: Group) -> FitResult:
         progress.best_loss = sum(mean_losses(rank, valid))
         progress.history.append({"epoch": 0, "valid_loss": progress.best_loss})
     run_epochs(rank, progress, best_weights)
-    task.save(network, train, group)
+    with disk.writing(settings.run_dir):
+        task.save(network, train, group)
     return FitResult(progress, train.rows, valid.rows if valid is not None else 0)
 
 

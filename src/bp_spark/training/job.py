@@ -29,7 +29,7 @@ from bp_spark.model.members.base import predict_all
 from bp_spark.model.members.trees import CLASSIC_ONLY
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry import mlflow_store, signing
-from bp_spark.registry.bundle import Bundle
+from bp_spark.registry.bundle import Bundle, Promoted
 from bp_spark.training.dataset import sample
 from bp_spark.training.ensemble import Fitted, fit_as_of, metrics_of
 from bp_spark.training.promote import decide, decide_refit, enter_registry, promote
@@ -78,6 +78,7 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
     Raises:
         ConfigError: the key in ``signing.private_key`` can't be used.
         DataError: there are no events, or too little history for one cutoff.
+        OvertakenError: another training promoted its bundle while this one ran.
         PlatformError: the extra ``train`` is not installed, or a member can only be fitted in a classic session. It is raised
             before anything is done.
         TrackingError: the store at ``tracking.uri`` can't be reached. It is raised before anything is done, or when only the
@@ -95,12 +96,13 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
         complete = last >= day + timedelta(days=config.labels.horizon_days)
         metrics = metrics_of(fitted, complete)
         bundle = _write_bundle(run, fitted, metrics)
-        decision = promote(run, bundle, lambda: decide(run, fitted, complete), refit=as_of)
+        before = bundles.promoted(config.bundles)
+        decision = promote(run, bundle, lambda: decide(run, fitted, complete), as_of, before)
         result = TrainResult(bundle, metrics, decision.promoted, decision.reason, fitted, run.records)
         if not (as_of and decision.promoted):
             enter_registry(run, bundle, fitted.history)
             return result
-    return _refit(spark, config, result, as_of)
+    return _refit(spark, config, result, as_of, before)
 
 
 def require_session(spark: SparkSession, config: Config) -> None:
@@ -113,13 +115,18 @@ def require_session(spark: SparkSession, config: Config) -> None:
         raise PlatformError(CLASSIC_ONLY)
 
 
-def _refit(spark: SparkSession, config: Config, judged: TrainResult, as_of: date) -> TrainResult:
-    """Fit again as of a later date what passed the gate, and promote that."""
+def _refit(spark: SparkSession, config: Config, judged: TrainResult, as_of: date, before: Promoted) -> TrainResult:
+    """Fit again as of a later date what passed the gate, and promote that in the place of ``before``."""
     with recorded(spark, config, "train") as run:
         first, _ = span(run.lakehouse)
         fitted = fit_as_of(run, labels.cutoffs(first, as_of, config.labels), as_of)
         bundle = _write_bundle(run, fitted, judged.metrics, judged.bundle)
-        decision = promote(run, bundle, lambda: decide_refit(run, bundle, judged.fitted, judged.bundle, judged.reason))
+        decision = promote(
+            run,
+            bundle,
+            lambda: decide_refit(run, bundle, judged.fitted, judged.bundle, judged.reason),
+            replacing=before,
+        )
         enter_registry(run, bundle, fitted.history)
     stages = [*judged.stages, *run.records]
     return replace(judged, bundle=bundle, promoted=decision.promoted, reason=decision.reason, stages=stages)

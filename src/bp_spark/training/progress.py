@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from bp_spark.core import disk
 from bp_spark.training.distributed import Group
 
 CHECKPOINT_FILE = "checkpoint.pt"
@@ -93,23 +94,27 @@ def save_checkpoint(
         state: network, optimizer, learning rate and average of the weights.
         progress: progress of the run.
         best: weights of the best epoch.
+
+    Raises:
+        PlatformError: the disk is full.
     """
     path = folder / CHECKPOINT_FILE
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save(
-            {
-                "format": CHECKPOINT_FORMAT,
-                "digest": digest,
-                "progress": asdict(progress),
-                "state": state.state_dict(),
-                "best": best,
-            },
-            file,
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with disk.writing(path):
+        with temporary.open("wb") as file:
+            torch.save(
+                {
+                    "format": CHECKPOINT_FORMAT,
+                    "digest": digest,
+                    "progress": asdict(progress),
+                    "state": state.state_dict(),
+                    "best": best,
+                },
+                file,
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 def resume(folder: Path, digest: str, group: Group, state: TrainingState) -> tuple[Progress, dict[str, Tensor]]:

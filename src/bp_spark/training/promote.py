@@ -8,18 +8,24 @@ from pathlib import Path
 
 import pandas as pd
 
-from bp_spark.core.errors import BundleError, TrackingError
+from bp_spark.core.errors import BundleError, OvertakenError, TrackingError
 from bp_spark.evaluation import promotion
 from bp_spark.evaluation.promotion import Decision
 from bp_spark.lakehouse.run import Run
 from bp_spark.registry import bundle as bundles
-from bp_spark.registry import publishing
-from bp_spark.registry.bundle import Bundle
+from bp_spark.registry import decisions, publishing
+from bp_spark.registry.bundle import Bundle, Promoted
 from bp_spark.training.dataset import users_of_test_date
 from bp_spark.training.ensemble import Fitted, predict_sample
 
 
-def promote(run: Run, bundle: Bundle, decide: Callable[[], Decision], refit: date | None = None) -> Decision:
+def promote(
+    run: Run,
+    bundle: Bundle,
+    decide: Callable[[], Decision],
+    refit: date | None = None,
+    replacing: Promoted | None = None,
+) -> Decision:
     """Promote the bundle if it passes the gate; record the decision beside the bundle and in ``runs``.
 
     Args:
@@ -27,18 +33,27 @@ def promote(run: Run, bundle: Bundle, decide: Callable[[], Decision], refit: dat
         bundle: the new bundle.
         decide: the gate.
         refit: date as of which a bundle that passes is fitted again. Then the refitted bundle is promoted, not this one.
+        replacing: what was promoted when the bundle was first compared; by default, what is promoted now.
 
     Returns:
         The decision of the gate.
+
+    Raises:
+        OvertakenError: another training has promoted its bundle since.
     """
     with run.stage("promote") as figures:
+        replacing = replacing or bundles.promoted(run.config.bundles)
         decision = decide()
         promoted, reason = decision.promoted, decision.reason
         if promoted and refit:
             promoted, reason = False, f"{reason}; to be fitted anew as of {refit} and then promoted"
         if promoted:
-            bundles.promote(run.config.bundles, bundle)
-        bundles.record(run.config.bundles, bundle, promoted=promoted, reason=reason)
+            try:
+                bundles.promote(run.config.bundles, bundle, replacing)
+            except OvertakenError as error:
+                decisions.record(run.config.bundles, bundle, promoted=False, reason=str(error))
+                raise
+        decisions.record(run.config.bundles, bundle, promoted=promoted, reason=reason)
         figures["promoted"], figures["reason"] = promoted, reason
     return decision
 

@@ -22,11 +22,14 @@ from scipy.special import betaln, expit, gammaln, hyp2f1
 from bp_spark.core.errors import BundleError, DataError
 from bp_spark.model.columns import ACTIVE, SILENT, Columns, to_matrix
 from bp_spark.model.members.base import SPLIT, TABLE, read_json, require, write_json
+from bp_spark.model.values import number, whole
 
 FEATURES = ("frequency", "active_span_days", "tenure_days", "monetary_value")
 MAX_ROWS = 200_000
 """Most rows of counts that come to the driver; where there would be more, neighbours are counted together."""
 
+_LONGEST = 100 * 366
+"""Most days of a horizon."""
 _EXACT = 20
 _LOG_STEP = 0.01
 _LOG_BOUND = 6.0
@@ -126,12 +129,14 @@ class BtydMember:
         if set(document) != set(names):
             raise BundleError(f"{path}: not a btyd member")
         try:
-            values = {name: float(document[name]) for name in names}
+            values = {name: number(document[name]) for name in names}
+            horizon_days = whole(document["horizon_days"], 1, _LONGEST)
         except (TypeError, ValueError) as error:
             raise BundleError(f"{path}: not a btyd member ({error})") from None
-        if not all(math.isfinite(value) and value > 0 for value in values.values()) or values["q"] <= 1:
-            raise BundleError(f"{path}: parameters must be finite and positive, q above 1")
-        return cls(horizon_days=int(values.pop("horizon_days")), **values)
+        if min(values.values()) <= 0 or values["q"] <= 1:
+            raise BundleError(f"{path}: parameters must be positive, q above 1")
+        del values["horizon_days"]
+        return cls(horizon_days, **values)
 
 
 def _visits(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -26,6 +26,7 @@ from bp_spark.model.members.base import (
     spend,
     write_json,
 )
+from bp_spark.model.values import LARGEST_LOG, floats, number, texts
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,12 @@ class LinearMember:
             raise BundleError(f"{path}: not a linear member")
         try:
             member = cls(
-                features=tuple(str(name) for name in document["features"]),
-                means=tuple(float(value) for value in document["means"]),
-                coefficients=tuple(float(value) for value in document["coefficients"]),
-                intercept=float(document["intercept"]),
-                smearing=float(document["smearing"]),
-                ceiling=float(document["ceiling"]),
+                features=texts(document["features"]),
+                means=floats(document["means"]),
+                coefficients=floats(document["coefficients"]),
+                intercept=number(document["intercept"]),
+                smearing=number(document["smearing"], 0.0),
+                ceiling=number(document["ceiling"], 0.0, LARGEST_LOG),
             )
         except (TypeError, ValueError) as error:
             raise BundleError(f"{path}: not a linear member ({error})") from None

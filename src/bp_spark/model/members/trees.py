@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -29,6 +29,7 @@ from bp_spark.model.members.base import (
     require,
     spend,
 )
+from bp_spark.model.members.boosters import require_sound
 from bp_spark.model.shapley import TreeShapley
 
 
@@ -112,20 +113,15 @@ class TreesMember:
         """Read XGBoost's JSON; see :meth:`Member.load`."""
         path = Path(folder) / cls.FILE
         document = read_json(path)
-        try:
-            learner = document["learner"]
-            is_member = learner["objective"]["name"] == cls.OBJECTIVE and len(learner["feature_names"]) > 0
-        except (KeyError, TypeError):
-            is_member = False
-        if not is_member:
-            raise BundleError(f"{path}: not a booster of {cls.OBJECTIVE} with feature names")
-        if not _are_walkable(learner):
-            raise BundleError(f"{path}: its trees are none: arrays of other lengths, an index beyond them, or a circle")
         booster = xgboost.Booster()
         try:
-            booster.load_model(bytearray(path.read_bytes()))
-        except (xgboost.core.XGBoostError, ValueError) as error:
+            require_sound(document, cls.OBJECTIVE)
+            # The document that was checked, and not the file: readers of JSON differ where a file gives a key twice.
+            booster.load_model(bytearray(json.dumps(document, ensure_ascii=False).encode()))
+        except xgboost.core.XGBoostError as error:
             raise BundleError(f"{path}: XGBoost refuses it: {str(error).splitlines()[0]}") from None
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{path}: {error}") from None
         try:
             return cls(booster)
         except ValueError as error:
@@ -138,54 +134,6 @@ class TreesMember:
             return np.empty(0, dtype=np.float64)
         predicted = self._booster.inplace_predict(values, missing=np.nan, validate_features=False)
         return np.asarray(predicted, dtype=np.float64)
-
-
-_NODE_ARRAYS = (
-    *("base_weights", "default_left", "left_children", "loss_changes", "parents", "right_children", "split_conditions"),
-    *("split_indices", "split_type", "sum_hessian"),
-)
-"""Arrays of a tree in XGBoost's JSON, by node."""
-_NO_CHILD = -1
-
-
-def _are_walkable(learner: Mapping[str, Any]) -> bool:
-    """Return whether all paths of a booster's trees end in a leaf.
-
-    XGBoost trusts the document: with other trees it would read beyond its memory or never come back.
-    """
-    try:
-        features = len(learner["feature_names"])
-        model = learner["gradient_booster"]["model"]
-        trees = model["trees"]
-        return (
-            int(learner["learner_model_param"]["num_feature"]) == features
-            and int(model["gbtree_model_param"]["num_trees"]) == len(trees) == len(model["tree_info"])
-            and not any(model["tree_info"])
-            and all(_is_walkable(tree, features) for tree in trees)
-        )
-    except (KeyError, TypeError, ValueError):
-        return False
-
-
-def _is_walkable(tree: Mapping[str, Any], features: int) -> bool:
-    left, right, split = (tree[name] for name in ("left_children", "right_children", "split_indices"))
-    nodes = int(tree["tree_param"]["num_nodes"])
-    if nodes < 1 or {len(tree[name]) for name in _NODE_ARRAYS} != {nodes} or any(tree["split_type"]):
-        return False
-    seen: set[int] = set()
-    waiting = [0]
-    while waiting:
-        node = waiting.pop()
-        if node in seen or node not in range(nodes):
-            return False
-        seen.add(node)
-        children = [left[node], right[node]]
-        if children == [_NO_CHILD, _NO_CHILD]:
-            continue
-        if split[node] not in range(features):
-            return False
-        waiting += children
-    return True
 
 
 class SqrtTreesMember(TreesMember):

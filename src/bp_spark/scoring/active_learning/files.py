@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from bp_spark.core import disk
 from bp_spark.core.config import LabellingConfig
 from bp_spark.core.errors import DataError
 
@@ -65,10 +66,12 @@ def write_questions(path: Path, users: pd.DataFrame) -> None:
 
     Raises:
         DataError: The file can't be written.
+        PlatformError: The disk is full.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        users.assign(spend="")[list(QUESTION_COLUMNS)].to_csv(path, index=False)
+        with disk.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            users.assign(spend="")[list(QUESTION_COLUMNS)].to_csv(path, index=False)
     except OSError as error:
         raise DataError(str(path), f"can't be written ({error.strerror})") from None
 
