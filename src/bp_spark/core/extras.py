@@ -1,6 +1,7 @@
-"""The optional parts of the package, ``bp-spark[spark]``, ``bp-spark[train]`` and ``bp-spark[duckdb]``, and the error that names a missing part.
+"""The optional parts of the package, such as ``bp-spark[spark]``, and the error that names a missing part.
 
 A platform with its own Spark installs the package without ``spark``; a machine that only scores needs no ``train``.
+Commands that only look do without ``spark`` where ``duckdb`` is installed.
 """
 
 from __future__ import annotations

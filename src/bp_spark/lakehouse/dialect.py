@@ -137,7 +137,8 @@ def to_duckdb(tree: exp.Query, schemas: Mapping[str, pa.Schema]) -> str:
         _index_as_spark(bracket, types, tree)
     for division in list(tree.find_all(exp.Div, exp.Mod)):
         _refuse_zero(division)
-    return tree.sql("duckdb")
+    translated: str = tree.sql("duckdb")
+    return translated
 
 
 def _require_same(function: exp.Func) -> None:
@@ -244,7 +245,8 @@ def _name_columns(tree: exp.Query) -> None:
 
 
 def _text(node: exp.Expression) -> str:
-    return node.sql("spark", normalize_functions="lower")
+    text: str = node.sql("spark", normalize_functions="lower")
+    return text
 
 
 def quoted(parts: Collection[str]) -> str:

@@ -125,9 +125,8 @@ def _rows(
         for name, table in tables.items():
             connection.register(f"bp_spark_{name}", table)
             view = dialect.quoted((*catalog, schema, name))
-            connection.execute(
-                f"CREATE VIEW {view} AS SELECT * FROM memory.main.{dialect.quoted((f'bp_spark_{name}',))}"
-            )
+            source = dialect.quoted(("memory", "main", f"bp_spark_{name}"))
+            connection.execute(f"CREATE VIEW {view} AS SELECT * FROM {source}")  # noqa: S608 (a table's name, quoted)
         connection.execute("SET enable_external_access = false")
         cursor = connection.execute(query)
         columns = [column[0] for column in cursor.description or ()]
