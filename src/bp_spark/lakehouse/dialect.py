@@ -11,7 +11,7 @@ import pyarrow as pa
 import sqlglot
 from sqlglot import exp
 from sqlglot.errors import SqlglotError
-from sqlglot.tokens import Token, TokenType
+from sqlglot.tokenizer_core import Token, TokenType
 
 _READING = ("SELECT", "WITH", "VALUES", "DESCRIBE", "DESC", "SHOW", "EXPLAIN", "(")
 """First words of statements that only read."""
@@ -185,7 +185,7 @@ def _compare_as_doubles(tree: exp.Query) -> None:
             literal.replace(exp.cast(literal.copy(), exp.DataType.Type.DOUBLE))
 
 
-def _is_of_numbers(node: exp.Expression, types: Mapping[str, pa.DataType]) -> bool:
+def _is_of_numbers(node: exp.Expr, types: Mapping[str, pa.DataType]) -> bool:
     """Return whether all columns below a node are stored numbers."""
     stored = [types.get(column.name.lower()) for column in node.find_all(exp.Column)]
     return all(
@@ -217,7 +217,7 @@ def _index_as_spark(bracket: exp.Bracket, types: Mapping[str, pa.DataType], tree
     raise OtherDialectError(f"DuckDB may read {_text(bracket)} otherwise")
 
 
-def _refuse_zero(division: exp.Div | exp.Mod) -> None:
+def _refuse_zero(division: exp.Binary) -> None:
     """End with an error where Spark does so: DuckDB returns NULL for a division by zero."""
     divisor = division.expression
     if isinstance(divisor, exp.Literal) and float(divisor.name):
@@ -226,7 +226,7 @@ def _refuse_zero(division: exp.Div | exp.Mod) -> None:
     division.set("expression", _error_where(is_zero, exp.paren(divisor.copy())))
 
 
-def _error_where(condition: exp.Expression, otherwise: exp.Expression) -> exp.Case:
+def _error_where(condition: exp.Expression, otherwise: exp.Expression) -> exp.Paren:
     error = exp.Anonymous(this="error", expressions=[exp.Literal.string("Spark ends with an error here")])
     return exp.Paren(this=exp.Case().when(condition, error).else_(otherwise))
 
@@ -244,7 +244,7 @@ def _name_columns(tree: exp.Query) -> None:
             column.replace(exp.alias_(column.copy(), name, quoted=True))
 
 
-def _text(node: exp.Expression) -> str:
+def _text(node: exp.Expr) -> str:
     text: str = node.sql("spark", normalize_functions="lower")
     return text
 
