@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,15 @@ DEFAULT_CONFIG = Path("conf/default.yaml")
 MODEL_COMMANDS = ("train", "backtest", "search", "score", "reproduce", "select-labels")
 """Commands whose Python workers import the model's libraries once, before the first task."""
 
+
+class Engine(StrEnum):
+    """What reads tables for a command that only looks."""
+
+    auto = "auto"
+    duckdb = "duckdb"
+    spark = "spark"
+
+
 _OVERRIDES_HELP = (
     "Settings to override, as section.key=value; `bp-spark settings` prints all of them with their defaults."
 )
@@ -27,6 +37,11 @@ ConfigOption = Annotated[
     typer.Option("--config", "-c", help="YAML file of settings; by default conf/default.yaml where it exists."),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help=_OVERRIDES_HELP, metavar="[KEY=VALUE]...")]
+
+EngineOption = Annotated[
+    Engine,
+    typer.Option(help="What reads the tables; auto: DuckDB where it can, else Spark."),
+]
 
 
 def load_settings(file: Path | None, overrides: Sequence[str] | None) -> Config:

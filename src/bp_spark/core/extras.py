@@ -1,6 +1,7 @@
-"""The optional parts of the package, ``bp-spark[spark]`` and ``bp-spark[train]``, and the error that names a missing part.
+"""The optional parts of the package, such as ``bp-spark[spark]``, and the error that names a missing part.
 
 A platform with its own Spark installs the package without ``spark``; a machine that only scores needs no ``train``.
+Commands that only look do without ``spark`` where ``duckdb`` is installed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from bp_spark.core.errors import PlatformError
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "spark": ("pyspark", "py4j", "delta"),
     "train": ("petastorm", "optuna", "peft", "tensorboard"),
+    "duckdb": ("duckdb",),
 }
 """Extra -> modules that it brings and that the code needs."""
 

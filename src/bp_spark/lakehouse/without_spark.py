@@ -1,0 +1,151 @@
+"""Path-based tables read without Spark: delta-rs finds the files of the newest version, DuckDB answers SQL over them.
+
+As in Spark sessions of this package, each page of a file is compared with its checksum before it is decoded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from importlib.util import find_spec
+from typing import Any
+
+import pyarrow.dataset as ds
+
+from bp_spark.core.config import TablesConfig
+from bp_spark.core.errors import DataError
+from bp_spark.core.stores import UNREACHABLE, folder_of
+from bp_spark.lakehouse import dialect
+
+_SESSION_VARIABLES = ("SPARK_REMOTE", "PYSPARK_GATEWAY_PORT", "DATABRICKS_RUNTIME_VERSION")
+"""Variables of processes that have a Spark session, or a server with one, which may see other files."""
+
+
+class UnreadableError(Exception):
+    """A table or query is left to Spark; the message is the reason."""
+
+
+class StructValue(tuple[Any, ...]):
+    """A value of a struct, which is shown as a Row of Spark is."""
+
+    def __new__(cls, names: Sequence[str], values: Iterable[Any]) -> StructValue:
+        """Return the value with its fields' names."""
+        value = super().__new__(cls, values)
+        value.__fields__ = tuple(names)  # type: ignore[attr-defined]
+        return value
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return a field by its name or its number."""
+        return super().__getitem__(self.__fields__.index(key) if isinstance(key, str) else key)  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        """Return the fields with their names."""
+        pairs = zip(self.__fields__, self, strict=True)  # type: ignore[attr-defined]
+        return f"Row({', '.join(f'{name}={value!r}' for name, value in pairs)})"
+
+
+def is_possible(config: TablesConfig) -> bool:
+    """Return whether tables may be read without Spark: by path, in a process without a session, with DuckDB installed."""
+    if config.path is None or any(name in os.environ for name in _SESSION_VARIABLES):
+        return False
+    return all(find_spec(name) for name in ("duckdb", "deltalake"))
+
+
+def dataset(config: TablesConfig, name: str) -> ds.Dataset:
+    """Return the newest version of a table, to be read by pyarrow.
+
+    Raises:
+        DataError: the local table does not exist.
+        UnreadableError: delta-rs can't reach it, or lacks a feature of it, as deletion vectors.
+    """
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError, TableNotFoundError
+
+    assert config.path is not None
+    full_name, location = f"{config.namespace}.{name}", f"{folder_of(config.path, config.namespace)}/{name}"
+    try:
+        table = DeltaTable(location).to_pyarrow_dataset()
+    except TableNotFoundError as error:
+        if "://" in location:
+            raise UnreadableError(f"{full_name} isn't found from here") from error
+        raise DataError(full_name, "table does not exist; run the stage that makes it first") from None
+    except (DeltaError, *UNREACHABLE) as error:
+        raise UnreadableError(f"delta-rs can't read {full_name} ({type(error).__name__})") from error
+    options = ds.ParquetFragmentScanOptions(pre_buffer=True, page_checksum_verification=True)
+    table.format.default_fragment_scan_options = options
+    return table
+
+
+def query_as_spark(config: TablesConfig, query: str, most_rows: int) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and first rows of a query in Spark SQL.
+
+    Raises:
+        DataError: a local table does not exist.
+        UnreadableError: DuckDB would return other rows than Spark, or none, or an error; the message is the reason.
+    """
+    try:
+        tree = dialect.parse(query)
+        tables = {name: dataset(config, name) for name in dialect.table_names(tree, config.namespace)}
+        translated = dialect.to_duckdb(tree, {name: table.schema for name, table in tables.items()})
+    except dialect.OtherDialectError as error:
+        raise UnreadableError(str(error)) from error
+    import duckdb
+
+    try:
+        return _rows(config, tables, translated, most_rows)
+    except duckdb.Error as error:
+        # the text of an error may hold a value of a row
+        raise UnreadableError(f"DuckDB ends with {type(error).__name__}") from error
+
+
+def query_of_duckdb(config: TablesConfig, query: str, most_rows: int) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and first rows of a query in DuckDB's SQL.
+
+    Raises:
+        DataError: a local table does not exist.
+        UnreadableError: delta-rs can't read a table.
+        duckdb.Error: the query is none, or doesn't fit the tables.
+    """
+    tables = {name: dataset(config, name) for name in dialect.table_names_in_duckdb(query, config.namespace)}
+    return _rows(config, tables, query, most_rows)
+
+
+def _rows(
+    config: TablesConfig, tables: dict[str, ds.Dataset], query: str, most_rows: int
+) -> tuple[list[str], list[list[Any]]]:
+    import duckdb
+
+    with duckdb.connect() as connection:
+        connection.execute("SET TimeZone = 'UTC'")
+        *catalog, schema = config.namespace.split(".")
+        if catalog:
+            connection.execute(f"ATTACH ':memory:' AS {dialect.quoted(catalog)}")
+        connection.execute(f"CREATE SCHEMA {dialect.quoted((*catalog, schema))}")
+        for name, table in tables.items():
+            connection.register(f"bp_spark_{name}", table)
+            view = dialect.quoted((*catalog, schema, name))
+            source = dialect.quoted(("memory", "main", f"bp_spark_{name}"))
+            connection.execute(f"CREATE VIEW {view} AS SELECT * FROM {source}")  # noqa: S608 (a table's name, quoted)
+        connection.execute("SET enable_external_access = false")
+        cursor = connection.execute(query)
+        columns = [column[0] for column in cursor.description or ()]
+        types = [column[1] for column in cursor.description or ()]
+        rows = cursor.fetchmany(most_rows)
+    return columns, [[_as_spark(value, kind) for value, kind in zip(row, types, strict=True)] for row in rows]
+
+
+def _as_spark(value: Any, kind: Any) -> Any:
+    """Return a value of DuckDB as Spark's Row would hold it: structs with their names, times in UTC without a zone."""
+    if value is None:
+        return None
+    if isinstance(value, datetime):
+        return value.replace(tzinfo=None)
+    if kind.id == "list":
+        return [_as_spark(item, kind.children[0][1]) for item in value]
+    if kind.id == "struct":
+        return StructValue(list(value), [_as_spark(value[name], item) for name, item in kind.children])
+    if kind.id == "map":
+        key_kind, item_kind = (child for _, child in kind.children)
+        return {_as_spark(key, key_kind): _as_spark(item, item_kind) for key, item in value.items()}
+    return value
