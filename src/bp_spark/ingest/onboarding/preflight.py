@@ -162,7 +162,7 @@ def _require_known_encoding(name: str, table: str, rules: TableMapping) -> None:
     if rules.format in ("csv", "json") and given.upper() not in (*sniff.ENCODINGS, "LATIN1", "UTF8", "ASCII"):
         raise ConfigError(
             f"{name}: {table.removeprefix('raw_')}.options: Spark doesn't read the encoding {given}, but "
-            f"{', '.join(sniff.ENCODINGS)}. For Windows-1252 take ISO-8859-1, or save the files as UTF-8 (iconv -f ... -t UTF-8)"
+            f"{', '.join(sniff.ENCODINGS)}. For Windows-1252 take ISO-8859-1, or save the files as UTF-8 by iconv"
         )
 
 

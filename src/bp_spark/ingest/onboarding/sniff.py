@@ -153,10 +153,12 @@ def _csv_sample(files: Sequence[FoundFile]) -> Sample:
         doubts.append("the first line looks like a row: the columns are called _c0, _c1, ... by their place")
     rows: list[Row] = []
     for file, chunks in parts:
+        most = MOST_ROWS // (len(parts) * len(chunks))
         for at, chunk in enumerate(chunks):
+            until = len(rows) + most
             for record in _records(_text(chunk, charset, whole=False, begins=at == 0), separator, quote):
                 is_title = has_header and record == header
-                if len(record) == width and not is_title and len(rows) < MOST_ROWS:
+                if len(record) == width and not is_title and len(rows) < until:
                     rows.append({name: _filled(value) for name, value in zip(columns, record, strict=True)})
         other = next(_records(_text(chunks[0], charset, whole=False), separator, quote), header) if chunks else header
         if has_header and not skipped and other != header and file is not files[0]:
@@ -188,7 +190,7 @@ def parts_of(file: FoundFile) -> list[bytes]:
     parts = [head]
     with files.open_input_file(path) as stream:
         step = max(_CHUNK, (file.size - len(head)) // _CHUNKS)
-        for start in range(len(head), file.size, step):
+        for start in (*range(len(head), file.size, step), max(len(head), file.size - _CHUNK)):
             stream.seek(start - start % 4)
             parts.append(bytes(stream.read(_CHUNK)))
     return parts
