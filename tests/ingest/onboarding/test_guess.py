@@ -169,6 +169,7 @@ def test_currencies_come_from_a_column_a_sign_a_name_or_are_left_to_a_person(tmp
         return str(guessed(tmp_path / "a.csv", text)["currency"])
 
     assert of("amount,currency", "1.50,PLN") == "PLN"
+    assert of("amount,currency", "1.50,usd") == "USD"
     assert of("amount", "€1.50") == "EUR"
     assert of("amount,amount_gbp", "1.50,1.50") == "GBP"
     assert of("amount,country", "1.50,Japan") == "JPY"

@@ -119,7 +119,8 @@ def orders(sample: Sample) -> list[TableGuess]:
             ("a reduction that the amount is already lower by; remove it if the amount is before discounts",),
         )
     if currency := _currency_column(columns):
-        table.columns["currency"] = Guess(currency)
+        is_upper = all(str(code).isupper() for code in sample.values(currency))
+        table.columns["currency"] = Guess(currency if is_upper else {"expr": f"upper({sql_name(currency)})"})
     conditions = [*amount.conditions, *_conditions(columns, table, events)]
     if events:
         purchases, behaviours = _of_events(columns, events)
@@ -168,7 +169,7 @@ def currency(tables: Sequence[TableGuess]) -> tuple[str, str]:
     columns = Columns(tables[0].sample)
     column = _currency_column(columns)
     if column:
-        code = Counter(str(value) for value in columns.sample.values(column)).most_common(1)[0][0]
+        code = Counter(str(value).upper() for value in columns.sample.values(column)).most_common(1)[0][0]
         return code, f"most frequent in column {column!r}; others are converted by a table of rates"
     amount = tables[0].columns["amount"].value
     symbol = amount.get("symbol") if isinstance(amount, Mapping) else None
@@ -258,7 +259,7 @@ def _country(columns: Columns) -> tuple[str, str | None] | None:
 
 def _currency_column(columns: Columns) -> str | None:
     def codes(values: Sequence[Any]) -> bool:
-        return all(len(str(value)) == 3 and str(value).isupper() for value in values)  # noqa: PLR2004
+        return all(len(str(value)) == 3 and str(value).isalpha() for value in values)  # noqa: PLR2004
 
     return columns.find("currency", codes)
 

@@ -14,12 +14,14 @@ NAMES: Mapping[str, tuple[str, ...]] = {
         *("custid", "customerno", "customernumber", "customerkey", "accountid", "loyaltyid", "cardid", "visitorid"),
         *("customercode", "customeremail", "billingemail", "useremail", "email", "emailaddress", "customer", "user"),
         *("member", "client", "buyer", "uid", "who", "shopper", "household"),
+        *("kundennr", "kundennummer", "kundenid", "kunde"),
     ),
     "order_id": (
         *("orderid", "ordernumber", "orderno", "ordername", "invoiceno", "invoiceid", "invoicenumber", "invoice"),
         *("basketid", "transactionid", "transactionno", "receiptid", "receiptno", "receipt", "ticketid", "ticket"),
         *("purchaseid", "saleid", "billno", "incrementid", "checkoutid", "order", "transaction", "usersession"),
         *("sessionid", "id"),
+        *("bestellnr", "bestellnummer", "auftragsnr", "auftragsnummer", "rechnungsnr", "rechnungsnummer", "belegnr"),
     ),
     "line_id": (
         *("lineid", "orderlineid", "orderitemid", "lineitemid", "lineitemsid", "linenumber", "lineno", "linesid"),
@@ -39,6 +41,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
             "ean",
         ),
         *("upc", "productkey", "product", "article", "item"),
+        *("artikelnr", "artikelnummer", "artikel", "produkt"),
     ),
     "ts": (
         *(
@@ -52,10 +55,12 @@ NAMES: Mapping[str, tuple[str, ...]] = {
         ),
         *("processedat", "createdat", "orderdatetime", "ordertime", "eventtime", "purchasedat", "soldat", "saledate"),
         *("paidat", "datetime", "timestamp", "date", "time", "ts", "at", "day", "created", "placedat", "datecreated"),
+        *("bestelldatum", "rechnungsdatum", "kaufdatum", "datum"),
     ),
     "quantity": (
         *("quantity", "qty", "lineitemquantity", "lineitemsquantity", "itemsquantity", "itemquantity", "qtyordered"),
         *("quantityordered", "orderquantity", "units", "pieces", "amountofitems", "count", "numitems"),
+        *("quantitypurchased", "menge", "anzahl", "stueck"),
     ),
     "line_total": (
         *(
@@ -80,6 +85,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
             "grossamount",
             "subtotal",
         ),
+        *("betrag", "umsatz", "summe", "gesamtpreis"),
     ),
     "order_total": (
         *("currenttotalprice", "totalpaid", "ordertotal", "ordervalue", "orderamount", "grandtotal", "invoicetotal"),
@@ -88,6 +94,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "unit_price": (
         *("unitprice", "priceperunit", "lineitemprice", "lineitemsprice", "itemsprice", "itemprice", "priceeach"),
         *("pieceprice", "sellingprice", "unitcost", "price"),
+        *("einzelpreis", "preis"),
     ),
     "refund": ("itemrefunded", "amountrefunded", "refundedamount", "refundamount", "refundedtotal"),
     "discount": ("discount", "discountamount", "linediscount", "itemdiscount", "reduction", "totaldiscount", "rebate"),
@@ -95,6 +102,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "status": (
         *("status", "orderstatus", "financialstatus", "state", "orderstate", "paymentstatus", "transactionstatus"),
         *("invoicestatus",),
+        *("itemstatus"),
     ),
     "cancelled_at": (
         "cancelledat",
