@@ -238,7 +238,8 @@ def commands() -> str:
     parts = [
         _head("The command", "bp_spark/cli"),
         "`bp-spark COMMAND --help` says the same. Each command takes settings as `section.key=value` "
-        "([all of them](configuration.md)) and, but for `demo`, a file of settings by `--config`.",
+        "([all of them](configuration.md)) and, but for `demo`, a file of settings by `--config`. "
+        "`init` and `settings` take none.",
         _table(["option before the command", "what it does"], [_option(parameter) for parameter in group.params]),
     ]
     for name, command in group.commands.items():

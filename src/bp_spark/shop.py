@@ -85,6 +85,7 @@ class Shop:
             The stages that ran, as rows of the table `runs`.
 
         Raises:
+            ConfigError: The mapping has a mistake, or there is no secret. This shows before a session starts.
             DataError: The source breaks the raw contract, or a date lies before the data.
 
         Example:
@@ -92,6 +93,10 @@ class Shop:
             shop.featurize("2024-09-01", "2024-10-01")
             ```
         """
+        extras.require("spark", "featurize")
+        from bp_spark.ingest.onboarding.preflight import require_ready
+
+        require_ready(self.settings)
         from bp_spark import pipeline
 
         return pipeline.featurize(self.spark, self.settings, [_day(day) for day in as_of], rebuild, strict)

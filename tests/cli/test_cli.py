@@ -30,6 +30,7 @@ def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.Compl
 @pytest.mark.parametrize(
     "command",
     [
+        "check",
         "featurize",
         "adapt-language",
         "train",

@@ -88,7 +88,7 @@ def test_each_stage_is_the_one_of_the_pipeline(opened: Shop, monkeypatch: pytest
     opened.report("2017-10-03", "page.html")
     assert all(call[1] is opened.spark and call[2] is opened.settings for call in calls)
     assert [(name, *rest) for name, _, _, *rest in calls] == [
-        ("featurize", [day, day], True),
+        ("featurize", [day, day], True, False),
         ("train", None),
         ("train", day),
         ("score", day, "models:/m@champion", True),

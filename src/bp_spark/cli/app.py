@@ -21,6 +21,8 @@ from bp_spark.core.logs import LogFormat
 from bp_spark.core.version import __version__
 
 COMMANDS: tuple[Callable[..., None], ...] = (
+    data.init,
+    data.check,
     data.featurize,
     model.train,
     model.backtest,
@@ -55,8 +57,8 @@ logger = logging.getLogger(__name__)
 app = typer.Typer(
     name="bp-spark",
     help="Purchasing power of every user, every night, on Apache Spark.",
-    epilog="A first night: bp-spark featurize --as-of 2017-10-03, then train --test-date 2017-10-03, then score --date "
-    "2017-10-03. All of it on real data: bp-spark demo.",
+    epilog="Own data: bp-spark init FOLDER --orders 'exports/*.csv', then check, featurize, train, score. All of it on real "
+    "data: bp-spark demo.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

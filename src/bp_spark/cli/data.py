@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import re
+from dataclasses import asdict
 from enum import StrEnum
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bp_spark.cli import common, render
 from bp_spark.cli.common import ConfigOption, Overrides
-from bp_spark.core import config
+from bp_spark.core import config, extras
+from bp_spark.core.config import Config
+from bp_spark.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bp_spark.ingest.onboarding.preflight import Preflight
+
+SAMPLE_ROWS = 100_000
+"""Rows that a check reads of each table."""
+
+logger = logging.getLogger(__name__)
 
 
 class QuarantineAction(StrEnum):
@@ -17,6 +32,102 @@ class QuarantineAction(StrEnum):
 
     show = "show"
     replay = "replay"
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder to write to; it is made if it isn't there.")],
+    orders: Annotated[
+        str,
+        typer.Option(
+            help="Files of orders, or of events with purchases among them: a file, a folder, or a pattern in quotes."
+        ),
+    ],
+    behaviours: Annotated[str | None, typer.Option(help="Files of views, clicks, carts.")] = None,
+    searches: Annotated[str | None, typer.Option(help="Files of search queries.")] = None,
+    reviews: Annotated[str | None, typer.Option(help="Files of reviews.")] = None,
+    items: Annotated[str | None, typer.Option(help="Files of items: titles, categories, brands.")] = None,
+    currency: Annotated[
+        str | None, typer.Option(help="Currency of the amounts, as EUR; by default it is guessed from the files.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write mapping and settings anew where they exist. The secret stays.")
+    ] = False,
+) -> None:
+    """Look at a shop's files, and write a mapping with guesses and doubts, settings, and a secret into a folder.
+
+    CSV, JSON, Parquet and Delta are recognised, with separator, encoding, header, and how times and amounts are written.
+    Comments in shop.yaml give the reason of each guess, and say what is open. No value of the files is written.
+
+    Example: bp-spark init my-shop --orders 'exports/*.csv' --currency EUR
+    """
+    extras.require("spark", "a look at files")
+    from bp_spark.ingest.onboarding import start
+
+    patterns = {
+        "transactions": orders,
+        "behaviours": behaviours,
+        "searches": searches,
+        "reviews": reviews,
+        "items": items,
+    }
+    given = {section: pattern for section, pattern in patterns.items() if pattern is not None}
+    result = start.start(folder, given, currency, force=force)
+    for table in result.tables:
+        rows = [[name, render.guess(one.value), "; ".join(one.comments)] for name, one in table.columns.items()]
+        title = f"{table.section}{f', where {table.where}' if table.where else ''}"
+        render.show(render.rows_table(["column", "from", "why, and what is open"], rows, title=title))
+    render.show(f"Written to {folder}: {start.MAPPING}, {start.SETTINGS} (currency {result.currency}), {start.SECRET}")
+    if result.open:
+        render.show(f"Fill in first, where TODO stands: {', '.join(result.open)}")
+    render.show(
+        f"Next: read the comments in {folder / start.MAPPING}, then bp-spark check --config {folder / start.SETTINGS}"
+    )
+
+
+def check(
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(help="Rows to read of each table, spread over its files.", min=1)] = SAMPLE_ROWS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    config_file: ConfigOption = None,
+) -> None:
+    """Read a sample of the files that the mapping describes, as featurize would, and tell what would come of it.
+
+    Mistakes in the mapping, a missing secret, missing files and columns are told at once. Then a sample goes through the
+    code of the ingest: for each column the share of rows that is unreadable, missing or odd, for each rule the rows that
+    it would refuse, and how many orders, users and how much money there is. Nothing is written.
+
+    The command ends with code 3 if no order line could be read or accepted.
+
+    Example: bp-spark check --config my-shop/settings.yaml
+    """
+    settings = common.load_settings(config_file, overrides)
+    found = _preflight(settings)
+    from bp_spark.ingest.onboarding import check as checks
+
+    result = checks.check(common.start_session(settings, "check"), settings, found, rows)
+    if as_json:
+        print(json.dumps({**asdict(result), "share": result.share}, default=str, ensure_ascii=False, indent=2))
+    else:
+        render.show_check(result, f" --config {config_file}" if config_file else "")
+    result.require_good_rows()
+
+
+def _preflight(settings: Config) -> Preflight:
+    """Return what the files' names and heads tell, before a session starts."""
+    if settings.source.kind != "files":
+        raise ConfigError("source.kind: check looks at files; set source.kind=files and source.mapping=shop.yaml")
+    extras.require("spark", "a check")
+    from bp_spark.ingest.onboarding.preflight import look_at_files, require_ready
+
+    mapping = require_ready(settings)
+    if not re.fullmatch("[A-Z]{3}", settings.cleaning.currency):
+        raise ConfigError("cleaning.currency: must be a code of three capital letters, as EUR")
+    if mapping is None or settings.source.mapping is None:
+        raise ConfigError("source.mapping: must name the YAML file that describes the files")
+    found = look_at_files(settings.source.mapping, mapping)
+    for warning in found.warnings:
+        logger.warning("%s", warning)
+    return found
 
 
 def featurize(
@@ -48,6 +159,10 @@ def featurize(
     """
     settings = common.load_settings(config_file, overrides)
     dates = [config.parse_date(text) for text in as_of]
+    from bp_spark.ingest.onboarding.preflight import require_ready
+
+    # the imports of the stages and the start of a session take seconds
+    require_ready(settings)
     from bp_spark import pipeline
 
     stages = pipeline.featurize(common.start_session(settings, "featurize"), settings, dates, rebuild, strict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from bp_spark.cli.doctor import Finding
     from bp_spark.evaluation.job import DriftResult
+    from bp_spark.ingest.onboarding.check import Check
     from bp_spark.training.job import TrainResult
 
 EXAMPLE_ROWS = 10
@@ -69,6 +71,81 @@ def show_drift(result: DriftResult) -> None:
         show(
             rows_table(["before", *levels_after], shares, title="Users of each level of the night before, by level now")
         )
+
+
+def guess(value: str | Mapping[str, Any]) -> str:
+    """Return where a column of a mapping comes from, as one line."""
+    return value if isinstance(value, str) else ", ".join(f"{key}: {inner}" for key, inner in value.items())
+
+
+def show_check(result: Check, config_option: str) -> None:
+    """Print what a check found, and what to do next.
+
+    Args:
+        result: What it found.
+        config_option: Words of the command line that name the settings.
+    """
+    columns = [
+        [one.table, one.column, _share(one.unreadable, one.rows), _share(one.missing, one.rows), "; ".join(one.odd)]
+        for one in result.columns
+    ]
+    show(rows_table(["table", "column", "unreadable", "missing", "odd"], columns, title="columns of the sample"))
+    tables = [
+        [
+            *(one.table, f"{one.rows:,}", f"{one.left_out:,}", _share(sum(one.refused.values()), one.rows)),
+            *(f"{one.equal_lines:,}", "–" if one.share is None else f"{one.share:.1%}"),
+            "all" if one.files is None else f"{one.files[0]:,} of {one.files[1]:,}",
+        ]
+        for one in result.tables
+    ]
+    headings = ["table", "rows", "left out by where", "refused", "equal lines", "share of all bytes", "files"]
+    show(rows_table(headings, tables, title="rows of the sample"))
+    rules = [
+        [one.table, rule, f"{count:,}", _share(count, one.rows)]
+        for one in result.tables
+        for rule, count in one.refused.items()
+    ]
+    if rules:
+        show(rows_table(["table", "rule", "rows", "share"], rules, title="refused rows: they would go to quarantine"))
+    if result.unreadable:
+        show(rows_table(["file", "why"], sorted(result.unreadable.items()), title="files that would be left out"))
+    for warning in result.warnings:
+        show(f"Look: {warning}")
+    purchases, share = result.purchases, result.share
+    whole = share is not None and share < 1
+    heading = "whole, by bytes (an estimate)"
+    money = f"{result.currency} {purchases.money:,.2f}"
+    facts: list[list[Any]] = [
+        ["orders", f"{purchases.orders:,}", f"about {purchases.orders / share:,.0f}" if whole and share else ""],
+        [
+            "users",
+            f"{purchases.users:,}",
+            f"{purchases.users:,} to {purchases.users / share:,.0f}" if whole and share else "",
+        ],
+        ["money", money, f"about {result.currency} {purchases.money / share:,.0f}" if whole and share else ""],
+        ["refunds in it", f"{result.currency} {purchases.refunds:,.2f}", ""],
+        ["days", f"{purchases.first_day} to {purchases.last_day}", ""],
+    ]
+    rows = facts if whole else [row[:2] for row in facts]
+    show(
+        rows_table(
+            ["", "in the sample", heading] if whole else ["", "in all files"],
+            rows,
+            title="order lines that are accepted",
+        )
+    )
+    if purchases.last_day is not None:
+        next_day = purchases.last_day + timedelta(days=1)
+        newest = " (the newest day of the sample; take that of your data)" if whole else ""
+        show(f"Next: bp-spark featurize --as-of {next_day}{config_option}{newest}")
+
+
+def _share(count: int, rows: int) -> str:
+    """Return a share in percent; a small one never looks like none."""
+    if not count:
+        return ""
+    share = f"{count / rows:.1%}"
+    return "< 0.1%" if share == "0.0%" else share
 
 
 def stage_table(title: str, stages: Sequence[Mapping[str, Any]]) -> Table:

@@ -6,6 +6,7 @@ column, if there is one, else of a field: ``customer.id`` is the field ``id`` of
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 from urllib.parse import unquote
@@ -14,6 +15,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from bp_spark.core.errors import DataError
 from bp_spark.ingest.sources.lines import CORRUPT, characters_pattern, quoted_column
 from bp_spark.ingest.sources.mapping import TableMapping
 
@@ -57,6 +59,35 @@ def is_array(schema: T.StructType, name: str) -> bool:
     """Return whether a column or field is an array of objects."""
     kind = _type_of(schema, name)
     return isinstance(kind, T.ArrayType) and isinstance(kind.elementType, T.StructType)
+
+
+def require_columns(schema: T.StructType, mapping: TableMapping, file: str, partitions: Iterable[str] = ()) -> None:
+    """Raise a DataError for a column that the mapping names and the file lacks.
+
+    The first line of a CSV file without a header is a user's row. So the message quotes it only where the line names a column
+    of the mapping.
+    """
+    missing = missing_columns(schema, mapping, partitions)
+    if mapping.explode and mapping.explode not in missing and not is_array(schema, mapping.explode):
+        raise DataError(file, "column can't be exploded: it is no array of objects", column=mapping.explode)
+    if not missing:
+        return
+    mapped = mapping.platform_columns.difference(partitions)
+    if mapping.format == "csv" and mapping.has_header and len(missing) == len(mapped):
+        problem = (
+            f"column is missing, and so are all others of the mapping; the first line has {len(schema)} fields between "
+            f"{mapping.separator!r}. For another separator set options: {{sep: ...}}; for lines before the header "
+            "skip_lines; for a file without a header options: {header: false}, and name its columns _c0, _c1, ..."
+        )
+    else:
+        names = names_in(schema)
+        close = difflib.get_close_matches(missing[0], names, n=1)
+        problem = f"column is missing; there are {', '.join(map(repr, names))}"
+        if close == missing[:1]:
+            problem += f"; {close[0].rpartition('.')[0]!r} is an array: name it in explode"
+        elif close:
+            problem += f"; did you mean {close[0]!r}?"
+    raise DataError(file, problem, column=missing[0])
 
 
 def with_fields(df: DataFrame, mapping: TableMapping, partitions: Mapping[str, str]) -> DataFrame:

@@ -6,9 +6,8 @@ In: a mapping file in the language of :mod:`bp_spark.ingest.sources.mapping`, an
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
@@ -24,12 +23,12 @@ from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.spark_errors import SPARK_ERRORS
 from bp_spark.core.stores import UNREACHABLE
 from bp_spark.ingest.sources.contract import SNAPSHOT, Delivery, OnUnreadable, in_contract, refuse
-from bp_spark.ingest.sources.fields import file_path, is_array, missing_columns, names_in, partitions_of, with_fields
+from bp_spark.ingest.sources.fields import file_path, partitions_of, require_columns, with_fields
 from bp_spark.ingest.sources.grammar import patterns_of
 from bp_spark.ingest.sources.heads import first_line, parquet_schema, require_utf8, with_nanoseconds
 from bp_spark.ingest.sources.lines import CORRUPT, csv_rows, head, json_rows, names_in_header, one_row
 from bp_spark.ingest.sources.mapping import ColumnRule, DayRule, TableMapping, TimeRule, load_mapping
-from bp_spark.ingest.sources.selection import BELONGS, with_selection
+from bp_spark.ingest.sources.selection import BELONGS, FileCounts, file_counts, with_selection
 from bp_spark.ingest.sources.times import RuleError
 from bp_spark.ingest.sources.totals import shared
 from bp_spark.ingest.sources.values import rows_in_contract
@@ -116,24 +115,26 @@ class FilesSource:
             for table, by_name in self._by_name(deliveries).items()
         }
 
-    def left_out(self, spark: SparkSession, deliveries: Sequence[Delivery]) -> dict[str, int]:
-        """Return raw table -> rows that ``where`` and empty arrays of ``explode`` leave out; only tables that have either.
-
-        Rows are read for it once more. Of Parquet and Delta these are the columns of ``where`` alone.
+    def counts(
+        self, spark: SparkSession, deliveries: Sequence[Delivery], on_unreadable: OnUnreadable = refuse
+    ) -> dict[str, FileCounts]:
+        """Return what :meth:`read` doesn't show, by raw table. Rows are read for it once more.
 
         Args:
             spark: session to read with.
             deliveries: as for :meth:`read`.
+            on_unreadable: as for :meth:`read`.
 
         Raises:
             DataError: as :meth:`read` does.
             ConfigError: as :meth:`read` does.
         """
-        counts: dict[str, int] = {}
+        counts: dict[str, FileCounts] = {}
         for table, by_name in self._by_name(deliveries).items():
-            if self.tables[table].selects:
-                rows = [self._selected(df, table) for df in self._frames(spark, table, by_name, refuse)]
-                counts[table] = sum(df.filter(~F.col(BELONGS)).count() for df in rows)
+            total = FileCounts(0, 0, {})
+            for df in self._frames(spark, table, by_name, on_unreadable):
+                total += file_counts(self._selected(df, table), self.tables[table])
+            counts[table] = total
         return counts
 
     def _by_name(self, deliveries: Sequence[Delivery]) -> dict[str, dict[str, Delivery]]:
@@ -193,7 +194,7 @@ class FilesSource:
                 with _readable(mapping.path):
                     df = _reader(spark, mapping).load(self._address(mapping.path))
                     schema = df.schema
-                _require_columns(schema, mapping, mapping.path)
+                require_columns(schema, mapping, mapping.path)
             except DataError as error:
                 for name in by_name:
                     leave(name, error)
@@ -251,7 +252,7 @@ class FilesSource:
             else:
                 schema = _schema_of(spark, mapping, self._address(names[0]))
                 df = csv_rows(reader, mapping, schema.names, addresses)
-        _require_columns(schema, mapping, names[0], partitions)
+        require_columns(schema, mapping, names[0], partitions)
         return with_fields(df, mapping, partitions)
 
     def _after_skipped(
@@ -350,35 +351,6 @@ def _schema_of(spark: SparkSession, mapping: TableMapping, address: str) -> T.St
         # to find a header of several lines Spark would take the name for a pattern once more
         reader = reader.options(multiLine=False)
     return cast(T.StructType, reader.load(literal).schema)
-
-
-def _require_columns(schema: T.StructType, mapping: TableMapping, file: str, partitions: Iterable[str] = ()) -> None:
-    """Raise a DataError for a column that the mapping names and the file lacks.
-
-    The first line of a CSV file without a header is a user's row. So the message quotes it only where the line names a column
-    of the mapping.
-    """
-    missing = missing_columns(schema, mapping, partitions)
-    if mapping.explode and mapping.explode not in missing and not is_array(schema, mapping.explode):
-        raise DataError(file, "column can't be exploded: it is no array of objects", column=mapping.explode)
-    if not missing:
-        return
-    mapped = mapping.platform_columns.difference(partitions)
-    if mapping.format == "csv" and mapping.has_header and len(missing) == len(mapped):
-        problem = (
-            f"column is missing, and so are all others of the mapping; the first line has {len(schema)} fields between "
-            f"{mapping.separator!r}. For another separator set options: {{sep: ...}}; for lines before the header "
-            "skip_lines; for a file without a header options: {header: false}, and name its columns _c0, _c1, ..."
-        )
-    else:
-        names = names_in(schema)
-        close = difflib.get_close_matches(missing[0], names, n=1)
-        problem = f"column is missing; there are {', '.join(map(repr, names))}"
-        if close == missing[:1]:
-            problem += f"; {close[0].rpartition('.')[0]!r} is an array: name it in explode"
-        elif close:
-            problem += f"; did you mean {close[0]!r}?"
-    raise DataError(file, problem, column=missing[0])
 
 
 def _listed(spark: SparkSession, pattern: str) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
@@ -11,12 +12,48 @@ from pyspark.sql import types as T
 from bp_spark.ingest.sources import expressions, grammar
 from bp_spark.ingest.sources.fields import NO_ELEMENTS, UNEXPLODED
 from bp_spark.ingest.sources.lines import CORRUPT, quoted_column
-from bp_spark.ingest.sources.mapping import ColumnRule, TableMapping
+from bp_spark.ingest.sources.mapping import ColumnRule, IdRule, TableMapping
 
 BELONGS = "_bp_spark_belongs"
 """Column of :func:`with_selection`: whether the row belongs to the table."""
 UNREADABLE_WHERE = "_bp_spark_unreadable_where"
 """Column of :func:`with_selection`: texts of a row for which ``where`` can't be told."""
+
+
+@dataclass(frozen=True)
+class FileCounts:
+    """Counts of the rows of a table's files.
+
+    Attributes:
+        rows: rows that belong to the table.
+        left_out: rows that ``where`` and empty arrays of ``explode`` leave out.
+        decimal_ids: id of the contract -> rows in which it ends in ``.0``.
+    """
+
+    rows: int
+    left_out: int
+    decimal_ids: Mapping[str, int]
+
+    def __add__(self, other: FileCounts) -> FileCounts:
+        """Return the counts of both."""
+        names = {**self.decimal_ids, **other.decimal_ids}
+        ids = {name: self.decimal_ids.get(name, 0) + other.decimal_ids.get(name, 0) for name in names}
+        return FileCounts(self.rows + other.rows, self.left_out + other.left_out, ids)
+
+
+def file_counts(selected: DataFrame, mapping: TableMapping) -> FileCounts:
+    """Count the rows of :func:`with_selection`."""
+    ids = {name: rule.column for name, rule in mapping.columns if isinstance(rule, IdRule) and rule.column}
+    belongs = F.col(BELONGS)
+    row = selected.agg(
+        F.count_if(belongs).alias("rows"),
+        F.count_if(~belongs).alias("left_out"),
+        *(
+            F.count_if(belongs & quoted_column(column).cast("string").rlike(r"\.0+\s*$")).alias(f"id {name}")
+            for name, column in ids.items()
+        ),
+    ).collect()[0]
+    return FileCounts(row["rows"], row["left_out"], {name: row[f"id {name}"] for name in ids})
 
 
 def kinds_of(df: DataFrame, names: Iterable[str]) -> dict[str, str]:
