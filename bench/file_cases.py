@@ -63,7 +63,9 @@ class Case:
     @property
     def records(self) -> int:
         """Records that the files have, counted for each table that reads them."""
-        counted = sum(_records(name, content) for name, content in self.files.items()) if self.rows is None else self.rows
+        counted = (
+            sum(_records(name, content) for name, content in self.files.items()) if self.rows is None else self.rows
+        )
         return counted * len({"transactions", *self.mapping} & {"transactions", "behaviours", "searches", "reviews"})
 
 
@@ -169,7 +171,11 @@ QUOTES = {
         csv('u1,1,1,"Mug" blue,10.00,', "u2,2,1,Cup,1.00,"), ("u1 1 10.00", "u2 2 1.00")
     ),
     "breaks of Windows in a note": Case(
-        {"a.csv": f'{HEADER}{DAY},u1,1,1,"Mug\r\nblue",10.00,\r\n{DAY},u2,2,1,Cup,1.00,\r\n'.replace("price\n", "price\r\n")},
+        {
+            "a.csv": f'{HEADER}{DAY},u1,1,1,"Mug\r\nblue",10.00,\r\n{DAY},u2,2,1,Cup,1.00,\r\n'.replace(
+                "price\n", "price\r\n"
+            )
+        },
         ("u1 1 10.00", "u2 2 1.00"),
         rows=2,
     ),
@@ -235,7 +241,9 @@ MONEY = {
         columns={"quantity": "line"},
     ),
     "a line without a price": Case(csv("u1,1,1,Mug,,", "u2,2,1,Cup,0,"), ("u2 2 0.00",), {"amount is missing": 1}),
-    "an amount beyond all bounds": Case(csv("u1,1,1,Mug,1e25,", "u2,2,1,Cup,1,"), ("u2 2 1.00",), {"amount is unreadable": 1}),
+    "an amount beyond all bounds": Case(
+        csv("u1,1,1,Mug,1e25,", "u2,2,1,Cup,1,"), ("u2 2 1.00",), {"amount is unreadable": 1}
+    ),
 }
 NOBODY = ("nan", "NULL", "0", "-1", "\\N", " ", "")
 IDS = {
@@ -271,9 +279,16 @@ OPTIONS = {
     }.items()
 }
 
-LINES = ("at,customer,order,Quantity,UnitPrice,status\n", "u1,1,6,2.55,paid", "u2,C2,-1,2.50,refunded", "u3,3,2,5.00,voided")
+LINES = (
+    "at,customer,order,Quantity,UnitPrice,status\n",
+    "u1,1,6,2.55,paid",
+    "u2,C2,-1,2.50,refunded",
+    "u3,3,2,5.00,voided",
+)
 PRICED: Mapping[str, Any] = {"amount": {"expr": "Quantity * UnitPrice"}}
-LOG = {"a.csv": f"at,customer,event,price\n{DAY},u1,view,5\n{DAY},u1,cart,5\n{DAY},u1,purchase,5\n{DAY},u2,view,\n{DAY},u2\n"}
+LOG = {
+    "a.csv": f"at,customer,event,price\n{DAY},u1,view,5\n{DAY},u1,cart,5\n{DAY},u1,purchase,5\n{DAY},u2,view,\n{DAY},u2\n"
+}
 ORDER: dict[str, Any] = {
     "customer": {"id": 7},
     "items": [{"sku": "a", "price": 2.5, "qty": 2}, {"sku": "b", "price": 1.1, "qty": 3}],
@@ -312,7 +327,11 @@ LANGUAGE = {
                 "path": "files",
                 "format": "csv",
                 "where": "event IN ('view', 'cart')",
-                "columns": {"user_id": "customer", "ts": "at", "action": {"column": "event", "values": {"view": "browse"}}},
+                "columns": {
+                    "user_id": "customer",
+                    "ts": "at",
+                    "action": {"column": "event", "values": {"view": "browse"}},
+                },
             }
         },
     ),
@@ -387,7 +406,9 @@ NANOSECONDS = pa.array([int(INSTANT.timestamp()) * 10**9], pa.timestamp("ns", "U
 FRENCH = "at,customer,order,paid\n2024-05-01,Zoë,1,5.00\n"
 ERRORS = {
     "a column that isn't there": Case(
-        csv("u1,1,1,Mug,5.00,"), error="total: column is missing; there are 'at', 'customer'", columns={"amount": "total"}
+        csv("u1,1,1,Mug,5.00,"),
+        error="total: column is missing; there are 'at', 'customer'",
+        columns={"amount": "total"},
     ),
     "a column in other letters": Case(csv("u1,1,1,Mug,5.00,"), error="did you mean 'paid'", columns={"amount": "Paid"}),
     "a file without a header": Case(
@@ -409,7 +430,9 @@ ERRORS = {
         {"a.csv": FRENCH.encode("utf-16")}, ("Zoë 1 5.00",), rows=1, table={"options": {"encoding": "UTF-16"}}
     ),
     "UTF-8 with its mark": Case({"a.csv": FRENCH.encode("utf-8-sig")}, ("Zoë 1 5.00",)),
-    "a damaged Parquet file": Case({"a.parquet": b"PAR1 user-4711 PAR1"}, error="a.parquet.*can't be read", hidden="4711"),
+    "a damaged Parquet file": Case(
+        {"a.parquet": b"PAR1 user-4711 PAR1"}, error="a.parquet.*can't be read", hidden="4711"
+    ),
 }
 KINDS = {
     "torn lines": TORN_LINES,

@@ -1,7 +1,7 @@
 """Deliveries over several nights, with what is right after the last one: the nights of :mod:`bench.files`.
 
-All cases of a platform share a lakehouse. The files of a case lie in a folder of its own, ``shop=NAME``, and its users' ids begin
-with its name. So a case stands for itself, though an ingest reads them all.
+All cases of a platform share a lakehouse. The files of a case lie in a folder of its own, ``shop=NAME``, and the ids of its users
+begin with its name. So a case stands for itself, though an ingest reads them all.
 """
 
 from __future__ import annotations
@@ -172,7 +172,9 @@ MUG, CUP, POT = "u1,1,1,Mug,5.00,", "u1,1,2,Cup,7.00,", "u2,2,1,Pot,9.00,"
 ALL = ("u1 1 5.00", "u1 1 7.00", "u2 2 9.00")
 AT_2359, AT_0001 = "2024-05-01 23:59:00,u1,1,1,Mug,30.00,", "2024-05-02 00:01:00,u1,1,1,Mug,30.00,"
 LINES = {
-    "moved-over-midnight": NightCase(({"a.csv": timed(AT_2359)}, {"b.csv": timed(AT_0001)}), ("u1 1 30.00 2024-05-02",)),
+    "moved-over-midnight": NightCase(
+        ({"a.csv": timed(AT_2359)}, {"b.csv": timed(AT_0001)}), ("u1 1 30.00 2024-05-02",)
+    ),
     "moved-over-midnight-in-place": NightCase(
         ({"a.csv": timed(AT_2359)}, {"a.csv": timed(AT_0001)}), ("u1 1 30.00 2024-05-02",)
     ),
@@ -183,7 +185,9 @@ LINES = {
     "moved-by-a-month-and-corrected": NightCase(
         ({"a.csv": text(MUG)}, {"b.csv": timed("2024-06-01 10:00:00,u1,1,1,Mug,3.00,")}), ("u1 1 3.00 2024-06-01",)
     ),
-    "corrected": NightCase(({"a.csv": text(MUG, CUP)}, {"b.csv": text(MUG.replace("5", "3"))}), ("u1 1 3.00", "u1 1 7.00")),
+    "corrected": NightCase(
+        ({"a.csv": text(MUG, CUP)}, {"b.csv": text(MUG.replace("5", "3"))}), ("u1 1 3.00", "u1 1 7.00")
+    ),
     "same-line-of-another-user": NightCase(
         ({"a.csv": text(MUG)}, {"b.csv": text(MUG.replace("u1", "u2"))}), ("u1 1 5.00", "u2 1 5.00")
     ),
@@ -196,7 +200,10 @@ WRITTEN_AGAIN = {
     "corrected-in-place": NightCase(({"a.csv": text(MUG)}, {"a.csv": text(MUG.replace("5", "3"))}), ("u1 1 3.00",)),
     "half-written": NightCase(({"a.csv": text(MUG, CUP, POT)[:-12]}, {"a.csv": text(MUG, CUP, POT)}), ALL),
     "half-written-in-an-amount": NightCase(
-        ({"a.csv": text(MUG, "u2,2,1,Pot,9.00,1").removesuffix("00,1\n") + "00,"}, {"a.csv": text(MUG, POT.replace("9", "19"))}),
+        (
+            {"a.csv": text(MUG, "u2,2,1,Pot,9.00,1").removesuffix("00,1\n") + "00,"},
+            {"a.csv": text(MUG, POT.replace("9", "19"))},
+        ),
         ("u1 1 5.00", "u2 2 19.00"),
     ),
     "a-line-less": NightCase(({"a.csv": text(MUG, CUP)}, {"a.csv": text(CUP)}), ("u1 1 7.00",)),
@@ -204,8 +211,12 @@ WRITTEN_AGAIN = {
     "refused-and-mended": NightCase(
         ({"a.csv": text(MUG, POT.replace("9.00", "x"))}, {"a.csv": text(MUG, POT)}), ("u1 1 5.00", "u2 2 9.00")
     ),
-    "equal-lines-again": NightCase(({"a.csv": text(MUG, MUG)}, {"a.csv": text(MUG, MUG, POT)}), ("u1 1 5.00",) * 2 + ALL[2:]),
-    "another-name": NightCase(({"a.csv": text(MUG, MUG)}, {"a.csv": GONE, "b.csv": text(MUG, MUG)}), ("u1 1 5.00",) * 2),
+    "equal-lines-again": NightCase(
+        ({"a.csv": text(MUG, MUG)}, {"a.csv": text(MUG, MUG, POT)}), ("u1 1 5.00",) * 2 + ALL[2:]
+    ),
+    "another-name": NightCase(
+        ({"a.csv": text(MUG, MUG)}, {"a.csv": GONE, "b.csv": text(MUG, MUG)}), ("u1 1 5.00",) * 2
+    ),
     "the-same-delivery-again": NightCase(({"a.csv": text(MUG)}, {"b.csv": text(MUG)}), ("u1 1 5.00",)),
     "parts-of-two-writes": NightCase(
         ({part(0, ONE_WRITE): text(MUG)}, {part(0, OTHER_WRITE): text(MUG)}), ("u1 1 5.00",)
@@ -218,12 +229,19 @@ WRITTEN_AGAIN = {
         ({"a.csv": text(MUG), "b.csv": "other,columns\n1,2\n"}, {"b.csv": text(POT)}), ("u1 1 5.00", "u2 2 9.00")
     ),
 }
-SAME = {"same": NightCase(({"a.csv": text(MUG, MUG), "b.csv": text(POT, "u3,3")}, {}), ("u1 1 5.00",) * 2 + ALL[2:], {TORN: 1})}
+SAME = {
+    "same": NightCase(
+        ({"a.csv": text(MUG, MUG), "b.csv": text(POT, "u3,3")}, {}), ("u1 1 5.00",) * 2 + ALL[2:], {TORN: 1}
+    )
+}
 
 
 def rows(*lines: str) -> str:
     """Statement that adds lines to the table."""
-    values = [f"('2024-05-01 10:00:00', '{{case}}/{u}', '{o}', '{n}', {paid})" for u, o, n, _, paid, _ in (x.split(",") for x in lines)]
+    values = [
+        f"('2024-05-01 10:00:00', '{{case}}/{u}', '{o}', '{n}', {paid})"
+        for u, o, n, _, paid, _ in (x.split(",") for x in lines)
+    ]
     return f"INSERT INTO {{orders}} VALUES {', '.join(values)}"
 
 
@@ -233,7 +251,8 @@ DELTA = {
     "optimize": NightCase((START, ["OPTIMIZE {orders}"]), ALL),
     "optimize-equal-lines": NightCase(([rows(MUG), rows(MUG)], ["OPTIMIZE {orders}"]), ("u1 1 5.00",) * 2),
     "update": NightCase(
-        (START, [], [f"UPDATE {{orders}} SET paid = 3 WHERE {MINE} AND line = 1 AND order = 1"]), ("u1 1 3.00", *ALL[1:])
+        (START, [], [f"UPDATE {{orders}} SET paid = 3 WHERE {MINE} AND line = 1 AND order = 1"]),
+        ("u1 1 3.00", *ALL[1:]),
     ),
     "delete": NightCase((START, [], [f"DELETE FROM {{orders}} WHERE {MINE} AND order = 2"]), ALL[:2]),
     "merge": NightCase(
@@ -254,7 +273,9 @@ DELTA = {
         (START, [], [f"DELETE FROM {{orders}} WHERE {MINE}", rows(MUG, CUP), rows(POT)]), ALL
     ),
 }
-WRONG = {"wrong": NightCase(({"a.csv": text("user-4711,1,1,Mug,12x,", "u2,2")},), (), {"amount is unreadable": 1, TORN: 1})}
+WRONG = {
+    "wrong": NightCase(({"a.csv": text("user-4711,1,1,Mug,12x,", "u2,2")},), (), {"amount is unreadable": 1, TORN: 1})
+}
 NIGHTS: Mapping[str, Platform] = {
     "lines": Platform(LINES, columns={"line_id": "line"}),
     "written again": Platform(WRITTEN_AGAIN),

@@ -40,7 +40,7 @@ class Shop(Case):
     @property
     def records(self) -> int:
         """Records that the files have, counted for each table that reads them."""
-        return (6 if self.name == "shopify-json" else 5) * self.tables    # one of its orders has two lines
+        return (6 if self.name == "shopify-json" else 5) * self.tables  # one of its orders has two lines
 
 
 def shop(name: str, *events: str, refused: int = 0, left_out: int = 0, tables: int = 1) -> Shop:

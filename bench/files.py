@@ -138,9 +138,11 @@ def outcomes(spark: SparkSession, folder: Path, cases: Mapping[str, Case]) -> di
         try:
             for table, rows in _read(spark, folder / str(place), together, numbers, found).items():
                 frames.setdefault(table, []).append(rows)
-        except Exception as error:  # noqa: BLE001 - the case says which error is right
+        except Exception as error:
             for name in together:
-                found[name].error = str(error) if isinstance(error, ConfigError | DataError) else f"{type(error)}: {error}"
+                found[name].error = (
+                    str(error) if isinstance(error, ConfigError | DataError) else f"{type(error)}: {error}"
+                )
     validated = cleaning.validate({table: _stored(rows) for table, rows in frames.items()}, {}, config.load().cleaning)
     names = list(cases)
     users = _users(case.events for case in cases.values())
@@ -170,7 +172,11 @@ def _users(events: Iterable[Iterable[str]], secret: pseudonyms.Secret = SECRET) 
 
 
 def _read(
-    spark: SparkSession, folder: Path, cases: Mapping[str, Case], numbers: Mapping[str, int], found: Mapping[str, Outcome]
+    spark: SparkSession,
+    folder: Path,
+    cases: Mapping[str, Case],
+    numbers: Mapping[str, int],
+    found: Mapping[str, Outcome],
 ) -> dict[str, DataFrame]:
     """Write the files of cases with the same mapping; return the rows of its logs with keys in the place of ids.
 
@@ -251,7 +257,7 @@ def night_verdicts(spark: SparkSession, folder: Path, platforms: Mapping[str, Pl
     for number, (kind, platform) in enumerate(platforms.items()):
         try:
             found = nights(spark, folder / str(number), platform)
-        except Exception as error:  # noqa: BLE001 - nights that end in an error are cases that are wrong
+        except Exception as error:
             found = {name: Outcome(error=f"{type(error).__name__}: {error}") for name in platform.cases}
         for name, case in platform.cases.items():
             outcome = found.get(name, Outcome())
