@@ -1,7 +1,7 @@
 """Deliveries over several nights, with what is right after the last one: the nights of :mod:`bench.files`.
 
-All cases of a platform share a lakehouse. The files of a case lie in a folder of its own, ``shop=NAME``, and the ids of its users
-begin with its name. So a case stands for itself, though an ingest reads them all.
+All cases of a platform share a lakehouse. The files of a case lie in a folder of its own, ``shop=NAME``, and the ids of its
+users begin with its name. So a case stands for itself, though an ingest reads them all.
 """
 
 from __future__ import annotations
