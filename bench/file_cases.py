@@ -374,11 +374,6 @@ LANGUAGE = {
         {"amount is unreadable": 2},
         table={"per_order": ["amount"]},
     ),
-    "days by local time": Case(
-        {"a.csv": "at,customer,order,paid\n2024-05-01T20:00:00Z,u1,1,1.00\n2024-05-01T10:00:00Z,u2,2,2.00\n"},
-        ("u1 1 1.00 2024-05-02", "u2 2 2.00"),
-        mapping={"day_in": "Asia/Shanghai"},
-    ),
     "a query in a condition": Case(LOG, error="where.*has a query", table={"where": "event IN (SELECT 1)"}),
     "a file in an expression": Case(
         LOG, error="input_file_name can't be used", columns={"amount": {"expr": "length(input_file_name())"}}

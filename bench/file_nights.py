@@ -182,8 +182,10 @@ LINES = {
     "moved-there-and-back": NightCase(
         ({"a.csv": timed(AT_2359)}, {"b.csv": timed(AT_0001)}, {"c.csv": timed(AT_2359)}), ("u1 1 30.00",)
     ),
-    "moved-by-a-month-and-corrected": NightCase(
-        ({"a.csv": text(MUG)}, {"b.csv": timed("2024-06-01 10:00:00,u1,1,1,Mug,3.00,")}), ("u1 1 3.00 2024-06-01",)
+    # numbers of orders may begin anew: not within twelve hours, it is another line
+    "the-same-number-a-month-later": NightCase(
+        ({"a.csv": text(MUG)}, {"b.csv": timed("2024-06-01 10:00:00,u1,1,1,Mug,3.00,")}),
+        ("u1 1 3.00 2024-06-01", "u1 1 5.00"),
     ),
     "corrected": NightCase(
         ({"a.csv": text(MUG, CUP)}, {"b.csv": text(MUG.replace("5", "3"))}), ("u1 1 3.00", "u1 1 7.00")

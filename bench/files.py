@@ -42,7 +42,7 @@ from bench.file_shops import SHOPS
 from bp_spark.core import config
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.session import get_session
-from bp_spark.ingest import cleaning, job, pseudonyms
+from bp_spark.ingest import clean, cleaning, job, pseudonyms
 from bp_spark.ingest.sources.contract import Delivery
 from bp_spark.ingest.sources.files import FilesSource
 from bp_spark.lakehouse.run import Run
@@ -149,7 +149,7 @@ def outcomes(spark: SparkSession, folder: Path, cases: Mapping[str, Case]) -> di
     for event in cleaning.events(validated).collect():
         number, _, key = event["user_key"].partition("/")
         outcome = found[names[int(number)]]
-        if event["copy"] > 1:
+        if event["copy"] != 1:
             outcome.duplicates += 1
         else:
             outcome.events[as_text(event, users).replace(f"{number}/{key}", users.get(key, key))] += 1
@@ -191,8 +191,8 @@ def _read(
     only, of_case = numbers[next(iter(cases))], F.regexp_extract("delivery", r"^files/(\d+)/", 1)
     for case_name, case in cases.items():
         inside = case.folder.format(numbers[case_name])
-        own = [delivery for delivery in deliveries if delivery.name.startswith(inside)]
-        found[case_name].left_out = sum(source.left_out(spark, own).values())
+        own = [d for d in deliveries if d.name.startswith(inside) and source.tables[d.table].selects]
+        found[case_name].left_out = sum(counts.left_out for counts in source.counts(spark, own).values())
     number = F.coalesce(F.nullif(of_case, F.lit("")), F.lit(str(only)))
     tables = {}
 
@@ -235,7 +235,7 @@ def nights(spark: SparkSession, folder: Path, platform: Platform) -> dict[str, O
         )
         run = Run(spark, settings, "featurize")
         job.ingest(run)
-        job.clean(run, rebuild=False)
+        clean.clean(run, rebuild=False)
     lakehouse = Lakehouse(spark, settings.tables)
     secret = pseudonyms.load_secret(settings.privacy.secret)
     users = _users(([f"{name}/{event}" for event in case.events] for name, case in platform.cases.items()), secret)
@@ -244,7 +244,7 @@ def nights(spark: SparkSession, folder: Path, platform: Platform) -> dict[str, O
         name, _, text = as_text(event, users).partition("/")
         found.setdefault(name, Outcome()).events[text] += 1
     for row in lakehouse.read("quarantine").collect():
-        name = json.loads(row["row"])["delivery"].partition("case=")[2].partition("/")[0]
+        name = json.loads(row["row"])["delivery"].partition("shop=")[2].partition("/")[0]
         found.setdefault(name, Outcome()).refused[as_rule(row)] += 1
     if not search(platform.note, str(run.records)) or (platform.hidden and platform.hidden in str(run.records)):
         raise AssertionError(f"what the night recorded isn't {platform.note!r}, or has a value of the data")

@@ -10,14 +10,11 @@ from bench.file_cases import CASES
 from bench.file_shops import FOLDER, SHOPS
 from bench.files import judged, outcomes
 
-PARTITIONED = "equal lines: parts of one write in folders"
-"""One of its two lines is taken for a repeated delivery."""
 PLAIN = {
     name: case
     for name, case in CASES.items()
     if not (case.columns or case.table or case.mapping or case.error)
     and all(file.endswith(".csv") for file in case.files)
-    and name != PARTITIONED
 }
 """Cases that share a mapping, and so are read at once; `make bench-files` reads all."""
 

@@ -155,6 +155,9 @@ def _event_id(identity: str | Column, occurrence: Column) -> Column:
 
 
 def _write_of(delivery: str) -> Column:
-    """Return the write that a file is part of: Spark names a file by the number of its task and the write's UUID."""
-    named = F.regexp_replace(delivery, rf"part-\d+-({_UUID})[^/]*$", "$1")
+    """Return the write that a file is part of: Spark names a file by the number of its task and the write's UUID.
+
+    The files of one write may lie in several folders, one for each value of a partition.
+    """
+    named = F.regexp_replace(delivery, rf"^.*part-\d+-({_UUID})[^/]*$", "$1")
     return F.when(F.contains(F.col(delivery), F.lit("part-")), named).otherwise(F.col(delivery))
