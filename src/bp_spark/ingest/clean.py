@@ -240,18 +240,18 @@ def add_events(step: Step, fresh_rows: DataFrame, note: Mapping[str, Any]) -> No
         compared = add_state(rows.filter("copy = 1"), stored)
         if beside:
             compared = compared.unionByName(moved_away(rows, stored), allowMissingColumns=True)
-        with persisted(compared):
-            states = {row["state"]: row["count"] for row in compared.groupBy("state").count().collect()}
+        with persisted(compared) as judged:
+            states = {row["state"]: row["count"] for row in judged.groupBy("state").count().collect()}
             new, changed, known, moved = (states.get(state, 0) for state in (NEW, CHANGED, KNOWN, MOVED))
             if changed or moved:
                 step.merge(
-                    compared.filter(F.col("state").isin(NEW, CHANGED)),
+                    judged.filter(F.col("state").isin(NEW, CHANGED)),
                     within={"event_date": sorted(days | beside)},
-                    deleted_keys=compared.filter(F.col("state") == MOVED) if moved else None,
+                    deleted_keys=judged.filter(F.col("state") == MOVED) if moved else None,
                     **note,
                 )
             else:
-                step.append(compared.filter(F.col("state") == NEW), **note)
+                step.append(judged.filter(F.col("state") == NEW), **note)
         figures["events"], figures["corrections"] = new, changed
         if moved:
             figures["moved"] = moved
@@ -311,16 +311,18 @@ def _derive_anew(
         ids = ["event_id", "event_date"]
         current = rows.filter(on_days & (F.col("copy") == 1))
         stored = step.lakehouse.read("events").filter(on_days)
-        no_events = stored.join(rows.select(*ids).distinct(), ids, "left_semi").join(
-            current.select(*ids), ids, "left_anti"
+        no_events = (
+            stored.select(*EVENTS.schema.names)
+            .join(rows.select(*ids).distinct(), ids, "left_semi")
+            .join(current.select(*ids), ids, "left_anti")
         )
         compared = add_state(current, stored).unionByName(
             no_events.withColumn("state", F.lit(MOVED)), allowMissingColumns=True
         )
-        with persisted(compared):
+        with persisted(compared) as judged:
             is_fresh = F.coalesce(F.col("ingest_id").isNotNull() & of_batch, F.lit(False))
             by_state = (
-                compared.withColumn("ingest_id", F.col("delivered_by"))
+                judged.withColumn("ingest_id", F.col("delivered_by"))
                 .groupBy("state", is_fresh.alias("fresh"))
                 .count()
                 .collect()
@@ -328,13 +330,13 @@ def _derive_anew(
             states = {(row["state"], row["fresh"]): row["count"] for row in by_state}
             if any(state in (CHANGED, MOVED) for state, _ in states):
                 step.merge(
-                    compared.filter(F.col("state").isin(NEW, CHANGED)),
+                    judged.filter(F.col("state").isin(NEW, CHANGED)),
                     within={"event_date": around},
-                    deleted_keys=compared.filter(F.col("state") == MOVED),
+                    deleted_keys=judged.filter(F.col("state") == MOVED),
                     **note,
                 )
             else:
-                step.append(compared.filter(F.col("state") == NEW), **note)
+                step.append(judged.filter(F.col("state") == NEW), **note)
     figures["events"] = states.get((NEW, True), 0)
     figures["corrections"] = sum(count for (state, _), count in states.items() if state == CHANGED)
     figures["duplicates"] = fresh - figures["events"]
