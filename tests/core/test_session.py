@@ -248,6 +248,8 @@ def test_databricks_has_delta_without_saying_so_and_keeps_its_task_counts(monkey
         "spark.master": "spark://host:7077",
         "spark.sql.session.timeZone": "UTC",
         "parquet.page.verify-checksum.enabled": "true",
+        **session.ENCODINGS,
+        **dict([session.NANOSECONDS]),
     }
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,10 @@ def prepare(spark: SparkSession) -> SparkSession:
             spark.conf.set(key, value)
     spark.conf.set("spark.sql.session.timeZone", "UTC")
     spark.conf.set(*VERIFY_PAGES)
-    spark.conf.set(*NANOSECONDS)
-    for key, value in ENCODINGS.items():
-        spark.conf.set(key, value)
+    for key, value in (NANOSECONDS, *ENCODINGS.items()):
+        # serverless compute allows few settings; without these, such files are refused by name
+        with suppress(PySparkException):
+            spark.conf.set(key, value)
     _cache_java_classes(spark)
     return spark
 
