@@ -301,10 +301,10 @@ def load_promoted(settings: Config, address: str | Path | None = None) -> Bundle
     from bp_spark.registry import signing
 
     public_key = signing.public_key(settings.signing)
-    if public_key is None:
-        logs.warn_once(logger, "signing.public_key: is not set, so nothing proves who made the bundle")
 
     def verified(folder: str | Path) -> Bundle:
+        if public_key is None:
+            logs.warn_once(logger, "signing.public_key: is not set, so nothing proves who made the bundle")
         return load(folder, public_key)
 
     if address is not None and str(address).startswith(mlflow_store.SCHEME):

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from bp_spark.cli import app, common
 from bp_spark.core import config
 from bp_spark.core.errors import DataError
-from bp_spark.ingest.job import clean, ingest
+from bp_spark.ingest.clean import clean
+from bp_spark.ingest.job import ingest
 from bp_spark.ingest.onboarding.preflight import look_at_files
 from bp_spark.ingest.onboarding.sampling import copy_sample
 from bp_spark.ingest.onboarding.start import start
