@@ -104,13 +104,12 @@ def with_fields(df: DataFrame, mapping: TableMapping, partitions: Mapping[str, s
         df = _exploded(add(df, {mapping.explode}), mapping)
         names = names - {mapping.explode}
     df = add(df, names)
-    return df.withColumns(
-        {
-            name: F.coalesce(quoted_column(name), _in_path(written)) if name in df.columns else _in_path(written)
-            for name, written in partitions.items()
-            if name in names and (mapping.format == "json" or name not in df.columns)
-        }
-    )
+    in_path = {
+        name: F.coalesce(quoted_column(name), _in_path(written)) if name in df.columns else _in_path(written)
+        for name, written in partitions.items()
+        if name in names and (mapping.format == "json" or name not in df.columns)
+    }
+    return df.withColumns(in_path) if in_path else df
 
 
 def _in_path(name: str) -> Column:
