@@ -31,6 +31,8 @@ CONTENT = ("item_id", "instant", "quantity", "amount", "discount", "coupon_disco
 _MOVES_S = 12 * 3600
 """Seconds that the time of a line may move over midnight."""
 _NOON = 12
+_DELIVERED = ("ingest_id", "delivery", "seconds")
+"""Columns that tell which of two deliveries is the newer one."""
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
@@ -66,13 +68,21 @@ def identified(rows: DataFrame) -> DataFrame:
     content = [F.desc(name) for name in CONTENT]
     newest = [F.desc("live"), F.desc("ingest_id"), F.desc("delivery"), *content, F.desc("category"), F.desc("text_id")]
     event = ("place", "identity", "occurrence")
-    # within twelve hours a line has two days at most, an even and an odd one
-    around = Window.partitionBy("place").orderBy("seconds").rangeBetween(-_MOVES_S, _MOVES_S)
-    is_even = F.unix_date("event_date") % 2 == 0
-    delivered = F.struct("ingest_id", "delivery", "seconds")
-    newest_even = F.max(F.when(live & has_line & is_even, delivered)).over(around)
-    newest_odd = F.max(F.when(live & has_line & ~is_even, delivered)).over(around)
-    moved = F.coalesce(F.when(is_even, newest_odd).otherwise(newest_even) > delivered, F.lit(False))
+    same_line = Window.partitionBy("place")
+    has_days = F.min("event_date").over(same_line) != F.max("event_date").over(same_line)
+    delivered = F.struct(*_DELIVERED)
+    # few lines have two days; only their deliveries are held against each other
+    of_days = F.collect_list(F.when(has_line & live & F.col("has_days"), F.struct(*_DELIVERED, "event_date"))).over(
+        same_line
+    )
+    moved = F.exists(
+        "of_days",
+        lambda other: (
+            (other["event_date"] != F.col("event_date"))
+            & (F.abs(other["seconds"] - F.col("seconds")) <= _MOVES_S)
+            & (F.struct(*(other[name].alias(name) for name in _DELIVERED)) > delivered)
+        ),
+    )
     copy = F.row_number().over(Window.partitionBy(*event).orderBy(*newest))
     # a line that moved away and came back is known since it came back
     first = F.min(F.when(F.col("good") & ~F.col("moved"), F.col("ingest_id"))).over(Window.partitionBy(*event))
@@ -80,6 +90,8 @@ def identified(rows: DataFrame) -> DataFrame:
         rows.withColumns({"identity": identity, "live": live, "seconds": F.unix_timestamp("ts")})
         .withColumn("place", F.when(has_line, line).otherwise(F.xxhash64("identity")))
         .repartition("place")
+        .withColumn("has_days", has_days)
+        .withColumn("of_days", of_days)
         .withColumn("moved", moved)
         .withColumn("occurrence", F.when(has_line, F.lit(0)).otherwise(F.row_number().over(same_write)))
         .withColumn("copy", copy)
@@ -159,5 +171,5 @@ def _write_of(delivery: str) -> Column:
 
     The files of one write may lie in several folders, one for each value of a partition.
     """
-    named = F.regexp_replace(delivery, rf"^.*part-\d+-({_UUID})[^/]*$", "$1")
+    named = F.regexp_replace(delivery, rf"(?:[^/=]+=[^/]*/)*part-\d+-({_UUID})[^/]*$", "$1")
     return F.when(F.contains(F.col(delivery), F.lit("part-")), named).otherwise(F.col(delivery))
