@@ -55,7 +55,7 @@ def clean(run: Run, rebuild: bool) -> None:
         versions = Versions.read(lakehouse, source_digests(run.config.source), first, last)
         known_versions = versions if all_kept else Versions((), changes_older=False)
         of_batch = F.col("ingest_id").between(first, last)
-        logs = {name: known_versions.mark(raw[name], name, F.to_date("ts")) for name in cleaning.LOGS if name in raw}
+        logs = {name: known_versions.mark(raw[name], name) for name in cleaning.LOGS if name in raw}
         batch = {name: rows.filter(of_batch) for name, rows in {**raw, **logs}.items()}
         validated = cleaning.validate(batch, raw, config)
         reservation, figures = step.reserve(), step.figures

@@ -19,14 +19,13 @@ from pyspark.sql import functions as F
 
 from bp_spark.core.config import CleaningConfig
 from bp_spark.ingest.cleaning import Rule, first_broken, timed_rules
+from bp_spark.ingest.identity import CHANGED, KNOWN, NEW
 from bp_spark.ingest.pseudonyms import BROKEN_TEXT
 from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.tables import CAMPAIGN_CONTACTS, CONSULTATIONS, RAW_CAMPAIGNS, RAW_CONSULTATIONS
 
 FORMAT = 1
 """Raised when the meaning of contacts changes; contacts of an older format are then cleaned anew."""
-NEW, CHANGED, KNOWN = "new", "changed", "known"
-"""States of a contact, by :func:`add_state`."""
 _ADDED = ("ingest_id", "ingested_at")
 
 

@@ -13,9 +13,10 @@ from bp_spark.core.config import digest
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.session import broadcast_few, checkpointed, persisted
 from bp_spark.ingest import cleaning
-from bp_spark.ingest.contacts import CHANGED, FORMAT, KNOWN, LOGS, NEW, ContactLog, add_state, validate
+from bp_spark.ingest.contacts import FORMAT, LOGS, ContactLog, add_state, validate
 from bp_spark.ingest.contacts import contacts as contact_rows
 from bp_spark.ingest.deliveries import Versions
+from bp_spark.ingest.identity import CHANGED, KNOWN, NEW
 from bp_spark.ingest.sources import source_digests
 from bp_spark.lakehouse.run import Run, Step
 from bp_spark.lakehouse.store import Lakehouse
@@ -66,7 +67,7 @@ def _clean(run: Run, log: ContactLog, *, rebuild: bool) -> None:
         first = _first_ingest(run, log, step.newest, rebuild=rebuild)
         if run.config.privacy.retention_days.raw is None:
             versions = Versions.read(lakehouse, source_digests(run.config.source), first, last)
-            raw = versions.mark(raw, log.raw.name, _day_of(log)).filter("NOT superseded")
+            raw = versions.mark(raw, log.raw.name).filter("NOT superseded")
             if versions.supersedes(log.raw.name):
                 # contacts are few: what a changed file no longer has is found by deriving all anew
                 first = 1
@@ -92,11 +93,6 @@ def _clean(run: Run, log: ContactLog, *, rebuild: bool) -> None:
                     "older rows were judged by other cleaning settings; featurize --rebuild judges them anew"
                 )
         _require_balance(step, log)
-
-
-def _day_of(log: ContactLog) -> Column:
-    """Return the UTC day of raw contacts."""
-    return F.to_date("ts") if "ts" in log.raw.schema.names else F.col(log.day)
 
 
 def _first_ingest(run: Run, log: ContactLog, recorded: Mapping[str, Any], *, rebuild: bool) -> int:

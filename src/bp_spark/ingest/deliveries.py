@@ -18,7 +18,7 @@ from pyspark.sql import functions as F
 
 from bp_spark.ingest.sources.contract import SNAPSHOT, Delivery
 from bp_spark.lakehouse.store import Lakehouse, read_as_declared
-from bp_spark.lakehouse.tables import DELIVERIES
+from bp_spark.lakehouse.tables import DELIVERIES, RAW_CAMPAIGNS, RAW_TABLES
 
 GONE = "gone"
 """Fingerprint of a data file that is no part of its Delta table any more."""
@@ -145,13 +145,14 @@ class Versions:
             for of_table, _, _, _, is_whole, is_touched, spans in self.marks
         )
 
-    def mark(self, rows: DataFrame, table: str, day: Column) -> DataFrame:
+    def mark(self, rows: DataFrame, table: str, day: Column | None = None) -> DataFrame:
         """Add ``superseded``, ``touched`` (a version of the row's file is) and ``snapshot`` (of a Delta table) to raw rows.
 
         Args:
             rows: raw rows, at least ``delivery`` and ``ingest_id``.
             table: raw table.
-            day: UTC day of a row. A row without a day is superseded by any later version that has a day.
+            day: UTC day of a row, by default :func:`day_of`. A row without a day is superseded by any later version that has
+                a day.
         """
         of_table = [mark for mark in self.marks if mark[0] == table]
         if not of_table:
@@ -161,11 +162,23 @@ class Versions:
             F.col("name").alias("delivery"), "ingest_id", "is_snapshot", "is_whole", "is_touched", "spans"
         )
         joined = rows.join(F.broadcast(marks), ["delivery", "ingest_id"], "left")
+        if day is None:
+            day = day_of(table)
+        if day is None:
+            day = F.lit(None).cast("date")
         in_span = F.exists("spans", lambda span: day.between(span["first_day"], span["last_day"]))
         superseded = F.col("is_whole") | ((F.size("spans") > 0) & (day.isNull() | in_span))
         columns = {"superseded": superseded, "touched": F.col("is_touched"), "snapshot": F.col("is_snapshot")}
         marked = joined.withColumns({name: F.coalesce(column, F.lit(False)) for name, column in columns.items()})
         return marked.select(*rows.columns, *columns)
+
+
+def day_of(table: str) -> Column | None:
+    """Return the UTC day of a raw table's rows; ``None`` where its rows have none."""
+    if table == RAW_CAMPAIGNS.name:
+        return F.col("first_day")
+    names = next(declared.schema.names for declared in RAW_TABLES if declared.name == table)
+    return F.to_date("ts") if "ts" in names else None
 
 
 def entries(lakehouse: Lakehouse) -> list[Row]:

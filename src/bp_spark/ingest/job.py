@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
 from functools import reduce
 
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.session import checkpointed
 from bp_spark.ingest import broken_text, pseudonyms
-from bp_spark.ingest.deliveries import Ledger
+from bp_spark.ingest.deliveries import Ledger, day_of
 from bp_spark.ingest.readable import Batch, undo_ingest, write_readable
 from bp_spark.ingest.sources import open_source, source_digests
 from bp_spark.ingest.sources.contract import Delivery, Source
@@ -145,14 +145,6 @@ def _days(run: Run, changed: Sequence[Delivery], number: int) -> dict[Delivery, 
         for row in spans.agg(F.min(day).alias("first"), F.max(day).alias("last")).collect():
             found[of_table[row["delivery"]]] = (row["first"], row["last"])
     return found
-
-
-def day_of(table: str) -> Column | None:
-    """Return the UTC day of a raw table's rows; ``None`` where its rows have none."""
-    if table == RAW_CAMPAIGNS.name:
-        return F.col("first_day")
-    names = next(declared.schema.names for declared in RAW_TABLES if declared.name == table)
-    return F.to_date("ts") if "ts" in names else None
 
 
 def _as_stored(run: Run, table: str, rows: DataFrame, secret: pseudonyms.Secret) -> DataFrame:
