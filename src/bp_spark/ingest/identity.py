@@ -169,7 +169,8 @@ def _event_id(identity: str | Column, occurrence: Column) -> Column:
 def _write_of(delivery: str) -> Column:
     """Return the write that a file is part of: Spark names a file by the number of its task and the write's UUID.
 
-    The files of one write may lie in several folders, one for each value of a partition.
+    Files of one write in two folders are two deliveries: ``delivery_day=1/`` and ``delivery_day=2/`` may bring a line twice,
+    and a backup of the folder does.
     """
-    named = F.regexp_replace(delivery, rf"(?:[^/=]+=[^/]*/)*part-\d+-({_UUID})[^/]*$", "$1")
+    named = F.regexp_replace(delivery, rf"part-\d+-({_UUID})[^/]*$", "$1")
     return F.when(F.contains(F.col(delivery), F.lit("part-")), named).otherwise(F.col(delivery))
