@@ -26,7 +26,7 @@ from xdist.scheduler import LoadFileScheduling
 
 from bp_spark.core import config
 from bp_spark.core.config import Config
-from bp_spark.core.session import MODEL_MODULES, get_session
+from bp_spark.core.session import MODEL_MODULES, get_session, is_connect
 from bp_spark.lakehouse.store import Lakehouse
 from tests.support.clusters import TEST_SETTINGS
 from tests.support.histories import SECRET
@@ -109,6 +109,16 @@ def spark() -> Iterator[SparkSession]:
         session.conf.set(key, value)
     yield session
     session.stop()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_names_left() -> Iterator[None]:
+    """Drop the names that a module's tests gave to tables: all modules share one session."""
+    yield
+    session = SparkSession.getActiveSession()
+    if session is not None and not is_connect(session):
+        for name in {found.name for found in session.catalog.listDatabases()} - {"default"}:
+            session.sql(f"DROP SCHEMA `{name}` CASCADE")
 
 
 @pytest.fixture

@@ -219,8 +219,14 @@ def test_tables_in_a_folder_with_quotes_are_known_by_name(spark: SparkSession, t
     held = Lakehouse(spark, TablesConfig(path=str(folder), namespace="quoted"))
     held.replace(RUNS, spark.createDataFrame([], RUNS.schema))
     try:
-        assert held.register(TABLE_NAMES) == ["runs"]
+        for _ in range(2):
+            assert held.register(TABLE_NAMES) == ["runs"]
         assert spark.sql("SELECT * FROM quoted.runs").count() == 0
+        # by that name SQL would read the first folder's rows
+        moved = Lakehouse(spark, TablesConfig(path=f"file:{tmp_path}/moved", namespace="quoted"))
+        moved.replace(RUNS, spark.createDataFrame([], RUNS.schema))
+        with pytest.raises(ConfigError, match=r"quoted\.runs is a table in another folder"):
+            moved.register(TABLE_NAMES)
     finally:
         spark.sql("DROP SCHEMA IF EXISTS quoted CASCADE")
 

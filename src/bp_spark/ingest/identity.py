@@ -64,17 +64,19 @@ def identified(rows: DataFrame) -> DataFrame:
         F.when(F.col("snapshot"), F.lit(0)).otherwise(F.col("ingest_id")),
         F.when(F.col("snapshot"), F.lit("")).otherwise(_write_of("delivery")),
     ]
+    # Spark sorts for this window, and the two of a line that follow need no other order; so do the two of an event
     same_write = Window.partitionBy("place", "identity", "superseded", *write).orderBy("ts", "ingest_id", "delivery")
+    same_line = Window.partitionBy("place")
     content = [F.desc(name) for name in CONTENT]
     newest = [F.desc("live"), F.desc("ingest_id"), F.desc("delivery"), *content, F.desc("category"), F.desc("text_id")]
     event = ("place", "identity", "occurrence")
-    same_line = Window.partitionBy("place")
-    has_days = F.min("event_date").over(same_line) != F.max("event_date").over(same_line)
-    delivered = F.struct(*_DELIVERED)
     # few lines have two days; only their deliveries are held against each other
-    of_days = F.collect_list(F.when(has_line & live & F.col("has_days"), F.struct(*_DELIVERED, "event_date"))).over(
-        same_line
-    )
+    delivered = F.struct(*_DELIVERED)
+    # that they name the occurrence keeps Spark from moving these windows before the first one
+    is_line = has_line & live & (F.col("occurrence") == 0)
+    line_day = F.when(is_line, F.col("event_date"))
+    has_days = F.min(line_day).over(same_line) != F.max(line_day).over(same_line)
+    of_days = F.collect_list(F.when(is_line & F.col("has_days"), F.struct(*_DELIVERED, "event_date"))).over(same_line)
     moved = F.exists(
         "of_days",
         lambda other: (
@@ -83,20 +85,21 @@ def identified(rows: DataFrame) -> DataFrame:
             & (F.struct(*(other[name].alias(name) for name in _DELIVERED)) > delivered)
         ),
     )
-    copy = F.row_number().over(Window.partitionBy(*event).orderBy(*newest))
+    deliveries = Window.partitionBy(*event).orderBy(*newest)
+    copy = F.row_number().over(deliveries)
     # a line that moved away and came back is known since it came back
-    first = F.min(F.when(F.col("good") & ~F.col("moved"), F.col("ingest_id"))).over(Window.partitionBy(*event))
+    first = F.min(F.when(F.col("good") & ~F.col("moved"), F.col("ingest_id"))).over(
+        deliveries.rowsBetween(Window.unboundedPreceding, Window.unboundedFollowing)
+    )
     return (
         rows.withColumns({"identity": identity, "live": live, "seconds": F.unix_timestamp("ts")})
         .withColumn("place", F.when(has_line, line).otherwise(F.xxhash64("identity")))
         .repartition("place")
+        .withColumn("occurrence", F.when(has_line, F.lit(0)).otherwise(F.row_number().over(same_write)))
         .withColumn("has_days", has_days)
         .withColumn("of_days", of_days)
         .withColumn("moved", moved)
-        .withColumn("occurrence", F.when(has_line, F.lit(0)).otherwise(F.row_number().over(same_write)))
-        .withColumn("copy", copy)
-        .withColumn("delivered_by", F.col("ingest_id"))
-        .withColumn("ingest_id", first)
+        .withColumns({"copy": copy, "delivered_by": F.col("ingest_id"), "ingest_id": first})
         .withColumn(
             "copy", F.when(~F.col("live") | (F.col("moved") & (F.col("copy") == 1)), 0).otherwise(F.col("copy"))
         )

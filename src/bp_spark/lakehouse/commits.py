@@ -20,7 +20,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark.core.config import TablesConfig
-from bp_spark.core.errors import ConflictError, DataError
+from bp_spark.core.errors import ConfigError, ConflictError, DataError
 from bp_spark.core.session import is_connect
 from bp_spark.core.stores import UNREACHABLE, file_system, folder_of
 from bp_spark.core.version import __version__
@@ -71,13 +71,32 @@ class CommitLog:
         return [self.location(name) for name in self.existing(names)] if self._root is None else [self._root]
 
     def register(self, names: Iterable[str]) -> list[str]:
-        """Make path-based tables known by name to this session, for SQL; return the names that exist."""
+        """Make path-based tables known by name to this session, for SQL; return the names that exist.
+
+        Raises:
+            ConfigError: the catalog knows one of the names as a table in another folder.
+        """
         existing = self.existing(names)
         self.spark.sql(f"CREATE SCHEMA IF NOT EXISTS {sql.quoted_name(self.namespace)}")
+        known = self._known_folders()
         for name in existing:
-            location = sql.literal(self.location(name))
-            self.spark.sql(f"CREATE TABLE IF NOT EXISTS {self._identifier(name)} USING DELTA LOCATION {location}")
+            location = self.location(name)
+            if name not in known:
+                written = sql.literal(location)
+                self.spark.sql(f"CREATE TABLE IF NOT EXISTS {self._identifier(name)} USING DELTA LOCATION {written}")
+            elif known[name] != _without_scheme(location):
+                raise ConfigError(
+                    f"{self._full_name(name)} is a table in another folder than tables.path for this Spark session; "
+                    "set another tables.namespace, or drop that table's name from the catalog"
+                )
         return existing
+
+    def _known_folders(self) -> dict[str, str]:
+        """Return the folders of the namespace's tables by name, as the catalog has them."""
+        found = self.spark.sql(f"SHOW TABLE EXTENDED IN {sql.quoted_name(self.namespace)} LIKE '*'")
+        at = F.regexp_extract("information", r"(?m)^Location: (.*)$", 1)
+        rows = found.filter("NOT isTemporary").select("tableName", at.alias("at")).collect()
+        return {row["tableName"]: _without_scheme(row["at"]) for row in rows}
 
     def is_plain(self, name: str) -> bool:
         """Return whether the table's Parquet files alone hold its rows, under its columns' names.
@@ -245,3 +264,8 @@ def commit_text(inputs: str, note: Mapping[str, object] | None) -> str:
 def carried_forward(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a reservation repeats of a commit's metadata: all but what identifies that one commit."""
     return {key: value for key, value in metadata.items() if key not in ("version", "write")}
+
+
+def _without_scheme(location: str) -> str:
+    """Return a folder as catalogs and settings both may write it: ``file:/a``, ``file:///a`` and ``/a`` are one."""
+    return re.sub(r"^(?:file|dbfs):/+", "/", location).rstrip("/")
