@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a container of the image does:
 #   master | worker | history        a part of the cluster
-#   night [DATE] [KEY=VALUE...]      featurize and score; without a date today's (UTC)
+#   night [DATE] [KEY=VALUE...]      a whole night; without a date today's (UTC)
 #   JOB [ARGUMENT...]                a job of jobs/, as train or doctor, by spark-submit
 #   health                           whether the page of that part answers
 # Variables: BP_SPARK_MASTER (spark://HOST:7077), BP_SPARK_CONFIG (settings, YAML), BP_SPARK_PROPERTIES (further Spark settings),
@@ -54,8 +54,7 @@ case "${what}" in
       day="$1"
       shift
     fi
-    submit featurize --as-of "${day}" "$@"
-    submit score --date "${day}" "$@"
+    submit night --date "${day}" "$@"
     ;;
   *)
     if [ -f "${home}/jobs/${what}.py" ]; then

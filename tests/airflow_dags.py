@@ -35,7 +35,7 @@ class NightlyDagTest(unittest.TestCase):
         cls.dags = dict(bag.dags)
 
     def ends(self, code: int) -> None:
-        stage = self.dags["bp_spark_nightly"].get_task("featurize").prepare_for_execution()
+        stage = self.dags["bp_spark_nightly"].get_task("night").prepare_for_execution()
         stage.bash_command = f"exit {code}"
         stage.execute({})
 
@@ -46,19 +46,14 @@ class NightlyDagTest(unittest.TestCase):
             self.assertEqual(set(stored.task_dict), set(dag.task_dict))
             self.assertEqual(stored.max_active_runs, 1)
 
-    def test_features_come_before_scores(self) -> None:
-        nightly = self.dags["bp_spark_nightly"]
-        self.assertEqual(nightly.get_task("featurize").downstream_task_ids, {"score"})
-
     def test_a_run_is_as_of_the_end_of_its_interval_whenever_it_runs(self) -> None:
         stored = DagSerialization.from_dict(DagSerialization.to_dict(self.dags["bp_spark_nightly"]))
         restriction = TimeRestriction(datetime(2024, 10, 1, tzinfo=UTC), None, catchup=True)
         run = stored.timetable.next_dagrun_info_v2(last_dagrun_info=None, restriction=restriction)
         context = {"data_interval_end": run.data_interval.end}
-        for task, option in (("featurize", "--as-of"), ("score", "--date")):
-            stage = self.dags["bp_spark_nightly"].get_task(task).prepare_for_execution()
-            command = stage.render_template(stage.bash_command, context)
-            self.assertRegex(command, rf"^exec \S+spark-submit .*/jobs/{task}\.py .*{option} 2024-10-02$")
+        stage = self.dags["bp_spark_nightly"].get_task("night").prepare_for_execution()
+        command = stage.render_template(stage.bash_command, context)
+        self.assertRegex(command, r"^exec \S+spark-submit .*/jobs/night\.py .*--date 2024-10-02$")
 
     def test_every_command_is_a_job_of_this_project(self) -> None:
         for dag in self.dags.values():

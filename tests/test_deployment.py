@@ -190,7 +190,7 @@ def test_only_training_has_a_cluster_of_its_own_user() -> None:
         if cluster["job_cluster_key"] == task["job_cluster_key"]
     }
     standard = DataSecurityMode.DATA_SECURITY_MODE_STANDARD.value
-    assert modes == {"featurize": standard, "score": standard, "train": DataSecurityMode.SINGLE_USER.value}
+    assert modes == {"night": standard, "train": DataSecurityMode.SINGLE_USER.value}
 
 
 def test_a_training_registers_where_the_bundle_says() -> None:
@@ -231,12 +231,11 @@ def test_the_bundle_builds_the_wheel_that_its_clusters_install(tmp_path: Path) -
 def test_the_bundle_runs_jobs_that_are_there_on_a_spark_that_fits() -> None:
     document = bundle()
     tasks = {task["task_key"]: task for job in document["resources"]["jobs"].values() for task in job["tasks"]}
-    assert set(tasks) == {"featurize", "score", "train"}
+    assert set(tasks) == {"night", "train"}
     for name, task in tasks.items():
         file = (BUNDLE.parent / task["spark_python_task"]["python_file"]).resolve()
         assert file == ROOT / f"jobs/{name}.py"
         assert any(file.is_relative_to((BUNDLE.parent / path).resolve()) for path in document["sync"]["paths"])
-    assert [task["task_key"] for task in tasks["score"]["depends_on"]] == ["featurize"]
     clusters = [
         cluster["new_cluster"] for job in document["resources"]["jobs"].values() for cluster in job["job_clusters"]
     ]

@@ -1,7 +1,7 @@
 """Example for Airflow 3: the night, and the weekly training. Copy it to the DAGs folder and set the four constants.
 
-A run of the interval that ends on day D builds the features of D, from events before it, and scores D: so a night that was
-missed, or a backfill (``airflow backfill create --dag-id bp_spark_nightly --from-date ... --to-date ...``), is as of its day.
+A run of the interval that ends on day D scores D, from events before it: so a night that was missed, or a backfill
+(``airflow backfill create --dag-id bp_spark_nightly --from-date ... --to-date ...``), is as of its day.
 Where the workers of Airflow have no spark-submit, put the way to a machine that has one before it in SUBMIT (``ssh``).
 
 Secrets stay with the jobs: SETTINGS names where they are (privacy.secret=file:...), and no command or log of Airflow shows one.
@@ -23,7 +23,7 @@ SUBMIT = f"{HOME}/venv/bin/spark-submit --master spark://master:7077"
 TIMEZONE = "UTC"
 
 # Exit codes of a job (docs/ops.md) that a second try can't mend: settings, data, bundle. 1, 5, 6 and 7 (another run wrote
-# the same table meanwhile) are tried again: a repeated stage goes on from where it stopped and leaves no row twice.
+# the same table meanwhile) are tried again: a repeated night goes on from where it stopped and leaves no row twice.
 FINAL = {2: "settings", 3: "data", 4: "bundle"}
 
 
@@ -65,11 +65,11 @@ DAY = "{{ data_interval_end | ds }}"
 
 with DAG(
     dag_id="bp_spark_nightly",
-    description="Features and scores of every user, as of the end of the interval",
+    description="A whole night, as of the end of the interval",
     schedule=CronDataIntervalTimetable("0 2 * * *", timezone=TIMEZONE),
     **COMMON,
 ):
-    Stage(job="featurize", arguments=f"--as-of {DAY}") >> Stage(job="score", arguments=f"--date {DAY}")
+    Stage(job="night", arguments=f"--date {DAY}")
 
 with DAG(
     dag_id="bp_spark_weekly",

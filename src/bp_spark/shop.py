@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
     from bp_spark.lakehouse.store import Lakehouse
+    from bp_spark.night import NightResult
     from bp_spark.pipeline import ReportResult, ScoreResult, TrainResult
 
 Day = str | date
@@ -153,6 +154,36 @@ class Shop:
         from bp_spark import pipeline
 
         return pipeline.score(self.spark, self.settings, _day(score_date), bundle, full)
+
+    def night(self, day: Day, *, strict: bool = False) -> NightResult:
+        """Run a whole night: `featurize`, `score`, `profile`, the check for drift, and `report`.
+
+        A step whose inputs are unchanged writes nothing. Run a night that was stopped again, and it goes on where it was.
+
+        Args:
+            day: Date to score, from events before it.
+            strict: Refuse all new files if one can't be read.
+
+        Returns:
+            What was scored, drift, the page, and the stages.
+
+        Raises:
+            BundleError: No bundle is promoted, it can't be trusted, or it doesn't fit the features.
+            ConfigError: The mapping has a mistake, or a setting doesn't fit the stored tables.
+            DataError: The source breaks the raw contract, or the date lies before the data.
+
+        Example:
+            ```python
+            print(shop.night("2024-10-01").report.page)
+            ```
+        """
+        extras.require("spark", "a night")
+        from bp_spark.ingest.onboarding.preflight import require_ready
+
+        require_ready(self.settings)
+        from bp_spark.night import night
+
+        return night(self.spark, self.settings, _day(day), strict=strict)
 
     def profile(self, score_date: Day | None = None) -> list[dict[str, Any]]:
         """Write the profiles and market segments as of a scored date.

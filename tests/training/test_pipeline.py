@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from bp_spark import __version__, pipeline
+from bp_spark import night as whole_night
 from bp_spark.cli import app
 from bp_spark.core import config
 from bp_spark.core.config import Config, SearchConfig, SearchRange
@@ -790,3 +791,19 @@ def test_a_bare_order_log_gives_the_features_that_the_whole_source_gives(line: L
     assert len(bare) > 50
     whole = both[0].loc[bare.index, names]
     pd.testing.assert_frame_equal(whole, bare)
+
+
+def test_a_night_run_again_goes_through_its_steps_and_writes_no_score(
+    line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("events", "user_features", "scores", "scores_latest")
+    versions = _versions(line.lakehouse, *names)
+    with caplog.at_level("INFO", whole_night.logger.name):
+        result = whole_night.night(line.spark, line.config, TEST_DATE, page=tmp_path / "night.html")
+    said = [record.getMessage() for record in caplog.records if record.name == whole_night.logger.name]
+    assert [words.split(":")[0] for words in said] == [f"night {TEST_DATE}, step {n} of 5" for n in range(1, 6)]
+    assert [words.split(": ")[1].split(",")[0] for words in said] == list(whole_night.STEPS)
+    assert (result.scored.users, result.scored.written) == (line.scored.users, False)
+    assert result.report.page.stat().st_size > 10_000
+    assert _versions(line.lakehouse, *names) == versions
+    assert set(whole_night.seconds_of_last_runs(line.lakehouse)) == set(whole_night.STEPS)

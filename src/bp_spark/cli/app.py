@@ -27,6 +27,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     model.train,
     model.backtest,
     model.search,
+    nights.night,
     nights.score,
     model.select_labels,
     model.add_labels,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = Path("conf/default.yaml")
 """Settings file that is read where no other one is given."""
-MODEL_COMMANDS = ("train", "backtest", "search", "score", "reproduce", "select-labels")
+MODEL_COMMANDS = ("train", "backtest", "search", "night", "score", "reproduce", "select-labels")
 """Commands whose Python workers import the model's libraries once, before the first task."""
 
 

@@ -1,9 +1,10 @@
-"""Commands of a night: score, profile, check, report; and the demo, which runs the whole line."""
+"""Commands of a night: all of it at once, or score, profile, check, report; and the demo, which runs the whole line."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,8 +14,66 @@ from bp_spark.core import config, extras
 from bp_spark.core.errors import DriftError
 from bp_spark.shop import DEMO_DATE, open_demo
 
+if TYPE_CHECKING:
+    from bp_spark.pipeline import ScoreResult
+
 FAIRNESS_ROWS = 200
 """Rows of the fairness report that are printed at most."""
+
+
+def night(
+    date: Annotated[
+        str | None, typer.Option(help="Date YYYY-MM-DD to score; by default today's (UTC).", show_default=False)
+    ] = None,
+    bundle: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of a model bundle, or models:/NAME@ALIAS of the registry; by default the promoted bundle."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse all new files if one can't be read; by default that one is left out."),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="File of the report; by default night-DATE.html in evaluation.reports.")
+    ] = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Run a whole night in one session: featurize, score, profile, drift, report.
+
+    The log says which step begins, and how long the rest took on the last nights. A step whose inputs are unchanged
+    writes nothing: run a night that was stopped again, and it goes on where it was. A broken drift threshold is a warning
+    here, and the scores stay.
+
+    Example: bp-spark night --date 2017-10-03
+    """
+    settings = common.load_settings(config_file, overrides)
+    day = datetime.now(UTC).date() if date is None else config.parse_date(date)
+    extras.require("spark", "a night")
+    from bp_spark.ingest.onboarding.preflight import require_ready
+
+    require_ready(settings)
+    from bp_spark.night import night as run_night
+
+    result = run_night(
+        common.start_session(settings, "night"), settings, day, bundle=bundle, strict=strict, page=output
+    )
+    scored = result.scored
+    render.show(render.stage_table("night", result.stages))
+    smallest_group = settings.privacy.smallest_group
+    render.show(render.levels_table(scored.levels, f"Users of {day} by level", scored.currency, smallest_group))
+    render.show(f"{_outcome(scored)}. Report: {result.report.page.absolute()}")
+
+
+def _outcome(scored: ScoreResult) -> str:
+    how = (
+        f"scored, {scored.computed:,} of them computed and the others carried forward"
+        if scored.written
+        else "were scored already, with the same bundle on the same features: nothing changed"
+    )
+    return f"{scored.users:,} users {how} (bundle {scored.bundle.digest[:12]})"
 
 
 def score(
@@ -47,12 +106,7 @@ def score(
     render.show(render.stage_table("score", [*result.stages, *profile_stages, *drift_result.stages]))
     smallest_group = settings.privacy.smallest_group
     render.show(render.levels_table(result.levels, f"Users of {day} by level", result.currency, smallest_group))
-    outcome = (
-        f"scored, {result.computed:,} of them computed and the others carried forward"
-        if result.written
-        else "were scored already, with the same bundle on the same features: nothing changed"
-    )
-    render.show(f"{result.users:,} users {outcome} (bundle {result.bundle.digest[:12]})")
+    render.show(_outcome(result))
 
 
 def profile(

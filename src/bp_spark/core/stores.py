@@ -33,7 +33,13 @@ def file_system(address: str) -> tuple[Any, str]:
 
 
 def folder_of(path: str, namespace: str) -> str:
-    """Return the folder of a namespace's path-based tables: an address as given, a local folder as an absolute path."""
+    """Return the folder of a namespace's path-based tables: an address as given, a local folder as an absolute path.
+
+    >>> folder_of("dbfs:/mnt/lake/", "main.bp"), folder_of("s3a://lake", "bp"), folder_of("/data/../lake", "bp")
+    ('dbfs:///mnt/lake/main/bp', 's3a://lake/bp', '/lake/bp')
+    """
+    # Hadoop writes an address without a host with one slash
+    path = re.sub(r"^([a-z][a-z0-9+.-]+):/(?!/)", r"\1:///", path)
     root = path.rstrip("/") if "://" in path else str(Path(path).resolve())
     return f"{root}/{namespace.replace('.', '/')}"
 
