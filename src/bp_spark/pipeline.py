@@ -14,7 +14,7 @@ from bp_spark.report.job import ReportResult, report
 from bp_spark.scoring.active_learning.job import SelectResult, add_labels, select_labels
 from bp_spark.scoring.counterfactual import what_if
 from bp_spark.scoring.job import ScoreResult, score
-from bp_spark.scoring.lineage import Origin, Reproduction, explain_run, explain_score, reproduce
+from bp_spark.scoring.lineage import Reproduction, reproduce
 from bp_spark.scoring.profiles.job import profile
 from bp_spark.training.adapt_language import adapt_language
 from bp_spark.training.backtest import BacktestResult, backtest
@@ -25,7 +25,6 @@ __all__ = [
     "BacktestResult",
     "DriftResult",
     "FairnessResult",
-    "Origin",
     "ReportResult",
     "Reproduction",
     "ScoreResult",
@@ -36,8 +35,6 @@ __all__ = [
     "add_labels",
     "backtest",
     "check_drift",
-    "explain_run",
-    "explain_score",
     "fairness",
     "featurize",
     "forget",

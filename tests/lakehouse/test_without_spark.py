@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from bp_spark.lakehouse import without_spark
 from bp_spark.lakehouse.schema import Table, columns
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.without_spark import UnreadableError
+from bp_spark.scoring.lineage import rows_by_spark
 
 TABLE = Table(
     "scores",
@@ -71,6 +73,27 @@ def test_both_engines_return_the_same_rows_and_columns(stored: Config) -> None:
         by_spark = queries.run(stored, query, 20, Engine.spark)
         assert cells(by_duckdb) == cells(by_spark), query
         assert by_duckdb[0] == by_spark[0], query
+
+
+def test_rows_by_their_values_are_those_of_spark_with_columns_that_are_declared_since(
+    stored: Config, spark: SparkSession
+) -> None:
+    table = Table(
+        "scores", "Rows", (*TABLE.columns, *columns(("tier", "string", "tier"))), partition_by=("score_date",)
+    )
+    for values in (
+        {"user_key": "a\u001b[31m"},
+        {"score_date": date(2024, 1, 2), "user_key": "b"},
+        {"user_key": "nobody"},
+    ):
+        by_spark = rows_by_spark(spark, stored, table, **values)
+        found = without_spark.rows_where(stored.tables, table, **values)
+        assert [str(row) for row in found] == [
+            str({name: [dict(r.asDict()) for r in v] if isinstance(v, list) else v for name, v in row.items()})
+            for row in by_spark
+        ]
+        assert len(found) == (0 if "nobody" in values.values() else 1)
+        assert all(row["tier"] is None for row in found)
 
 
 def test_a_query_runs_in_spark_with_a_reason_only_where_nobody_chose(

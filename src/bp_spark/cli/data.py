@@ -183,14 +183,16 @@ def quarantine(
     Example: bp-spark quarantine replay cleaning.max_amount=5000000
     """
     settings = common.load_settings(config_file, overrides)
+    if action is QuarantineAction.show:
+        from bp_spark.cli import queries
+
+        rows = queries.quarantine_by_rule(settings)
+        render.show(render.rows_table(["source", "rule", "rows"], rows, title="quarantine"))
+        return
     from bp_spark import pipeline
 
     spark = common.start_session(settings, "quarantine")
-    if action is QuarantineAction.replay:
-        render.show(render.stage_table("quarantine replay", pipeline.replay_quarantine(spark, settings)))
-    else:
-        rows = pipeline.quarantine_by_rule(spark, settings)
-        render.show(render.rows_table(["source", "rule", "rows"], rows, title="quarantine"))
+    render.show(render.stage_table("quarantine replay", pipeline.replay_quarantine(spark, settings)))
 
 
 def generate(

@@ -26,9 +26,10 @@ def explain_run(
     Example: bp-spark explain-run 0123456789ab
     """
     settings = common.load_settings(config_file, overrides)
-    from bp_spark import pipeline
+    from bp_spark.cli import queries
+    from bp_spark.scoring import lineage
 
-    stages = pipeline.explain_run(common.start_session(settings, "explain-run"), settings, run)
+    stages = lineage.explain_run(queries.rows_where(settings, "explain-run"), run)
     first_stage = stages[0]
     digests = [stage["figures"].get("bundle") or stage["figures"].get("digest") for stage in stages]
     facts = [
@@ -67,12 +68,13 @@ def explain_score(
     """
     settings = common.load_settings(config_file, overrides)
     day = config.parse_date(date)
-    from bp_spark import pipeline
+    from bp_spark.cli import queries
     from bp_spark.evaluation import metrics
+    from bp_spark.scoring import lineage
 
-    origin = pipeline.explain_score(common.start_session(settings, "explain-score"), settings, user, day)
-    row, lineage = origin.row, origin.bundle.manifest["lineage"]
-    training_set = lineage["training_set"]
+    origin = lineage.explain_score(queries.rows_where(settings, "explain-score"), settings, user, day)
+    row, trained = origin.row, origin.bundle.manifest["lineage"]
+    training_set = trained["training_set"]
     carried = "" if row["computed_on"] == day else f", and carried forward to {day}: the features were the same"
     facts = [
         ("score", f"{row['score']:.2f}, level {row['level']}"),
@@ -82,9 +84,9 @@ def explain_score(
         ("features", f"version {row['features_version']} of user_features, input digest {row['input_digest']}"),
         ("bundle", row["bundle_digest"]),
         ("in folder", origin.bundle.folder),
-        ("trained by run", f"{lineage['run_id']}, config digest {config.digest(lineage['config'])}"),
+        ("trained by run", f"{trained['run_id']}, config digest {config.digest(trained['config'])}"),
         ("on", f"version {training_set['version']} of {training_set['location']}"),
-        ("nothing seen from", lineage["test_date"]),
+        ("nothing seen from", trained["test_date"]),
     ]
     render.show(render.facts_table(f"score of {user} on {day}", facts))
     if not origin.metrics.empty:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -13,8 +14,10 @@ from bp_spark.core import extras
 from bp_spark.core.config import Config
 from bp_spark.core.errors import ConfigError, PlatformError
 from bp_spark.lakehouse import dialect, without_spark
+from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.without_spark import UnreadableError
 
+_MOST_RULES = 10_000
 Rows = tuple[list[str], list[list[Any]]]
 """Names of the columns, and rows."""
 
@@ -75,3 +78,36 @@ def _by_spark(settings: Config, query: str, most_rows: int) -> Rows:
     except (AnalysisException, ParseException) as error:
         raise typer.BadParameter(str(error).strip().splitlines()[0], param_hint="QUERY") from None
     return columns, [list(row) for row in result.limit(most_rows).collect()]
+
+
+def rows_where(settings: Config, command: str) -> Callable[..., list[dict[str, Any]]]:
+    """Return a reader of rows that have given values in columns: without a session where that is possible.
+
+    Args:
+        settings: all settings.
+        command: name of the command, for a session.
+    """
+
+    def read(table: Table, **values: Any) -> list[dict[str, Any]]:
+        if without_spark.is_possible(settings.tables):
+            try:
+                return without_spark.rows_where(settings.tables, table, **values)
+            except UnreadableError as reason:
+                logger.info("read by Spark: %s", reason)
+        from bp_spark.scoring.lineage import rows_by_spark
+
+        return rows_by_spark(common.start_session(settings, command), settings, table, **values)
+
+    return read
+
+
+def quarantine_by_rule(settings: Config) -> list[list[Any]]:
+    """Return source, rule and number of rows in quarantine, most rows first.
+
+    Raises:
+        DataError: nothing was cleaned yet.
+    """
+    query = f"""
+        SELECT source, rule, count(*) AS rows FROM {settings.tables.namespace}.quarantine
+        GROUP BY source, rule ORDER BY rows DESC, source, rule"""  # noqa: S608 (a name that the settings checked)
+    return run(settings, query, _MOST_RULES, Engine.auto)[1]

@@ -53,6 +53,17 @@ class DataError(BpSparkError):
         self.rule = rule
 
 
+class MissingTableError(DataError):
+    """A table does not exist.
+
+    Args:
+        table: the table.
+    """
+
+    def __init__(self, table: str) -> None:
+        super().__init__(table, "table does not exist; run the stage that makes it first")
+
+
 class OccupiedError(DataError):
     """A table can't be created, because its folder holds files that are no Delta table.
 

@@ -20,7 +20,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark.core.config import TablesConfig
-from bp_spark.core.errors import ConfigError, ConflictError, DataError
+from bp_spark.core.errors import ConfigError, ConflictError, MissingTableError
 from bp_spark.core.session import is_connect
 from bp_spark.core.stores import UNREACHABLE, file_system, folder_of
 from bp_spark.core.version import __version__
@@ -241,7 +241,7 @@ class CommitLog:
 
     def _require(self, name: str) -> None:
         if not self.exists(name):
-            raise DataError(self._full_name(name), "table does not exist; run the stage that makes it first")
+            raise MissingTableError(self._full_name(name))
 
     def _full_name(self, name: str) -> str:
         """Return the table's name as messages show it."""

@@ -430,7 +430,8 @@ class Lakehouse(CommitLog):
 
 def read_as_declared(lakehouse: Lakehouse, table: Table) -> DataFrame:
     """Return a table with all columns that are declared today; rows from before a column existed hold NULL in it."""
-    no_rows = lakehouse.spark.createDataFrame([], table.schema)
+    # made of Python's rows, it would start Python workers
+    no_rows = lakehouse.spark.range(0).select(*map(typed_null, table.schema.fields))
     return no_rows.unionByName(lakehouse.read(table.name), allowMissingColumns=True)
 
 

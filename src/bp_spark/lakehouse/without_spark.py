@@ -5,18 +5,22 @@ As in Spark sessions of this package, each page of a file is compared with its c
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
+from functools import reduce
 from importlib.util import find_spec
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from bp_spark.core.config import TablesConfig
-from bp_spark.core.errors import DataError
+from bp_spark.core.errors import MissingTableError
 from bp_spark.core.stores import UNREACHABLE, folder_of
 from bp_spark.lakehouse import dialect
+from bp_spark.lakehouse.schema import Table
 
 _SESSION_VARIABLES = ("SPARK_REMOTE", "PYSPARK_GATEWAY_PORT", "DATABRICKS_RUNTIME_VERSION")
 """Variables of processes that have a Spark session, or a server with one, which may see other files."""
@@ -56,7 +60,7 @@ def dataset(config: TablesConfig, name: str) -> ds.Dataset:
     """Return the newest version of a table, to be read by pyarrow.
 
     Raises:
-        DataError: the local table does not exist.
+        MissingTableError: the local table does not exist.
         UnreadableError: delta-rs can't reach it, or lacks a feature of it, as deletion vectors.
     """
     from deltalake import DeltaTable
@@ -69,7 +73,7 @@ def dataset(config: TablesConfig, name: str) -> ds.Dataset:
     except TableNotFoundError as error:
         if "://" in location:
             raise UnreadableError(f"{full_name} isn't found from here") from error
-        raise DataError(full_name, "table does not exist; run the stage that makes it first") from None
+        raise MissingTableError(full_name) from None
     except (DeltaError, *UNREACHABLE) as error:
         raise UnreadableError(f"delta-rs can't read {full_name} ({type(error).__name__})") from error
     options = ds.ParquetFragmentScanOptions(pre_buffer=True, page_checksum_verification=True)
@@ -77,11 +81,27 @@ def dataset(config: TablesConfig, name: str) -> ds.Dataset:
     return table
 
 
+def rows_where(config: TablesConfig, table: Table, **values: Any) -> list[dict[str, Any]]:
+    """Return a table's rows that have these values in these columns, with all columns that are declared today.
+
+    Raises:
+        MissingTableError: the local table does not exist.
+        UnreadableError: delta-rs can't read the table.
+    """
+    stored = dataset(config, table.name)
+    wanted = reduce(operator.and_, (pc.field(name) == value for name, value in values.items()))
+    try:
+        found = stored.to_table(filter=wanted).to_pylist(maps_as_pydicts="strict")
+    except UNREACHABLE as error:
+        raise UnreadableError(f"pyarrow ends with {type(error).__name__}") from error
+    return [{name: _in_utc(row.get(name)) for name in table.schema.names} for row in found]
+
+
 def query_as_spark(config: TablesConfig, query: str, most_rows: int) -> tuple[list[str], list[list[Any]]]:
     """Return the columns and first rows of a query in Spark SQL.
 
     Raises:
-        DataError: a local table does not exist.
+        MissingTableError: a local table does not exist.
         UnreadableError: DuckDB would return other rows than Spark, or none, or an error; the message is the reason.
     """
     try:
@@ -103,7 +123,7 @@ def query_of_duckdb(config: TablesConfig, query: str, most_rows: int) -> tuple[l
     """Return the columns and first rows of a query in DuckDB's SQL.
 
     Raises:
-        DataError: a local table does not exist.
+        MissingTableError: a local table does not exist.
         UnreadableError: delta-rs can't read a table.
         duckdb.Error: the query is none, or doesn't fit the tables.
     """
@@ -133,6 +153,11 @@ def _rows(
         types = [column[1] for column in cursor.description or ()]
         rows = cursor.fetchmany(most_rows)
     return columns, [[_as_spark(value, kind) for value, kind in zip(row, types, strict=True)] for row in rows]
+
+
+def _in_utc(value: Any) -> Any:
+    """Return a time without its zone, as Spark returns it in a session of UTC."""
+    return value.astimezone(UTC).replace(tzinfo=None) if isinstance(value, datetime) else value
 
 
 def _as_spark(value: Any, kind: Any) -> Any:

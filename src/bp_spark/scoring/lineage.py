@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
+from operator import itemgetter
+from typing import Any
 
 import pandas as pd
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark.core.config import Config, digest
-from bp_spark.core.errors import DataError
+from bp_spark.core.errors import DataError, MissingTableError
 from bp_spark.core.spark_errors import SPARK_ERRORS, is_gone
 from bp_spark.core.version import __version__
 from bp_spark.lakehouse.run import recorded
-from bp_spark.lakehouse.schema import rows_of_date
+from bp_spark.lakehouse.schema import Table, rows_of_date
 from bp_spark.lakehouse.store import Lakehouse, read_as_declared
-from bp_spark.lakehouse.tables import RUNS, SCORES
+from bp_spark.lakehouse.tables import METRICS, RUNS, SCORES
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry.bundle import Bundle
 from bp_spark.scoring import prediction
 from bp_spark.scoring.compare import COMPARED_COLUMNS, TOLERANCE, differences
 from bp_spark.scoring.job import features_of_date, newest_run_of
+
+RowsWhere = Callable[..., list[dict[str, Any]]]
+"""Reader of the rows of a table that have given values in columns, as :func:`rows_by_spark` for one session is."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +35,14 @@ class Origin:
     """Origin of a row of ``scores``.
 
     Attributes:
-        row: The row.
-        run: Row of ``runs`` of the run that computed it.
+        row: The row, by column.
+        run: Row of ``runs`` of the run that computed it, by column.
         bundle: The model, proved unchanged.
         metrics: Rows of ``metrics`` of the bundle; none where its test horizon was not over.
     """
 
-    row: Row
-    run: Row
+    row: Mapping[str, Any]
+    run: Mapping[str, Any]
     bundle: Bundle
     metrics: pd.DataFrame
 
@@ -62,38 +68,57 @@ class Reproduction:
     other_code: list[str]
 
 
-def explain_run(spark: SparkSession, config: Config, run_id: str) -> list[Row]:
+def rows_by_spark(spark: SparkSession, config: Config, table: Table, **values: Any) -> list[dict[str, Any]]:
+    """Return a table's rows that have these values in these columns, with all columns that are declared today.
+
+    Raises:
+        MissingTableError: The table does not exist.
+    """
+    rows = read_as_declared(Lakehouse(spark, config.tables), table)
+    for name, value in values.items():
+        rows = rows.filter(F.col(name) == F.lit(value))
+    return [row.asDict() for row in rows.collect()]
+
+
+def explain_run(rows_where: RowsWhere, run_id: str) -> list[dict[str, Any]]:
     """Return the rows of ``runs`` of a run, first stage first.
 
     Raises:
         DataError: There is no such run.
     """
-    stages = _stages(Lakehouse(spark, config.tables), run_id)
+    stages = sorted(rows_where(RUNS, run_id=run_id), key=itemgetter("started_at"))
     if not stages:
         raise DataError("runs", f"holds no run {run_id!r}", column="run_id")
     return stages
 
 
-def explain_score(spark: SparkSession, config: Config, user_key: str, score_date: date) -> Origin:
+def explain_score(rows_where: RowsWhere, config: Config, user_key: str, score_date: date) -> Origin:
     """Trace a row of ``scores`` back to the run, the bundle and the metrics behind it.
+
+    Args:
+        rows_where: Reader of the tables.
+        config: All settings.
+        user_key: The user.
+        score_date: Date of the score.
 
     Raises:
         DataError: There is no such row, or its run is not in ``runs``.
         BundleError: Its bundle isn't in the folder of bundles, or can't be trusted.
     """
-    lakehouse = Lakehouse(spark, config.tables)
-    row = _scores(lakehouse, score_date).filter(F.col("user_key") == user_key).first()
-    if row is None:
+    found = rows_where(SCORES, score_date=score_date, user_key=user_key)
+    if not found:
         # the message may end in a log, so it doesn't name the user
         raise DataError("scores", f"holds no row of that user on {score_date}", column="user_key")
-    scoring_stages = [stage for stage in _stages(lakehouse, row["run_id"]) if stage["stage"] == "score"]
+    row = found[0]
+    scoring_stages = [stage for stage in rows_where(RUNS, run_id=row["run_id"]) if stage["stage"] == "score"]
     if not scoring_stages:
         raise DataError("runs", f"holds no run {row['run_id']!r}, which computed the score", column="run_id")
     bundle = _bundle(config, row["bundle_digest"])
-    if not lakehouse.exists("metrics"):
-        return Origin(row, scoring_stages[0], bundle, pd.DataFrame())
-    metrics = lakehouse.read("metrics").filter(F.col("bundle_digest") == bundle.digest)
-    return Origin(row, scoring_stages[0], bundle, metrics.toPandas())
+    try:
+        metrics = rows_where(METRICS, bundle_digest=bundle.digest)
+    except MissingTableError:
+        metrics = []
+    return Origin(row, scoring_stages[0], bundle, pd.DataFrame(metrics))
 
 
 def reproduce(spark: SparkSession, config: Config, score_date: date) -> Reproduction:
@@ -174,7 +199,3 @@ def _bundle(config: Config, bundle_digest: str) -> Bundle:
 
 def _scores(lakehouse: Lakehouse, score_date: date) -> DataFrame:
     return rows_of_date(read_as_declared(lakehouse, SCORES), score_date)
-
-
-def _stages(lakehouse: Lakehouse, run_id: str | None) -> list[Row]:
-    return read_as_declared(lakehouse, RUNS).filter(F.col("run_id") == F.lit(run_id)).orderBy("started_at").collect()
