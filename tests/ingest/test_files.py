@@ -428,14 +428,22 @@ def test_a_file_of_another_encoding_is_named_with_the_remedy(spark: SparkSession
     json_row = '{"who": "1", "at": "2024-05-01", "paid": 5}'
     mapping = ORDERS.replace('"*.csv"', '"*.txt"')
     cases = {
-        "a.txt": (header.encode("utf-16"), mapping, "is no UTF-8 but UTF-16: set options: {encoding: UTF-16}"),
-        "b.txt": (header.encode("utf-16-be"), mapping, "is no UTF-8 but UTF-16BE: set options: {encoding: UTF-16BE}"),
-        "c.txt": (header.encode("cp1252"), mapping, "its header is no UTF-8: name the encoding in the mapping"),
+        "a.txt": (header.encode("utf-16"), mapping, "is no UTF-8 and may be UTF-16: set options: {encoding: UTF-16}"),
+        "b.txt": (
+            header.encode("utf-16-be"),
+            mapping,
+            "is no UTF-8 and may be UTF-16BE: set options: {encoding: UTF-16BE}",
+        ),
+        "c.txt": (
+            header.encode("cp1252"),
+            mapping,
+            "its header is no UTF-8 and may be windows-1252: set options: {encoding: windows-1252}",
+        ),
         "d.txt": (json_row.encode("utf-16"), mapping.replace("csv", "json"), "{encoding: UTF-16} and multiLine: true"),
         "f.txt": (
             b"who,at,paid\nZo\xeb,2024-05-01,5\n",
             mapping,
-            "its row is no UTF-8: name the encoding in the mapping",
+            "its row is no UTF-8 and may be windows-1252",
         ),
         "e.txt": (
             b"x\n",
@@ -475,7 +483,9 @@ def test_many_rows_of_another_encoding_refuse_a_file_and_few_are_left_to_the_rul
         return ""
 
     people = [name.encode("cp1252" if name.isascii() or name == "Zoë" else "utf-8") for name in rows]
-    message = f"a: {broken} of its first {len(rows)} rows are no UTF-8: name the encoding" if broken else ""
+    message = (
+        f"a: {broken} of its first {len(rows)} rows are no UTF-8 and may be windows-1252: set options" if broken else ""
+    )
     csv = [b'"%s",2024-05-01,5,note' % name for name in people]
     json_lines = [b'{"who": "%s", "paid": 5, "note": 1}' % name for name in people]
     for text in (refused("csv", [b"who,at,paid,note", *csv]), refused("json", json_lines)):

@@ -36,6 +36,8 @@ class QuarantineAction(StrEnum):
 
 def init(
     folder: Annotated[Path, typer.Argument(help="Folder to write to; it is made if it isn't there.")],
+    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    *,
     orders: Annotated[
         str,
         typer.Option(
@@ -60,6 +62,12 @@ def init(
 
     Example: bp-spark init my-shop --orders 'exports/*.csv' --currency EUR
     """
+    if more:
+        like = Path(orders).parent / f"*{Path(orders).suffix}"
+        raise ConfigError(
+            f"init: takes one folder, but {more[0]!r} follows it. Put a pattern in quotes, or the shell makes a list of files "
+            f"of it: --orders '{like}'"
+        )
     extras.require("spark", "a look at files")
     from bp_spark.ingest.onboarding import start
 
