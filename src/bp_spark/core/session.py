@@ -43,8 +43,8 @@ VERIFY_PAGES = ("parquet.page.verify-checksum.enabled", "true")
 # Spark refuses Parquet files with times in nanoseconds, which pandas writes, unless it may read them as numbers. The source
 # turns these into times.
 NANOSECONDS = ("spark.sql.legacy.parquet.nanosAsLong", "true")
-# Spark 4 takes six encodings alone, and ends a job at the first byte that is none of its encoding. With these settings it takes
-# all of Java's, as windows-1252 and GBK, and replaces such bytes; texts with the replacement are told or refused by rule.
+# By default Spark 4 knows six encodings, and a byte that is not of a file's encoding ends the job. With these settings it knows
+# all encodings of Java, such as windows-1252 and GBK, and replaces such bytes. Rules and counts find texts with replaced bytes.
 ENCODINGS = {"spark.sql.legacy.javaCharsets": "true", "spark.sql.legacy.codingErrorAction": "true"}
 # With shortened tracebacks, SQL workers have another environment than RDD workers (frames made of Python rows use these). Spark
 # keeps a daemon for each environment, and all libraries would be imported twice.

@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -97,13 +97,18 @@ def delta_sample(address: str) -> Sample:
         DataError: it can't be read.
     """
     from deltalake import DeltaTable
-    from deltalake.exceptions import DeltaError
+    from deltalake.exceptions import DeltaError, DeltaProtocolError
 
     try:
-        table = DeltaTable(address.removeprefix("file:")).to_pyarrow_dataset().head(MOST_ROWS)
+        table = DeltaTable(re.sub("^file:/+", "/", address))
+        try:
+            return _typed_sample([table.to_pyarrow_dataset().head(MOST_ROWS)], "delta")
+        except DeltaProtocolError:
+            # its deletion vectors are unknown to delta-rs: for guesses, rows that were deleted are as good
+            files = [FoundFile(uri, uri, 1) for uri in sorted(table.file_uris())[:MOST_FILES]]
+            return replace(_parquet_sample(files), format="delta")
     except (DeltaError, *UNREACHABLE) as error:
         raise DataError(address, "can't be read as a Delta table") from error
-    return _typed_sample([table], "delta")
 
 
 def _format(file: FoundFile) -> str:

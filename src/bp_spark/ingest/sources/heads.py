@@ -136,7 +136,7 @@ def is_utf8(head: bytes) -> bool:
 
 
 def _mapped_texts(mapping: TableMapping, text: str) -> Iterator[str]:
-    """Yield for each row of a head the text of its mapped values; a row that can't be taken apart ends them."""
+    """Yield for each row of a head the text of its mapped values, without lines that can't be taken apart."""
     if mapping.format == "json":
         for row in _objects(text):
             yield json.dumps([row.get(name) for name in mapping.top_level_names], ensure_ascii=False)
@@ -146,13 +146,14 @@ def _mapped_texts(mapping: TableMapping, text: str) -> Iterator[str]:
         names = names_in_header(mapping, first := next(lines, "").removeprefix("\ufeff"))
         places = [place for place, name in enumerate(names) if name in mapping.platform_columns]
         for fields in records_of(mapping, lines if mapping.has_header else chain([first], lines)):
-            yield "".join(fields[place] for place in places if place < len(fields))
+            if len(fields) == len(names):
+                yield "".join(fields[place] for place in places)
 
 
 def _objects(text: str) -> Iterator[dict[str, object]]:
     """Yield the objects of JSON lines, or of one array."""
     for part in [text] if text.lstrip("\ufeff \r\n").startswith("[") else text.split("\n"):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             value = json.loads(part.removeprefix("\ufeff"))
             yield from (row for row in (value if isinstance(value, list) else [value]) if isinstance(row, dict))
 
