@@ -35,9 +35,8 @@ class QuarantineAction(StrEnum):
 
 
 def init(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="Folder to write to; it is made if it isn't there.")],
-    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
-    *,
     orders: Annotated[
         str,
         typer.Option(
@@ -62,11 +61,11 @@ def init(
 
     Example: bp-spark init my-shop --orders 'exports/*.csv' --currency EUR
     """
-    if more:
+    if context.args:
         like = Path(orders).parent / f"*{Path(orders).suffix}"
         raise ConfigError(
-            f"init: takes one folder, but {more[0]!r} follows it. Put a pattern in quotes, or the shell makes a list of files "
-            f"of it: --orders '{like}'"
+            f"init: takes one folder, but {context.args[0]!r} follows it. Put a pattern in quotes, or the shell makes a list "
+            f"of files of it: --orders '{like}'"
         )
     extras.require("spark", "a look at files")
     from bp_spark.ingest.onboarding import start

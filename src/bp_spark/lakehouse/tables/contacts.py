@@ -16,7 +16,7 @@ CONSULTATIONS = Table(
         (
             "solved",
             "boolean",
-            "Whether the user's question was answered, as the newest delivery says; NULL if nobody knows",
+            "Whether the user's question was answered, as the newest delivery says; NULL if unknown",
         ),
         ("ingest_id", "bigint!", "First ingest that brought the consultation"),
         ("ingested_at", "timestamp!", "Time of that ingest, UTC"),

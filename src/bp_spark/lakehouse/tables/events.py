@@ -41,7 +41,7 @@ DELIVERIES = Table(
         (
             "stored_as",
             "string",
-            "Name that its rows have, where a mapping of another name or folder delivered it first",
+            "Delivery of its rows, if a mapping with another name or folder delivered the file first",
         ),
     ),
     key=("source", "table", "name", "fingerprint", "ingest_id"),
