@@ -94,12 +94,12 @@ class Ledger:
         return found
 
     def unchanged_rows(self, source: str, delivery: Delivery, versions: Sequence[Row]) -> list[tuple[object, ...]]:
-        """Return the rows of DELIVERIES that say of a file that what is stored is still so."""
+        """Return the rows of DELIVERIES for a file whose rows are stored already."""
         if (delivery.table, delivery.name) in self.versions:
             newest = versions[-1]
             stored_as = (newest["ingest_id"], None, None, newest["stored_as"])
             return [(source, delivery.table, delivery.name, delivery.fingerprint, *stored_as)]
-        # later versions supersede all that the other mapping brought
+        # with all its versions, so that a later one supersedes what the other mapping brought
         facts = ("fingerprint", "ingest_id", "first_day", "last_day")
         return [
             (source, delivery.table, delivery.name, *(row[fact] for fact in facts), stored_name(row))
