@@ -45,9 +45,9 @@ def clean(run: Run, rebuild: bool) -> None:
     lakehouse, config = run.lakehouse, run.config.cleaning
     all_kept = run.config.privacy.retention_days.raw is None
     raw = {table.name: lakehouse.read(table.name) for table in RAW_TABLES if lakehouse.exists(table.name)}
-    files = entries(lakehouse)
-    last = max((row["ingest_id"] for row in files), default=0)
     with run.step("clean", EVENTS) as step:
+        files = entries(lakehouse)
+        last = max((row["ingest_id"] for row in files), default=0)
         cleaned = last_cleaning(run, step.newest)
         first = first_to_clean(cleaned, rebuild=rebuild, all_kept=all_kept)
         rules = digest(config)

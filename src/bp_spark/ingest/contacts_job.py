@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
 from typing import Any
 
-from pyspark.sql import Column, DataFrame, Observation, Row
+from pyspark.sql import Column, DataFrame, Observation
 from pyspark.sql import functions as F
 
 from bp_spark.core.config import digest
@@ -34,11 +34,9 @@ def contacts(run: Run, rebuild: bool) -> None:
     Raises:
         ConfigError: contacts must be derived from all raw rows, and older ones were deleted.
     """
-    logs = [log for log in LOGS if run.lakehouse.exists(log.raw.name)]
-    # rows of an ingest that was stopped are in no delivery yet
-    files = entries(run.lakehouse) if logs else []
-    for log in logs:
-        _clean(run, log, files, rebuild=rebuild)
+    for log in LOGS:
+        if run.lakehouse.exists(log.raw.name):
+            _clean(run, log, rebuild=rebuild)
 
 
 def replay(run: Run) -> None:
@@ -61,11 +59,13 @@ def replay(run: Run) -> None:
             _require_balance(step, log)
 
 
-def _clean(run: Run, log: ContactLog, files: Sequence[Row], *, rebuild: bool) -> None:
+def _clean(run: Run, log: ContactLog, *, rebuild: bool) -> None:
     lakehouse = run.lakehouse
     raw = lakehouse.read(log.raw.name)
-    last = max((row["ingest_id"] for row in files), default=0)
     with run.step(log.cleaned.name, log.cleaned) as step:
+        files = entries(lakehouse)
+        # rows of an ingest that was stopped are in no delivery yet
+        last = max((row["ingest_id"] for row in files), default=0)
         first = _first_ingest(run, log, step.newest, rebuild=rebuild)
         if run.config.privacy.retention_days.raw is None:
             versions = Versions.of(files, source_digests(run.config.source), first, last)
