@@ -417,6 +417,15 @@ ERRORS = {
         table(customer=["u1"], at=pa.array([1714557600 * 10**9], pa.timestamp("ns"))), ("u1 1 1.00",)
     ),
     "cp1252": Case({"a.csv": FRENCH.encode("cp1252")}, error="encoding", hidden="Zo"),
+    "cp1252 in a column that nothing reads": Case(
+        {"a.csv": f"{FRENCH[:-1]},Zoé\n".replace("paid\n", "paid,name\n").replace("Zoë", "u1").encode("cp1252")},
+        ("u1 1 5.00",),
+    ),
+    "one broken name among many": Case(
+        {"a.csv": (FRENCH + f"{DAY},u1,1,1.00\n" * 200).encode("cp1252")},
+        ("u1 1 1.00",) * 200,
+        {"user_id is unreadable": 1},
+    ),
     "cp1252 described": Case(
         {"a.csv": FRENCH.encode("cp1252")}, ("Zoë 1 5.00",), table={"options": {"encoding": "cp1252"}}
     ),

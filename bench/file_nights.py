@@ -46,7 +46,8 @@ class Platform:
     Attributes:
         cases: name -> case; names have no blanks.
         columns: of the mapping, beside COLUMNS.
-        move: called in the last night with the path of the mapping, after its files came; returns the path it has from now on.
+        move: called with the path of the mapping, after its files came; returns the path it has from now on.
+        moves_in: first night in which it is called, by default the last one. It is called again in those that follow.
         note: regular expression that what the last night records must match.
         hidden: text that it must not have.
     """
@@ -54,6 +55,7 @@ class Platform:
     cases: Mapping[str, NightCase]
     columns: Mapping[str, Any] = field(default_factory=dict)
     move: Callable[[Path], Path] | None = None
+    moves_in: int = -1
     note: str = ""
     hidden: str = ""
 
@@ -81,7 +83,7 @@ class Platform:
         for name, case in self.cases.items():
             for change in case.nights[night : night + 1]:
                 self.change(spark, mapping.parent, name, change)
-        return self.move(mapping) if self.move and night == self.nights - 1 else mapping
+        return self.move(mapping) if self.move and night >= self.moves_in % self.nights else mapping
 
     def change(self, spark: SparkSession, folder: Path, name: str, change: Any) -> None:
         """Change the files of a case."""
@@ -236,6 +238,19 @@ SAME = {
         ({"a.csv": text(MUG, MUG), "b.csv": text(POT, "u3,3")}, {}), ("u1 1 5.00",) * 2 + ALL[2:], {TORN: 1}
     )
 }
+CORRECTED = {
+    # the first correction speaks about one of two days, the last one about both
+    "corrected-before-and-after": NightCase(
+        (
+            {"a.csv": timed("2024-05-02 10:00:00,u1,1,1,Mug,5.00,", "2024-05-03 10:00:00,u2,2,1,Pot,9.00,")},
+            {"a.csv": timed("2024-05-03 10:00:00,u2,2,1,Pot,8.00,", "u2,2")},
+            {},
+            {"a.csv": timed("2024-05-02 10:00:00,u1,1,1,Mug,4.00,", "2024-05-03 10:00:00,u2,2,1,Pot,7.00,")},
+        ),
+        ("u1 1 4.00 2024-05-02", "u2 2 7.00 2024-05-03"),
+    ),
+    "touched-after": NightCase(({"a.csv": text(MUG, "u2,2")}, {}, {}, {"a.csv": TOUCH}), ("u1 1 5.00",), {TORN: 1}),
+}
 
 
 def rows(*lines: str) -> str:
@@ -275,6 +290,19 @@ DELTA = {
         (START, [], [f"DELETE FROM {{orders}} WHERE {MINE}", rows(MUG, CUP), rows(POT)]), ALL
     ),
 }
+DELTA_AFTER = {
+    "update-and-delete": NightCase(
+        (
+            [rows(MUG, CUP), rows(POT)],
+            [],
+            [
+                f"UPDATE {{orders}} SET paid = 3 WHERE {MINE} AND line = 1 AND order = 1",
+                f"DELETE FROM {{orders}} WHERE {MINE} AND order = 2",
+            ],
+        ),
+        ("u1 1 3.00", "u1 1 7.00"),
+    ),
+}
 WRONG = {
     "wrong": NightCase(({"a.csv": text("user-4711,1,1,Mug,12x,", "u2,2")},), (), {"amount is unreadable": 1, TORN: 1})
 }
@@ -288,6 +316,9 @@ NIGHTS: Mapping[str, Platform] = {
     "an absolute path": Platform(SAME, move=with_absolute_path),
     "from another folder": Platform(SAME, move=from_another_folder),
     "another name": Platform(SAME, move=renamed),
+    "another name, then corrected": Platform(CORRECTED, move=renamed, moves_in=2),
+    "another folder, then corrected": Platform(CORRECTED, move=from_another_folder, moves_in=2),
+    "Delta by another name": DeltaPlatform(DELTA_AFTER, move=renamed, moves_in=1),
     "all refused": Platform(WRONG, note="amount is unreadable.*quarantine show", hidden="4711"),
 }
 """Kind -> platform."""

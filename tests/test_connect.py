@@ -25,6 +25,9 @@ from bp_spark.core.config import Config, FusionConfig
 from bp_spark.core.errors import ConflictError, DataError, PlatformError
 from bp_spark.core.session import DELTA_SETTINGS, get_session, is_connect, java_home, persisted, spark_jars
 from bp_spark.core.spark_errors import translate
+from bp_spark.ingest.onboarding.check import check
+from bp_spark.ingest.onboarding.preflight import look_at_files
+from bp_spark.ingest.sources.mapping import load_mapping
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import SCORES_LATEST, TABLE_NAMES
 from bp_spark.model.horizons import Horizons
@@ -140,7 +143,16 @@ def nights(spark: SparkSession, settings: Config) -> dict[str, Any]:
         "forgotten": forgotten["forget"]["figures"],
         "found": forgotten["prove"]["figures"]["found"],
         "sql": [list(row) for row in spark.sql(QUERY).collect()],
+        "check": checked(spark, settings),
     }
+
+
+def checked(spark: SparkSession, settings: Config) -> dict[str, Any]:
+    """Return figures of a check. In a remote session the files are read where they lie, else copies of their heads."""
+    mapping = settings.source.mapping or ""
+    figures = check(spark, settings, look_at_files(mapping, load_mapping(Path(mapping))), 1_000)
+    refused = {table.table: [table.rows, dict(table.refused)] for table in figures.tables}
+    return {"refused": refused, "orders": figures.purchases.orders, "money": figures.purchases.money}
 
 
 def refusals(spark: SparkSession, settings: Config) -> list[str]:

@@ -37,7 +37,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_settings_and_jobs_and_no_test(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        for name in ("default.yaml", "demo.yaml"):
+        for name in ("default.yaml", "demo.yaml", "log4j2.properties"):
             assert archive.read(f"bp_spark/conf/{name}") == (ROOT / "conf" / name).read_bytes()
     jobs = {path.name for path in (ROOT / "jobs").glob("*.py")}
     assert {name for name in names if name.startswith("bp_spark/jobs/")} == {

@@ -51,6 +51,24 @@ def test_a_session_that_is_started_here_shows_no_pages_to_the_network(spark: Spa
     assert spark.sparkContext.uiWebUrl is None
 
 
+def test_a_session_that_is_started_here_has_our_log_levels_unless_spark_has_some(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Builder(dict[str, str]):
+        def config(self, key: str, value: str) -> Builder:
+            self[key] = value
+            return self
+
+    monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path))
+    monkeypatch.delenv("PYSPARK_SUBMIT_ARGS", raising=False)
+    (options,) = session._with_log_levels(Builder()).values()
+    assert options == f"-Dlog4j2.configurationFile={(ROOT / 'conf/log4j2.properties').resolve().as_uri()}"
+    for name, content in (("log4j2.xml", ""), ("spark-defaults.conf", "spark.driver.defaultJavaOptions -Xss4m\n")):
+        (tmp_path / name).write_text(content)
+        assert session._with_log_levels(Builder()) == {}
+        (tmp_path / name).unlink()
+
+
 # --- which Java --------------------------------------------------------------------------------------------------------
 
 

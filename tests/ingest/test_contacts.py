@@ -103,7 +103,7 @@ def deliver(spark: SparkSession, lakehouse: Lakehouse, *nights: int) -> None:
             at = f"2024-06-0{night}"
             lakehouse.append(tables[name], raw_frame(spark, name, *rows, ingest_id=night, at=at))
         lakehouse.append(
-            DELIVERIES, spark.createDataFrame([("s", "t", "n", "f", night, None, None)], DELIVERIES.schema)
+            DELIVERIES, spark.createDataFrame([("s", "t", "n", "f", night, None, None, None)], DELIVERIES.schema)
         )
 
 
@@ -203,7 +203,15 @@ def test_a_corrected_file_of_consultations_takes_the_place_of_the_first(
     for number, text in enumerate(("Where is it?", "Where is my parcel?"), start=1):
         talk = {**TALK, "text": text, "delivery": "talks.csv"}
         lakehouse.append(RAW_CONSULTATIONS, raw_frame(spark, "raw_consultations", talk, ingest_id=number))
-        version = ("s", "raw_consultations", "talks.csv", text, number, *([day, day] if number > 1 else [None, None]))
+        version = (
+            "s",
+            "raw_consultations",
+            "talks.csv",
+            text,
+            number,
+            *([day, day] if number > 1 else [None, None]),
+            None,
+        )
         lakehouse.append(DELIVERIES, spark.createDataFrame([version], DELIVERIES.schema))
         night(spark, settings)
     assert [row["text"] for row in lakehouse.read("consultations").collect()] == ["Where is my parcel?"]

@@ -100,6 +100,43 @@ def test_a_file_that_comes_again_supersedes_its_days_and_a_touched_one_brings_no
     assert (figures["superseded"], contents(spark, settings)) == ("5", nightly)
 
 
+def test_a_mapping_that_is_renamed_or_moved_alone_has_the_same_deliveries(
+    spark: SparkSession, tmp_path: Path, night: Callable[..., dict[str, dict[str, Any]]]
+) -> None:
+    settings = settings_of(tmp_path, "orders/*.csv")
+    file, unmoved = tmp_path / "orders/may.csv", "u1,o1,,2024-05-01 10:00:00,10.00"
+    write(file, unmoved, "u2,o2,,2024-05-02 10:00:00,20.00", "u9,o9,,2024-05-02 11:00:00,a lot")
+    night(settings)
+    # speaks about the 2nd alone
+    write(file, "u2,o2,,2024-05-02 10:00:00,21.00", "u9,o9,,2024-05-02 11:00:00,a lot")
+    night(settings)
+    nightly, version = contents(spark, settings), Lakehouse(spark, settings.tables).version("raw_transactions")
+
+    def by(mapping: str, path: str) -> Config:
+        (tmp_path / mapping).parent.mkdir(exist_ok=True)
+        (tmp_path / mapping).write_text(MAPPING.format(path=path, format="csv", line=""), encoding="utf-8")
+        return settings_of(tmp_path, "orders/*.csv", "csv", "", f"source.mapping={tmp_path / mapping}")
+
+    renamed, moved = by("new.yaml", "orders/*.csv"), by("elsewhere/new-too.yaml", f"{tmp_path}/orders/*.csv")
+    for mapping in (renamed, moved):
+        assert night(mapping)["ingest"]["unchanged_files"] == "1"
+        assert Lakehouse(spark, settings.tables).version("raw_transactions") == version
+        assert contents(spark, settings) == nightly
+
+    # what other mappings have brought is superseded, and a touch is seen
+    write(file, "u1,o1,,2024-05-01 10:00:00,11.00", "u2,o2,,2024-05-02 10:00:00,22.00")
+    night(moved)
+    assert spend(spark, settings) == [("2024-05-01 10:00:00", 11.0), ("2024-05-02 10:00:00", 22.0)]
+    assert contents(spark, settings)["quarantine"] == []
+    file.write_bytes(file.read_bytes())
+    assert night(moved)["ingest"]["unchanged_files"] == "1"
+    # another mapping of the same file is another delivery, if it reads other rows
+    other = by("other.yaml", "orders/*.csv")
+    text = (tmp_path / "other.yaml").read_text(encoding="utf-8").replace("paid}", "{value: 1}}")
+    (tmp_path / "other.yaml").write_text(text, encoding="utf-8")
+    assert "unchanged_files" not in night(other)["ingest"]
+
+
 def test_a_line_that_moves_over_midnight_is_one_line(
     spark: SparkSession, tmp_path: Path, night: Callable[..., dict[str, dict[str, Any]]]
 ) -> None:

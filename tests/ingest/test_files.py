@@ -26,6 +26,7 @@ from bp_spark.core.spark_errors import SPARK_ERRORS
 from bp_spark.ingest.sources import files
 from bp_spark.ingest.sources.contract import Delivery
 from bp_spark.ingest.sources.files import FilesSource
+from bp_spark.ingest.sources.heads import require_utf8
 from bp_spark.lakehouse.tables import INGEST_COLUMNS, RAW_TRANSACTIONS
 from tests.support.sources import rows_of, source_of, utc
 
@@ -427,10 +428,23 @@ def test_a_file_of_another_encoding_is_named_with_the_remedy(spark: SparkSession
     json_row = '{"who": "1", "at": "2024-05-01", "paid": 5}'
     mapping = ORDERS.replace('"*.csv"', '"*.txt"')
     cases = {
-        "a.txt": (header.encode("utf-16"), mapping, "is no UTF-8 but UTF-16: set options: {encoding: UTF-16}"),
-        "b.txt": (header.encode("utf-16-be"), mapping, "is no UTF-8 but UTF-16BE: set options: {encoding: UTF-16BE}"),
-        "c.txt": (header.encode("cp1252"), mapping, "its header is no UTF-8: name the encoding in the mapping"),
+        "a.txt": (header.encode("utf-16"), mapping, "is no UTF-8 and may be UTF-16: set options: {encoding: UTF-16}"),
+        "b.txt": (
+            header.encode("utf-16-be"),
+            mapping,
+            "is no UTF-8 and may be UTF-16BE: set options: {encoding: UTF-16BE}",
+        ),
+        "c.txt": (
+            header.encode("cp1252"),
+            mapping,
+            "its header is no UTF-8 and may be windows-1252: set options: {encoding: windows-1252}",
+        ),
         "d.txt": (json_row.encode("utf-16"), mapping.replace("csv", "json"), "{encoding: UTF-16} and multiLine: true"),
+        "f.txt": (
+            b"who,at,paid\nZo\xeb,2024-05-01,5\n",
+            mapping,
+            "its row is no UTF-8 and may be windows-1252",
+        ),
         "e.txt": (
             b"x\n",
             mapping.replace("path", "options: {encoding: nothing-9}\n  path"),
@@ -444,6 +458,51 @@ def test_a_file_of_another_encoding_is_named_with_the_remedy(spark: SparkSession
             source.read(spark, source.deliveries(spark))
         assert str(caught.value).startswith(f"{name}: ")
         (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("rows", "broken"),
+    [
+        (["Zoë"] * 3 + ["Bob"] * 200, 3),
+        (["Zoë"] * 2 + ["Bob"] * 200, 0),  # single mistakes, whatever the size of the file
+        (["Zoë"] * 2 + ["王五"] * 2, 0),  # who writes UTF-8 elsewhere, means it
+        (["Bob"], 0),
+    ],
+)
+def test_many_rows_of_another_encoding_refuse_a_file_and_few_are_left_to_the_rules(
+    tmp_path: Path, rows: list[str], broken: int
+) -> None:
+    def refused(kind: str, lines: list[bytes], **options: str) -> str:
+        file = tmp_path / f"a.{kind}"
+        file.write_bytes(b"\n".join([*lines, b""]))
+        table = FilesSource(source_of(tmp_path, ORDERS.replace("csv", kind)).name).tables["raw_transactions"]
+        try:
+            require_utf8(table.model_copy(update={"options": options}), "a", str(file))
+        except DataError as error:
+            return str(error)
+        return ""
+
+    people = [name.encode("cp1252" if name.isascii() or name == "Zoë" else "utf-8") for name in rows]
+    message = (
+        f"a: {broken} of its first {len(rows)} rows are no UTF-8 and may be windows-1252: set options" if broken else ""
+    )
+    csv = [b'"%s",2024-05-01,5,note' % name for name in people]
+    json_lines = [b'{"who": "%s", "paid": 5, "note": 1}' % name for name in people]
+    for text in (refused("csv", [b"who,at,paid,note", *csv]), refused("json", json_lines)):
+        assert text.startswith(message)
+        assert bool(text) == bool(broken)
+    assert refused("csv", [b"who,at,paid,note", *csv], encoding="UTF-8") == ""
+    # nothing reads the other columns
+    assert refused("csv", [b"note,at,paid,who", *csv]) == ""
+    assert refused("json", [line.replace(b"note", b"x").replace(b"who", b"note") for line in json_lines]) == ""
+
+
+def test_a_head_that_ends_within_a_letter_is_utf8(tmp_path: Path) -> None:
+    source = source_of(tmp_path, ORDERS)
+    for shift in range(3):
+        lines = "who,at,paid\n" + "x" * shift + "五" * 100_000
+        (tmp_path / "a.csv").write_text(lines, encoding="utf-8")
+        require_utf8(source.tables["raw_transactions"], "a.csv", str(tmp_path / "a.csv"))
 
 
 def test_parquet_times_in_nanoseconds_are_instants_or_wall_clock_times(spark: SparkSession, tmp_path: Path) -> None:

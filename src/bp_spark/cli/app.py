@@ -66,7 +66,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command_function in COMMANDS:
-    app.command()(command_function)
+    # a pattern without quotes is many words; init says so
+    app.command(context_settings={"allow_extra_args": command_function is data.init})(command_function)
 
 
 def _show_version(asked: bool) -> None:

@@ -35,6 +35,7 @@ class QuarantineAction(StrEnum):
 
 
 def init(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="Folder to write to; it is made if it isn't there.")],
     orders: Annotated[
         str,
@@ -53,13 +54,19 @@ def init(
         bool, typer.Option("--force", help="Write mapping and settings anew where they exist. The secret stays.")
     ] = False,
 ) -> None:
-    """Look at a shop's files, and write a mapping with guesses and doubts, settings, and a secret into a folder.
+    """Look at a shop's files, and write a mapping with guesses and doubts, settings and a secret into a folder.
 
-    CSV, JSON, Parquet and Delta are recognised, with separator, encoding, header, and how times and amounts are written.
-    Comments in shop.yaml give the reason of each guess, and say what is open. No value of the files is written.
+    CSV, JSON, Parquet and Delta are recognised, and so are separator, encoding, header, and the form of times and amounts.
+    Comments in shop.yaml give the reason of each guess, and say what is open. They quote no value of the files.
 
     Example: bp-spark init my-shop --orders 'exports/*.csv' --currency EUR
     """
+    if context.args:
+        like = Path(orders).parent / f"*{Path(orders).suffix}"
+        raise ConfigError(
+            f"init: takes one folder, but {context.args[0]!r} follows it. Put a pattern in quotes, or the shell makes a list "
+            f"of files of it: --orders '{like}'"
+        )
     extras.require("spark", "a look at files")
     from bp_spark.ingest.onboarding import start
 
@@ -90,11 +97,11 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     config_file: ConfigOption = None,
 ) -> None:
-    """Read a sample of the files that the mapping describes, as featurize would, and tell what would come of it.
+    """Read a sample of the files as featurize would, and show what it would make of them.
 
-    Mistakes in the mapping, a missing secret, missing files and columns are told at once. Then a sample goes through the
-    code of the ingest: for each column the share of rows that is unreadable, missing or odd, for each rule the rows that
-    it would refuse, and how many orders, users and how much money there is. Nothing is written.
+    Mistakes in the mapping, a missing secret, and missing files and columns are shown at once. Then a sample is read. For
+    each column the command shows the share of rows that is unreadable, missing or odd. For each rule it shows how many
+    rows the rule would refuse. It counts orders, users and money. Nothing is written.
 
     The command ends with code 3 if no order line could be read or accepted.
 
@@ -150,8 +157,8 @@ def featurize(
 ) -> None:
     """Ingest new deliveries, clean them, and build the features of each as-of date.
 
-    Each raw row becomes an event, counts as a duplicate, or goes to quarantine. Only new deliveries are read. Only
-    the user-days that they touch are aggregated again. The features go to the table user_features.
+    Each raw row becomes an event, counts as a duplicate, or goes to quarantine. Only new and changed files are read, and
+    only their user-days are aggregated again. The features go to the table user_features.
 
     A file that can't be read is named in the log, and the next call tries it again.
 
@@ -178,7 +185,7 @@ def quarantine(
 ) -> None:
     """Count the quarantined rows, or judge them again after a change of rules, items or rates.
 
-    A replay moves the rows that now pass to events, consultations and campaign_contacts.
+    A replay moves rows that break no rule any more to events, consultations and campaign_contacts.
 
     Example: bp-spark quarantine replay cleaning.max_amount=5000000
     """

@@ -22,7 +22,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark.core import daemon, disk, scratch, temporary
-from bp_spark.core.config import Config, digest
+from bp_spark.core.config import DEFAULT_FILE, Config, digest
 from bp_spark.core.errors import PlatformError
 
 DELTA_PACKAGES = {
@@ -43,8 +43,8 @@ VERIFY_PAGES = ("parquet.page.verify-checksum.enabled", "true")
 # Spark refuses Parquet files with times in nanoseconds, which pandas writes, unless it may read them as numbers. The source
 # turns these into times.
 NANOSECONDS = ("spark.sql.legacy.parquet.nanosAsLong", "true")
-# Spark 4 takes six encodings alone, and ends a job at the first byte that is none of its encoding. With these settings it takes
-# all of Java's, as windows-1252 and GBK, and replaces such bytes; texts with the replacement are told or refused by rule.
+# By default Spark 4 knows six encodings, and a byte that is not of a file's encoding ends the job. With these settings it knows
+# all encodings of Java, such as windows-1252 and GBK, and replaces such bytes. Rules and counts find texts with replaced bytes.
 ENCODINGS = {"spark.sql.legacy.javaCharsets": "true", "spark.sql.legacy.codingErrorAction": "true"}
 # With shortened tracebacks, SQL workers have another environment than RDD workers (frames made of Python rows use these). Spark
 # keeps a daemon for each environment, and all libraries would be imported twice.
@@ -55,6 +55,9 @@ NO_CALL_SITES = ("spark.python.sql.dataFrameDebugging.enabled", "false")
 NO_PAGES = ("spark.ui.enabled", "false")
 ANSWERS_HERE = ("spark.connect.grpc.binding.address", "127.0.0.1")
 LOCAL_DIR = "spark.local.dir"
+JAVA_OPTIONS = "spark.driver.defaultJavaOptions"
+LOG_LEVELS = DEFAULT_FILE.with_name("log4j2.properties")
+"""Log levels of Spark, as sessions have them that this package starts; ``conf/log4j2.properties`` is a link to it."""
 # On one machine tables are small and cores few. Delta's 50 tasks for a log and 2,000 parts of a write, Spark's 200 and VACUUM's
 # 10,000 tasks would be all overhead.
 LOCAL_SQL_SETTINGS = {
@@ -160,6 +163,7 @@ def _connect(builder: Any) -> SparkSession:
 def _with_local_java(builder: Any) -> Any:
     """Give a builder the Java, the jars and the heap of a session that starts on this machine."""
     os.environ["JAVA_HOME"] = java_home()
+    builder = _with_log_levels(builder)
     builder = builder.config("spark.ui.showConsoleProgress", str(sys.stderr.isatty()).lower())
     if not has_delta_jars(spark_jars()):
         builder = builder.config("spark.jars.packages", delta_package())
@@ -170,14 +174,28 @@ def _with_local_java(builder: Any) -> Any:
 
 def _with_private_folder(builder: Any) -> Any:
     """Put the temporary files of a session on this machine into this process's folder, unless a place is set for them."""
-    folder = os.environ.get("SPARK_CONF_DIR") or Path(
-        os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent, "conf"
-    )
-    defaults = Path(folder, "spark-defaults.conf")
-    given = os.environ.get("PYSPARK_SUBMIT_ARGS", "") + (defaults.read_text("utf-8") if defaults.is_file() else "")
-    if "SPARK_LOCAL_DIRS" in os.environ or LOCAL_DIR in given:
+    if "SPARK_LOCAL_DIRS" in os.environ or LOCAL_DIR in _given_settings():
         return builder
     return builder.config(LOCAL_DIR, str(temporary.folder("spark")))
+
+
+def _with_log_levels(builder: Any) -> Any:
+    """Give a session that starts on this machine the package's log levels, unless Spark's own folder has some."""
+    if any(_conf_folder().glob("log4j2*")) or "log4j" in (given := _given_settings()) or JAVA_OPTIONS in given:
+        return builder
+    return builder.config(JAVA_OPTIONS, f"-Dlog4j2.configurationFile={LOG_LEVELS.as_uri()}")
+
+
+def _conf_folder() -> Path:
+    """Return the folder in which the installed Spark looks for its settings."""
+    folder = os.environ.get("SPARK_CONF_DIR")
+    return Path(folder or Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent, "conf"))
+
+
+def _given_settings() -> str:
+    """Return the text of the settings that a session has beside those of this package."""
+    defaults = _conf_folder() / "spark-defaults.conf"
+    return os.environ.get("PYSPARK_SUBMIT_ARGS", "") + (defaults.read_text("utf-8") if defaults.is_file() else "")
 
 
 def is_connect(spark: SparkSession) -> bool:

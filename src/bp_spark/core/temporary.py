@@ -1,7 +1,7 @@
-"""This process's private temporary folder, and the sweep of those that killed processes left.
+"""Private temporary folder of this process; folders that killed processes left are deleted.
 
-A folder is open to its owner alone. Its process holds a lock on a file in it, which the system frees however the process ends.
-So a folder whose lock is free is nobody's, and the next process deletes it.
+Only its user can open the folder. The process locks a file in it, and the system frees the lock when the process ends, killed
+or not. So a folder with a free lock belongs to no process, and the next process deletes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LOCK = ".lock"
 
 
 def folder(name: str) -> Path:
-    """Return a folder of this process for temporary files of one kind; it is deleted when the process ends."""
+    """Return this process's folder for temporary files of one kind; it is deleted when the process ends."""
     path = _private_folder(os.getpid()) / name
     path.mkdir(mode=0o700, exist_ok=True)
     return path
@@ -29,7 +29,7 @@ def folder(name: str) -> Path:
 
 @cache
 def _private_folder(owner: int) -> Path:
-    """Make the folder of a process, after sweeping those of killed ones."""
+    """Delete the folders of killed processes, then make this process's own."""
     root = Path(tempfile.gettempdir())
     _sweep(root)
     with disk.writing(root):
@@ -37,33 +37,33 @@ def _private_folder(owner: int) -> Path:
         draft = path / f"{_LOCK}.tmp"
         descriptor = os.open(draft, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # Under its name the file is locked from the first moment, so that nobody sweeps the folder.
+        # The file gets its name when it is locked: another process never finds it unlocked and deletes the folder.
         draft.rename(path / _LOCK)
     atexit.register(_delete, path, owner)
     return path
 
 
 def _delete(path: Path, owner: int) -> None:
-    # A forked process inherits what its parent does at exit.
+    # A forked process runs the exit handlers of its parent, too.
     if os.getpid() == owner:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _sweep(root: Path) -> None:
-    """Delete the folders of this user whose process has ended."""
+    """Delete those folders of this user whose processes have ended."""
     for path in root.glob(f"{_PREFIX}*"):
         try:
             if path.is_symlink() or path.stat().st_uid != os.getuid():
                 continue
             descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
-            # No folder of this package, or one that another process sweeps now.
+            # Another program's folder, or one that another process is deleting.
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)
         except OSError:
-            # Its process is alive, or the file system knows no locks.
+            # Its process is alive, or the file system has no locks.
             continue
         finally:
             os.close(descriptor)

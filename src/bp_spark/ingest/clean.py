@@ -15,6 +15,7 @@ from bp_spark.core.config import CleaningConfig, digest
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.session import broadcast_few, checkpointed, persisted
 from bp_spark.ingest import cleaning
+from bp_spark.ingest.changes import OTHER_SETTINGS, count_states, store_changes
 from bp_spark.ingest.deliveries import Versions, entries
 from bp_spark.ingest.identity import CHANGED, KNOWN, MOVED, NEW, add_state, moved_away
 from bp_spark.ingest.sources import source_digests
@@ -44,15 +45,16 @@ def clean(run: Run, rebuild: bool) -> None:
     lakehouse, config = run.lakehouse, run.config.cleaning
     all_kept = run.config.privacy.retention_days.raw is None
     raw = {table.name: lakehouse.read(table.name) for table in RAW_TABLES if lakehouse.exists(table.name)}
-    last = max((row["ingest_id"] for row in entries(lakehouse)), default=0)
     with run.step("clean", EVENTS) as step:
+        files = entries(lakehouse)
+        last = max((row["ingest_id"] for row in files), default=0)
         cleaned = last_cleaning(run, step.newest)
         first = first_to_clean(cleaned, rebuild=rebuild, all_kept=all_kept)
         rules = digest(config)
         step.inputs = digest(rules, first, last)
         if first > last:
             return
-        versions = Versions.read(lakehouse, source_digests(run.config.source), first, last)
+        versions = Versions.of(files, source_digests(run.config.source), first, last)
         known_versions = versions if all_kept else Versions((), changes_older=False)
         of_batch = F.col("ingest_id").between(first, last)
         logs = {name: known_versions.mark(raw[name], name) for name in cleaning.LOGS if name in raw}
@@ -103,7 +105,7 @@ def _notes(cleaned: Mapping[str, Any], rules: str, first: int) -> list[str]:
     if "rules" not in cleaned:
         return ["Delta cleaned the log of events: cleaned were the ingests after those that events are of"]
     if cleaned["rules"] != rules:
-        return ["older rows were judged by other cleaning settings; featurize --rebuild judges them anew"]
+        return [OTHER_SETTINGS]
     return []
 
 
@@ -241,17 +243,9 @@ def add_events(step: Step, fresh_rows: DataFrame, note: Mapping[str, Any]) -> No
         if beside:
             compared = compared.unionByName(moved_away(rows, stored), allowMissingColumns=True)
         with persisted(compared) as judged:
-            states = {row["state"]: row["count"] for row in judged.groupBy("state").count().collect()}
-            new, changed, known, moved = (states.get(state, 0) for state in (NEW, CHANGED, KNOWN, MOVED))
-            if changed or moved:
-                step.merge(
-                    judged.filter(F.col("state").isin(NEW, CHANGED)),
-                    within={"event_date": sorted(days | beside)},
-                    deleted_keys=judged.filter(F.col("state") == MOVED) if moved else None,
-                    **note,
-                )
-            else:
-                step.append(judged.filter(F.col("state") == NEW), **note)
+            states = count_states(judged)
+            store_changes(step, judged, states, {"event_date": sorted(days | beside)}, note)
+        new, changed, known, moved = (states.get(state, 0) for state in (NEW, CHANGED, KNOWN, MOVED))
         figures["events"], figures["corrections"] = new, changed
         if moved:
             figures["moved"] = moved
@@ -328,15 +322,7 @@ def _derive_anew(
                 .collect()
             )
             states = {(row["state"], row["fresh"]): row["count"] for row in by_state}
-            if any(state in (CHANGED, MOVED) for state, _ in states):
-                step.merge(
-                    judged.filter(F.col("state").isin(NEW, CHANGED)),
-                    within={"event_date": around},
-                    deleted_keys=judged.filter(F.col("state") == MOVED),
-                    **note,
-                )
-            else:
-                step.append(judged.filter(F.col("state") == NEW), **note)
+            store_changes(step, judged, {state for state, _ in states}, {"event_date": around}, note)
     figures["events"] = states.get((NEW, True), 0)
     figures["corrections"] = sum(count for (state, _), count in states.items() if state == CHANGED)
     figures["duplicates"] = fresh - figures["events"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 from pyspark.sql import Column, DataFrame, Observation
@@ -13,9 +13,10 @@ from bp_spark.core.config import digest
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.session import broadcast_few, checkpointed, persisted
 from bp_spark.ingest import cleaning
+from bp_spark.ingest.changes import OTHER_SETTINGS, count_states, store_changes
 from bp_spark.ingest.contacts import FORMAT, LOGS, ContactLog, add_state, validate
 from bp_spark.ingest.contacts import contacts as contact_rows
-from bp_spark.ingest.deliveries import Versions
+from bp_spark.ingest.deliveries import Versions, entries
 from bp_spark.ingest.identity import CHANGED, KNOWN, NEW
 from bp_spark.ingest.sources import source_digests
 from bp_spark.lakehouse.run import Run, Step
@@ -61,12 +62,13 @@ def replay(run: Run) -> None:
 def _clean(run: Run, log: ContactLog, *, rebuild: bool) -> None:
     lakehouse = run.lakehouse
     raw = lakehouse.read(log.raw.name)
-    # rows of an ingest that was stopped are in no delivery yet
-    last = lakehouse.read("deliveries").agg(F.coalesce(F.max("ingest_id"), F.lit(0))).collect()[0][0]
     with run.step(log.cleaned.name, log.cleaned) as step:
+        files = entries(lakehouse)
+        # rows of an ingest that was stopped are in no delivery yet
+        last = max((row["ingest_id"] for row in files), default=0)
         first = _first_ingest(run, log, step.newest, rebuild=rebuild)
         if run.config.privacy.retention_days.raw is None:
-            versions = Versions.read(lakehouse, source_digests(run.config.source), first, last)
+            versions = Versions.of(files, source_digests(run.config.source), first, last)
             raw = versions.mark(raw, log.raw.name).filter("NOT superseded")
             if versions.supersedes(log.raw.name):
                 # contacts are few: what a changed file no longer has is found by deriving all anew
@@ -89,9 +91,7 @@ def _clean(run: Run, log: ContactLog, *, rebuild: bool) -> None:
         else:
             _add(step, log, validated, note)
             if step.newest.get("rules", rules) != rules:
-                step.figures["note"] = (
-                    "older rows were judged by other cleaning settings; featurize --rebuild judges them anew"
-                )
+                step.figures["note"] = OTHER_SETTINGS
         _require_balance(step, log)
 
 
@@ -148,32 +148,24 @@ def _replace(step: Step, log: ContactLog, validated: DataFrame, note: Mapping[st
 def _add(step: Step, log: ContactLog, validated: DataFrame, note: Mapping[str, Any]) -> None:
     """Store the contacts of a batch that are new, correct those that changed, count those that are stored already."""
     figures = step.figures
-    with (
-        persisted(contact_rows(log, validated)) as rows,
-        persisted(add_state(log, rows.filter("copy = 1"), _stored(step.lakehouse, log, rows))) as compared,
-    ):
-        states = {row["state"]: row["count"] for row in compared.groupBy("state").count().collect()}
+    with persisted(contact_rows(log, validated)) as rows:
+        days = sorted(row[0] for row in rows.select(log.day).distinct().collect())
+        stored = _stored(step.lakehouse, log, rows, days)
+        with persisted(add_state(log, rows.filter("copy = 1"), stored)) as compared:
+            states = count_states(compared)
+            recorded = {key: note[key] for key in ("format", "through", "rules") if key in note}
+            store_changes(step, compared, states, {log.day: days}, recorded)
         new, changed, known = (states.get(state, 0) for state in (NEW, CHANGED, KNOWN))
-        recorded = {key: note[key] for key in ("format", "through", "rules") if key in note}
-        if changed:
-            days = _days(compared, log)
-            step.merge(compared.filter(F.col("state") != KNOWN), within={log.day: days}, **recorded)
-        else:
-            step.append(compared.filter(F.col("state") == NEW), **recorded)
         figures["contacts"] = figures["rows_out"] = new
         figures["corrections"] = changed
         figures["duplicates"] = rows.filter("copy > 1").count() + known + changed
 
 
-def _stored(lakehouse: Lakehouse, log: ContactLog, rows: DataFrame) -> DataFrame:
-    """Return the stored contacts with the ids of these rows."""
-    same_days = lakehouse.read(log.cleaned.name).filter(F.col(log.day).isin(_days(rows, log)))
+def _stored(lakehouse: Lakehouse, log: ContactLog, rows: DataFrame, days: Sequence[date]) -> DataFrame:
+    """Return the stored contacts with the ids of these rows, which are of these days."""
+    same_days = lakehouse.read(log.cleaned.name).filter(F.col(log.day).isin(*days))
     ids = rows.select(log.id, log.day)
     return same_days.join(broadcast_few(ids, rows.count()), [log.id, log.day], "left_semi")
-
-
-def _days(rows: DataFrame, log: ContactLog) -> list[Any]:
-    return sorted(row[0] for row in rows.select(log.day).distinct().collect())
 
 
 def _require_balance(step: Step, log: ContactLog) -> None:

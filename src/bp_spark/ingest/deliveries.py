@@ -4,6 +4,9 @@ A file that comes again under its name is a new version of it. Days from the fir
 what older versions say about these days is superseded. Their rows of other days stay, because a file may hold only the newest
 weeks. A data file of a Delta table has no other meaning than the table: its newest version, and its removal from the table,
 supersede all its older rows.
+
+A mapping that was renamed, or moved without its files, is another source. A file that it delivers is known if another source
+delivered it before, with the same fingerprint and the same rows.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ _MARKS = (
     "spans array<struct<first_day: date, last_day: date>>"
 )
 
+Mark = tuple[bool, bool, bool, list[tuple[date, date]]]
+"""Columns of _MARKS from ``is_snapshot`` on."""
+
 
 @dataclass(frozen=True)
 class Ledger:
@@ -35,11 +41,13 @@ class Ledger:
 
     Attributes:
         last: number of the last ingest of any source, 0 for none.
-        newest: (raw table, name) -> number of the ingest that brought the newest version, and the fingerprints it had.
+        versions: (raw table, name) -> versions of a file of the source, the newest last.
+        versions_elsewhere: (raw table, a fingerprint of the newest version) -> versions of each such file of other sources.
     """
 
     last: int
-    newest: Mapping[tuple[str, str], tuple[int, frozenset[str]]]
+    versions: Mapping[tuple[str, str], Sequence[Row]]
+    versions_elsewhere: Mapping[tuple[str, str], Sequence[Sequence[Row]]]
 
     @classmethod
     def read(cls, lakehouse: Lakehouse, sources: Collection[str]) -> Ledger:
@@ -49,25 +57,54 @@ class Ledger:
             lakehouse: the tables.
             sources: identities of the source; see :func:`bp_spark.ingest.sources.source_digests`.
         """
-        rows = entries(lakehouse)
-        fingerprints: dict[tuple[str, str], dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-        for row in rows:
-            if row["source"] in sources:
-                fingerprints[row["table"], row["name"]][row["ingest_id"]].add(row["fingerprint"])
-        newest = {file: (max(found), frozenset(found[max(found)])) for file, found in fingerprints.items()}
-        return cls(max((row["ingest_id"] for row in rows), default=0), newest)
+        files: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+        for row in sorted(entries(lakehouse), key=lambda row: int(row["ingest_id"])):
+            source = "" if row["source"] in sources else row["source"]
+            files[source, row["table"], row["name"]].append(row)
+        elsewhere: dict[tuple[str, str], list[list[Row]]] = defaultdict(list)
+        for (source, table, _), rows in files.items():
+            for fingerprint in _newest_fingerprints(rows) if source else ():
+                elsewhere[table, fingerprint].append(rows)
+        own = {(table, name): rows for (source, table, name), rows in files.items() if not source}
+        return cls(max((rows[-1]["ingest_id"] for rows in files.values()), default=0), own, elsewhere)
 
     def fresh(self, listed: Iterable[Delivery]) -> list[Delivery]:
         """Return the listed files that were not ingested yet, or changed since."""
-        return [d for d in listed if d.fingerprint not in self._fingerprints(d)]
+        return [
+            d for d in listed if d.fingerprint not in _newest_fingerprints(self.versions.get((d.table, d.name), ()))
+        ]
 
     def repeated(self, deliveries: Iterable[Delivery]) -> list[Delivery]:
         """Return the files that came before with another fingerprint, without those of Delta tables."""
-        return [d for d in deliveries if (d.table, d.name) in self.newest and not d.fingerprint.startswith(SNAPSHOT)]
+        return [d for d in deliveries if (d.table, d.name) in self.versions and not d.fingerprint.startswith(SNAPSHOT)]
 
-    def ingest_of(self, delivery: Delivery) -> int:
-        """Return the number of the ingest that brought a file's newest version."""
-        return self.newest[delivery.table, delivery.name][0]
+    def stored(self, deliveries: Iterable[Delivery]) -> dict[Delivery, Sequence[Row]]:
+        """Return the versions of the files whose rows may be stored already: repeated ones, and those of another mapping.
+
+        A mapping that was renamed, or moved without its files, is another source with the same files.
+        """
+        deliveries = list(deliveries)
+        found = {d: self.versions[d.table, d.name] for d in self.repeated(deliveries)}
+        for delivery in deliveries:
+            if (delivery.table, delivery.name) not in self.versions:
+                same_fingerprint = self.versions_elsewhere.get((delivery.table, delivery.fingerprint), ())
+                same_file = [rows for rows in same_fingerprint if _same_path(rows[-1]["name"], delivery.name)]
+                if same_file:
+                    found[delivery] = max(same_file, key=lambda rows: (rows[-1]["ingest_id"], rows[-1]["source"]))
+        return found
+
+    def unchanged_rows(self, source: str, delivery: Delivery, versions: Sequence[Row]) -> list[tuple[object, ...]]:
+        """Return the rows of DELIVERIES for a file whose rows are stored already."""
+        if (delivery.table, delivery.name) in self.versions:
+            newest = versions[-1]
+            stored_as = (newest["ingest_id"], None, None, newest["stored_as"])
+            return [(source, delivery.table, delivery.name, delivery.fingerprint, *stored_as)]
+        # with all its versions, so that a later one supersedes what the other mapping brought
+        facts = ("fingerprint", "ingest_id", "first_day", "last_day")
+        return [
+            (source, delivery.table, delivery.name, *(row[fact] for fact in facts), stored_name(row))
+            for row in versions
+        ]
 
     def gone(self, listed: Collection[Delivery], snapshots: Mapping[str, str]) -> list[Delivery]:
         """Return the data files that have left their Delta tables since they were ingested.
@@ -81,15 +118,12 @@ class Ledger:
         listed_tables = {d.table for d in listed}
         return [
             Delivery(table, name, GONE)
-            for (table, name), (_, fingerprints) in sorted(self.newest.items())
+            for (table, name), versions in sorted(self.versions.items())
             if table in snapshots.keys() & listed_tables
             and name.startswith(snapshots[table])
             and (table, name) not in now
-            and any(fingerprint.startswith(SNAPSHOT) for fingerprint in fingerprints)
+            and any(fingerprint.startswith(SNAPSHOT) for fingerprint in _newest_fingerprints(versions))
         ]
-
-    def _fingerprints(self, delivery: Delivery) -> frozenset[str]:
-        return self.newest.get((delivery.table, delivery.name), (0, frozenset[str]()))[1]
 
 
 @dataclass(frozen=True)
@@ -106,32 +140,37 @@ class Versions:
     changes_older: bool
 
     @classmethod
-    def read(cls, lakehouse: Lakehouse, sources: Collection[str], first: int, last: int) -> Versions:
-        """Read the versions of all files.
+    def of(cls, recorded: Iterable[Row], sources: Collection[str], first: int, last: int) -> Versions:
+        """Return the versions of all files.
 
         Args:
-            lakehouse: the tables.
+            recorded: what :func:`entries` returns.
             sources: identities of one source that count as one; see :func:`bp_spark.ingest.sources.source_digests`.
             first: first of the ingests whose versions are touched.
             last: last of them. Later ones don't count.
         """
-        files: dict[tuple[str, str, str], dict[int, Row]] = defaultdict(dict)
-        for row in entries(lakehouse):
+        files: dict[tuple[str, str, str], dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
+        for row in recorded:
             if row["ingest_id"] <= last:
                 source = "" if row["source"] in sources else row["source"]
-                files[source, row["table"], row["name"]].setdefault(row["ingest_id"], row)
-        marks = []
-        for (_, table, name), by_ingest in files.items():
-            is_snapshot = any(row["fingerprint"].startswith(SNAPSHOT) for row in by_ingest.values())
+                files[source, row["table"], row["name"]][row["ingest_id"]].append(row)
+        marks: dict[tuple[str, str, int], Mark] = {}
+        for (_, table, _), by_ingest in files.items():
+            newest = max(by_ingest)
+            is_snapshot = any(row["fingerprint"].startswith(SNAPSHOT) for rows in by_ingest.values() for row in rows)
             if len(by_ingest) == 1 and not is_snapshot:
                 continue
-            is_touched = max(by_ingest) >= first
             spans: list[tuple[date, date]] = []
             for number in sorted(by_ingest, reverse=True):
-                is_whole = is_snapshot and number < max(by_ingest)
-                marks.append((table, name, number, is_snapshot, is_whole, is_touched, list(spans)))
-                _add_span(spans, by_ingest[number]["first_day"], by_ingest[number]["last_day"])
-        return cls(marks, any(is_touched for *_, is_touched, _ in marks))
+                rows = by_ingest[number]
+                mark = (is_snapshot, is_snapshot and number < newest, newest >= first, list(spans))
+                for name in {stored_name(row) for row in rows}:
+                    # two mappings may have delivered the file
+                    marks[table, name, number] = _joined(mark, marks.get((table, name, number), mark))
+                for row in rows:
+                    _add_span(spans, row["first_day"], row["last_day"])
+        every = [(*place, *mark) for place, mark in marks.items()]
+        return cls(every, any(is_touched for *_, is_touched, _ in every))
 
     @property
     def touched_ingests(self) -> list[int]:
@@ -184,6 +223,30 @@ def day_of(table: str) -> Column | None:
 def entries(lakehouse: Lakehouse) -> list[Row]:
     """Return the rows of ``deliveries``: one per file and version."""
     return read_as_declared(lakehouse, DELIVERIES).collect() if lakehouse.exists("deliveries") else []
+
+
+def stored_name(row: Row) -> str:
+    """Return the name that the rows of a file's version have, from its row of DELIVERIES."""
+    return str(row["stored_as"] or row["name"])
+
+
+def _newest_fingerprints(versions: Sequence[Row]) -> set[str]:
+    """Return the fingerprints that a file's newest version had: a file that is touched has another one."""
+    return {row["fingerprint"] for row in versions if row["ingest_id"] == versions[-1]["ingest_id"]}
+
+
+def _same_path(name: str, other: str) -> bool:
+    """Return whether two names may be those of one file, from different folders."""
+    return name == other or name.endswith(f"/{other}") or other.endswith(f"/{name}")
+
+
+def _joined(mark: Mark, other: Mark) -> Mark:
+    return (
+        mark[0] or other[0],
+        mark[1] or other[1],
+        mark[2] or other[2],
+        [*mark[3], *(s for s in other[3] if s not in mark[3])],
+    )
 
 
 def _add_span(spans: list[tuple[date, date]], first: date | None, last: date | None) -> None:

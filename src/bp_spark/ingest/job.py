@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
 from functools import reduce
 
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.session import checkpointed
 from bp_spark.ingest import broken_text, pseudonyms
-from bp_spark.ingest.deliveries import Ledger, day_of
+from bp_spark.ingest.deliveries import Ledger, day_of, stored_name
 from bp_spark.ingest.readable import Batch, undo_ingest, write_readable
 from bp_spark.ingest.sources import open_source, source_digests
 from bp_spark.ingest.sources.contract import Delivery, Source
@@ -54,7 +54,7 @@ def ingest(run: Run, strict: bool = False) -> None:
         require_same_secret(lakehouse, secret)
 
         def write(batch: Batch) -> None:
-            unchanged = _unchanged(run, source, ledger.repeated(batch.deliveries), ledger, secret)
+            unchanged = _unchanged(run, source, ledger.stored(batch.deliveries), secret)
             new = [delivery for delivery in batch.deliveries if delivery not in unchanged]
             raw = source.read(run.spark, new) if unchanged else batch.rows
             raw = {name: sampled(rows, config.sample) for name, rows in raw.items()}
@@ -74,9 +74,11 @@ def ingest(run: Run, strict: bool = False) -> None:
             step.figures["rows_in"] = step.figures["rows_out"] = sum(row_counts.values())
             days = _days(run, ledger.repeated(new), number)
             read = [
-                (identities[0], d.table, d.name, d.fingerprint, unchanged.get(d, number), *days.get(d, (None, None)))
-                for d in [*batch.deliveries, *gone]
+                (identities[0], d.table, d.name, d.fingerprint, number, *days.get(d, (None, None)), None)
+                for d in [*new, *gone]
             ]
+            for delivery, versions in unchanged.items():
+                read += ledger.unchanged_rows(identities[0], delivery, versions)
             # deliveries last: their commit makes the ingest complete
             step.append(run.spark.createDataFrame(read, DELIVERIES.schema), ingest_id=number, left=batch.left)
 
@@ -97,23 +99,26 @@ def ingest(run: Run, strict: bool = False) -> None:
 
 
 def _unchanged(
-    run: Run, source: Source, repeated: Sequence[Delivery], ledger: Ledger, secret: pseudonyms.Secret
-) -> dict[Delivery, int]:
-    """Return the files that came again with the very rows that are stored, and the ingest that brought these."""
-    if not repeated:
+    run: Run, source: Source, versions: Mapping[Delivery, Sequence[Row]], secret: pseudonyms.Secret
+) -> dict[Delivery, Sequence[Row]]:
+    """Return those of the files that have the very rows that are stored, with their versions."""
+    if not versions:
         return {}
-    found: dict[Delivery, int] = {}
-    for table, df in source.read(run.spark, repeated).items():
-        of_table = {delivery.name: delivery for delivery in repeated if delivery.table == table}
-        ingests = {name: ledger.ingest_of(delivery) for name, delivery in of_table.items()}
+    found: dict[Delivery, Sequence[Row]] = {}
+    for table, df in source.read(run.spark, list(versions)).items():
+        of_table = {delivery: rows[-1] for delivery, rows in versions.items() if delivery.table == table}
+        places = {delivery: (stored_name(row), row["ingest_id"]) for delivery, row in of_table.items()}
         now = _digests(_as_stored(run, table, sampled(df, run.config.source.sample), secret), "delivery")
         before = dict[tuple[object, ...], tuple[object, ...]]()
         if run.lakehouse.exists(table):
             stored = run.lakehouse.read(table)
-            same_names = F.col("delivery").isin(*ingests) & F.col("ingest_id").isin(*set(ingests.values()))
+            names, ingests = zip(*places.values(), strict=True)
+            same_names = F.col("delivery").isin(*set(names)) & F.col("ingest_id").isin(*set(ingests))
             before = _digests(stored.filter(same_names), "delivery", "ingest_id")
         found |= {
-            of_table[name]: number for name, number in ingests.items() if now.get((name,)) == before.get((name, number))
+            delivery: versions[delivery]
+            for delivery, place in places.items()
+            if now.get((delivery.name,)) == before.get(place)
         }
     return found
 
@@ -122,7 +127,7 @@ def _digests(rows: DataFrame, *keys: str) -> dict[tuple[object, ...], tuple[obje
     """Return for each key the number of rows and a sum that depends on all their values, and not on their order."""
     # to JSON, because a hash of columns leaves out NULLs and can't read maps
     options = {"ignoreNullFields": "false", "timestampFormat": "yyyy-MM-dd'T'HH:mm:ss.SSSSSSXXX"}
-    content = F.to_json(F.struct(*sorted(set(rows.columns).difference(INGEST_COLUMNS))), options)
+    content = F.to_json(F.struct(*sorted(set(rows.columns).difference(INGEST_COLUMNS, ["delivery"]))), options)
     total = F.sum(F.xxhash64(content).cast("decimal(38,0)"))
     found = rows.groupBy(*keys).agg(F.count(F.lit(1)).alias("rows"), total.alias("total")).collect()
     return {tuple(row[key] for key in keys): (row["rows"], row["total"]) for row in found}

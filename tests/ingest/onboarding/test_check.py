@@ -5,17 +5,19 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import fs
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from typer.testing import CliRunner
 
 from bp_spark.cli import app, common
-from bp_spark.core import config
+from bp_spark.core import config, stores
 from bp_spark.core.errors import DataError
 from bp_spark.ingest.clean import clean
 from bp_spark.ingest.job import ingest
@@ -140,6 +142,52 @@ def test_a_mapping_by_which_all_is_refused_ends_with_the_rules_and_a_code(tmp_pa
     assert isinstance(error, DataError)
     assert "all rows of the sample would be refused: ts is unreadable (1)" in str(error)
     assert "1/5/2024" not in str(error)
+
+
+def test_a_store_and_a_delta_table_are_looked_at_and_checked(
+    spark: SparkSession, tmp_path: Path, checked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Spark has no connector for this store, so that only copies of its files can be read
+    bucket = tmp_path / "bucket/shop/orders"
+    bucket.mkdir(parents=True)
+    (bucket / "a.csv").write_text(LINES)
+    (bucket / "b.csv").write_text(LINES.replace("who", "customer"))
+    tree = fs.SubTreeFileSystem(str(tmp_path / "bucket"), fs.LocalFileSystem())
+
+    class Stores:
+        @staticmethod
+        def from_uri(address: str) -> tuple[Any, str]:
+            if address.startswith("memory://"):
+                return tree, address.removeprefix("memory://")
+            return fs.LocalFileSystem(), address.removeprefix("file://")
+
+    monkeypatch.setattr(stores, "fs", SimpleNamespace(FileSystem=Stores, LocalFileSystem=fs.LocalFileSystem))
+    reviews = [("7", "2024-05-01", 5.0), ("8", "2024-05-02", 9.0), ("9", "2024-05-02", 1.0)]
+    df = spark.createDataFrame(reviews, "who string, at string, rating double").coalesce(1)
+    df.write.format("delta").option("delta.enableDeletionVectors", "true").save(f"{tmp_path}/reviews")
+    spark.sql(f"DELETE FROM delta.`{tmp_path}/reviews` WHERE who = '9'")
+    mapping = MAPPING.replace("orders/*", "memory://shop/orders/*").replace(
+        "reviews.jsonl", f"file://{tmp_path}/reviews"
+    )
+    mapping = mapping.replace("json", "delta").replace("stars", "rating")
+    (tmp_path / "shop.yaml").write_text(mapping)
+    arguments = ["source.kind=files", f"source.mapping={tmp_path}/shop.yaml", "cleaning.currency=EUR"]
+    told, error = checked(*arguments)
+    assert error is None
+    tables = {table["table"]: table for table in told["tables"]}
+    assert (tables["transactions"]["rows"], tables["transactions"]["files"]) == (9, [1, 2])
+    assert list(told["unreadable"]) == ["memory://shop/orders/b.csv"]
+    assert (tables["reviews"]["rows"], tables["reviews"]["share"]) == (2, None)
+    assert tables["reviews"]["refused"] == {"rating is beyond 0..5": 1}
+    few, _ = checked(*arguments, "--rows", "1")
+    assert next(table["rows"] for table in few["tables"] if table["table"] == "reviews") == 1
+
+    start(tmp_path / "new", {"transactions": "memory://shop/orders/a.csv", "reviews": f"file://{tmp_path}/reviews"})
+    written = load_mapping(tmp_path / "new/shop.yaml")[1]
+    assert {name: (table.path, table.format) for name, table in written.items()} == {
+        "raw_transactions": ("memory://shop/orders/a.csv", "csv"),
+        "raw_reviews": (f"file://{tmp_path}/reviews", "delta"),
+    }
 
 
 # --- the sample, without a session ---------------------------------------------------------------------------------------

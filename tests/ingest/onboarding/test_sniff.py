@@ -35,7 +35,7 @@ def test_separator_quote_and_title_lines_are_seen(tmp_path: Path) -> None:
     [
         ("utf-8", {}),
         ("utf-8-sig", {}),
-        ("cp1252", {"encoding": "ISO-8859-1"}),
+        ("cp1252", {"encoding": "windows-1252"}),
         ("utf-16", {"encoding": "UTF-16"}),
         ("utf-16-le", {"encoding": "UTF-16LE"}),
         ("utf-16-be", {"encoding": "UTF-16BE"}),
@@ -48,10 +48,10 @@ def test_encodings_are_seen(tmp_path: Path, encoding: str, named: dict[str, str]
     assert list(sample.columns) == ["name", "paid"]
 
 
-def test_an_encoding_that_spark_does_not_read_is_a_doubt(tmp_path: Path) -> None:
+def test_a_chinese_encoding_is_seen_and_a_doubt(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(("名称,金额\n" + "红色的杯子,1.50\n" * 30).encode("gb18030"))
     sample = look(tmp_path / "a.csv")
-    assert sample.options == {}
+    assert (sample.options, sample.rows[0]) == ({"encoding": "GB18030"}, {"名称": "红色的杯子", "金额": "1.50"})
     assert "GB18030" in sample.doubts[0]
 
 

@@ -81,6 +81,15 @@ def test_nothing_is_overwritten_unless_it_is_asked_for_and_the_secret_never(tmp_
     assert (tmp_path / "shop/secret").read_text() == secret
 
 
+def test_a_pattern_without_quotes_is_named(tmp_path: Path) -> None:
+    files = [str(tmp_path / f"{name}.csv") for name in "abc"]
+    for words in ([str(tmp_path / "shop"), "--orders", *files], ["--orders", *files, str(tmp_path / "shop")]):
+        result = CliRunner().invoke(app.app, ["init", *words])
+        assert isinstance(result.exception, ConfigError)
+        assert f"or the shell makes a list of files of it: --orders '{tmp_path}/*.csv'" in str(result.exception)
+    assert not (tmp_path / "shop").exists()
+
+
 def test_init_says_what_to_fill_in_and_what_to_do_next(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(ORDERS.replace("€", ""))
     result = CliRunner().invoke(app.app, ["init", str(tmp_path / "shop"), "--orders", str(tmp_path / "*.csv")])
@@ -147,13 +156,18 @@ def test_one_bad_file_of_several_is_named_and_the_others_are_read(tmp_path: Path
     assert {name: error.column for name, error in found.unreadable.items()} == {"b.csv": "customer"}
 
 
-def test_encodings_are_a_warning_with_the_remedy_or_an_error_where_spark_has_none(tmp_path: Path) -> None:
+def test_another_encoding_is_an_error_with_the_remedy_and_few_broken_rows_are_a_warning(tmp_path: Path) -> None:
     text = ORDERS.replace("u1", "Zoë")
-    assert "options: {encoding: ISO-8859-1}" in flight(tmp_path, a__csv=text.encode("cp1252")).warnings[0]
+    with pytest.raises(DataError, match=r"options: \{encoding: windows-1252\}"):
+        flight(tmp_path, a__csv=text.encode("cp1252"))
+    few = (text + ORDERS.partition("\n")[2] * 200).replace("€", "")
+    assert "options: {encoding: windows-1252}" in flight(tmp_path, a__csv=few.encode("cp1252")).warnings[0]
     assert flight(tmp_path, a__csv=text).warnings == []
-    other = MAPPING.replace("format: csv", "format: csv\n  options: {encoding: windows-1252}")
-    with pytest.raises(ConfigError, match="take ISO-8859-1"):
-        flight(tmp_path, other, a__csv=text)
+    named = MAPPING.replace("format: csv", "format: csv\n  options: {encoding: windows-1252}")
+    assert flight(tmp_path, named, a__csv=text.encode("cp1252")).warnings == []
+    assert "the mapping says windows-1252" in flight(tmp_path, named, a__csv=text).warnings[0]
+    unknown = named.replace("windows-1252", "x-of-java")
+    assert "only Spark can tell" in flight(tmp_path, unknown, a__csv=text).warnings[0]
 
 
 def test_headers_behind_other_lines_and_partitions_of_the_path_are_columns(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""What an ingest would make of the files, from a sample: how each column is read, which rules refuse rows, orders and money.
+"""A sample of the files, read as an ingest would: figures of each column, rows that rules refuse, orders and money.
 
-The sample goes through the code of the ingest: the source's reading, pseudonyms and the rules of cleaning.
+The sample goes through the code of the ingest: the source, pseudonyms and the rules of cleaning.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ColumnFigures:
         rows: rows of the table in the sample.
         unreadable: rows whose value is not of the column's type.
         missing: rows without a value.
-        odd: what a person should look at.
+        odd: what else a person should look at.
     """
 
     table: str
@@ -68,10 +68,10 @@ class TableFigures:
         table: section of the mapping.
         rows: rows in the sample.
         left_out: rows that ``where`` leaves out.
-        refused: rule -> rows that would go to quarantine for it.
-        equal_lines: rows of a log that are equal to an earlier one of their file. Without a line_id both count.
-        share: share of the files' bytes in the sample; ``None`` of a table that was not copied.
-        files: files that were looked into, and all; ``None`` of a table that was not copied.
+        refused: rule -> rows that it would send to quarantine.
+        equal_lines: rows of a log that have an equal row before them in their file. Without a line_id both are events.
+        share: share of the files' bytes in the sample; ``None`` if the table is read where it lies.
+        files: number of files in the sample, and of all; ``None`` if the table is read where it lies.
     """
 
     table: str
@@ -113,8 +113,8 @@ class Check:
         columns: figures of each column.
         purchases: what the order lines hold.
         currency: the platform's currency.
-        unreadable: name of a file -> why the ingest would leave it out.
-        warnings: what else to look at.
+        unreadable: name of a file -> why an ingest would leave it out.
+        warnings: what else a person should look at.
     """
 
     tables: Sequence[TableFigures]
@@ -153,7 +153,7 @@ def _by_count(rule: tuple[str, int]) -> tuple[int, str]:
 
 @dataclass
 class _Rows:
-    """Rows of the sample by raw table, with what the source knows of them."""
+    """Rows of the sample by raw table, what the source counts in its files, and files that can't be read."""
 
     frames: Mapping[str, DataFrame]
     counts: Mapping[str, FileCounts]
@@ -161,7 +161,7 @@ class _Rows:
 
 
 def check(spark: SparkSession, config: Config, found: Preflight, rows: int) -> Check:
-    """Read a sample of the files as an ingest would, and count.
+    """Read a sample of the files as an ingest would, and return its figures.
 
     Args:
         spark: session to read with.
@@ -191,13 +191,13 @@ def _shares_files(spark: SparkSession) -> bool:
 
 @contextmanager
 def _read(spark: SparkSession, sample: SampleFiles, rows: int) -> Iterator[_Rows]:
-    """Read the sample; tables that were not copied are cut to ``rows`` rows of some deliveries."""
+    """Read the sample; of tables that were not copied, read ``rows`` rows of some files where they lie."""
     errors: dict[Delivery, DataError] = {}
     source = sample.source
     try:
         deliveries = _spread(source.deliveries(spark), sample)
         with translate():
-            counts = source.counts(spark, deliveries, errors.__setitem__)
+            counts = source.counts(spark, deliveries, errors.__setitem__, rows)
             readable = [delivery for delivery in deliveries if delivery not in errors]
             frames = source.read(spark, readable)
             frames = {name: df if name in sample.files else df.limit(rows) for name, df in frames.items()}
@@ -309,7 +309,7 @@ def _column_figures(
 
 
 def _odd(name: str, row: Any, counts: FileCounts) -> list[str]:
-    """Return what is odd about a column, in words without a value."""
+    """Return what is odd about a column, in words that quote no value."""
     odd = []
     if decimals := counts.decimal_ids.get(name):
         odd.append(f"{decimals:,} end in .0, which is taken off")

@@ -56,7 +56,7 @@ class Guess:
     """A column of the contract.
 
     Attributes:
-        value: what the mapping says: a column's name or the keys of a rule.
+        value: a column's name, or the keys of a rule of the mapping.
         comments: reason and doubts.
     """
 
@@ -69,13 +69,13 @@ class TableGuess:
     """A table of the mapping.
 
     Attributes:
-        section: its name there, as ``transactions``.
-        sample: what the guess is from.
+        section: name of the table in the mapping, as ``transactions``.
+        sample: sample that the guesses are based on.
         columns: guess by column of the contract.
-        where: condition of its rows.
+        where: condition that its rows meet.
         per_order: columns that hold the order's total on each line.
-        comments: on the table as a whole.
-        timezone: zone of its times, and why.
+        comments: reasons and doubts about the table as a whole.
+        timezone: zone of its times, with the reason.
     """
 
     section: str
@@ -88,7 +88,7 @@ class TableGuess:
 
 
 def orders(sample: Sample) -> list[TableGuess]:
-    """Return the tables that files of orders, or a log of events with purchases among them, feed."""
+    """Return the tables of a sample of orders, or of events with purchases among them."""
     columns = Columns(sample)
     events = _event_column(columns)
     table = TableGuess("transactions", sample, comments=list(sample.doubts))
@@ -116,7 +116,7 @@ def orders(sample: Sample) -> list[TableGuess]:
     if amount.discount:
         table.columns["discount"] = Guess(
             amount.discount,
-            ("a reduction that the amount is already lower by; remove it if the amount is before discounts",),
+            ("taken for a reduction that the amount already has; remove it if the amount is before discounts",),
         )
     if currency := _currency_column(columns):
         is_upper = all(str(code).isupper() for code in sample.values(currency))
@@ -134,7 +134,7 @@ def orders(sample: Sample) -> list[TableGuess]:
 
 
 def log(sample: Sample, section: str) -> TableGuess:
-    """Return the table that files of one kind feed: behaviours, searches, reviews or items."""
+    """Return the table of a sample of behaviours, searches, reviews or items."""
     columns = Columns(sample)
     table = TableGuess(section, sample, comments=list(sample.doubts))
     if section == "items":
@@ -159,13 +159,13 @@ def log(sample: Sample, section: str) -> TableGuess:
         words = {str(value) for value in sample.values(action.value)}
         named = {word: ACTIONS[word.lower()] for word in sorted(words) if word.lower() in ACTIONS}
         others = len(words - set(named))
-        comment = (f"{others} other actions have no counterpart here: their rows go to quarantine",) if others else ()
+        comment = (f"{others} other actions are unknown here: their rows go to quarantine",) if others else ()
         table.columns["action"] = Guess({"column": action.value, "values": named} if named else action.value, comment)
     return table
 
 
 def currency(tables: Sequence[TableGuess]) -> tuple[str, str]:
-    """Return the platform's currency, and why; TODO where nothing tells it."""
+    """Return the platform's currency and the reason; TODO if nothing in the files shows it."""
     columns = Columns(tables[0].sample)
     column = _currency_column(columns)
     if column:
@@ -181,8 +181,8 @@ def currency(tables: Sequence[TableGuess]) -> tuple[str, str]:
         if of_name:
             return of_name, f"from the name of column {name!r}"
     if country := _country(columns):
-        return country[0], "a guess: that of the country which most rows name. Check it"
-    return TODO, "nothing in the files tells it: write the code of three letters, as EUR"
+        return country[0], "a guess: the currency of the country that most rows name. Check it"
+    return TODO, "nothing in the files shows it: write its code of three letters, as EUR"
 
 
 # --- columns -------------------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def _user(columns: Columns) -> Guess:
         )
     values = columns.sample.values(column)
     if any(isinstance(value, str) and value.endswith(".0") for value in values):
-        comments.append("some ids end in .0: 17850.0 and 17850 are one user, nothing is to be done")
+        comments.append("some ids end in .0: 17850.0 and 17850 are one user, so there is nothing to do")
     if is_email(values):
         return Guess({"column": column, "lower": True}, (*comments, "Anna@… and anna@… are one user"))
     return Guess(column, comments)
@@ -245,7 +245,9 @@ def _time(columns: Columns, table: TableGuess) -> Guess:
         if zone:
             table.timezone = Guess(zone, ("times have no zone; a guess from the country that most rows name",))
         else:
-            comments.append("times have no zone and are taken for UTC; else give timezone: Europe/Berlin or the like")
+            comments.append(
+                "times have no zone and are taken for UTC; if they aren't, write timezone: Europe/Berlin or the like"
+            )
     return Guess({"column": column, **form.keys} if form.keys else column, comments)
 
 
@@ -265,7 +267,7 @@ def _currency_column(columns: Columns) -> str | None:
 
 
 def _conditions(columns: Columns, table: TableGuess, events: str | None) -> list[str]:
-    """Return conditions that leave out what nobody paid for."""
+    """Return conditions that leave out rows that nobody paid for."""
     conditions = []
     for name in columns.all_named("status"):
         if name == events:
@@ -277,7 +279,7 @@ def _conditions(columns: Columns, table: TableGuess, events: str | None) -> list
         if cancelled:
             conditions.append(f"({column} IS NULL OR lower({column}) NOT IN ({_texts(cancelled)}))")
             table.comments.append(
-                f"where: leaves out rows whose {name!r} says that nobody paid; look whether all words are right"
+                f"where: leaves out rows whose {name!r} says that nobody paid; check whether its words are the right ones"
             )
         else:
             table.comments.append(
@@ -316,7 +318,7 @@ def _texts(words: Sequence[str]) -> str:
 
 
 def _event_column(columns: Columns) -> str | None:
-    """Return the column that names the event of a row, with purchases and others among them."""
+    """Return the column with kinds of events, if purchases and other kinds are among them."""
     for name in columns.sample.columns:
         words = Counter(str(value).lower() for value in columns.sample.values(name))
         known = sum(count for word, count in words.items() if word in ACTIONS or word in PURCHASES)
@@ -346,13 +348,13 @@ def _behaviours(columns: Columns, events: str, words: Sequence[str], orders_tabl
             **({"item_id": shared["item_id"]} if "item_id" in shared else {}),
         },
         where=f"{sql_name(events)} IN ({_texts(words)})",
-        comments=["the other events of the same files; events that are in no list have no counterpart here"],
+        comments=["other events of the same files; kinds of events that are in neither list are not read"],
         timezone=orders_table.timezone,
     )
 
 
 def _items(columns: Columns, item: str | None, exclude: Sequence[str | None]) -> TableGuess | None:
-    """Return what files tell of items: ``None`` if nothing but their ids."""
+    """Return the table of items; ``None`` if the files hold nothing but their ids."""
     if item is None:
         return None
     table = TableGuess("items", columns.sample, {"item_id": Guess(item)})

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow.parquet as pq
 from pyspark.sql import types as T
 
 from bp_spark.core.config import Config
 from bp_spark.core.errors import ConfigError, DataError
-from bp_spark.core.stores import UNREACHABLE, file_system
+from bp_spark.core.stores import UNREACHABLE
 from bp_spark.ingest.onboarding import sniff
 from bp_spark.ingest.onboarding.guess import TODO
 from bp_spark.ingest.onboarding.listing import FoundFile, files_matching
 from bp_spark.ingest.sources.fields import partitions_of, require_columns
+from bp_spark.ingest.sources.heads import likely_encoding, parquet_footer, require_utf8
 from bp_spark.ingest.sources.lines import names_in_header
 from bp_spark.ingest.sources.mapping import MappingFile, TableMapping, load_mapping
 
@@ -76,13 +77,13 @@ def look_at_files(name: str, mapping: MappingFile) -> Preflight:
         mapping: what it says.
 
     Raises:
-        ConfigError: an encoding is none of those that Spark reads.
         DataError: there is no file of transactions, or none of those looked at can be read.
     """
     found = Preflight()
     folder = folder_of(name)
     for table, rules in mapping.tables.items():
-        _require_known_encoding(name, table, rules)
+        if rules.format in ("csv", "json") and not _is_known_encoding(rules):
+            found.warnings.append(f"{rules.path}: only Spark can tell whether {_encoding(rules)} is an encoding")
         if rules.format == "delta":
             continue
         try:
@@ -146,9 +147,7 @@ def _parquet_schema(file: FoundFile) -> T.StructType | None:
     from pyspark.sql.pandas.types import from_arrow_schema
 
     try:
-        files, path = file_system(file.address)
-        with files.open_input_file(path) as opened:
-            arrow = pq.ParquetFile(opened).schema_arrow
+        arrow = parquet_footer(file.address).schema_arrow
     except UNREACHABLE:
         raise DataError(file.address, "can't be read: it is damaged, cut short or of another format") from None
     try:
@@ -157,13 +156,12 @@ def _parquet_schema(file: FoundFile) -> T.StructType | None:
         return None
 
 
-def _require_known_encoding(name: str, table: str, rules: TableMapping) -> None:
-    given = _encoding(rules)
-    if rules.format in ("csv", "json") and given.upper() not in (*sniff.ENCODINGS, "LATIN1", "UTF8", "ASCII"):
-        raise ConfigError(
-            f"{name}: {table.removeprefix('raw_')}.options: Spark doesn't read the encoding {given}, but "
-            f"{', '.join(sniff.ENCODINGS)}. For Windows-1252 take ISO-8859-1, or save the files as UTF-8 by iconv"
-        )
+def _is_known_encoding(rules: TableMapping) -> bool:
+    try:
+        codecs.lookup(_encoding(rules))
+    except LookupError:
+        return False
+    return True
 
 
 def _encoding(rules: TableMapping) -> str:
@@ -174,17 +172,16 @@ def _require_encoding(found: Preflight, rules: TableMapping, file: FoundFile, na
     """Name the remedy for a file of texts in another encoding."""
     if rules.format not in ("csv", "json") or not is_looked_at:
         return
+    require_utf8(rules, name, file.address)
     given, parts = _encoding(rules), sniff.parts_of(file)
-    likely, _ = sniff.encoding_of(parts)
+    likely = likely_encoding(parts)
     remedy = f"options: {{encoding: {likely}}}"
     if likely.startswith("UTF-16") and not re.match("utf-?(16|32)", given, re.IGNORECASE):
         raise DataError(name, f"is in {likely}, not in {given}: set {remedy}")
-    if likely not in sniff.ENCODINGS:
+    if likely != "UTF-8" and given.upper().replace("-", "") == "UTF8":
         found.warnings.append(
-            f"{name}: looks like {likely}, which Spark doesn't read; save it as UTF-8 (iconv -f {likely} -t UTF-8)"
+            f"{name}: has bytes that are no UTF-8, and may be {likely}; if names are broken, set {remedy}"
         )
-    elif likely != "UTF-8" and given.upper().replace("-", "") == "UTF8":
-        found.warnings.append(f"{name}: is not UTF-8; texts and ids with accents would be broken. Set {remedy}")
     elif likely == "UTF-8" and given.upper().replace("-", "") not in ("UTF8", "USASCII") and not _is_ascii(parts):
         found.warnings.append(f"{name}: looks like UTF-8, and the mapping says {given}")
 

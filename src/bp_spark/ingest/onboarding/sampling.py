@@ -104,7 +104,7 @@ def _copy(files: Sequence[FoundFile], rules: TableMapping, rows: int, target: Pa
             if rules.format == "parquet":
                 count, share = _copy_parquet(file, path, quota)
             elif rules.format == "json" and rules.reader_options.get("multiline", "false").lower() == "true":
-                count, share = _copy_array(file, path, quota)
+                count, share = _copy_array(file, path, quota, _encoding(rules))
             else:
                 count, share = _copy_lines(file, path, quota, rules)
         except UNREACHABLE as error:
@@ -115,8 +115,7 @@ def _copy(files: Sequence[FoundFile], rules: TableMapping, rows: int, target: Pa
 
 def _copy_lines(file: FoundFile, path: Path, quota: int, rules: TableMapping) -> tuple[int, float]:
     """Copy lines as they are; return how many, and their share of the file."""
-    encoding = rules.reader_options.get("encoding", rules.reader_options.get("charset", "utf-8"))
-    wide = "UTF-16" in encoding.upper()
+    wide = "UTF-16" in _encoding(rules).upper()
     quote = rules.reader_options.get("quote", '"')
     quote_bytes = quote.encode() if rules.format == "csv" and len(quote) == 1 and quote != "\0" else b""
     count, is_open, written, read_to_end = 0, False, 0, True
@@ -134,6 +133,10 @@ def _copy_lines(file: FoundFile, path: Path, quota: int, rules: TableMapping) ->
             is_open ^= bool(quote_bytes) and line.count(quote_bytes) % 2 == 1
     share = 1.0 if read_to_end else min(1.0, path.stat().st_size / file.size)
     return max(0, count - header), share
+
+
+def _encoding(rules: TableMapping) -> str:
+    return rules.reader_options.get("encoding", rules.reader_options.get("charset", "utf-8"))
 
 
 def _lines(stream: Any, *, wide: bool) -> Iterator[bytes]:
@@ -157,15 +160,15 @@ def _lines(stream: Any, *, wide: bool) -> Iterator[bytes]:
         yield rest
 
 
-def _copy_array(file: FoundFile, path: Path, quota: int) -> tuple[int, float]:
+def _copy_array(file: FoundFile, path: Path, quota: int, encoding: str) -> tuple[int, float]:
     """Copy the first objects of a file with one JSON array, or one object; a small file whole."""
     system, address = file_system(file.address)
     with system.open_input_stream(address) as stream:
         content = bytes(stream.read(_WHOLE))
         is_whole = not stream.read(1)
     if not is_whole:
-        elements = _texts(content.decode("utf-8", errors="replace"), quota)
-        used = f"[{','.join(elements)}]".encode()
+        elements = _texts(content.decode(encoding, errors="replace"), quota)
+        used = f"[{','.join(elements)}]".encode(encoding)
     with pa.output_stream(str(path), compression="detect") as out:
         out.write(content if is_whole else used)
     return (quota, 1.0) if is_whole else (len(elements), min(1.0, path.stat().st_size / file.size))

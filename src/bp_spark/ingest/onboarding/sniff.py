@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from bp_spark.core.errors import DataError
 from bp_spark.core.stores import UNREACHABLE, file_system
 from bp_spark.ingest.onboarding.listing import FoundFile
+from bp_spark.ingest.sources.heads import likely_encoding
 
 MOST_FILES = 10
 """Files that are looked into, spread over all of them."""
@@ -34,10 +35,6 @@ _FORMATS = {"csv": "csv tsv txt psv tab dat", "json": "json jsonl ndjson", "parq
 _LINE_ITEMS = re.compile(r"(line_?items|items|lines|products|positions|articles|details|order_?lines)$", re.IGNORECASE)
 _NULLS = ("NULL", "\\N")
 """Texts by which databases write NULL."""
-_COMMON_CJK = ("\u4e00", "\u9fff")
-
-ENCODINGS = ("UTF-8", "ISO-8859-1", "US-ASCII", "UTF-16", "UTF-16BE", "UTF-16LE", "UTF-32")
-"""Encodings that Spark 4 reads."""
 
 Row = Mapping[str, Any]
 
@@ -100,13 +97,18 @@ def delta_sample(address: str) -> Sample:
         DataError: it can't be read.
     """
     from deltalake import DeltaTable
-    from deltalake.exceptions import DeltaError
+    from deltalake.exceptions import DeltaError, DeltaProtocolError
 
     try:
-        table = DeltaTable(address.removeprefix("file:")).to_pyarrow_dataset().head(MOST_ROWS)
+        table = DeltaTable(re.sub("^file:/+", "/", address))
+        try:
+            return _typed_sample([table.to_pyarrow_dataset().head(MOST_ROWS)], "delta")
+        except DeltaProtocolError:
+            # its deletion vectors are unknown to delta-rs: for guesses, rows that were deleted are as good
+            files = [FoundFile(uri, uri, 1) for uri in sorted(table.file_uris())[:MOST_FILES]]
+            return replace(_parquet_sample(files), format="delta")
     except (DeltaError, *UNREACHABLE) as error:
         raise DataError(address, "can't be read as a Delta table") from error
-    return _typed_sample([table], "delta")
 
 
 def _format(file: FoundFile) -> str:
@@ -134,7 +136,8 @@ def _head(file: FoundFile, size: int = _HEAD) -> bytes:
 def _csv_sample(files: Sequence[FoundFile]) -> Sample:
     head = _head(files[0])
     parts = [(file, parts_of(file)) for file in files]
-    encoding, doubts = encoding_of([part for _, bytes_ in parts for part in bytes_])
+    encoding = likely_encoding([part for _, bytes_ in parts for part in bytes_])
+    doubts = _doubts_about(encoding)
     charset = _python_name(encoding)
     first = _text(head, charset, whole=len(head) < _HEAD)
     separator, quote = _dialect(first)
@@ -147,7 +150,7 @@ def _csv_sample(files: Sequence[FoundFile]) -> Sample:
     options: dict[str, str | bool] = {}
     options |= {"sep": separator} if separator != "," else {}
     options |= {"quote": quote} if quote != '"' else {}
-    options |= {"encoding": encoding} if encoding != "UTF-8" and encoding in ENCODINGS else {}
+    options |= {"encoding": encoding} if encoding != "UTF-8" else {}
     options |= {} if has_header else {"header": False}
     if not has_header:
         doubts.append("the first line looks like a row: the columns are called _c0, _c1, ... by their place")
@@ -208,46 +211,12 @@ def first_lines(file: FoundFile, encoding: str, count: int) -> list[str]:
     return lines[:count]
 
 
-def encoding_of(parts: Sequence[bytes]) -> tuple[str, list[str]]:
-    """Return the encoding of a file, as Spark names it, and doubts.
-
-    Args:
-        parts: the head of the file, and parts from its middle, which may begin and end within a character.
-    """
-    head = parts[0] if parts else b""
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "UTF-16", []
-    zeros_at_odd, zeros_at_even = head[1:2000:2].count(0), head[0:2000:2].count(0)
-    if max(zeros_at_odd, zeros_at_even) > len(head[:2000]) // 5:
-        return ("UTF-16LE" if zeros_at_odd > zeros_at_even else "UTF-16BE"), []
-    # whole lines only, so that no character is cut
-    whole = [part[part.find(b"\n") + 1 : part.rfind(b"\n") + 1] if at else part for at, part in enumerate(parts)]
-    whole = [part[: part.rfind(b"\n") + 1] or part for part in whole]
-    texts = b"".join(whole)
-    if is_utf8(texts):
-        return "UTF-8", []
-    beyond_ascii = sum(byte > 127 for byte in texts)  # noqa: PLR2004
-    try:
-        chinese = sum(_COMMON_CJK[0] <= character <= _COMMON_CJK[1] for character in texts.decode("gb18030"))
-        if 2 * chinese > beyond_ascii * 0.8:
-            doubt = "the files are in GB18030, which Spark doesn't read: save them as UTF-8, as by iconv -f GB18030 -t UTF-8"
-            return "GB18030", [doubt]
-    except UnicodeDecodeError:
-        pass
-    doubt = (
-        "the files are not UTF-8, so taken for Windows-1252 or the like; look whether names with accents or signs are right. "
-        "Spark reads € and typographic quotes of Windows-1252 as control characters: where they matter, save the files as UTF-8"
-    )
-    return "ISO-8859-1", [doubt]
-
-
-def is_utf8(text: bytes) -> bool:
-    """Return whether bytes are UTF-8, but for a character that is cut at the end."""
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return error.reason == "unexpected end of data"
-    return True
+def _doubts_about(encoding: str) -> list[str]:
+    if encoding in ("windows-1252", "GB18030"):
+        return [
+            f"the files are not UTF-8, so taken for {encoding}; look whether names with letters beyond ASCII are right"
+        ]
+    return []
 
 
 def _python_name(encoding: str) -> str:

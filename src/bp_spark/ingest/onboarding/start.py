@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyarrow import fs
+
 from bp_spark.core.errors import ConfigError
+from bp_spark.core.stores import UNREACHABLE, file_system
 from bp_spark.ingest.onboarding import guess, write
 from bp_spark.ingest.onboarding.guess import TODO, TableGuess
 from bp_spark.ingest.onboarding.listing import files_matching, is_absolute
@@ -93,6 +97,15 @@ def _within(folder: Path, pattern: str) -> str:
 
 
 def _look(pattern: str, name: str) -> Sample:
-    if (Path(pattern) / "_delta_log").is_dir():
+    if _is_delta(pattern):
         return delta_sample(pattern)
     return sample_of(files_matching("file:/", pattern), name)
+
+
+def _is_delta(path: str) -> bool:
+    """Return whether a path is the folder of a Delta table, on this machine or in an object store."""
+    with suppress(*UNREACHABLE):
+        files, folder = file_system(path)
+        log = files.get_file_info(f"{folder.rstrip('/')}/_delta_log")
+        return bool(log.type == fs.FileType.Directory)
+    return False

@@ -25,7 +25,7 @@ from bp_spark.core.stores import UNREACHABLE
 from bp_spark.ingest.sources.contract import SNAPSHOT, Delivery, OnUnreadable, in_contract, refuse
 from bp_spark.ingest.sources.fields import file_path, partitions_of, require_columns, with_fields
 from bp_spark.ingest.sources.grammar import patterns_of
-from bp_spark.ingest.sources.heads import first_line, parquet_schema, require_utf8, with_nanoseconds
+from bp_spark.ingest.sources.heads import first_line, parquet_layout, require_utf8, with_nanoseconds
 from bp_spark.ingest.sources.lines import CORRUPT, csv_rows, head, json_rows, names_in_header, one_row
 from bp_spark.ingest.sources.mapping import ColumnRule, DayRule, TableMapping, TimeRule, load_mapping
 from bp_spark.ingest.sources.selection import BELONGS, FileCounts, file_counts, with_selection
@@ -116,7 +116,11 @@ class FilesSource:
         }
 
     def counts(
-        self, spark: SparkSession, deliveries: Sequence[Delivery], on_unreadable: OnUnreadable = refuse
+        self,
+        spark: SparkSession,
+        deliveries: Sequence[Delivery],
+        on_unreadable: OnUnreadable = refuse,
+        rows: int | None = None,
     ) -> dict[str, FileCounts]:
         """Return what :meth:`read` doesn't show, by raw table. Rows are read for it once more.
 
@@ -124,6 +128,7 @@ class FilesSource:
             spark: session to read with.
             deliveries: as for :meth:`read`.
             on_unreadable: as for :meth:`read`.
+            rows: most rows to read of files with the same columns; by default all.
 
         Raises:
             DataError: as :meth:`read` does.
@@ -133,7 +138,8 @@ class FilesSource:
         for table, by_name in self._by_name(deliveries).items():
             total = FileCounts(0, 0, {})
             for df in self._frames(spark, table, by_name, on_unreadable):
-                total += file_counts(self._selected(df, table), self.tables[table])
+                sample = df if rows is None else df.limit(rows)
+                total += file_counts(self._selected(sample, table), self.tables[table])
             counts[table] = total
         return counts
 
@@ -334,7 +340,7 @@ def _layout(spark: SparkSession, mapping: TableMapping, address: str) -> str:
         return "json"
     with suppress(*UNREACHABLE):
         if mapping.format == "parquet":
-            return parquet_schema(address)
+            return parquet_layout(address)
         if mapping.skip_lines:
             lines = head(spark, mapping, address)
             return lines[-1] if len(lines) > mapping.skip_lines else ""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import io
+import json
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from typing import cast
 
 import pyarrow as pa
@@ -16,17 +20,29 @@ from pyspark.sql import types as T
 
 from bp_spark.core.errors import DataError
 from bp_spark.core.stores import UNREACHABLE, file_system
-from bp_spark.ingest.sources.lines import quoted_column
+from bp_spark.ingest.sources.lines import names_in_header, quoted_column, records_of
 from bp_spark.ingest.sources.mapping import TableMapping
 
 HOW_TO_ENCODE = "name the encoding in the mapping, as in options: {encoding: windows-1252}"
-_WIDE = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
-"""Bytes that a file begins with -> its encoding."""
+_CHINESE = re.compile(rb"[\xb0-\xf7][\xa1-\xfe]")
+"""A Chinese character in GB18030, as far as it is common."""
+_FEW = 3
+"""Chinese characters that are no coincidence."""
+_HEAD = 64 * 1024
+"""Bytes of a text file that are looked at."""
+_BROKEN_SHARE = 0.01
+"""Share of the rows in the head up to which broken rows may be single mistakes."""
+_NOT_DECODED = re.compile("[\udc80-\udcff]")
+"""Bytes that are no UTF-8, as ``surrogateescape`` keeps them."""
 _THOUSAND = 1_000
 
 
 def require_utf8(mapping: TableMapping, name: str, address: str) -> None:
-    """Require that a text file without an ``encoding`` begins as UTF-8: CSV with its header, JSON with its first byte.
+    """Require that a text file without an ``encoding`` is UTF-8, as far as its head shows.
+
+    A header must be UTF-8. A row of the head is broken if a mapped value has bytes that are no UTF-8. The file is refused if
+    more than one row in a hundred is broken, and more are broken than have letters of UTF-8 beyond ASCII. Fewer broken rows
+    are single mistakes: they go to quarantine by rule.
 
     Args:
         mapping: the table's mapping.
@@ -34,35 +50,112 @@ def require_utf8(mapping: TableMapping, name: str, address: str) -> None:
         address: address of the file.
 
     Raises:
-        DataError: the beginning is UTF-16, or bytes of another encoding; the message says what to set.
+        DataError: the file is UTF-16, or of another encoding; the message says what to set.
     """
     if mapping.format not in ("csv", "json") or {"encoding", "charset"} & set(mapping.reader_options):
         return
     with suppress(*UNREACHABLE):
         files, path = file_system(address)
         with files.open_input_stream(path) as stream:
-            is_csv = mapping.format == "csv"
-            head = b"".join(islice(io.BufferedReader(stream), mapping.skip_lines + 1)) if is_csv else stream.read(4)
-        problem = _problem(head, is_header=is_csv and mapping.has_header)
-        if problem and mapping.format == "json" and "UTF-16" in problem:
-            problem = f"{problem} and multiLine: true"
+            head = stream.read(_HEAD)
+        if len(head) == _HEAD:
+            # the last line may be cut within a letter
+            head = head[: head.rfind(b"\n") + 1] or head
+        problem = _broken_beginning(mapping, head) or _broken_rows(mapping, head)
         if problem:
-            raise DataError(name, problem)
+            encoding = likely_encoding([head])
+            lines = " and multiLine: true" if mapping.format == "json" and encoding.startswith("UTF-16") else ""
+            raise DataError(name, f"{problem} and may be {encoding}: set options: {{encoding: {encoding}}}{lines}")
 
 
-def _problem(head: bytes, *, is_header: bool) -> str | None:
-    """Return what is wrong with the first lines of a file that should be UTF-8."""
-    marked = next((encoding for mark, encoding in _WIDE.items() if head.startswith(mark)), None)
-    # most characters of a header are ASCII, and have one zero in UTF-16
-    if marked or head[:2].count(0) == 1:
-        encoding = marked or ("UTF-16LE" if head[1] == 0 else "UTF-16BE")
-        return f"is no UTF-8 but {encoding}: set options: {{encoding: {encoding}}}"
-    if is_header:
-        try:
-            head.decode("utf-8")
-        except UnicodeDecodeError:
-            return f"its header is no UTF-8: {HOW_TO_ENCODE}"
+def likely_encoding(parts: Sequence[bytes]) -> str:
+    """Return what the encoding of a text file may be.
+
+    Args:
+        parts: the head of the file, and parts from its middle, which may begin and end within a letter.
+    """
+    head = parts[0] if parts else b""
+    if wide := _wide(head):
+        return wide
+    # whole lines only, so that no letter is cut
+    whole = [part[part.find(b"\n") + 1 : part.rfind(b"\n") + 1] if at else part for at, part in enumerate(parts)]
+    text = b"".join(part[: part.rfind(b"\n") + 1] or part for part in whole)
+    if is_utf8(text):
+        return "UTF-8"
+    beyond_ascii = sum(byte > 127 for byte in text)  # noqa: PLR2004
+    chinese = len(_CHINESE.findall(text))
+    if chinese >= _FEW and 2 * chinese > 0.8 * beyond_ascii:
+        with suppress(UnicodeDecodeError):
+            codecs.getincrementaldecoder("gb18030")().decode(text)
+            return "GB18030"
+    return "windows-1252"
+
+
+def _wide(head: bytes) -> str | None:
+    """Return the encoding of a file of UTF-16; ``None`` for others."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    zeros_at_even, zeros_at_odd = head[0:2000:2].count(0), head[1:2000:2].count(0)
+    # most letters are ASCII, and have one zero in UTF-16
+    if max(zeros_at_even, zeros_at_odd) > len(head[:2000]) // 5:
+        return "UTF-16LE" if zeros_at_odd > zeros_at_even else "UTF-16BE"
     return None
+
+
+def _broken_beginning(mapping: TableMapping, head: bytes) -> str | None:
+    """Return what is wrong with the beginning of a file: its encoding, or that of a header and the lines before it."""
+    if _wide(head):
+        return "is no UTF-8"
+    if mapping.format == "csv" and mapping.has_header:
+        lines = b"".join(islice(io.BytesIO(head), mapping.skip_lines + 1))
+        if not is_utf8(lines):
+            return "its header is no UTF-8"
+    return None
+
+
+def _broken_rows(mapping: TableMapping, head: bytes) -> str | None:
+    """Return what is wrong with the rows of a file, if so many are broken that it must be of another encoding."""
+    if is_utf8(head):
+        return None
+    text = head.decode("utf-8", errors="surrogateescape")
+    rows = list(_mapped_texts(mapping, text))
+    broken = sum(bool(_NOT_DECODED.search(row)) for row in rows)
+    decoded = sum(not row.isascii() for row in rows) - broken
+    if broken > max(decoded, _BROKEN_SHARE * len(rows)):
+        return f"{broken:,} of its first {len(rows):,} rows are no UTF-8" if len(rows) > 1 else "its row is no UTF-8"
+    return None
+
+
+def is_utf8(head: bytes) -> bool:
+    """Return whether bytes are UTF-8, the last letter of which may be cut."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _mapped_texts(mapping: TableMapping, text: str) -> Iterator[str]:
+    """Yield for each row of a head the text of its mapped values, without lines that can't be taken apart."""
+    if mapping.format == "json":
+        for row in _objects(text):
+            yield json.dumps([row.get(name) for name in mapping.top_level_names], ensure_ascii=False)
+        return
+    lines = islice(io.StringIO(text, newline=""), mapping.skip_lines, None)
+    with suppress(ValueError, csv.Error):
+        names = names_in_header(mapping, first := next(lines, "").removeprefix("\ufeff"))
+        places = [place for place, name in enumerate(names) if name in mapping.platform_columns]
+        for fields in records_of(mapping, lines if mapping.has_header else chain([first], lines)):
+            if len(fields) == len(names):
+                yield "".join(fields[place] for place in places)
+
+
+def _objects(text: str) -> Iterator[dict[str, object]]:
+    """Yield the objects of JSON lines, or of one array."""
+    for part in [text] if text.lstrip("\ufeff \r\n").startswith("[") else text.split("\n"):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(part.removeprefix("\ufeff"))
+            yield from (row for row in (value if isinstance(value, list) else [value]) if isinstance(row, dict))
 
 
 def first_line(address: str) -> str:
@@ -77,11 +170,16 @@ def first_line(address: str) -> str:
     return ""
 
 
-def parquet_schema(address: str) -> str:
-    """Return columns and types of a file, without the first line, which names an object of this process."""
+def parquet_footer(address: str) -> pq.ParquetFile:
+    """Return a Parquet file of which the footer is read, and rows can't be."""
     files, path = file_system(address)
     with files.open_input_file(path) as file:
-        return str(pq.ParquetFile(file).schema).partition("\n")[2]
+        return pq.ParquetFile(file)
+
+
+def parquet_layout(address: str) -> str:
+    """Return columns and types of a file, without the first line, which names an object of this process."""
+    return str(parquet_footer(address).schema).partition("\n")[2]
 
 
 def with_nanoseconds(df: DataFrame, address: str) -> DataFrame:
@@ -94,9 +192,7 @@ def with_nanoseconds(df: DataFrame, address: str) -> DataFrame:
         address: one of these files.
     """
     with suppress(*UNREACHABLE):
-        files, path = file_system(address)
-        with files.open_input_file(path) as file:
-            schema = pq.ParquetFile(file).schema_arrow
+        schema = parquet_footer(address).schema_arrow
         times = {
             field.name: time
             for field in df.schema.fields

@@ -10,7 +10,7 @@ import codecs
 import csv
 import io
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, cast
 
@@ -89,15 +89,9 @@ def names_in_header(mapping: TableMapping, line: str) -> list[str]:
     Raises:
         ValueError: a name goes on in the next line.
     """
-    options = mapping.reader_options
-    quote = _unescaped(options.get("quote", '"'))
-    separator = _unescaped(mapping.separator)
-    if quote in ("", "\0") or len(separator) > 1 or len(quote) > 1:
-        fields = line.split(separator)
-    elif line.count(quote) % 2:
+    if _quote_of(mapping) and line.count(_quote_of(mapping)) % 2:
         raise ValueError("the header after skip_lines goes on in the next line")
-    else:
-        fields = next(csv.reader([line], delimiter=separator, quotechar=quote), [])
+    fields = next(records_of(mapping, [line]), [])
     if not mapping.has_header:
         return [f"_c{place}" for place in range(len(fields))]
     lower = [field.lower() for field in fields]
@@ -106,6 +100,21 @@ def names_in_header(mapping: TableMapping, line: str) -> list[str]:
         f"{field}{place}" if lower.count(field.lower()) > 1 else field
         for place, field in enumerate(field or f"_c{place}" for place, field in enumerate(fields))
     ]
+
+
+def records_of(mapping: TableMapping, lines: Iterable[str]) -> Iterator[list[str]]:
+    """Yield the fields of each record of CSV lines, as Python takes them apart: good for a look at a file's head."""
+    separator = _unescaped(mapping.separator)
+    if quote := _quote_of(mapping):
+        yield from csv.reader(lines, delimiter=separator, quotechar=quote)
+    else:
+        yield from (line.rstrip("\r\n").split(separator) for line in lines)
+
+
+def _quote_of(mapping: TableMapping) -> str:
+    """Return the quote of a CSV file; "" if it has none, or one that Python can't read."""
+    quote = _unescaped(mapping.reader_options.get("quote", '"'))
+    return "" if quote == "\0" or len(quote) > 1 or len(_unescaped(mapping.separator)) > 1 else quote
 
 
 def _has_fields(record: Column, mapping: TableMapping, count: int) -> Column:

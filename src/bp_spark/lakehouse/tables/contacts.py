@@ -13,7 +13,11 @@ CONSULTATIONS = Table(
         ("channel", "string", "Chat, telephone, e-mail, store, as the platform names it"),
         ("topic", "string", "What it was about, as the platform names it"),
         ("text", "string", "Text that the user wrote or said"),
-        ("solved", "boolean", "Whether the question was answered, by the newest delivery; NULL: open or unknown"),
+        (
+            "solved",
+            "boolean",
+            "Whether the user's question was answered, as the newest delivery says; NULL if unknown",
+        ),
         ("ingest_id", "bigint!", "First ingest that brought the consultation"),
         ("ingested_at", "timestamp!", "Time of that ingest, UTC"),
     ),

@@ -38,6 +38,11 @@ DELIVERIES = Table(
         ("ingest_id", "bigint!", "Ingest that read the file, numbered from 1"),
         ("first_day", "date", "UTC day of the file's first row, where the file came again with other rows"),
         ("last_day", "date", "UTC day of its last row, likewise"),
+        (
+            "stored_as",
+            "string",
+            "Delivery of its rows, if a mapping with another name or folder delivered the file first",
+        ),
     ),
     key=("source", "table", "name", "fingerprint", "ingest_id"),
 )

@@ -119,7 +119,7 @@ RAW_CONSULTATIONS = Table(
         ("channel", "string", "Chat, telephone, e-mail, store, as the platform names it"),
         ("topic", "string", "What it was about, as the platform names it"),
         ("text", "string", "Text that the user wrote or said"),
-        ("solved", "boolean", "Whether the user's question was answered; NULL while it is open, or where nobody knows"),
+        ("solved", "boolean", "Whether the user's question was answered; NULL if unknown"),
         *_DELIVERED,
         *_INGESTED,
     ),

@@ -70,8 +70,8 @@ def _merged(cells: DataFrame, within: Sequence[str], sums: Sequence[str], least_
         sums: Columns to add up beside ``users``.
         least_users: Least users of a cell.
     """
-    # the windows hold the few cells, not the users
-    group = Window.partitionBy(*within) if within else Window.partitionBy(F.lit(0))
+    # the windows hold the few cells, not the users; a constant in the place of a condition would make Spark warn of one task
+    group = Window.partitionBy(*within) if within else Window.partitionBy(F.col("users") < 0)
     is_small = F.col("users") < least_users
     users_of_small = F.coalesce(F.sum(F.when(is_small, F.col("users"))).over(group), F.lit(0))
     position = F.row_number().over(group.orderBy(is_small, "users", *CELL))
