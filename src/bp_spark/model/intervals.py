@@ -26,7 +26,10 @@ _SHOCKS = math.sqrt(1.5) * np.array([-1.0, 0.0, 1.0])
 """Numbers of equal probability, of mean 0 and variance 1: what may happen to the spend of all users at once."""
 _RANGE = (0.001, 0.999)
 """Quantiles of a regressor beyond which it counts as constant."""
+_UNIT = 0.1
+"""Unit of roots, in the mean root of the expected spend: far below it, differences stop to count."""
 _LEAST_SHARE = 0.02
+"""Least share of those who buy that lies within an upper end, so that its logarithm is finite."""
 _SMOOTHING = 0.05
 """Width of the bend that makes the quantile loss smooth, in mean distances."""
 _RIDGE = 10.0
@@ -34,6 +37,7 @@ _RIDGE = 10.0
 _CLOSEST = 1e-9
 """Least distance of an end, in mean distances."""
 _LARGEST_EXPONENT = 300.0
+"""Largest log distance: its square is finite in money."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Scale:
         # Column by column and not by a matrix product: BLAS sums in an order that depends on the number of rows.
         for column, weight, low, high in zip(regressors.T, self.weights[1:], self.lowest, self.highest, strict=True):
             total += weight * np.clip(column, low, high)
-        return np.asarray(np.exp(total))
+        return np.asarray(np.exp(np.minimum(total, _LARGEST_EXPONENT)))
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], regressors: int) -> Self:
@@ -92,6 +96,7 @@ class Scale:
             require_rising(bounds)
         products = [(w * low, w * high) for w, low, high in zip(weights[1:], lowest, highest, strict=True)]
         number(weights[0] + sum(map(max, products)), most=_LARGEST_EXPONENT)
+        number(highest[0], least=0.0)
         return cls(lowest, highest, weights)
 
 
@@ -101,17 +106,19 @@ class UserIntervals:
 
     Attributes:
         tail: share of users beyond each end.
+        unit: root of money that regressors count in, so that the currency doesn't matter.
         lower: distance of the lower end; ``None`` where too few users surely buy: the lower end is 0.
         upper: distance of the upper end.
     """
 
     tail: float
+    unit: float
     lower: Scale | None
     upper: Scale
 
     def around(self, users: Predicted) -> tuple[np.ndarray, np.ndarray]:
         """Return both ends in money, float64 [rows] each; the lower one is not negative."""
-        root, regressors = users.root, _regressors(users, self.tail)
+        root, regressors = users.root, _regressors(users, self.tail, self.unit)
         low, high = np.zeros(len(root)), np.expm1(users.log_expected)
         surely, perhaps = users.p_active >= 1.0 - self.tail, users.p_active > self.tail
         if self.lower is not None:
@@ -133,7 +140,8 @@ class UserIntervals:
         if set(document) != {field.name for field in fields(cls)}:
             raise ValueError("not the keys of intervals")
         lower = None if document["lower"] is None else Scale.from_json(document["lower"], regressors)
-        return cls(number(document["tail"], 0.0, 0.5), lower, Scale.from_json(document["upper"], regressors))
+        tail, unit = number(document["tail"], 0.0, 0.5), number(document["unit"], _CLOSEST)
+        return cls(tail, unit, lower, Scale.from_json(document["upper"], regressors))
 
 
 @dataclass(frozen=True)
@@ -182,22 +190,23 @@ def regressor_count(members: int, process: int) -> int:
     return 3 + members + process
 
 
-def _regressors(users: Predicted, tail: float) -> np.ndarray:
+def _regressors(users: Predicted, tail: float, unit: float) -> np.ndarray:
     """Return what the scales depend on, float64 [rows, regressors].
 
-    These are, as logarithms: the root of the expected spend; the standard deviation of the members' roots; each member's root
-    over that of the expected spend; how far the end lies within the spend of those who buy; and the purchase process.
+    Roots are in units of ``unit``. The regressors are, as logarithms: the root of the expected spend; the standard deviation of
+    the members' roots; each member's root over that of the expected spend; how far the end lies within the spend of those who
+    buy; and the purchase process.
     """
     members = users.roots.shape[1]
-    log_root = np.log1p(users.root)
+    log_root = np.log1p(users.root / unit)
     # Sums column by column: the order of a sum over rows could depend on how many there are.
     mean = sum(users.roots.T, np.zeros(len(log_root))) / members
     variance = sum(((root - mean) ** 2 for root in users.roots.T), np.zeros(len(log_root))) / members
     within_buyers = (users.p_active - tail) / np.maximum(users.p_active, _CLOSEST)
     columns = [
         log_root,
-        np.log1p(np.sqrt(variance)),
-        *(np.log1p(root) - log_root for root in users.roots.T),
+        np.log1p(np.sqrt(variance) / unit),
+        *(np.log1p(root / unit) - log_root for root in users.roots.T),
         np.log(np.maximum(within_buyers, _LEAST_SHARE)),
         *users.process.T,
     ]
@@ -226,7 +235,8 @@ def fit_intervals(
         level_sd: standard deviation of the log level of everyone's spend; see :class:`bp_spark.model.level.Level`.
     """
     tail = (1 - coverage) / 2
-    regressors = _regressors(users, tail)
+    unit = _UNIT * float(users.root.mean()) or 1.0
+    regressors = _regressors(users, tail, unit)
     shocks = np.exp(level_sd * _SHOCKS) if level_sd > 0 else np.ones(1)
     above = np.sqrt(np.outer(spend, shocks)) - users.root[:, None]
     shares = np.repeat(weights[:, None] / len(shocks), len(shocks), axis=1)
@@ -238,7 +248,7 @@ def fit_intervals(
     if weights[surely].sum() >= needed:
         lower = _fit_scale(regressors[surely], -above[surely], shares[surely], halves[surely], tail)
     upper = _fit_scale(regressors[perhaps], above[perhaps], shares[perhaps], halves[perhaps], tail)
-    return UserIntervals(tail, lower, upper)
+    return UserIntervals(tail, unit, lower, upper)
 
 
 def _fit_scale(
