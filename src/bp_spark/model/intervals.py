@@ -59,7 +59,7 @@ class Predicted:
     @property
     def root(self) -> np.ndarray:
         """Square root of the expected spend, float64 [rows]."""
-        return np.sqrt(np.expm1(self.log_expected))
+        return np.asarray(np.sqrt(np.expm1(self.log_expected)))
 
 
 @dataclass(frozen=True)
