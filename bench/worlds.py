@@ -9,7 +9,9 @@ Colombo 1987). The calendar, the trend and what an order costs differ by world. 
 
 - ``worlds.total_error_median``, ``worlds.total_error_worst``: of all users together, |expected / spent - 1|.
 - ``worlds.decile_mape_median``: see :func:`bp_spark.evaluation.metrics.decile_mape`.
-- ``worlds.coverage_min``, ``worlds.coverage_max``: share of users whose spend lies in their interval.
+- ``worlds.coverage_min``, ``worlds.coverage_max``: share of users whose spend lies in their interval. Where most may spend
+  nothing, nobody lies below it, and more than promised lie in it.
+- ``worlds.above_high_max``: largest share of users who spend more than the upper end; a half of what the coverage leaves.
 - ``worlds.rank_losses``: worlds in which a single member, linear regression, or the same weeks of the year before rank users
   surely better (Spearman, in 95 % of paired resamples).
 - ``worlds.mae_ratio_to_best_peer``: mean absolute error over that of the best of these, the median.
@@ -194,14 +196,17 @@ def figures(spark: SparkSession, settings: Config, test_date: date) -> dict[str,
     users[SAME_WEEKS] = users[SAME_WEEKS].fillna(0.0).clip(lower=0.0)
     users = users.merge(silent, on="user_key")
     peers = [*(member.name for member in fitted.members), SAME_WEEKS]
-    table = bootstrap.compare(users, [*peers, "fused"], resamples=settings.evaluation.resamples)
+    promised = settings.fusion.coverage
+    table = bootstrap.compare(users, [*peers, "fused"], resamples=settings.evaluation.resamples, promised=promised)
     table = table[table["population"] == "all"]
     spent = float(users["label_spend"].clip(lower=0).sum())
     own = metrics.evaluate(
         users["label_spend"].to_numpy(),
         users["fused"].to_numpy(),
         **{name: users[name].to_numpy() for name in ("low", "high", "p_active")},
+        promised=promised,
     )
+    spend = users["label_spend"].to_numpy()
     active, by_band = users["label_spend"].to_numpy() > 0, pd.cut(users[SILENT], BANDS)
     by_spend = fitted.fusion.activity(np.log1p(users["fused"].to_numpy() / fitted.fusion.factor()))
     rank = table[(table["metric"] == "spearman") & table["peer"].notna()]
@@ -209,6 +214,8 @@ def figures(spark: SparkSession, settings: Config, test_date: date) -> dict[str,
     level = fitted.fusion.level
     return {
         **own,
+        "below_low": float((spend < users["low"]).mean()),
+        "above_high": float((spend > users["high"]).mean()),
         "users": float(len(users)),
         "p_active_error": _worst_band(users["p_active"].to_numpy(), active, by_band),
         "p_active_error_by_spend": _worst_band(by_spend, active, by_band),
@@ -245,6 +252,7 @@ def summary(worlds: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         "decile_mape_median": of("decile_mape", statistics.median),
         "coverage_min": of("coverage", min),
         "coverage_max": of("coverage", max),
+        "above_high_max": of("above_high", max),
         "rank_losses": of("rank_loss", sum),
         "mae_ratio_to_best_peer": of("mae_ratio_to_best_peer", statistics.median),
         "p_active_error_median": of("p_active_error", statistics.median),

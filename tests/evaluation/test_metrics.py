@@ -144,6 +144,13 @@ def test_coverage_counts_both_ends_and_width_is_in_money():
     assert metrics["interval_width"] == 3.5
 
 
+def test_the_interval_score_fines_users_outside_by_their_distance_and_the_promise():
+    truth, low, high = np.array([0.0, 5.0, 9.0]), np.array([1.0, 1.0, 1.0]), np.array([5.0, 5.0, 5.0])
+    for promised, fine in ((0.9, 20.0), (0.8, 10.0)):
+        metrics = ev.evaluate(truth, np.ones(3), low=low, high=high, promised=promised)
+        assert metrics["interval_score"] == pytest.approx(4 + fine * (1 + 0 + 4) / 3)
+
+
 @pytest.mark.parametrize(
     ("truth", "predicted", "undefined"),
     [

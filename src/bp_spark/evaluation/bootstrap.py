@@ -19,11 +19,13 @@ from rich.table import Table
 
 from bp_spark.core.errors import DataError
 from bp_spark.evaluation.metrics import (
+    PROMISED,
     TITLES,
     bracket_order,
     evaluate,
     format_figure,
     interval_columns,
+    interval_scores,
     populations,
     upper_half,
 )
@@ -156,7 +158,7 @@ def _mean(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def resampled_metrics(
-    counts: np.ndarray, truth: np.ndarray, predicted: np.ndarray, **more: np.ndarray
+    counts: np.ndarray, truth: np.ndarray, predicted: np.ndarray, promised: float = PROMISED, **more: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Return :func:`bp_spark.evaluation.metrics.evaluate` of each resample: metric to ``float64[resamples]``.
 
@@ -164,6 +166,7 @@ def resampled_metrics(
         counts: how often each user was drawn, ``float64[resamples, users]``; each row has a user.
         truth: real spend, ``[users]``; below 0 counts as 0.
         predicted: expected spend, ``[users]``.
+        promised: share of users that the interval promises to hold.
         more: ``low`` and ``high``, and ``p_active``, ``[users]`` each, as far as they exist.
     """
     truth = np.maximum(truth, 0.0)
@@ -181,6 +184,7 @@ def resampled_metrics(
     if "low" in more and "high" in more:
         metrics["coverage"] = mean(((more["low"] <= truth) & (truth <= more["high"])).astype(float))
         metrics["interval_width"] = mean(more["high"] - more["low"])
+        metrics["interval_score"] = mean(interval_scores(truth, more["low"], more["high"], promised))
     if "p_active" in more:
         metrics["brier"] = mean((more["p_active"] - (truth > 0)) ** 2)
         metrics["auc"] = auc(counts, (truth > 0).astype(float), more["p_active"])
@@ -188,7 +192,13 @@ def resampled_metrics(
 
 
 def compare(
-    frame: pd.DataFrame, members: Sequence[str], *, subject: str = "fused", resamples: int = 500, seed: int = 7
+    frame: pd.DataFrame,
+    members: Sequence[str],
+    *,
+    subject: str = "fused",
+    resamples: int = 500,
+    seed: int = 7,
+    promised: float = PROMISED,
 ) -> pd.DataFrame:
     """Return every member's metrics with 90 % intervals, and the paired differences ``subject - peer``.
 
@@ -201,6 +211,7 @@ def compare(
         subject: the member that is compared with all others.
         resamples: number of resamples.
         seed: seed of the draws.
+        promised: share of users that the interval promises to hold.
 
     Returns:
         Long table ``population, member, peer, metric, value, low, high, better, users``. In the rows of a member's own figures
@@ -214,8 +225,8 @@ def compare(
         raise DataError("predictions", "column is missing", column=subject)
     rows: list[tuple[Any, ...]] = []
     for population, part in populations(frame, members).items():
-        point = {member: _evaluated(part, member) for member in members}
-        resampled = _resampled(part, members, resamples, seed)
+        point = {member: _evaluated(part, member, promised) for member in members}
+        resampled = _resampled(part, members, resamples, seed, promised)
         for member in members:
             rows += [
                 (population, member, None, metric, value, *interval(resampled[member][metric]), math.nan, len(part))
@@ -332,19 +343,21 @@ def share_above(differences: np.ndarray) -> float:
     return float(np.mean((finite > 0) + 0.5 * (finite == 0))) if finite.size else math.nan
 
 
-def _evaluated(part: pd.DataFrame, member: str) -> dict[str, float]:
-    return evaluate(part["label_spend"].to_numpy(), part[member].to_numpy(), **interval_columns(part, member))
+def _evaluated(part: pd.DataFrame, member: str, promised: float) -> dict[str, float]:
+    columns = interval_columns(part, member)
+    return evaluate(part["label_spend"].to_numpy(), part[member].to_numpy(), **columns, promised=promised)
 
 
 def _resampled(
-    part: pd.DataFrame, members: Sequence[str], resamples: int, seed: int
+    part: pd.DataFrame, members: Sequence[str], resamples: int, seed: int, promised: float
 ) -> Mapping[str, dict[str, np.ndarray]]:
     truth = part["label_spend"].to_numpy(np.float64)
     parts: dict[str, list[dict[str, np.ndarray]]] = {member: [] for member in members}
     for counts in draws(len(part), resamples, seed):
         for member in members:
             predicted = part[member].to_numpy(np.float64)
-            parts[member].append(resampled_metrics(counts, truth, predicted, **interval_columns(part, member)))
+            columns = interval_columns(part, member)
+            parts[member].append(resampled_metrics(counts, truth, predicted, promised, **columns))
     return {
         member: {metric: np.concatenate([some[metric] for some in member_parts]) for metric in member_parts[0]}
         for member, member_parts in parts.items()

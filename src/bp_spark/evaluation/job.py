@@ -303,11 +303,11 @@ def _errors(run: Run, scores: DataFrame, day: date) -> list[dict[str, Any]]:
     columns = ("label_spend", "expected_spend", "low", "high", "p_active")
     frame = drift.sampled(rows, users, config.max_users, "user_key").select(*columns).toPandas()
     truth, predicted, low, high, p_active = (frame[name].to_numpy(np.float64) for name in columns)
-    figures = metrics.evaluate(truth, predicted, low=low, high=high, p_active=p_active)
+    coverage = run.config.fusion.coverage
+    figures = metrics.evaluate(truth, predicted, low=low, high=high, p_active=p_active, promised=coverage)
     spent = np.maximum(truth, 0.0).sum()
     figures["calibration"] = predicted.sum() / spent if spent > 0 else math.nan
     promised = _test_metrics(run, _bundle_of(scores, day))
-    coverage = run.config.fusion.coverage
     promised |= {"coverage": coverage, "calibration": 1.0}
     rank_metrics = [name for name in promised if name in ("spearman", "gini")]
     least = {name: promised[name] - config.max_rank_loss for name in rank_metrics}

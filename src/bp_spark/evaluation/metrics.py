@@ -29,12 +29,15 @@ TITLES = {
     "top_decile_capture": "top-10 % capture ↑",
     "coverage": "coverage",
     "interval_width": "interval width ↓",
+    "interval_score": "interval score ↓",
     "brier": "Brier ↓",
     "auc": "AUC ↑",
     "bracket_spearman": "Spearman with bracket ↑",
     "bracket_auc": "AUC of upper half ↑",
 }
 """Title of every metric, in the order of tables; the arrow points to the better values."""
+PROMISED = 0.9
+"""Share of users that an interval promises to hold, where nothing else is said."""
 
 
 def spearman(truth: np.ndarray, predicted: np.ndarray) -> float:
@@ -119,6 +122,21 @@ def interval_width(low: np.ndarray, high: np.ndarray) -> float:
     return _mean(high - low)
 
 
+def interval_score(truth: np.ndarray, low: np.ndarray, high: np.ndarray, promised: float = PROMISED) -> float:
+    """Return the mean interval score, in money: the width, and for each user outside a fine of the distance.
+
+    Gneiting and Raftery (2007), "Strictly proper scoring rules, prediction, and estimation". With a promise of 90 % the fine
+    is 20 times the distance. The score is least for the quantiles of 5 and 95 %, so narrow intervals that don't hold lose.
+    """
+    return _mean(interval_scores(truth, low, high, promised))
+
+
+def interval_scores(truth: np.ndarray, low: np.ndarray, high: np.ndarray, promised: float) -> np.ndarray:
+    """Return the interval score of each user, ``float64[users]``; see :func:`interval_score`."""
+    outside = np.maximum(low - truth, 0.0) + np.maximum(truth - high, 0.0)
+    return np.asarray(high - low + 2 / (1 - promised) * outside)
+
+
 def brier(active: np.ndarray, p_active: np.ndarray) -> float:
     """Return the Brier score, the mean squared error of a probability (Brier 1950); ``active`` is boolean."""
     return _mean((p_active - active) ** 2)
@@ -156,6 +174,7 @@ def evaluate(
     low: np.ndarray | None = None,
     high: np.ndarray | None = None,
     p_active: np.ndarray | None = None,
+    promised: float = PROMISED,
 ) -> dict[str, float]:
     """Return all metrics that the given predictions allow.
 
@@ -165,6 +184,7 @@ def evaluate(
         low: lower end of the interval, ``[users]``; needs ``high``.
         high: upper end of the interval, ``[users]``; needs ``low``.
         p_active: probability of any spend, ``[users]``.
+        promised: share of users that the interval promises to hold.
 
     Returns:
         Metric name to value, in the order of :data:`TITLES`.
@@ -188,19 +208,21 @@ def evaluate(
     if "low" in arrays and "high" in arrays:
         metrics["coverage"] = coverage(truth, arrays["low"], arrays["high"])
         metrics["interval_width"] = interval_width(arrays["low"], arrays["high"])
+        metrics["interval_score"] = interval_score(truth, arrays["low"], arrays["high"], promised)
     if "p_active" in arrays:
         metrics["brier"] = brier(truth > 0, arrays["p_active"])
         metrics["auc"] = auc(truth > 0, arrays["p_active"])
     return metrics
 
 
-def metrics_table(frame: pd.DataFrame, members: Sequence[str]) -> pd.DataFrame:
+def metrics_table(frame: pd.DataFrame, members: Sequence[str], promised: float = PROMISED) -> pd.DataFrame:
     """Return the metrics of every member on all, seen and unseen users.
 
     Args:
         frame: a row per user: ``user_key``, ``label_spend``, ``seen`` (bool) and a column of expected spend per member. The
             optional columns ``low`` and ``high``, and ``p_active``, belong to the member ``fused``.
         members: the members' columns, in the order of the result.
+        promised: share of users that the interval promises to hold.
 
     Returns:
         Long table ``member, population, metric, value, users``; populations without users have no rows.
@@ -213,7 +235,10 @@ def metrics_table(frame: pd.DataFrame, members: Sequence[str]) -> pd.DataFrame:
         users = part["user_key"].nunique()
         for member in members:
             metrics = evaluate(
-                part["label_spend"].to_numpy(), part[member].to_numpy(), **interval_columns(part, member)
+                part["label_spend"].to_numpy(),
+                part[member].to_numpy(),
+                **interval_columns(part, member),
+                promised=promised,
             )
             rows += [(member, population, metric, value, users) for metric, value in metrics.items()]
     return pd.DataFrame(rows, columns=["member", "population", "metric", "value", "users"])
@@ -311,11 +336,15 @@ def render(table: pd.DataFrame, title: str | None = None) -> Table:
     return terminal_table
 
 
+_MONEY = ("mae", "rmse", "interval_width", "interval_score")
+"""Metrics that are amounts of money."""
+
+
 def format_figure(metric: str, value: float | None) -> str:
     """Format a figure: money with two digits, other figures with four, NaN and ``None`` as a dash."""
     if value is None or math.isnan(value):
         return "–"
-    return f"{value:,.2f}" if metric in ("mae", "rmse", "interval_width") else f"{value:.4f}"
+    return f"{value:,.2f}" if metric in _MONEY else f"{value:.4f}"
 
 
 def _by_falling(order_by: np.ndarray, values: np.ndarray) -> np.ndarray:

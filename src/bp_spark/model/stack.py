@@ -23,7 +23,14 @@ from bp_spark.core.errors import BundleError, DataError
 from bp_spark.model.bins import equivalent_rows, quantile_bins
 from bp_spark.model.columns import ACTIVE, SILENT
 from bp_spark.model.curve import Curve, as_json, curve_from_json
-from bp_spark.model.intervals import Intervals, fit_intervals, rows_needed
+from bp_spark.model.intervals import (
+    GroupIntervals,
+    Predicted,
+    UserIntervals,
+    fit_intervals,
+    regressor_count,
+    rows_needed,
+)
 from bp_spark.model.level import Level
 from bp_spark.model.values import LARGEST_LOG, floats, number, require_rising, texts
 
@@ -38,6 +45,8 @@ OUTPUTS = ("expected_spend", "low", "high", "p_active", "score", "level", "risk_
 _CALIBRATION_BINS, _CALIBRATION_ROWS = 20, 200
 _ACTIVITY_BINS, _ACTIVITY_ROWS = 50, 100
 _ACTIVITY_WEIGHTS = 4
+_PROCESS_COLUMNS = 2
+"""The last of the regressors of the activity are those of the purchase process."""
 _CLOSEST = 1e-4
 """Probabilities are kept this far from 0 and 1 before their logits are taken."""
 _GRID = 1001
@@ -56,9 +65,7 @@ class CalibratedStack:
         coverage: share of users whose spend lies in the interval.
         calibration: log1p of the stack -> log1p of the expected spend.
         activity: log1p of the expected spend -> P(spend > 0).
-        edges: borders between the groups of the interval, log1p of the expected spend.
-        lower: lower residual quantile of each group, in log1p space.
-        upper: upper residual quantile of each group, in log1p space.
+        intervals: ends of the interval; by group in bundles of older versions.
         reference: expected spend -> its percentile, 0 to 100, in the reference population.
         risk: tertiles of the relative interval width.
         level: factor of everyone's spend by date; ``None``: always 1.
@@ -70,9 +77,7 @@ class CalibratedStack:
     coverage: float
     calibration: Curve
     activity: Curve
-    edges: tuple[float, ...]
-    lower: tuple[float, ...]
-    upper: tuple[float, ...]
+    intervals: UserIntervals | GroupIntervals
     reference: Curve
     risk: tuple[float, float]
     level: Level | None = None
@@ -102,7 +107,8 @@ class CalibratedStack:
            member, distinguishes them: logistic regression on the logits of both probabilities, neither weight negative, and
            on the logarithm of days since the last purchase.
         4. *Interval*: :func:`bp_spark.model.intervals.fit_intervals`, on the residuals of the rows that the calibration was
-           fitted on. 20 knots on thousands of rows cost no measurable coverage, and a split would cost half the rows.
+           fitted on. 20 knots on thousands of rows cost no measurable coverage, and a split would cost half the rows. The
+           scales of the ends are fitted on half of the users and measured on the other half, both ways.
         5. *Reference*: percentiles of the expected spend, tertiles of ``(high - low) / (expected + 0.01)``.
 
         Args:
@@ -132,20 +138,20 @@ class CalibratedStack:
         calibration = _fit_calibration(stacked, spend, row_weights)
         expected = _calibrate(calibration, stacked)
         activity = _fit_activity(expected, spend, row_weights)
-        recency = None
+        recency, p_active, process = None, activity(expected), np.empty((len(frame), 0))
         if "btyd" in conf.members and {ACTIVE, SILENT} <= set(frame):
-            inputs = _activity_inputs(activity(expected), _column(frame, ACTIVE), _column(frame, SILENT))
+            inputs = _activity_inputs(p_active, _column(frame, ACTIVE), _column(frame, SILENT))
             recency = _fit_recency(inputs, spend > 0, row_weights)
-        intervals = fit_intervals(expected, spend, row_weights, conf.coverage, level_sd)
+            p_active, process = expit(_weighted_sum(inputs, recency)), inputs[:, -_PROCESS_COLUMNS:]
+        users = Predicted(expected, roots, p_active, process)
+        intervals = fit_intervals(users, spend, row_weights, _halves(frame, expected), conf.coverage, level_sd)
         fitted = cls(
             members=tuple(conf.members),
             weights=floats(weights),
             coverage=conf.coverage,
             calibration=calibration,
             activity=activity,
-            edges=intervals.edges,
-            lower=intervals.lower,
-            upper=intervals.upper,
+            intervals=intervals,
             reference=Curve((0.0,), (50.0,)),
             risk=(0.0, 0.0),
             recency=recency,
@@ -220,14 +226,15 @@ class CalibratedStack:
         roots = np.sqrt(np.stack([np.asarray(predictions[name], np.float64) for name in self.members], axis=1))
         logs = _calibrate(self.calibration, _stacked_log(roots, np.asarray(self.weights)))
         expected = np.expm1(logs)
-        low, high = Intervals(self.edges, self.lower, self.upper).around(logs)
+        p_active, process = self._activity(logs, predictions)
+        low, high = self.intervals.around(Predicted(logs, roots, p_active, process))
         score = np.interp(expected, self.reference.x, self.reference.y, left=0.0, right=100.0)
         predicted = {
             "expected_spend": expected,
             # The mean of a skewed spend can lie outside its own quantiles; widening keeps the coverage.
             "low": np.minimum(low, expected),
             "high": np.maximum(high, expected),
-            "p_active": self._p_active(logs, predictions),
+            "p_active": p_active,
             "score": score,
         }
         level = np.searchsorted(np.array(LEVEL_BORDERS), score, side="right")
@@ -236,13 +243,13 @@ class CalibratedStack:
         predicted["risk_level"] = np.array(RISKS, dtype=object)[risk]
         return predicted
 
-    def _p_active(self, logs: np.ndarray, predictions: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return P(spend > 0), float64 [rows], from log1p of the expected spend and the purchase process."""
+    def _activity(self, logs: np.ndarray, predictions: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Return P(spend > 0), float64 [rows], and what the purchase process says, float64 [rows, columns]."""
         by_spend = self.activity(logs)
         if self.recency is None:
-            return by_spend
+            return by_spend, np.empty((len(logs), 0))
         inputs = _activity_inputs(by_spend, *(np.asarray(predictions[name], np.float64) for name in (ACTIVE, SILENT)))
-        return np.asarray(expit(_weighted_sum(inputs, self.recency)))
+        return np.asarray(expit(_weighted_sum(inputs, self.recency))), inputs[:, -_PROCESS_COLUMNS:]
 
     def expected(self, root: np.ndarray) -> np.ndarray:
         """Return the calibrated expected spend, float64 [rows], of the stack's root, float64 [rows]."""
@@ -251,6 +258,8 @@ class CalibratedStack:
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a JSON file; floats come back bit for bit."""
         document = as_json(self)
+        if isinstance(self.intervals, GroupIntervals):
+            document |= document.pop("intervals")
         # Bundles of older versions lack these keys; a stack without the parts is written alike.
         if self.level is None:
             del document["level"]
@@ -265,24 +274,30 @@ class CalibratedStack:
         Raises:
             BundleError: a key is missing or unknown, or a value has the wrong type, length or order.
         """
-        if set(document) | {"level", "recency"} != {field.name for field in fields(cls)}:
+        keys = {field.name for field in fields(cls)}
+        by_group = "intervals" not in document
+        if by_group:
+            keys = keys - {"intervals"} | {field.name for field in fields(GroupIntervals)}
+        if set(document) | {"level", "recency"} != keys:
             raise BundleError("fusion: not the keys of a fusion")
         try:
+            members = texts(document["members"])
+            regressors = regressor_count(len(members), _PROCESS_COLUMNS if "recency" in document else 0)
             stack = cls(
-                members=texts(document["members"]),
+                members=members,
                 weights=floats(document["weights"], 0.0),
                 coverage=number(document["coverage"], 0.0, 1.0),
                 calibration=curve_from_json(document["calibration"], 0.0, LARGEST_LOG),
                 activity=curve_from_json(document["activity"], 0.0, 1.0),
-                edges=floats(document["edges"]),
-                lower=floats(document["lower"], -LARGEST_LOG, LARGEST_LOG),
-                upper=floats(document["upper"], -LARGEST_LOG, LARGEST_LOG),
+                intervals=GroupIntervals.from_json(document)
+                if by_group
+                else UserIntervals.from_json(document["intervals"], regressors),
                 reference=curve_from_json(document["reference"], 0.0, 100.0),
                 risk=(number(document["risk"][0]), number(document["risk"][1])),
                 level=Level.from_json(document["level"]) if "level" in document else None,
                 recency=floats(document["recency"]) if "recency" in document else None,
             )
-            for rising in (stack.calibration.y, stack.edges, stack.reference.y, stack.risk):
+            for rising in (stack.calibration.y, stack.reference.y, stack.risk):
                 require_rising(rising)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise BundleError(f"fusion: malformed ({error!r})") from None
@@ -290,8 +305,6 @@ class CalibratedStack:
             raise BundleError("fusion: recency must have four numbers")
         if not stack.members or len(stack.weights) != len(stack.members):
             raise BundleError("fusion: members and weights don't fit together")
-        if not len(stack.edges) + 1 == len(stack.lower) == len(stack.upper):
-            raise BundleError("fusion: edges, lower and upper don't fit together")
         return stack
 
 
@@ -301,6 +314,15 @@ def _row_weights(frame: pd.DataFrame, half_life_days: float | None) -> np.ndarra
         return np.ones(len(frame))
     days = pd.to_datetime(frame["as_of_date"])
     return np.asarray(0.5 ** ((days.max() - days).dt.days / half_life_days), np.float64)
+
+
+def _halves(frame: pd.DataFrame, expected: np.ndarray) -> np.ndarray:
+    """Return a half of the users, boolean [rows]: every second one, in the order of their keys.
+
+    Without keys each row is a user, in the order of the expected spend. Either way the order of the rows doesn't matter.
+    """
+    order = frame["user_key"].astype(str).to_numpy() if "user_key" in frame else expected
+    return np.asarray(np.unique(order, return_inverse=True)[1] % 2 == 0)
 
 
 def _stacking_weights(roots: np.ndarray, target: np.ndarray, row_weights: np.ndarray, shrinkage: float) -> np.ndarray:

@@ -134,7 +134,8 @@ def _with_mean(fitted: Fitted) -> tuple[pd.DataFrame, list[str]]:
 
 def _compare(predictions: pd.DataFrame, members: Sequence[str], config: Config) -> pd.DataFrame:
     resamples, seed = config.evaluation.resamples, config.training.seed
-    table = bootstrap.compare(predictions, members, resamples=resamples, seed=seed)
+    promised = config.fusion.coverage
+    table = bootstrap.compare(predictions, members, resamples=resamples, seed=seed, promised=promised)
     segment = config.evaluation.external_segment
     if segment is None:
         return table

@@ -138,7 +138,7 @@ def metrics_of(fitted: Fitted, complete: bool) -> pd.DataFrame:
         complete: whether the main horizon from the test date is over.
     """
     predictions = fitted.predictions
-    tables = [evaluation.metrics_table(predictions, fitted.names)] if complete else []
+    tables = [evaluation.metrics_table(predictions, fitted.names, fitted.fusion.coverage)] if complete else []
     for days in fitted.horizons.others:
         truth = predictions[labels.horizon_column("label_spend", days)]
         if truth.notna().all():

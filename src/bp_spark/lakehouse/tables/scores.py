@@ -9,7 +9,7 @@ SCORES = Table(
         ("user_key", "string!", "User"),
         ("score_date", "date!", "Scored date; the prediction uses only events before this day"),
         ("expected_spend", "double!", "Expected spend over the bundle's horizon, in the platform's currency"),
-        ("low", "double!", "Lower end of the 90 % prediction interval"),
+        ("low", "double!", "Lower end of the 90 % prediction interval; 0 where the chance of nothing is above 5 %"),
         ("high", "double!", "Upper end of the 90 % prediction interval"),
         ("p_active", "double!", "Probability of any spend in the horizon"),
         ("score", "double!", "Percentile 0-100 of expected_spend in the bundle's reference population"),
