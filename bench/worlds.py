@@ -9,9 +9,9 @@ Colombo 1987). The calendar, the trend and what an order costs differ by world. 
 
 - ``worlds.total_error_median``, ``worlds.total_error_worst``: of all users together, |expected / spent - 1|.
 - ``worlds.decile_mape_median``: see :func:`bp_spark.evaluation.metrics.decile_mape`.
-- ``worlds.coverage_min``, ``worlds.coverage_max``: share of users whose spend lies in their interval. Where most may spend
-  nothing, nobody lies below it, and more than promised lie in it.
-- ``worlds.above_high_max``: largest share of users who spend more than the upper end; a half of what the coverage leaves.
+- ``worlds.coverage_min``, ``worlds.coverage_max``: share of users whose spend lies in their interval. Where most hardly
+  buy at all, more than promised lie in it.
+- ``worlds.above_high_max``: largest share of users who spend more than the upper end; at most what the coverage leaves.
 - ``worlds.rank_losses``: worlds in which a single member, linear regression, or the same weeks of the year before rank users
   surely better (Spearman, in 95 % of paired resamples).
 - ``worlds.mae_ratio_to_best_peer``: mean absolute error over that of the best of these, the median.

@@ -67,20 +67,21 @@ def assert_sound(answers: dict[str, np.ndarray]) -> None:
     assert set(answers["risk_level"]) <= set(RISKS)
 
 
-def test_fresh_users_lie_above_the_interval_and_those_who_surely_buy_below_it_one_time_in_twenty_each():
+def test_one_fresh_user_in_ten_lies_outside_the_interval_half_of_those_who_surely_buy_below_it():
     fresh = world(20_000, seed=99)
-    above, below = [], []
+    outside, below = [], []
     for seed in range(8):
         answers = CalibratedStack.fit(world(2000, seed=seed), BOTH).apply(members(fresh))
         surely = answers["p_active"] >= 0.95
-        above.append((fresh["label_spend"] > answers["high"]).mean())
-        below.append((fresh["label_spend"] < answers["low"])[surely].mean())
+        is_below = fresh["label_spend"] < answers["low"]
+        outside.append((is_below | (fresh["label_spend"] > answers["high"])).mean())
+        below.append(is_below[surely].mean())
         # nobody lies below who may well spend nothing
         assert (answers["low"][~surely] == 0).all()
     # Given the fitting rows, a tail scatters like a Beta: about sqrt(0.05 * 0.95 / 2000) = 0.005 each.
-    assert np.mean(above) == pytest.approx(0.05, abs=0.01)
+    assert np.mean(outside) == pytest.approx(0.1, abs=0.015)
     assert np.mean(below) == pytest.approx(0.05, abs=0.015)
-    assert np.ptp(above) < 0.04
+    assert np.ptp(outside) < 0.05
 
 
 def test_every_fifth_of_users_is_covered(fusion):

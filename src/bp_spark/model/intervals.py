@@ -6,7 +6,8 @@ score is least. It is then multiplied so that as many users as promised lie beyo
 Papadopoulos et al. 2008; each tail by itself, Romano et al. 2019). Rows may have weights: where they fade with age, the
 coverage holds under slow change (Barber et al. 2023, "Conformal prediction beyond exchangeability").
 
-Who may well spend nothing has no lower end above 0, and who hardly buys at all no upper end above the expected spend.
+The lower end of users who may well spend nothing is 0. Then all who are left out lie above the upper end: the interval still
+holds as many as promised, and not more. Who hardly buys at all has no upper end above the expected spend.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class UserIntervals:
     """Ends of the interval by user.
 
     Attributes:
-        tail: share of users beyond each end.
+        tail: share of users beyond each end, where both can be missed.
         unit: root of money that regressors count in, so that the currency doesn't matter.
         lower: distance of the lower end; ``None`` where too few users surely buy: the lower end is 0.
         upper: distance of the upper end.
@@ -120,7 +121,7 @@ class UserIntervals:
         """Return both ends in money, float64 [rows] each; the lower one is not negative."""
         root, regressors = users.root, _regressors(users, self.tail, self.unit)
         low, high = np.zeros(len(root)), np.expm1(users.log_expected)
-        surely, perhaps = users.p_active >= 1.0 - self.tail, users.p_active > self.tail
+        surely, perhaps = users.p_active >= 1.0 - self.tail, users.p_active > _upper_tails(users, self.tail)
         if self.lower is not None:
             low[surely] = np.maximum(root[surely] - self.lower(regressors[surely]), 0.0) ** 2
         high[perhaps] = (root[perhaps] + self.upper(regressors[perhaps])) ** 2
@@ -202,7 +203,7 @@ def _regressors(users: Predicted, tail: float, unit: float) -> np.ndarray:
     # Sums column by column: the order of a sum over rows could depend on how many there are.
     mean = sum(users.roots.T, np.zeros(len(log_root))) / members
     variance = sum(((root - mean) ** 2 for root in users.roots.T), np.zeros(len(log_root))) / members
-    within_buyers = (users.p_active - tail) / np.maximum(users.p_active, _CLOSEST)
+    within_buyers = (users.p_active - _upper_tails(users, tail)) / np.maximum(users.p_active, _CLOSEST)
     columns = [
         log_root,
         np.log1p(np.sqrt(variance) / unit),
@@ -211,6 +212,15 @@ def _regressors(users: Predicted, tail: float, unit: float) -> np.ndarray:
         *users.process.T,
     ]
     return np.stack(columns, axis=1)
+
+
+def _upper_tails(users: Predicted, tail: float) -> np.ndarray:
+    """Return each user's chance to spend more than the upper end, float64 [rows].
+
+    Nobody spends less than a lower end of 0, so the upper end leaves out twice as many there. Where the chance of nothing is
+    between one and two tails, it leaves out as many as that chance: without a jump.
+    """
+    return np.asarray(np.clip(1.0 - users.p_active, tail, 2.0 * tail))
 
 
 def _beyond(regressors: np.ndarray, highest: tuple[float, ...]) -> np.ndarray:
@@ -241,18 +251,21 @@ def fit_intervals(
     above = np.sqrt(np.outer(spend, shocks)) - users.root[:, None]
     shares = np.repeat(weights[:, None] / len(shocks), len(shocks), axis=1)
     needed = rows_needed(coverage)
-    surely, perhaps = users.p_active >= 1.0 - tail, users.p_active > tail
+    tails = _upper_tails(users, tail)
+    surely, perhaps = users.p_active >= 1.0 - tail, users.p_active > tails
     if weights[perhaps].sum() < needed:
         perhaps = np.ones(len(spend), bool)
     lower = None
     if weights[surely].sum() >= needed:
-        lower = _fit_scale(regressors[surely], -above[surely], shares[surely], halves[surely], tail)
-    upper = _fit_scale(regressors[perhaps], above[perhaps], shares[perhaps], halves[perhaps], tail)
+        lower = _fit_scale(
+            regressors[surely], -above[surely], shares[surely], halves[surely], np.full(surely.sum(), tail)
+        )
+    upper = _fit_scale(regressors[perhaps], above[perhaps], shares[perhaps], halves[perhaps], tails[perhaps])
     return UserIntervals(tail, unit, lower, upper)
 
 
 def _fit_scale(
-    regressors: np.ndarray, residuals: np.ndarray, shares: np.ndarray, halves: np.ndarray, tail: float
+    regressors: np.ndarray, residuals: np.ndarray, shares: np.ndarray, halves: np.ndarray, tails: np.ndarray
 ) -> Scale:
     """Fit the distance of an end.
 
@@ -261,7 +274,7 @@ def _fit_scale(
         residuals: root of the spend less that of the expected one, positive towards the end, float64 [rows, shocks].
         shares: weights of the residuals, float64 [rows, shocks].
         halves: see :func:`fit_intervals`.
-        tail: share of users beyond the end.
+        tails: of each user, the chance to be beyond the end, float64 [rows].
     """
     lowest, highest = (floats(bounds) for bounds in np.quantile(regressors, _RANGE, axis=0))
     bounded, beyond = np.clip(regressors, lowest, highest), _beyond(regressors, highest)
@@ -270,32 +283,32 @@ def _fit_scale(
     design = np.column_stack([np.ones(len(bounded)), (bounded - mean) / deviation])
     unit = float(np.average(np.abs(residuals), weights=shares)) or 1.0
     distances = residuals / unit
-    fitted = _quantile_scale(design, beyond, distances, shares, tail)
+    fitted = _quantile_scale(design, beyond, distances, shares, tails)
     logs = design @ fitted + beyond
     for half in (halves, ~halves):
         if half.any() and not half.all():
-            other = _quantile_scale(design[half], beyond[half], distances[half], shares[half], tail)
+            other = _quantile_scale(design[half], beyond[half], distances[half], shares[half], tails[half])
             logs[~half] = design[~half] @ other + beyond[~half]
-    factor = _quantile((distances / np.exp(logs)[:, None]).ravel(), shares.ravel(), tail)
+    factor = _quantile((distances / np.exp(logs)[:, None]).ravel(), shares.ravel(), _mean(tails, shares))
     weights = fitted[1:] / deviation
     intercept = fitted[0] - float(weights @ mean) + math.log(unit) + math.log(max(factor, _CLOSEST))
     return Scale(lowest, highest, floats([intercept, *weights]))
 
 
 def _quantile_scale(
-    design: np.ndarray, beyond: np.ndarray, distances: np.ndarray, shares: np.ndarray, tail: float
+    design: np.ndarray, beyond: np.ndarray, distances: np.ndarray, shares: np.ndarray, tails: np.ndarray
 ) -> np.ndarray:
-    """Return the weights, float64 [columns], of a log distance that a share ``tail`` of the users exceeds.
+    """Return the weights, float64 [columns], of a log distance that users exceed with the chances ``tails``.
 
     Args:
         design: 1 and the standardised regressors, float64 [rows, columns].
         beyond: what is added to the log distance, float64 [rows].
         distances: float64 [rows, shocks], in their mean.
         shares: weights of the distances, float64 [rows, shocks].
-        tail: share of users beyond the end.
+        tails: of each user, the chance to be beyond the end, float64 [rows].
     """
     start = np.zeros(design.shape[1])
-    start[0] = math.log(max(_quantile(distances.ravel(), shares.ravel(), tail), _SMOOTHING))
+    start[0] = math.log(max(_quantile(distances.ravel(), shares.ravel(), _mean(tails, shares)), _SMOOTHING))
     unit = math.exp(start[0])
     ridge = np.full(design.shape[1], _RIDGE)
     ridge[0] = 0.0
@@ -304,12 +317,17 @@ def _quantile_scale(
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         scale = np.exp(np.clip(design @ weights + beyond, -20.0, 20.0))
         excess = distances - scale[:, None]
-        bent = _SMOOTHING * np.logaddexp(0.0, excess / _SMOOTHING) - tail * excess
-        slope = ((expit(excess / _SMOOTHING) - tail) * shares).sum(axis=1)
+        bent = _SMOOTHING * np.logaddexp(0.0, excess / _SMOOTHING) - tails[:, None] * excess
+        slope = ((expit(excess / _SMOOTHING) - tails[:, None]) * shares).sum(axis=1)
         value = float((bent * shares).sum()) / unit + 0.5 * float(ridge @ weights**2)
         return value / rows, (ridge * weights - design.T @ (slope * scale) / unit) / rows
 
     return np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B").x)
+
+
+def _mean(tails: np.ndarray, shares: np.ndarray) -> float:
+    """Return the mean chance to be beyond the end, by the rows' weights."""
+    return float(np.average(tails, weights=shares.sum(axis=1)))
 
 
 def _quantile(values: np.ndarray, weights: np.ndarray, tail: float) -> float:
