@@ -59,8 +59,7 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
     """
     config = run.config
     level = fit_level(run, dates, test_date)
-    first, _ = span(run.lakehouse)
-    year_before = labels.year_before(first, test_date, config.labels) if level.evidence else []
+    year_before = labels.year_before(span(run.lakehouse)[0], test_date, config.labels) if level.evidence else []
     version, vocabulary, folder = prepare(run, dates, test_date, year_before)
     rows = run.lakehouse.read("training_set", version)
     members, out_of_fold, history = cross_fit(run, rows, test_date, vocabulary, folder, version=version)
