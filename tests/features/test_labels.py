@@ -107,6 +107,18 @@ def test_every_cutoff_has_its_horizon_before_the_test_date_and_its_history(
     assert steps <= {timedelta(days=config.cutoff_step_days)}
 
 
+def test_a_season_is_measured_around_the_same_weekday_of_the_year_before() -> None:
+    config, dates = LabelsConfig(horizon_days=90), [date(2016, 9, 20), date(2016, 10, 4), date(2016, 10, 18)]
+    assert labels.year_before(date(2016, 1, 1), DAY, config) == dates
+    assert labels.year_before(date(2016, 8, 22), DAY, config) == dates[1:], "thirty days of events lie before each"
+    assert labels.year_before(date(2017, 1, 1), DAY, config) == []
+
+
+def test_a_year_before_no_label_sees_the_test_date() -> None:
+    config = LabelsConfig(horizon_days=364, other_horizons=())
+    assert labels.year_before(date(2010, 1, 1), DAY, config) == [date(2016, 9, 20), date(2016, 10, 4)]
+
+
 def test_too_short_a_past_is_refused_with_the_days_that_are_needed() -> None:
     with pytest.raises(DataError) as refused:
         labels.cutoffs(date(2017, 9, 1), DAY, LabelsConfig(horizon_days=90))

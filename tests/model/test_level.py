@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import date, timedelta
 
 import numpy as np
@@ -28,7 +27,7 @@ def platform(weeks: int, season: float, seed: int, growth: float = 0.0) -> tuple
     there = (week >= start[:, None]) & (week < (start + stays)[:, None])
     orders = rng.poisson(rng.gamma(0.8, 0.2, users)[:, None] * calendar * there)
     spend = orders * rng.gamma(3, 10, users)[:, None]
-    first = np.where(orders.any(axis=1), orders.argmax(axis=1), weeks + HORIZON)
+    first = np.where(orders.any(axis=1), (orders > 0).argmax(axis=1), weeks + HORIZON)
     observed = first < weeks
     rows = [
         (weeks - 1 - int(first[user]), weeks - 1 - int(when), round(100 * float(spend[user, when])))
@@ -38,15 +37,24 @@ def platform(weeks: int, season: float, seed: int, growth: float = 0.0) -> tuple
     return weekly, float(spend[observed, weeks:].sum())
 
 
-def steady_forecast(weekly: WeeklySpend) -> float:
-    """What users spent in the last quarter, times what followed a quarter at the cutoffs that members learn from."""
+def steady_forecast(weekly: WeeklySpend, weeks_ago: int = 0) -> float:
+    """What users spent in the quarter before a week, times what followed a quarter at the cutoffs that members learn from."""
     spent = weekly.cohorts
     ratios = []
     for age in CUTOFF_AGES:
         back = round(age / 7)
-        after = spent[back:, back - HORIZON : back].sum()
-        ratios.append(after / spent[:, back : back + HORIZON].sum())
-    return float(spent[:, :HORIZON].sum() * np.mean(ratios))
+        ratios.append(after(weekly, back) / spent[:, back : back + HORIZON].sum())
+    return float(spent[:, weeks_ago : weeks_ago + HORIZON].sum() * np.mean(ratios))
+
+
+def after(weekly: WeeklySpend, weeks_ago: int) -> float:
+    """What users of a past week spent in the horizon after it."""
+    return float(weekly.cohorts[weeks_ago:, weeks_ago - HORIZON : weeks_ago].sum())
+
+
+def with_year_before(weekly: WeeklySpend) -> Level:
+    """The level, by what a steady forecast missed a year before."""
+    return fitted(weekly).as_a_year_before(after(weekly, 52), steady_forecast(weekly, 52))
 
 
 def fitted(weekly: WeeklySpend) -> Level:
@@ -58,7 +66,7 @@ def test_a_strong_season_of_three_years_is_found_and_brings_the_total_near_what_
     for seed in range(5):
         weekly, spent = platform(156, season=0.5, seed=seed)
         expected = steady_forecast(weekly)
-        level = fitted(weekly).towards(expected)
+        level = with_year_before(weekly)
         assert level.evidence > 0.7
         steady.append(abs(np.log(expected / spent)))
         seasonal.append(abs(np.log(expected * level.factor() / spent)))
@@ -68,16 +76,15 @@ def test_a_strong_season_of_three_years_is_found_and_brings_the_total_near_what_
 
 def test_without_a_season_the_factor_stays_near_one() -> None:
     for seed in range(5):
-        weekly, spent = platform(156, season=0.0, seed=seed)
-        # members that know the total need no help
-        assert abs(np.log(fitted(weekly).towards(spent).factor())) < 0.05
+        weekly, _ = platform(156, season=0.0, seed=seed)
+        assert abs(np.log(with_year_before(weekly).factor())) < 0.05
 
 
 @pytest.mark.parametrize("weeks", [0, 1, 11, 13, 14, 40, 60, 80])
 def test_less_than_two_years_tell_of_no_season_but_of_an_unsure_level(weeks: int) -> None:
     weekly, spent = platform(weeks, season=0.5, seed=1) if weeks else (WeeklySpend.of([], END, END), 1.0)
-    level = fitted(weekly).towards(spent)
-    assert (level.evidence, level.forecast, level.factor()) == (0.0, 0.0, 1.0)
+    level = fitted(weekly).as_a_year_before(2 * spent, spent)
+    assert (level.evidence, level.factor()) == (0.0, 1.0)
     assert 0 < level.sd < 1
     assert weeks < 60 or level.sd > 0.15
 
@@ -107,7 +114,7 @@ def test_the_effects_of_age_and_calendar_are_told_apart() -> None:
 
 def test_the_factor_follows_the_calendar_and_is_held_beyond_what_is_known() -> None:
     weekly, _ = platform(156, season=0.5, seed=3)
-    level = fitted(weekly).towards(steady_forecast(weekly))
+    level = with_year_before(weekly)
     by_week = [level.factor(END + timedelta(weeks=week)) for week in range(40)]
     assert by_week[0] == level.factor() == level.factor(END)
     assert max(by_week) / min(by_week) > 1.5
@@ -116,10 +123,19 @@ def test_the_factor_follows_the_calendar_and_is_held_beyond_what_is_known() -> N
 
 
 def test_the_factor_reaches_no_further_than_seasons_have() -> None:
-    weekly, spent = platform(156, season=0.5, seed=3)
+    weekly, spent = platform(156, season=0.3, seed=3)
     level = fitted(weekly)
     assert 0.5 < level.reach < np.log(3)
-    assert level.towards(spent / 100).factor() == pytest.approx(np.exp(level.reach))
+    assert level.as_a_year_before(spent, spent / 100).factor() == pytest.approx(np.exp(level.reach))
+
+
+def test_the_factor_is_what_was_missed_a_year_before_and_one_with_nothing_to_compare() -> None:
+    level = fitted(platform(156, season=0.5, seed=3)[0])
+    assert level.as_a_year_before(130.0, 100.0).factor() == pytest.approx(1.3)
+    for spent, expected in ((0.0, 100.0), (100.0, 0.0)):
+        unknown = level.as_a_year_before(spent, expected)
+        assert {unknown.factor(END + timedelta(weeks=week)) for week in (-4, 0, 20)} == {1.0}
+        assert unknown.evidence == 0
 
 
 def test_the_order_of_rows_changes_no_bit() -> None:
@@ -139,8 +155,9 @@ def test_a_stray_row_of_long_ago_costs_no_more_than_eight_years() -> None:
 
 
 def test_a_level_comes_back_from_json_bit_for_bit_and_a_broken_one_is_refused() -> None:
-    level = Level("2024-01-01", 0.7, 1234.5, 0.4, Curve((0.0, 7.0), (0.1, 1 / 3)), 0.06)
+    level = Level("2024-01-01", 0.7, 0.4, Curve((0.0, 7.0), (0.1, 1 / 3)), 0.06)
     assert Level.from_json(level.to_json()) == level
+    assert Level.from_json(level.to_json() | {"forecast": 1234.5}) == level, "of a bundle of 0.2.0"
     for change in (
         {"sd": -1},
         {"evidence": 2},
@@ -150,4 +167,3 @@ def test_a_level_comes_back_from_json_bit_for_bit_and_a_broken_one_is_refused() 
     ):
         with pytest.raises(BundleError, match="level: malformed"):
             Level.from_json(level.to_json() | change)
-    assert replace(level, forecast=0.0).towards(10.0).factor() == 1.0

@@ -46,7 +46,7 @@ def members(frame: pd.DataFrame) -> dict[str, np.ndarray]:
     return {name: frame[name].to_numpy() for name in frame.columns if name != "label_spend"}
 
 
-RISING = Level("2024-01-01", 1.0, 1.0, 0.5, Curve((0.0, 10.0), (0.0, 0.5)), 0.05)
+RISING = Level("2024-01-01", 1.0, 0.5, Curve((0.0, 10.0), (0.0, 0.5)), 0.05)
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def write(folder: Path) -> Path:
     frame = pd.DataFrame({"label_spend": label, **{name: predictions[name] for name in names}})
     frame["btyd_active"], frame["btyd_silent_days"] = predictions["btyd_active"], predictions["btyd_silent_days"]
     stack = CalibratedStack.fit(frame, FusionConfig(members=names))
-    level = Level("2017-10-03", 0.5, 1e6, 0.4, Curve((-7.0, 0.0, 7.0), (0.1, 0.2, 0.3)), 0.05)
+    level = Level("2017-10-03", 0.5, 0.4, Curve((-7.0, 0.0, 7.0), (0.1, 0.2, 0.3)), 0.05)
     stack = CalibratedStack(**{**vars(stack), "level": level})
     horizons = Horizons(
         90, (Ratio(30, "transformer", Curve((0.1, 0.9), (0.3, 0.4))), Ratio(180, EXPECTED, Curve((2.0,), (1.9,))))

@@ -32,6 +32,9 @@ MIN_HISTORY_DAYS = 30
 """Days of events that lie before each cutoff."""
 MIN_EXPOSURE = 1 / 3
 """Share of a cutoff's horizon that must have been seen, so that its spend is a fair sample of the whole."""
+WEEKS_A_YEAR = 52
+AROUND_WEEKS = (-2, 0, 2)
+"""Weeks around the same date of the year before: one date alone has more noise, further ones another season."""
 BUCKETS = 10_000
 """Parts into which a hash divides the users; some of them are held out."""
 HOLDOUT = -1
@@ -87,6 +90,22 @@ def recent_cutoffs(newest: date, test_date: date, config: LabelsConfig) -> list[
     shortest = math.ceil(MIN_EXPOSURE * config.horizon_days)
     dates = [newest + timedelta(days=step * config.cutoff_step_days) for step in range(1, config.recent_cutoffs + 1)]
     return [day for day in dates if (test_date - day).days >= shortest]
+
+
+def year_before(first_event: date, test_date: date, config: LabelsConfig) -> list[date]:
+    """Return the as-of dates around the test date's weekday of the year before, oldest first, to measure a season by.
+
+    Each horizon ends on or before the test date, and 30 days of events lie before each date.
+
+    Args:
+        first_event: day of the first event.
+        test_date: the first day that no label may see.
+        config: the horizon.
+    """
+    same_day = test_date - timedelta(weeks=WEEKS_A_YEAR)
+    newest, oldest = test_date - timedelta(days=config.horizon_days), first_event + timedelta(days=MIN_HISTORY_DAYS)
+    dates = [same_day + timedelta(weeks=weeks) for weeks in AROUND_WEEKS]
+    return [day for day in dates if oldest <= day <= newest]
 
 
 def future_spend(daily: DataFrame, as_of: Sequence[date], horizon_days: int, until: date | None = None) -> DataFrame:

@@ -1,7 +1,7 @@
 """The platform's level: the factor by which the season moves everyone's spend, and its uncertainty.
 
 Members learn from recent cutoffs what follows a user's past. If no recent horizon had a December, they can't predict that
-spend rises in December. The platform's weekly totals can, by two forecasts of the horizon:
+spend rises in December. The platform's weekly totals tell whether there is such a season, by two forecasts of the horizon:
 
 - *Steady*: the level of the last weeks times the ratio of horizon to last weeks at the training cutoffs. It stands for the
   members' predictions.
@@ -11,8 +11,11 @@ spend rises in December. The platform's weekly totals can, by two forecasts of t
 The level is the calendar's effect in :meth:`WeeklySpend.decomposed`, which allows for the falling spend of ageing cohorts.
 :meth:`Level.fit` makes both forecasts for each past week whose horizon is over. It then measures which share of the way from
 the steady to the seasonal forecast was right. That share is the *evidence*, if it is significant and pays. Without two years of
-data, or without a season, it is 0 and the factor is 1. The error of past forecasts gives the standard deviation of the level.
-All users share that error, so intervals allow for it.
+data, or without a season, it is 0 and the factor is 1.
+
+Where there is evidence, the factor is what the members themselves miss around the same date of the year before
+(:meth:`Level.as_a_year_before`): their predictions know how many users there are and how much each buys. The error of past
+forecasts gives the standard deviation of the level. All users share that error, so intervals allow for it.
 """
 
 from __future__ import annotations
@@ -27,10 +30,10 @@ import numpy as np
 
 from bp_spark.core.config import FusionConfig
 from bp_spark.core.errors import BundleError
+from bp_spark.features.labels import WEEKS_A_YEAR
 from bp_spark.model.curve import Curve, as_json, curve_from_json
 from bp_spark.model.values import floats, number
 
-WEEKS_A_YEAR = 52
 _WINDOWS = (4, 13, 26, 52)
 """Candidate windows, in weeks: the spend of the last weeks that stands for the level."""
 _PRIOR_SD, _PRIOR_WEIGHT = 0.05, 2.0
@@ -120,14 +123,6 @@ class Decomposition(NamedTuple):
     by_age: np.ndarray
     calendar: np.ndarray
 
-    def ahead(self, horizon: int) -> float:
-        """Return the spend of today's users in the next ``horizon`` weeks for a calendar effect of 1."""
-        count = len(self.size)
-        # Higher ages haven't occurred yet: they get the mean effect of the highest ages.
-        oldest = self.by_age[-horizon:].mean()
-        by_age = np.concatenate([self.by_age, np.full(horizon, oldest)])
-        return float(sum(self.size @ by_age[1 + week : 1 + week + count] for week in range(horizon)))
-
 
 @dataclass(frozen=True)
 class Level:
@@ -135,8 +130,7 @@ class Level:
 
     Attributes:
         as_of: the date of the fit, as YYYY-MM-DD.
-        evidence: how far the seasonal forecast is followed, 0 to 1.
-        forecast: seasonal forecast of the horizon's spend from ``as_of`` on, in money; 0 without evidence.
+        evidence: which share of the way to the seasonal forecast was right in past weeks; 0: the season isn't followed.
         reach: largest absolute ``log_factor``: no season has moved the past weeks much further.
         log_factor: natural logarithm of the factor, by days since ``as_of``.
         sd: standard deviation of the log level's error.
@@ -144,7 +138,6 @@ class Level:
 
     as_of: str
     evidence: float
-    forecast: float
     reach: float
     log_factor: Curve
     sd: float
@@ -153,7 +146,7 @@ class Level:
     def fit(cls, spend: WeeklySpend, horizon_days: int, cutoff_ages: Sequence[int], conf: FusionConfig) -> Self:
         """Fit the evidence for a season and the remaining error.
 
-        The factor is relative to that of ``as_of``: :meth:`towards` completes it.
+        The factor is relative to that of ``as_of``: :meth:`as_a_year_before` completes it.
 
         Args:
             spend: of the platform, up to the date of the fit.
@@ -164,23 +157,22 @@ class Level:
         horizon = max(1, round(horizon_days / 7))
         as_of = spend.end.isoformat()
         if not spend.cohorts.any():
-            return cls(as_of, 0.0, 0.0, 0.0, _FLAT, _PRIOR_SD)
-        parts = spend.decomposed()
-        index = parts.calendar
+            return cls(as_of, 0.0, 0.0, _FLAT, _PRIOR_SD)
+        index = spend.decomposed().calendar
         ratios = {weeks: _after(index, horizon) - _before(index, weeks) for weeks in _WINDOWS}
         steady = {weeks: _steady(ratio, cutoff_ages, conf.half_life_days) for weeks, ratio in ratios.items()}
         errors = {weeks: ratios[weeks] - steady[weeks] for weeks in _WINDOWS}
-        by = _best(errors)
+        # With less than two years of data, a long window leaves too few weeks to judge by.
+        by = _best({w: error for w, error in errors.items() if _independent(error, horizon) >= _EPISODES} or errors)
         sd = _sd(errors[by], horizon)
         year_ago = {weeks: _shifted(ratio, WEEKS_A_YEAR) for weeks, ratio in ratios.items()}
-        # With just two years of data, a long window leaves too few weeks to judge by.
         misses = {
             weeks: miss
             for weeks, ratio in ratios.items()
             if _independent(miss := ratio - year_ago[weeks], horizon) >= _EPISODES
         }
         if not (conf.season and misses):
-            return cls(as_of, 0.0, 0.0, 0.0, _FLAT, sd)
+            return cls(as_of, 0.0, 0.0, _FLAT, sd)
         seasonal_by = _best(misses)
         seasonal = _before(index, seasonal_by) + year_ago[seasonal_by]
         by = _best(
@@ -190,27 +182,29 @@ class Level:
         evidence = _evidence(errors[by], shifts, horizon)
         sd_left = _sd(errors[by] - evidence * shifts, horizon)
         if evidence == 0 or sd - sd_left < _GAIN or not np.isfinite(seasonal[0]):
-            return cls(as_of, 0.0, 0.0, 0.0, _FLAT, sd)
+            return cls(as_of, 0.0, 0.0, _FLAT, sd)
         reach = min(_MARGIN * float(np.nanmax(np.abs(shifts))), _MOST)
-        forecast = float(np.exp(seasonal[0])) * parts.ahead(horizon) * horizon_days / (7 * horizon)
         ahead = np.arange(-_BACK, WEEKS_A_YEAR - horizon + 1)
         ahead = ahead[WEEKS_A_YEAR - ahead < len(index)]
         # Change of last year's ratio from the week of the fit to each other week, which members don't predict.
-        changes = ratios[by][WEEKS_A_YEAR - ahead] - ratios[by][WEEKS_A_YEAR]
+        changes = evidence * (ratios[by][WEEKS_A_YEAR - ahead] - ratios[by][WEEKS_A_YEAR])
         usable = np.isfinite(changes)
         course = Curve(floats(7.0 * ahead[usable]), floats(changes[usable])) if usable.any() else _FLAT
-        return cls(as_of, evidence, forecast, reach, course, sd_left)
+        return cls(as_of, evidence, reach, course, sd_left)
 
-    def towards(self, expected: float) -> Self:
-        """Return the level that moves the members' total towards the forecast, as far as there is evidence.
+    def as_a_year_before(self, spent: float, expected: float) -> Self:
+        """Return the level with the factor that the members would have needed around the same date of the year before.
+
+        Without evidence, or with nothing to compare, the factor is 1.
 
         Args:
-            expected: members' total as of ``as_of``, without any factor, in money.
+            spent: in the horizons from these dates on, in money.
+            expected: the members' predictions of that, without any factor.
         """
-        if self.forecast <= 0 or expected <= 0:
-            return replace(self, evidence=0.0, forecast=0.0, reach=0.0, log_factor=_FLAT)
-        gap = math.log(self.forecast / expected)
-        log_factors = np.clip(self.evidence * (gap + np.array(self.log_factor.y)), -self.reach, self.reach)
+        if not self.evidence or spent <= 0 or expected <= 0:
+            return replace(self, evidence=0.0, reach=0.0, log_factor=_FLAT)
+        missed = math.log(spent / expected)
+        log_factors = np.clip(missed + np.array(self.log_factor.y), -self.reach, self.reach)
         return replace(self, log_factor=Curve(self.log_factor.x, floats(log_factors)))
 
     def factor(self, on: date | None = None) -> float:
@@ -230,13 +224,13 @@ class Level:
             BundleError: a key is missing or unknown, or a value has the wrong type.
         """
         try:
-            if set(document) != {field.name for field in fields(cls)}:
+            # Bundles of 0.2.0 also hold the seasonal forecast in money.
+            if set(document) - {"forecast"} != {field.name for field in fields(cls)}:
                 raise ValueError("not the keys of a level")
             as_of = date.fromisoformat(document["as_of"]).isoformat()
             evidence, reach = number(document["evidence"], 0, 1), number(document["reach"], 0, _MOST)
-            forecast, sd = number(document["forecast"], 0), number(document["sd"], 0)
-            log_factor = curve_from_json(document["log_factor"], -_MOST, _MOST)
-            return cls(as_of, evidence, forecast, reach, log_factor, sd)
+            log_factor, sd = curve_from_json(document["log_factor"], -_MOST, _MOST), number(document["sd"], 0)
+            return cls(as_of, evidence, reach, log_factor, sd)
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(f"level: malformed ({error!r})") from None
 

@@ -32,19 +32,22 @@ _FILES_PER_RANK = 4
 """Files of each partition that a rank reads, so that ranks have similar numbers of rows."""
 
 
-def prepare(run: Run, dates: Sequence[date], test_date: date) -> tuple[int, Path, Path]:
+def prepare(
+    run: Run, dates: Sequence[date], test_date: date, unlabelled: Sequence[date] = ()
+) -> tuple[int, Path, Path]:
     """Write features, training set and vocabulary as of a test date.
 
     Args:
         run: the running job.
         dates: cutoffs whose whole horizon was seen; newer cutoffs are added, see :func:`labels.recent_cutoffs`.
         test_date: date from which on nothing is seen.
+        unlabelled: further dates to write features of, and no labels.
 
     Returns:
         The version of ``training_set``, the file of the vocabulary, and the folder for work files.
     """
     dates = [*dates, *labels.recent_cutoffs(dates[-1], test_date, run.config.labels)]
-    write_features(run, [*dates, test_date])
+    write_features(run, [*unlabelled, *dates, test_date])
     version = write_training_set(run, dates, test_date)
     folder = _work_folder(run)
     return version, write_vocabulary(run, test_date, folder), folder

@@ -58,21 +58,22 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
         brackets: ``user_key, bracket``, to join to the predictions.
     """
     config = run.config
-    version, vocabulary, folder = prepare(run, dates, test_date)
+    level = fit_level(run, dates, test_date)
+    year_before = labels.year_before(span(run.lakehouse)[0], test_date, config.labels) if level.evidence else []
+    version, vocabulary, folder = prepare(run, dates, test_date, year_before)
     rows = run.lakehouse.read("training_set", version)
     members, out_of_fold, history = cross_fit(run, rows, test_date, vocabulary, folder, version=version)
     users = users_of_test_date(run, test_date)
     if brackets is not None:
         users = users.join(brackets, "user_key", "left")
     reference = predict_sample(users, members, config)
-    level = fit_level(run, dates, test_date)
     fusion = CalibratedStack.fit(out_of_fold, config.fusion, reference, level.sd)
     horizons = _fit_horizons(run, out_of_fold, fusion)
     columns = {str(name): reference[name].to_numpy() for name in reference}
     steady = fusion.apply_without_level(columns)
-    # the predictions may be of a sample; without a forecast the users need no count
-    total = float(steady["expected_spend"].mean()) * users.count() if level.forecast else 0.0
-    fusion = replace(fusion, level=level.towards(total))
+    if level.evidence:
+        level = _as_a_year_before(run, level, year_before, members, fusion)
+    fusion = replace(fusion, level=level)
     fused, by_horizon = fusion.apply_level(steady), horizons.apply(steady["expected_spend"], columns)
     predictions = reference.assign(
         fused=fused["expected_spend"],
@@ -93,6 +94,7 @@ def fit_level(run: Run, dates: Sequence[date], test_date: date) -> Level:
         test_date: date from which on no spend is seen.
     """
     config = run.config
+    run.lakehouse.require_whole_files("user_daily")
     with run.stage("fit level") as figures:
         first, _ = span(run.lakehouse)
         weekly = labels.weekly_spend(run.lakehouse.read("user_daily"), test_date)
@@ -101,6 +103,24 @@ def fit_level(run: Run, dates: Sequence[date], test_date: date) -> Level:
         spend = WeeklySpend.of(rows, first, test_date)
         level = Level.fit(spend, config.labels.horizon_days, ages, config.fusion)
         figures["evidence"], figures["sd"] = f"{level.evidence:.2f}", f"{level.sd:.3f}"
+    return level
+
+
+def _as_a_year_before(
+    run: Run, level: Level, days: Sequence[date], members: Sequence[Member], fusion: CalibratedStack
+) -> Level:
+    """Complete the level by what the members miss as of dates of the year before.
+
+    The labels of these dates fitted nothing. The users' later labels did, but one factor for all users can't memorise them.
+    """
+    with run.stage("fit season") as figures:
+        spent = expected = 0.0
+        for day in days:
+            users = predict_sample(users_of_test_date(run, day), members, run.config)
+            spent += float(users["label_spend"].clip(lower=0.0).sum())
+            expected += float(fusion.apply_without_level(fusion.inputs_from(users))["expected_spend"].sum())
+        level = level.as_a_year_before(spent, expected)
+        figures["dates"], figures["factor"] = len(days), f"{level.factor():.2f}"
     return level
 
 
