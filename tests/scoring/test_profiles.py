@@ -120,6 +120,8 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
             # nearest to 30 days before; another is a day further off
             *(score("a", ago(28), 75.0), score("b", ago(28), 80.0), score("c", ago(28), 12.0)),
             *(score("a", ago(33), 1.0), score("b", ago(33), 1.0)),
+            # nearest of all, and by another bundle
+            score("a", ago(30), 1.0, bundle_digest="another"),
             score("a", ago(90), 84.0),
         ],
         features: [
@@ -240,7 +242,7 @@ def test_a_user_has_only_so_many_categories(platform: Platform) -> None:
     ]
 
 
-def test_a_trend_goes_by_the_nearest_scored_date(platform: Platform) -> None:
+def test_a_trend_goes_by_the_nearest_date_that_the_same_bundle_scored(platform: Platform) -> None:
     found = platform.rows("user_profile")
     months = {user: (row["compared_30d"], row["score_change_30d"], row["trend_30d"]) for user, row in found.items()}
     assert months == {

@@ -21,7 +21,7 @@ from bp_spark.core.errors import BundleError
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
 OWN_FILES = frozenset({MANIFEST, SIGNATURE})
@@ -112,6 +112,9 @@ def _require_types(path: Path, manifest: Mapping[str, Any]) -> None:
             date.fromisoformat(values.get("test_date", "2000-01-01"))
         except (TypeError, ValueError):
             raise BundleError(f"{path}: test_date is no date") from None
+    definitions = lineage.get("features", {})
+    if not (isinstance(definitions, dict) and all(isinstance(text, str) for text in definitions.values())):
+        raise BundleError(f"{path}: features is no dict of texts")
     if not isinstance(lineage.get("currency"), str | None):
         raise BundleError(f"{path}: currency is no text")
 

@@ -153,6 +153,7 @@ def _write_bundle(run: Run, fitted: Fitted, metrics: pd.DataFrame, judged: Bundl
             "location": lakehouse.location("training_set"),
             "version": fitted.version,
         },
+        "features": features.catalogue(config.features).definitions,
         "text_model": texts.model_digest(config.texts),
         "currency": currency_of(lakehouse) or config.cleaning.currency,
         "config": config.model_dump(mode="json"),

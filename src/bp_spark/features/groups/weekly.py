@@ -21,7 +21,9 @@ def features() -> list[Feature]:
     sum_of_squares = call("aggregate", cents, Expression("0D"), Expression("(s, x) -> s + x / 100 * (x / 100)"))
     mean = sum_of_cents / (100 * WEEKS)
     std = standard_deviation(sum_of_squares / WEEKS, mean)
-    median = Expression(f"{call('array_sort', cents).sql}[{WEEKS // 2}]", cents.aggregates) / 100
+    ordered = call("array_sort", cents)
+    lower, upper = (Expression(f"{ordered.sql}[{place}]", ordered.aggregates) for place in (WEEKS // 2 - 1, WEEKS // 2))
+    median = (lower + upper) / 200
     active = call("size", call("filter", cents, Expression("x -> x > 0")))
     return [
         feature("weekly_spend_mean", mean, "Mean weekly spend", "currency", scale="log"),
