@@ -265,7 +265,7 @@ def test_without_earlier_scores_there_is_no_trend(platform: Platform) -> None:
 
 def test_why_so_much_is_expected_is_told_in_words(platform: Platform) -> None:
     read = platform.lakehouse.read
-    told = (("recent purchases", -12.5, "spend_30d", 40.0), ("recent events", 3.0, None, None))
+    told = (("recent purchases", -12.5, "spend_30d", 40.0), ("latest activity", 3.0, None, None))
     of_type = read("scores").schema["reasons"].dataType
     scores = read("scores").filter(f"score_date = '{DAY}'").withColumn("reasons", F.array().cast(of_type))
     listed = F.array(*(F.struct(*map(F.lit, one)) for one in told)).cast(of_type)
@@ -282,7 +282,7 @@ def test_why_so_much_is_expected_is_told_in_words(platform: Platform) -> None:
     found = {row["user_key"]: row["reasons"] for row in rows.select("user_key", "reasons").collect()}
     assert found["a"] == [
         "Recent purchases: -12.50; above all Spend less refunds (currency, 30 days) = 40.00",
-        "Recent events: +3.00",
+        "Latest activity: +3.00",
     ]
     assert found["b"] == []
 

@@ -36,7 +36,7 @@ from bp_spark.model.permutation import Agreement, permutation_values
 from bp_spark.model.stack import CalibratedStack
 from bp_spark.model.values import number, texts
 
-SEQUENCE = "recent events"
+SEQUENCE = "latest activity"
 """The group of the order and content of the last events, which no tabular feature holds."""
 _ROUNDS, _DEPTH, _LEARNING_RATE, _LEAF_WEIGHT = 150, 4, 0.1, 20.0
 _NEAR, _STEP = 1e-6, 1e-3
@@ -115,8 +115,7 @@ class Explanation:
         imitations, r_squared = {}, {}
         imitated = _without_trees(stack, {member.name: member for member in members})
         for member in imitated.values():
-            # A feature that has no group is no reason: another member's features may be fewer than the bundle's.
-            features = tuple(name for name in member.features if name in groups)
+            features = tuple(name for name in groups if name in member.features)
             values = to_matrix(columns, features, np.float32)
             roots = np.sqrt(predictions[member.name])
             fit = partial(_fit_imitation, Imitation.of(member.name), features=features, seed=seed, threads=threads)
@@ -209,7 +208,7 @@ class Explanation:
         if len(explanation.groups) != len(explanation.features):
             raise BundleError("explanation: features and groups don't fit together")
         for imitation in explanation.imitations.values():
-            if not set(imitation.features) <= set(explanation.features):
+            if tuple(name for name in explanation.features if name in imitation.features) != imitation.features:
                 raise BundleError("explanation: its groups and its trees are of other features")
         return explanation
 

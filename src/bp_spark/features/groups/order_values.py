@@ -8,7 +8,7 @@ from bp_spark.features.aggregates import Largest
 from bp_spark.features.definition import Feature, aggregate, last_days
 from bp_spark.features.groups.terms import orders, standard_deviation, total
 
-feature = partial(Feature, group="order values", scale="log")
+feature = partial(Feature, group="size of orders", scale="log")
 
 
 def features() -> list[Feature]:

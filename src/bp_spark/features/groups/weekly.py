@@ -28,7 +28,7 @@ def features() -> list[Feature]:
     return [
         feature("weekly_spend_mean", mean, "Mean weekly spend", "currency", scale="log"),
         feature("weekly_spend_std", std, "Standard deviation of weekly spend", "currency", scale="log"),
-        feature("weekly_spend_variation", std / mean, "Coefficient of variation of weekly spend", "ratio"),
+        feature("weekly_spend_variation", std / mean, "Scatter of weekly spend, relative to its mean", "ratio"),
         feature("weekly_spend_max", call("array_max", cents) / 100, "Largest weekly spend", "currency", scale="log"),
         feature("weekly_spend_median", median, "Median weekly spend", "currency", scale="log"),
         feature("weekly_spend_slope", _slope(weeks), "Change of weekly spend per week", "currency/week", scale="log"),
