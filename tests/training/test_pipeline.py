@@ -277,6 +277,18 @@ def test_training_stores_what_nights_are_compared_with(line: Line) -> None:
     assert set(stored["bundle_digest"]) == {line.trained.bundle.digest}
     assert sorted(stored.index) == sorted([*manifest["inputs"]["tabular"], "score"])
     assert manifest["lineage"]["features"] == catalogue(line.config.features).definitions
+
+
+def test_training_tells_how_right_its_reasons_are(line: Line) -> None:
+    reasons = line.trained.bundle.manifest["metrics"]["reasons"]
+    assert reasons["users"] == 100
+    assert 0 < reasons["error"] < 1.5
+    assert 0.3 < reasons["same_first"] <= 1
+    (stage,) = [stage for stage in line.trained.stages if stage["stage"] == "explain"]
+    assert stage["figures"]["reasons_error"] == f"{reasons['error']:.4g}"
+    imitated = line.trained.bundle.explanation
+    assert imitated is not None
+    assert {f"r_squared_{name}" for name in imitated.r_squared} <= set(stage["figures"])
     rows = line.lakehouse.read("training_set", manifest["lineage"]["training_set"]["version"]).count()
     assert set(stored["counts"].drop("score").map(sum)) == {rows}
 

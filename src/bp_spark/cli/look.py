@@ -130,7 +130,9 @@ def features(overrides: Overrides = None, config_file: ConfigOption = None) -> N
         f"| `{feature.name}` | {feature.description} | {feature.unit} | {feature.window} | {feature.group} |"
         for feature in catalogue(settings.features).features
     ]
-    print("\n".join(["| feature | what it is | unit | window, days | group in reasons |", "|---|---|---|---|---|", *rows]))
+    print(
+        "\n".join(["| feature | what it is | unit | window, days | group in reasons |", "|---|---|---|---|---|", *rows])
+    )
 
 
 def sql(

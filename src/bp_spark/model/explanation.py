@@ -343,7 +343,7 @@ def _sizes(shares: np.ndarray) -> np.ndarray:
     """Return the part of each feature in the sum of absolute shares, float64 [features, rows]; equal parts where all are 0."""
     sizes = np.abs(shares)
     total = sizes.sum(axis=0)
-    return np.divide(sizes, total, out=np.full(shares.shape, 1.0 / len(shares)), where=total > 0)
+    return np.asarray(np.divide(sizes, total, out=np.full(shares.shape, 1.0 / len(shares)), where=total > 0))
 
 
 def _explain_trees(
