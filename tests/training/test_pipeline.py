@@ -277,6 +277,8 @@ def test_training_stores_what_nights_are_compared_with(line: Line) -> None:
     assert set(stored["bundle_digest"]) == {line.trained.bundle.digest}
     assert sorted(stored.index) == sorted([*manifest["inputs"]["tabular"], "score"])
     assert manifest["lineage"]["features"] == catalogue(line.config.features).definitions
+    rows = line.lakehouse.read("training_set", manifest["lineage"]["training_set"]["version"]).count()
+    assert set(stored["counts"].drop("score").map(sum)) == {rows}
 
 
 def test_training_tells_how_right_its_reasons_are(line: Line) -> None:
@@ -289,8 +291,6 @@ def test_training_tells_how_right_its_reasons_are(line: Line) -> None:
     imitated = line.trained.bundle.explanation
     assert imitated is not None
     assert {f"r_squared_{name}" for name in imitated.r_squared} <= set(stage["figures"])
-    rows = line.lakehouse.read("training_set", manifest["lineage"]["training_set"]["version"]).count()
-    assert set(stored["counts"].drop("score").map(sum)) == {rows}
 
 
 def test_training_never_sees_holdout_users_or_the_test_horizon(line: Line) -> None:
