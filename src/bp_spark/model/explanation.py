@@ -32,7 +32,7 @@ from bp_spark.core.errors import BundleError
 from bp_spark.model.columns import Columns, to_matrix
 from bp_spark.model.members.base import HistoryMember, Member, predict_all
 from bp_spark.model.members.trees import SqrtTreesMember, TreesMember
-from bp_spark.model.permutation import Agreement, permutation_values
+from bp_spark.model.permutation import Agreement, permutation_values, spread_rows
 from bp_spark.model.stack import CalibratedStack
 from bp_spark.model.values import number, texts
 
@@ -43,8 +43,8 @@ _NEAR, _STEP = 1e-6, 1e-3
 """Nearer to the base than the first, rounding would rule the quotient of differences; the second is the step of its limit."""
 _HELD_OUT = 5
 """One user in so many measures the imitation."""
-_COMPARED, _PAIRS = 100, 16
-"""Users that are taken apart by permutations, and pairs of permutations of each."""
+_COMPARED, _ORDERS, _POOL = 100, 16, 1_000
+"""Users that are taken apart by permutations, permutations of each (and their reverses), and users that they are drawn from."""
 _NAME = re.compile(r"[a-z_]{1,40}")
 
 
@@ -254,7 +254,10 @@ class Explanation:
         def expected(values: Mapping[str, np.ndarray]) -> np.ndarray:
             return stack.expected(_weighted_roots(weights, predict_all(in_stack, values)))
 
-        by_permutations = permutation_values(expected, columns, self._players(in_stack), chosen, _PAIRS, rng)
+        pool = rng.choice(rows, min(rows, _POOL), replace=False)
+        in_pool = expected({name: values[pool] for name, values in columns.items()})
+        others = pool[spread_rows(in_pool, len(chosen), _ORDERS, rng)]
+        by_permutations = permutation_values(expected, columns, self._players(in_stack), chosen, others, rng)
         own = {name: values[chosen] for name, values in columns.items()}
         contributions, _ = self.by_group(own, predict_all(in_stack, own), members, stack)
         return Agreement.of(contributions.T, by_permutations)

@@ -21,30 +21,28 @@ def permutation_values(
     columns: Mapping[str, np.ndarray],
     players: Sequence[Sequence[str]],
     users: np.ndarray,
-    pairs: int,
+    others: np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
     """Return what each player adds to the predictions of users, float64 [users, players].
 
     A user's values take the place of another user's, player after player in a random order. A player adds what its turn
-    changes, in the mean over orders. Each order also counts backwards, which halves the noise (Mitchell et al. 2022, "Sampling
+    changes, in the mean over orders. Each order also counts backwards, which takes noise away (Mitchell et al. 2022, "Sampling
     permutations for Shapley value estimation"). A row sums to the user's prediction less the mean of those others.
 
     Args:
         predict: the model.
-        columns: values of all rows; the others are drawn from them.
+        columns: values of all rows.
         players: columns of each player, whose values change together.
-        users: rows to take apart.
-        pairs: orders of a user, each with its reverse.
-        rng: draws orders and others.
+        users: rows to take apart, [users].
+        others: rows of other users, [users, orders]; see :func:`spread_rows`.
+        rng: draws orders.
     """
-    shape = (len(users), pairs)
-    order = rng.permuted(np.broadcast_to(np.arange(len(players)), (*shape, len(players))), axis=2)
+    order = rng.permuted(np.broadcast_to(np.arange(len(players)), (*others.shape, len(players))), axis=2)
     turns = np.concatenate([order, order[:, :, ::-1]], axis=1).reshape(-1, len(players))
-    others = np.tile(rng.integers(0, len(next(iter(columns.values()))), shape), 2).ravel()
-    own = np.repeat(users, 2 * pairs)
+    own = np.repeat(users, 2 * others.shape[1])
     names = [name for player in players for name in player]
-    mixed = {name: columns[name][others] for name in names}
+    mixed = {name: columns[name][np.tile(others, 2).ravel()] for name in names}
     before = predict(mixed)
     added = np.zeros(turns.shape)
     for turn in turns.T:
@@ -55,7 +53,22 @@ def permutation_values(
         after = predict(mixed)
         added[np.arange(len(turn)), turn] = after - before
         before = after
-    return np.asarray(added.reshape(len(users), 2 * pairs, len(players)).mean(axis=1))
+    return np.asarray(added.reshape(len(users), -1, len(players)).mean(axis=1))
+
+
+def spread_rows(values: np.ndarray, users: int, orders: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw rows for each user, spread evenly over the ranks of their values: int64 [users, orders].
+
+    Spend has a long tail. Rows drawn without regard to it would make most of the noise of :func:`permutation_values`.
+
+    Args:
+        values: float64 [rows], such as predictions.
+        users: how many users need rows.
+        orders: rows of each user.
+        rng: draws within equal parts of the ranks.
+    """
+    place = (np.arange(orders) + rng.random((users, orders))) / orders
+    return np.asarray(np.argsort(values, kind="stable")[(place * len(values)).astype(np.int64)])
 
 
 @dataclass(frozen=True)
