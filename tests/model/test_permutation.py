@@ -42,7 +42,7 @@ def test_contributions_sum_to_the_prediction_less_that_of_the_others() -> None:
     values = permutation_values(predict, columns, ["a", "b"], users, others, rng)
     ahead = predict(columns)[users] - predict(columns).mean()
     # the others are spread over all ranks, so that their mean is the mean of all
-    np.testing.assert_allclose(values.sum(axis=1), ahead, atol=0.1)
+    np.testing.assert_allclose(values.sum(axis=1), ahead, atol=0.2)
     own = np.stack([columns["a"][users], 2 * columns["b"][users]], axis=1)
     assert Agreement.of(own, values).error < 0.2
     assert Agreement.of(own, values).same_first > 0.9

@@ -259,7 +259,8 @@ class Explanation:
         others = pool[spread_rows(in_pool, len(chosen), _ORDERS, rng)]
         by_permutations = permutation_values(expected, columns, self._players(in_stack), chosen, others, rng)
         own = {name: values[chosen] for name, values in columns.items()}
-        contributions, _ = self.by_group(own, predict_all(in_stack, own), members, stack)
+        predictions = predict_all([members[name] for name in stack.members], own)
+        contributions, _ = self.by_group(own, predictions, members, stack)
         return Agreement.of(contributions.T, by_permutations)
 
     def _players(self, members: Sequence[Member]) -> list[list[str]]:
