@@ -160,6 +160,8 @@ def test_reasons_are_compared_with_permutations_of_the_prediction_itself(
     assert figures.users == 100
     assert figures.error < 0.4
     assert figures.same_first > 0.8
+    without_trees = replace(fusion, weights=(0.0, 0.5, 0.5))
+    assert explanation.agreement(columns, members, without_trees, seed=1).error < 0.4
     document = explanation.to_json() | {"r_squared": {}}
     mute = Explanation.from_json(document, Path())
     with pytest.raises(BundleError, match="no imitation of member 'linear'"):
