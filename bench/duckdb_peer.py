@@ -421,6 +421,7 @@ class Peer:
                 SELECT user_key, day, count_if({order}) AS orders,
                        coalesce(sum(items) FILTER (kind = {CODES["purchase"]}), 0)::BIGINT AS items,
                        coalesce(sum(amount) FILTER (kind = {CODES["purchase"]}), 0)::BIGINT AS spend, {sums},
+                       coalesce(sum(amount) FILTER ({order}), 0)::BIGINT AS order_value,
                        coalesce(max(amount) FILTER ({order}), 0) AS order_value_max,
                        coalesce(sum(round((amount / 100) * (amount / 100))::BIGINT) FILTER ({order}), 0)::BIGINT
                            AS order_value_sq,

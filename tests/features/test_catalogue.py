@@ -70,6 +70,8 @@ BY_HAND = {
     "at the edge of a window": purchases((30, 1.0), (31, 2.0)),
     "with gaps": purchases((50, 1.0), (40, 1.0), (10, 1.0)),
     "with a trend": purchases((60, 600.0), (10, 300.0)),
+    "of six weeks": purchases(*((7 * week + 3, 10.0 * (week + 1)) for week in range(6))),
+    "with equal orders": purchases((20, 30.0), (9, 30.0), (4, -30.0)),
     "with habits": purchases((1, 30.0), (8, 10.0), (2, 60.0)),
     "of two years": purchases((400, 1.0), (300, 30.0), (10, 10.0)),
     "of one year": purchases((300, 30.0)),
@@ -119,6 +121,17 @@ def test_gaps_between_orders(by_hand: dict[str, Row]) -> None:
     assert (row.gap_mean_days, row.gap_median_days, row.gap_max_days, row.gap_last_days) == (20, 20, 30, 30)
     assert row.gap_std_days == 10
     assert (row.overdue, row.overdue_longest) == (0.5, pytest.approx(1 / 3))
+
+
+def test_half_of_the_weeks_have_no_more_than_the_median(by_hand: dict[str, Row]) -> None:
+    # six weeks of 0, then 10, 20, ..., 60: between 0 and 10
+    assert by_hand["of six weeks"].weekly_spend_median == 5
+
+
+def test_a_refund_scatters_no_order_values(by_hand: dict[str, Row]) -> None:
+    assert by_hand["with equal orders"].order_value_std == 0
+    # 10, 40 and 25 of two orders on a day
+    assert by_hand["buyer"].order_value_std == pytest.approx(np.std([10, 20, 5, 40]))
 
 
 def test_trend_compares_daily_rates(by_hand: dict[str, Row]) -> None:

@@ -241,10 +241,27 @@ def test_a_label_of_a_part_of_the_horizon_is_scaled_up_and_weighs_less(spark: Sp
     rows = spark.createDataFrame(
         [("a", old, 7.0), ("a", recent, 20.0)], "user_key string, as_of_date date, label_spend double"
     )
-    whole, part = labels.add_weights(rows, DAY, config).orderBy("as_of_date").collect()
+    whole, part = labels.add_weights(rows, DAY, config, {30: 2.5}).orderBy("as_of_date").collect()
     assert (whole["label_spend"], whole["exposure_days"], whole["complete"], whole["weight"]) == (7.0, 90, True, 1.0)
-    assert (part["label_spend"], part["exposure_days"], part["complete"]) == (60.0, 30, False)
+    assert (part["label_spend"], part["exposure_days"], part["complete"]) == (50.0, 30, False)
     assert part["weight"] == pytest.approx(1 / 3)
+
+
+def test_spend_so_far_is_scaled_up_as_spend_went_on_before(spark: SparkSession) -> None:
+    config = LabelsConfig(horizon_days=HORIZON, folds=3)
+    complete, ages = DAY - timedelta(days=HORIZON), (30, 45, 60)
+    dates = [complete, *(DAY - timedelta(days=age) for age in ages)]
+    # user 7 is held out, and what is spent from the test date on isn't known
+    spent = [("1", -90, 6_000), ("1", -50, 2_000), ("1", -31, 1_000), ("7", -20, 90_000), ("1", 0, 50_000)]
+    users = spark.createDataFrame([(user, day) for user in "17" for day in dates], "user_key string, as_of_date date")
+    factors = labels.exposure_factors(users, daily(spark, spent), dates, DAY, config)
+    assert factors == pytest.approx({30: 9 / 6, 45: 9 / 8, 60: 1.0})
+    # spend that has only begun late: never more than twice what a steady rate would bring
+    late = daily(spark, [("1", -90, 1), ("1", -1, 100_000)])
+    assert labels.exposure_factors(users, late, dates, DAY, config) == pytest.approx({30: 6.0, 45: 4.0, 60: 3.0})
+    nobody = daily(spark, [("2", -50, 1)])
+    assert labels.exposure_factors(users, nobody, dates, DAY, config) == pytest.approx({30: 3.0, 45: 2.0, 60: 1.5})
+    assert labels.exposure_factors(users, nobody, dates[:1], DAY, config) == {}
 
 
 def test_older_labels_weigh_less_where_a_half_life_is_set(spark: SparkSession) -> None:
@@ -253,7 +270,7 @@ def test_older_labels_weigh_less_where_a_half_life_is_set(spark: SparkSession) -
     rows = spark.createDataFrame(
         [("a", day, 1.0) for day in dates], "user_key string, as_of_date date, label_spend double"
     )
-    weighted = labels.add_weights(rows, DAY, config).orderBy("as_of_date").collect()
+    weighted = labels.add_weights(rows, DAY, config, {45: 2.0}).orderBy("as_of_date").collect()
     assert [row["weight"] for row in weighted] == pytest.approx([0.25, 0.5, 1.0, 0.5])
 
 

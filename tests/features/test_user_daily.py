@@ -86,7 +86,7 @@ def test_a_refund_lowers_spend_but_is_no_order(spark: SparkSession) -> None:
     )
     assert (day["orders"], day["items"]) == (1, 1)
     assert (float(day["spend"]), float(day["refunds"]), float(day["order_value_max"])) == (15.0, 15.0, 20.0)
-    assert day["order_value_sq"] == 400
+    assert (float(day["order_value"]), day["order_value_sq"]) == (20.0, 400)
 
 
 def test_items_looked_at_or_carted_count_as_bought_on_the_same_day_only(spark: SparkSession) -> None:

@@ -112,7 +112,7 @@ def test_a_bundle_comes_back_and_scores_to_the_bit(write, tmp_path, trees, linea
 def test_the_manifest_says_where_the_model_comes_from(write, tmp_path):
     write(tmp_path / "one")
     manifest = json.loads((tmp_path / "one" / "manifest.json").read_text())
-    assert manifest["format"] == 3
+    assert manifest["format"] == 4
     assert manifest["lineage"]["training_set"] == {"path": "lakehouse/training_set", "version": 3}
     assert manifest["metrics"] == {"fused": {"gini": 0.87, "auc": None}}
     assert manifest["members"] == ["trees", "linear"]
@@ -234,14 +234,14 @@ def test_file_names_cannot_leave_the_folder(copy, name):
 
 
 def test_a_newer_format_is_refused_even_with_unknown_contents(copy):
-    (copy / "manifest.json").write_text('{"format": 4, "parts": []}')
-    with pytest.raises(BundleError, match="format 4 is newer"):
+    (copy / "manifest.json").write_text('{"format": 5, "parts": []}')
+    with pytest.raises(BundleError, match="format 5 is newer"):
         b.load(copy)
 
 
 def test_an_older_format_is_refused_and_says_what_to_do(copy):
-    (copy / "manifest.json").write_text('{"format": 1, "members": ["trees"]}')
-    with pytest.raises(BundleError, match=r"format 1 is older than .*; train a new bundle"):
+    (copy / "manifest.json").write_text('{"format": 3, "members": ["trees"]}')
+    with pytest.raises(BundleError, match=r"format 3 is older than .*; train a new bundle"):
         b.load(copy)
 
 

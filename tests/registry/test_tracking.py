@@ -137,7 +137,8 @@ def test_a_promoted_bundle_is_the_version_that_the_alias_names_and_says_where_it
     losses = client.get_metric_history(version.run_id, "transformer/valid_loss")
     assert [(loss.step, loss.value) for loss in losses] == [(1, 2.0), (2, 1.0), (3, 2.0 / 3)]
     figures = {name: value for name, value in run.data.metrics.items() if not name.startswith("transformer")}
-    assert figures == {"all/fused/gini": 0.87, "all/linear/gini": 0.81}
+    reasons = {"reasons/users": 100, "reasons/error": 0.25, "reasons/same_first": 0.8}
+    assert figures == {"all/fused/gini": 0.87, "all/linear/gini": 0.81, **reasons}
 
 
 def test_what_is_loaded_by_alias_answers_as_scoring_does_without_a_pickle(

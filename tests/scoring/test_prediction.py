@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,7 @@ from bp_spark.registry import bundle as bundles
 from bp_spark.registry.bundle import Bundle
 from bp_spark.registry.predictions import REASONS, fit_to_task
 from bp_spark.scoring import prediction
-from bp_spark.scoring.job import common_currency
+from bp_spark.scoring.job import common_currency, require_same_features
 from tests.support.random_users import NIGHT, make_bundles, users
 
 pytestmark = pytest.mark.slow
@@ -411,3 +411,18 @@ def test_a_bundle_of_another_currency_scores_nobody() -> None:
     bundle: Any = SimpleNamespace(currency="USD", folder="bundles/x")
     with pytest.raises(BundleError, match="bundles/x: predicts USD, and events are in EUR; train again"):
         common_currency(bundle, "EUR")
+
+
+def test_a_bundle_of_features_that_mean_something_else_now_is_refused(tmp_path: Path) -> None:
+    settings = config.load()
+    now = catalogue(settings.features).definitions
+
+    def bundle(**definitions: str) -> Bundle:
+        return cast(Bundle, SimpleNamespace(folder=tmp_path, manifest={"lineage": {"features": definitions}}))
+
+    # a feature that isn't computed any more is a missing column, and named as such
+    require_same_features(bundle(**now, spend_11d="other"), settings)
+    with pytest.raises(BundleError, match="another definition of weekly_spend_median: train again"):
+        require_same_features(bundle(**now | {"weekly_spend_median": "other"}), settings)
+    with pytest.raises(BundleError, match="recency_days, tenure_days, active_span_days and 174 more: train again"):
+        require_same_features(bundle(**dict.fromkeys(now, "other")), settings)

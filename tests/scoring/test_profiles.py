@@ -120,6 +120,8 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
             # nearest to 30 days before; another is a day further off
             *(score("a", ago(28), 75.0), score("b", ago(28), 80.0), score("c", ago(28), 12.0)),
             *(score("a", ago(33), 1.0), score("b", ago(33), 1.0)),
+            # nearest of all, and by another bundle
+            score("a", ago(30), 1.0, bundle_digest="another"),
             score("a", ago(90), 84.0),
         ],
         features: [
@@ -240,7 +242,7 @@ def test_a_user_has_only_so_many_categories(platform: Platform) -> None:
     ]
 
 
-def test_a_trend_goes_by_the_nearest_scored_date(platform: Platform) -> None:
+def test_a_trend_goes_by_the_nearest_date_that_the_same_bundle_scored(platform: Platform) -> None:
     found = platform.rows("user_profile")
     months = {user: (row["compared_30d"], row["score_change_30d"], row["trend_30d"]) for user, row in found.items()}
     assert months == {
@@ -263,7 +265,7 @@ def test_without_earlier_scores_there_is_no_trend(platform: Platform) -> None:
 
 def test_why_so_much_is_expected_is_told_in_words(platform: Platform) -> None:
     read = platform.lakehouse.read
-    told = (("recent purchases", -12.5, "spend_30d", 40.0), ("recent events", 3.0, None, None))
+    told = (("recent purchases", -12.5, "spend_30d", 40.0), ("latest activity", 3.0, None, None))
     of_type = read("scores").schema["reasons"].dataType
     scores = read("scores").filter(f"score_date = '{DAY}'").withColumn("reasons", F.array().cast(of_type))
     listed = F.array(*(F.struct(*map(F.lit, one)) for one in told)).cast(of_type)
@@ -280,7 +282,7 @@ def test_why_so_much_is_expected_is_told_in_words(platform: Platform) -> None:
     found = {row["user_key"]: row["reasons"] for row in rows.select("user_key", "reasons").collect()}
     assert found["a"] == [
         "Recent purchases: -12.50; above all Spend less refunds (currency, 30 days) = 40.00",
-        "Recent events: +3.00",
+        "Latest activity: +3.00",
     ]
     assert found["b"] == []
 

@@ -77,7 +77,11 @@ def write(folder: Path) -> Path:
     horizons = Horizons(
         90, (Ratio(30, "transformer", Curve((0.1, 0.9), (0.3, 0.4))), Ratio(180, EXPECTED, Curve((2.0,), (1.9,))))
     )
-    explanation = Explanation(features, ("one",) * len(features), Imitation(imitation), 0.9)
+    imitations = {name: Imitation.of(name)(imitation) for name in ("linear", "btyd", "transformer")}
+    reads_history = dict(zip(stack.members, stack.weights, strict=True))["transformer"] > 0
+    explanation = Explanation(
+        features, ("one",) * len(features), imitations, dict.fromkeys(imitations, 0.9), reads_history
+    )
     inputs = {"tabular": list(dict.fromkeys([*features, *FEATURES])), "history": list(SPEC.columns[len(features) :])}
     lineage = {"test_date": "2017-10-03", "currency": "USD", "judged": {"bundle": "one", "test_date": "2017-10-03"}}
     bundles.write(folder, members, stack, horizons, inputs=inputs, lineage=lineage, metrics={}, explanation=explanation)

@@ -85,7 +85,10 @@ def write_bundle(
             "training_set": {"location": "lakehouse/training_set", "version": 3},
             "config": settings.model_dump(mode="json"),
         },
-        metrics={"rows": [{"member": m, "population": "all", "metric": k, "value": v} for m, k, v in figures]},
+        metrics={
+            "rows": [{"member": m, "population": "all", "metric": k, "value": v} for m, k, v in figures],
+            "reasons": {"users": 100, "error": 0.25, "same_first": 0.8},
+        },
         horizons=Horizons(90, ()),
         explanation=explanation,
     )

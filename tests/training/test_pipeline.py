@@ -29,6 +29,7 @@ from bp_spark.core import config
 from bp_spark.core.config import Config, SearchConfig, SearchRange
 from bp_spark.core.errors import BundleError, DataError
 from bp_spark.features import labels
+from bp_spark.features.catalogue import catalogue
 from bp_spark.governance import residue_scan
 from bp_spark.ingest import job as ingest_job
 from bp_spark.ingest import texts
@@ -276,8 +277,21 @@ def test_training_stores_what_nights_are_compared_with(line: Line) -> None:
     manifest = line.trained.bundle.manifest
     assert set(stored["bundle_digest"]) == {line.trained.bundle.digest}
     assert sorted(stored.index) == sorted([*manifest["inputs"]["tabular"], "score"])
+    assert manifest["lineage"]["features"] == catalogue(line.config.features).definitions
     rows = line.lakehouse.read("training_set", manifest["lineage"]["training_set"]["version"]).count()
     assert set(stored["counts"].drop("score").map(sum)) == {rows}
+
+
+def test_training_tells_how_right_its_reasons_are(line: Line) -> None:
+    reasons = line.trained.bundle.manifest["metrics"]["reasons"]
+    assert reasons["users"] == 100
+    assert 0 < reasons["error"] < 1.5
+    assert 0.3 < reasons["same_first"] <= 1
+    (stage,) = [stage for stage in line.trained.stages if stage["stage"] == "explain"]
+    assert stage["figures"]["reasons_error"] == f"{reasons['error']:.4g}"
+    imitated = line.trained.bundle.explanation
+    assert imitated is not None
+    assert {f"r_squared_{name}" for name in imitated.r_squared} <= set(stage["figures"])
 
 
 def test_training_never_sees_holdout_users_or_the_test_horizon(line: Line) -> None:
@@ -286,14 +300,20 @@ def test_training_never_sees_holdout_users_or_the_test_horizon(line: Line) -> No
     assert rows.filter(fold == labels.HOLDOUT).isEmpty()
     assert rows.filter(fold != F.col("fold")).isEmpty()
     assert rows.filter(F.date_add("as_of_date", F.col("exposure_days")) > F.lit(TEST_DATE)).isEmpty()
-    seen = rows.agg(F.sum(F.col("label_spend") * F.col("exposure_days"))).first()
+    dates = [row[0] for row in rows.select("as_of_date").distinct().collect()]
+    everyone, days = (line.lakehouse.read(name) for name in ("user_features", "user_daily"))
+    users = everyone.filter(F.col("as_of_date").isin(dates)).select("user_key", "as_of_date")
+    factors = labels.exposure_factors(users, days, dates, TEST_DATE, line.config.labels)
+    assert all(1 <= factor <= 6 for factor in factors.values())
+    factor = F.coalesce(*(F.when(F.col("exposure_days") == age, value) for age, value in factors.items()), F.lit(1.0))
+    seen = rows.agg(F.sum(F.col("label_spend") / factor)).first()
     days = line.lakehouse.read("user_daily").filter(F.col("day") < F.lit(TEST_DATE))
     joined = rows.select("user_key", "as_of_date", "exposure_days").join(days, "user_key")
     within = F.datediff("day", "as_of_date").between(0, F.col("exposure_days") - 1)
     spent = joined.filter(within).agg(F.sum("spend")).first()
     assert seen is not None
     assert spent is not None
-    assert seen[0] / line.config.labels.horizon_days == pytest.approx(float(spent[0]))
+    assert seen[0] == pytest.approx(float(spent[0]))
     assert {row[0] for row in rows.select("complete").distinct().collect()} == {True, False}
     for other in line.config.labels.other_horizons:
         known = F.col(f"label_spend_{other}d").isNotNull()

@@ -121,7 +121,7 @@ def reproduce(
 
 
 def features(overrides: Overrides = None, config_file: ConfigOption = None) -> None:
-    """Print the catalogue of features as Markdown: name, meaning, unit, window.
+    """Print the catalogue of features as Markdown: name, meaning, unit, window, group.
 
     Example: bp-spark features > docs/features.md
     """
@@ -129,10 +129,12 @@ def features(overrides: Overrides = None, config_file: ConfigOption = None) -> N
 
     settings = common.load_settings(config_file, overrides)
     rows = [
-        f"| `{feature.name}` | {feature.description} | {feature.unit} | {feature.window} |"
+        f"| `{feature.name}` | {feature.description} | {feature.unit} | {feature.window} | {feature.group} |"
         for feature in catalogue(settings.features).features
     ]
-    print("\n".join(["| feature | what it is | unit | window, days |", "|---|---|---|---|", *rows]))
+    print(
+        "\n".join(["| feature | what it is | unit | window, days | group in reasons |", "|---|---|---|---|---|", *rows])
+    )
 
 
 def sql(

@@ -16,7 +16,7 @@ from pyspark.sql import Column as SparkColumn
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from bp_spark.core.config import FeaturesConfig
+from bp_spark.core.config import FeaturesConfig, digest
 from bp_spark.features.aggregates import SEQUENCE_COLUMNS, Aggregate, aggregate_days
 from bp_spark.features.categories import category_features
 from bp_spark.features.definition import KEY, Feature
@@ -36,6 +36,8 @@ from bp_spark.features.groups import (
 )
 from bp_spark.lakehouse.schema import Column, Table
 
+FORMAT = 1
+"""Goes up when values of features change whose expressions stay: the aggregates below them, prices, interpurchase times."""
 FILE_ROWS = 50_000
 """Users in a file of ``user_features``: some tens of megabytes, and half a minute of one core's scoring."""
 
@@ -55,6 +57,11 @@ class Catalogue:
     def names(self) -> tuple[str, ...]:
         """Feature columns, in table order."""
         return tuple(feature.name for feature in self.features)
+
+    @property
+    def definitions(self) -> dict[str, str]:
+        """Feature -> digest of what its values mean, in table order."""
+        return {feature.name: digest(FORMAT, feature.expression) for feature in self.features}
 
     @property
     def groups(self) -> dict[str, str]:

@@ -191,7 +191,9 @@ def write_features(run: Run, as_of: Sequence[date]) -> None:
 def features_digest(run: Run) -> str:
     """Return the identity of what features would be built from now: ``built_from`` of ``user_features``."""
     config = run.config.features
-    return digest(__version__, run.lakehouse.version("user_daily"), config, catalogue.catalogue(config))
+    return digest(
+        __version__, catalogue.FORMAT, run.lakehouse.version("user_daily"), config, catalogue.catalogue(config)
+    )
 
 
 def _built_dates(lakehouse: Lakehouse, built_from: str) -> set[date]:

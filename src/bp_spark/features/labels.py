@@ -1,9 +1,9 @@
 """Past as-of dates and the spend that followed them: the labels that models learn from, and the split of users.
 
 No label sees the test date or a day after it. A cutoff whose whole horizon lies before the test date gets the whole spend.
-A newer cutoff gets the spend seen so far, scaled up to the horizon (:func:`add_weights`), or the label of a survey or a
-reviewer (:func:`join_survey_labels`). Further horizons are never scaled up: a horizon that reaches beyond the test date is NULL
-(:func:`with_other_horizons`).
+A newer cutoff gets the spend seen so far, scaled up to the horizon as past spend went on (:func:`exposure_factors`), or the
+label of a survey or a reviewer (:func:`join_survey_labels`). Further horizons are never scaled up: a horizon that reaches
+beyond the test date is NULL (:func:`with_other_horizons`).
 
 Users are split by a hash of their key, so a user stays on one side for ever. No model is fitted on ``holdout`` users. The
 others are in one of ``labels.folds`` folds for cross-fitting: a fold is predicted by models that have not seen its users.
@@ -35,6 +35,8 @@ MIN_EXPOSURE = 1 / 3
 WEEKS_A_YEAR = 52
 AROUND_WEEKS = (-2, 0, 2)
 """Weeks around the same date of the year before: one date alone has more noise, further ones another season."""
+LARGEST_EXPOSURE_FACTOR = 2.0
+"""Largest factor of the spend of a shorter exposure, as a multiple of horizon over exposure."""
 BUCKETS = 10_000
 """Parts into which a hash divides the users; some of them are held out."""
 HOLDOUT = -1
@@ -198,17 +200,53 @@ def with_other_horizons(
     return with_spend.withColumns({name: F.when(is_over[name], F.coalesce(name, F.lit(0.0))) for name in columns})
 
 
-def add_weights(rows: DataFrame, test_date: date, config: LabelsConfig) -> DataFrame:
+def exposure_factors(
+    users: DataFrame, daily: DataFrame, as_of: Sequence[date], test_date: date, config: LabelsConfig
+) -> dict[int, float]:
+    """Return the factor from the spend of each shorter exposure to that of the whole horizon, by days of exposure.
+
+    The factor is what all users of the complete cutoffs spent in their horizon, over what they spent in its first days: the
+    development factor of the chain ladder (Mack 1993). Users leave, so their spend falls within a horizon: horizon over
+    exposure would promise too much. That ratio stands in where nothing was spent. The factor is at least 1, and at most
+    :data:`LARGEST_EXPOSURE_FACTOR` times that ratio.
+
+    Args:
+        users: rows with ``user_key`` and ``as_of_date`` of all cutoffs; holdout users are left out here.
+        daily: USER_DAILY.
+        as_of: all cutoffs, complete or not.
+        test_date: the first day that no label may see.
+        config: the horizon.
+    """
+    horizon = config.horizon_days
+    seen_days = {day: (test_date - day).days for day in as_of}
+    exposures = sorted(days for days in seen_days.values() if days < horizon)
+    complete = [day for day, days in seen_days.items() if days >= horizon]
+    if not exposures or not complete:
+        return {days: horizon / days for days in exposures}
+    columns = {f"first_{days}": days for days in (*exposures, horizon)}
+    spent = _spend(daily, complete, columns, test_date)
+    sums = without_holdout(users, config).join(spent, KEY).agg(*(F.sum(name).alias(name) for name in columns)).first()
+    assert sums is not None
+    whole = sums[f"first_{horizon}"] or 0.0
+    factors = {}
+    for days in exposures:
+        first, steady = sums[f"first_{days}"] or 0.0, horizon / days
+        factor = whole / first if first > 0 and whole > 0 else steady
+        factors[days] = min(max(factor, 1.0), LARGEST_EXPOSURE_FACTOR * steady)
+    return factors
+
+
+def add_weights(rows: DataFrame, test_date: date, config: LabelsConfig, factors: Mapping[int, float]) -> DataFrame:
     """Add ``exposure_days``, ``complete``, ``weight`` and ``given``, and scale the label up to the horizon.
 
-    The spend of a shorter exposure is multiplied by horizon over exposure. Under a steady rate the expectation stays the same
-    and the variance grows by that factor, so the row weighs exposure over horizon. With ``labels.recency_half_life_days`` the
-    weight halves for each so many days since the horizon ended.
+    The spend of a shorter exposure says less, so the row weighs exposure over horizon. With ``labels.recency_half_life_days``
+    the weight halves for each so many days since the horizon ended.
 
     Args:
         rows: features with ``label_spend``.
         test_date: the first day that no label may see.
         config: horizon and half-life.
+        factors: days of exposure -> factor of the label; see :func:`exposure_factors`. Whole horizons need none.
     """
     horizon = F.lit(float(config.horizon_days))
     until = F.datediff(F.lit(test_date), "as_of_date")
@@ -217,11 +255,14 @@ def add_weights(rows: DataFrame, test_date: date, config: LabelsConfig) -> DataF
     if config.recency_half_life_days is not None:
         over = F.greatest(until - config.horizon_days, F.lit(0))
         weight = weight * F.pow(F.lit(0.5), over / F.lit(float(config.recency_half_life_days)))
+    factor = F.lit(1.0)
+    for days, value in factors.items():
+        factor = F.when(F.col("exposure_days") == days, value).otherwise(factor)
     return (
         rows.withColumn("exposure_days", exposure)
         .withColumn("complete", F.col("exposure_days") == config.horizon_days)
         .withColumn("weight", weight.cast("float"))
-        .withColumn("label_spend", F.col("label_spend") * horizon / F.col("exposure_days"))
+        .withColumn("label_spend", F.col("label_spend") * factor)
         .withColumn("given", F.lit(False))
     )
 
@@ -292,7 +333,7 @@ def training_set_table(config: FeaturesConfig, other_horizons: Sequence[int]) ->
                 "label_spend",
                 "double",
                 "Spend less refunds in the horizon after as_of_date; where that was not over yet, in exposure_days, times "
-                "horizon over exposure, or as given",
+                "what past horizons brought over their first exposure_days, or as given",
                 required=True,
             ),
             *(

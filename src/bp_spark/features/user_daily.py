@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 from bp_spark.lakehouse.schema import Column
 from bp_spark.lakehouse.tables import CATEGORY_DAY, KINDS, TOKEN, USER_DAILY
 
-FORMAT = 3
+FORMAT = 4
 """Goes up when the meaning or the storage of a column of ``user_daily`` changes: the table is then built anew."""
 
 MONEY = "decimal(18,2)"
@@ -122,6 +122,7 @@ def _measures(tokens: DataFrame, tokens_kept: int) -> DataFrame:
             _total(F.col("discount")).alias("discount"),
             _total(F.col("coupon_discount")).alias("coupon_discount"),
             _total(F.col("discounted_items")).alias("discounted_items"),
+            _total(F.when(order, value)).alias("order_value"),
             F.max(F.when(order, value)).alias("order_value_max"),
             _bounded_total(F.when(order, F.round((value / 100) * (value / 100)))).alias("order_value_sq"),
             in_hours(5, 10).alias("morning_orders"),

@@ -3,22 +3,25 @@
 The stack is a weighted sum of the members' root predictions, so each member has its share of it.
 
 - *Boosted trees* are taken apart exactly, by TreeSHAP (Lundberg et al. 2020).
-- *The other members* are the network, the purchase process and the linear model. Small boosted trees over the same features
-  imitate them together, and the Shapley values of these trees stand for them. The rest, which these trees don't predict,
-  belongs to one group of its own: the order and content of the last events. So nothing is lost.
+- *The other members* are the network, the purchase process and the linear model. Small boosted trees imitate each of them, over
+  the features that it reads and no others. The Shapley values of these trees stand for the member. The rest, which the trees
+  don't predict, goes to a group of its own where the member reads histories: the order and content of the last events. Else
+  it is shared among the member's features, by the size of their contributions. So nothing is lost.
 
 Contributions pass from a sum over trees to a root prediction, and from the stack to calibrated money, by the rescale rule
 (Shrikumar et al. 2017, "Learning important features through propagating activation differences"): each keeps its share of the
 difference to the base. So for every user ``base + sum of contributions = expected spend``.
 
-Gradients of the network would cost several of its passes for each user. The imitation costs a look-up, and its error is
-measured on users it was not fitted on.
+Gradients of the network would cost several of its passes for each user. An imitation costs a look-up, and its error is
+measured on users it was not fitted on. The whole explanation is measured by :meth:`Explanation.agreement`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -27,26 +30,34 @@ import xgboost
 
 from bp_spark.core.errors import BundleError
 from bp_spark.model.columns import Columns, to_matrix
-from bp_spark.model.members.base import Member
+from bp_spark.model.members.base import HistoryMember, Member, predict_all
 from bp_spark.model.members.trees import SqrtTreesMember, TreesMember
+from bp_spark.model.permutation import Agreement, permutation_values, spread_rows
 from bp_spark.model.stack import CalibratedStack
 from bp_spark.model.values import number, texts
 
-SEQUENCE = "recent events"
+SEQUENCE = "latest activity"
 """The group of the order and content of the last events, which no tabular feature holds."""
 _ROUNDS, _DEPTH, _LEARNING_RATE, _LEAF_WEIGHT = 150, 4, 0.1, 20.0
 _NEAR, _STEP = 1e-6, 1e-3
 """Nearer to the base than the first, rounding would rule the quotient of differences; the second is the step of its limit."""
 _HELD_OUT = 5
 """One user in so many measures the imitation."""
+_COMPARED, _ORDERS, _POOL = 100, 16, 1_000
+"""Users that are taken apart by permutations, permutations of each (and their reverses), and users that they are drawn from."""
+_NAME = re.compile(r"[a-z_]{1,40}")
 
 
 class Imitation(TreesMember):
-    """Small boosted trees that imitate what the members without trees add to the stack's root; never a member itself."""
+    """Small boosted trees that imitate the root predictions of a member without trees; never a member itself."""
 
     name: ClassVar[str] = "imitation"
-    FILE: ClassVar[str] = "imitation.json"
     OBJECTIVE: ClassVar[str] = "reg:squarederror"
+
+    @classmethod
+    def of(cls, member: str) -> type[Imitation]:
+        """Return the class of a member's imitation, which has a file of its own."""
+        return type(cls.__name__, (cls,), {"FILE": f"imitation_{member}.json"})
 
 
 @dataclass(frozen=True)
@@ -56,20 +67,22 @@ class Explanation:
     Attributes:
         features: tabular features of the bundle, in their order.
         groups: the group of each feature.
-        imitation: of the members without trees; ``None`` where the stack has no such member.
-        r_squared: coefficient of determination of the imitation, on users it was not fitted on; 1 without an imitation.
+        imitations: of each member without trees that has a weight in the stack, by name.
+        r_squared: coefficient of determination of each imitation, on users it was not fitted on.
+        sequence: whether one of these members reads histories.
     """
 
     features: tuple[str, ...]
     groups: tuple[str, ...]
-    imitation: Imitation | None
-    r_squared: float
+    imitations: Mapping[str, Imitation]
+    r_squared: Mapping[str, float]
+    sequence: bool
 
     @property
     def group_names(self) -> tuple[str, ...]:
-        """Distinct groups in the order of their first feature; with an imitation, :data:`SEQUENCE` is the last."""
+        """Distinct groups in the order of their first feature; where a member reads histories, :data:`SEQUENCE` is the last."""
         names = tuple(dict.fromkeys(self.groups))
-        return names if self.imitation is None else (*names, SEQUENCE)
+        return (*names, SEQUENCE) if self.sequence else names
 
     @classmethod
     def fit(
@@ -84,7 +97,7 @@ class Explanation:
         seed: int,
         threads: int,
     ) -> Self:
-        """Fit the imitation and measure it.
+        """Fit the imitations and measure them.
 
         Args:
             columns: the features of ``rows`` users and dates.
@@ -96,37 +109,22 @@ class Explanation:
             seed: of XGBoost, which gives the same trees for the same seed and threads.
             threads: of XGBoost.
         """
-        features = tuple(groups)
-        imitated = _without_trees(stack, members)
-        if not imitated:
-            return cls(features, tuple(groups.values()), None, 1.0)
-        target = _weighted_roots(imitated, predictions)
-        values = to_matrix(columns, features, np.float32)
         # Sorted, so that the held-out users don't depend on the order of the rows.
         _, number = np.unique(users.astype(str), return_inverse=True)
         held_out = number % _HELD_OUT == 0
-        settings = {
-            "objective": Imitation.OBJECTIVE,
-            "max_depth": _DEPTH,
-            "eta": _LEARNING_RATE,
-            "min_child_weight": _LEAF_WEIGHT,
-            "tree_method": "hist",
-            "nthread": threads,
-            "seed": seed,
-        }
-
-        def fitted(rows: np.ndarray) -> Imitation:
-            matrix = xgboost.DMatrix(
-                values[rows], label=target[rows], missing=np.nan, feature_names=list(features), nthread=threads
-            )
-            return Imitation(xgboost.train(settings, matrix, _ROUNDS))
-
-        predicted = fitted(~held_out).predict({name: values[held_out, n] for n, name in enumerate(features)})
-        truth = target[held_out]
-        variation = float(((truth - truth.mean()) ** 2).sum()) if len(truth) else 0.0
-        error = float(((truth - predicted) ** 2).sum())
-        r_squared = 1.0 - error / variation if variation > 0 else 1.0
-        return cls(features, tuple(groups.values()), fitted(np.ones(len(target), bool)), r_squared)
+        imitations, r_squared = {}, {}
+        imitated = _without_trees(stack, {member.name: member for member in members})
+        for member in imitated.values():
+            features = tuple(name for name in groups if name in member.features)
+            values = to_matrix(columns, features, np.float32)
+            roots = np.sqrt(predictions[member.name])
+            fit = partial(_fit_imitation, Imitation.of(member.name), features=features, seed=seed, threads=threads)
+            trained = fit(values[~held_out], roots[~held_out])
+            predicted = trained.predict({name: values[held_out, n] for n, name in enumerate(features)})
+            r_squared[member.name] = _r_squared(roots[held_out], predicted)
+            imitations[member.name] = fit(values, roots)
+        sequence = any(isinstance(member, HistoryMember) for member in imitated.values())
+        return cls(tuple(groups), tuple(groups.values()), imitations, r_squared, sequence)
 
     def __call__(
         self,
@@ -148,38 +146,41 @@ class Explanation:
             and the base: the expected spend of a user about whom nothing is known. All in money.
         """
         rows = len(next(iter(predictions.values())))
-        by_feature = np.zeros((len(self.features), rows))
+        by_feature, of_sequence = np.zeros((len(self.features), rows)), np.zeros(rows)
         base = 0.0
         for name, weight in zip(stack.members, stack.weights, strict=True):
-            member = members[name]
-            if isinstance(member, TreesMember) and weight > 0:
-                shares, root = _explain_trees(member, columns, np.sqrt(predictions[name]), self.features)
+            if weight <= 0:
+                continue
+            member, roots = members[name], np.sqrt(predictions[name])
+            if isinstance(member, TreesMember):
+                shares, root = _explain_trees(member, columns, roots, self.features)
                 by_feature += weight * shares
-                base += weight * root
-        of_sequence = np.zeros(rows)
-        if self.imitation is not None:
-            imitated = self.imitation.contributions(columns)
-            target = _weighted_roots(_without_trees(stack, list(members.values())), predictions)
-            by_feature += imitated[:, :-1].T
-            of_sequence = target - imitated.sum(axis=1)
-            base += float(imitated[0, -1]) if rows else 0.0
+            else:
+                imitation = self.imitations[name]
+                shares, rest, root = _explain_imitated(imitation, columns, roots)
+                if isinstance(member, HistoryMember):
+                    of_sequence += weight * rest
+                else:
+                    shares += rest * _sizes(shares)
+                by_feature[[self.features.index(feature) for feature in imitation.features]] += weight * shares
+            base += weight * root
         roots = _weighted_roots(dict(zip(stack.members, stack.weights, strict=True)), predictions)
         slope = _slope(stack.expected, roots, stack.expected(roots), base)
         expected_base = float(stack.expected(np.array([base]))[0])
         return by_feature * slope, of_sequence * slope, expected_base
 
     def save(self, folder: Path) -> None:
-        """Write the imitation's file, if there is one."""
-        if self.imitation is not None:
-            self.imitation.save(folder)
+        """Write a file for each imitation."""
+        for imitation in self.imitations.values():
+            imitation.save(folder)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values for the manifest; the imitation has a file of its own."""
+        """Return plain values for the manifest; imitations have files of their own."""
         return {
             "features": list(self.features),
             "groups": list(self.groups),
-            "imitation": self.imitation is not None,
-            "r_squared": self.r_squared,
+            "r_squared": dict(self.r_squared),
+            "sequence": self.sequence,
         }
 
     @classmethod
@@ -188,38 +189,165 @@ class Explanation:
 
         Args:
             document: of :meth:`to_json`.
-            folder: with the imitation's file.
+            folder: with the imitations' files.
 
         Raises:
-            BundleError: a key or the file is missing or malformed, or their features differ.
+            BundleError: a key or a file is missing or malformed, or their features differ.
         """
         try:
+            r_squared = {_member_name(name): number(value) for name, value in document["r_squared"].items()}
             explanation = cls(
                 features=texts(document["features"]),
                 groups=tuple(map(str, document["groups"])),
-                imitation=Imitation.load(folder) if document["imitation"] else None,
-                r_squared=number(document["r_squared"]),
+                imitations={name: Imitation.of(name).load(folder) for name in r_squared},
+                r_squared=r_squared,
+                sequence=bool(document["sequence"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BundleError(f"explanation: malformed ({error!r})") from None
         if len(explanation.groups) != len(explanation.features):
             raise BundleError("explanation: features and groups don't fit together")
-        if explanation.imitation is not None and explanation.imitation.features != explanation.features:
-            raise BundleError("explanation: its groups and its trees are of other features")
+        for imitation in explanation.imitations.values():
+            if tuple(name for name in explanation.features if name in imitation.features) != imitation.features:
+                raise BundleError("explanation: its groups and its trees are of other features")
         return explanation
 
+    def require(self, members: Mapping[str, Member], stack: CalibratedStack) -> None:
+        """Make sure that the predictions of a stack can be taken apart.
 
-def _without_trees(stack: CalibratedStack, members: Sequence[Member]) -> dict[str, float]:
-    """Return the weight of each member of the stack that isn't made of boosted trees."""
-    trees = {member.name for member in members if isinstance(member, TreesMember)}
+        Args:
+            members: of the stack, by name.
+            stack: joins the members' predictions.
+
+        Raises:
+            BundleError: a member without trees has no imitation, or the group of the last events isn't where it belongs.
+        """
+        imitated = _without_trees(stack, members)
+        for name in imitated:
+            if name not in self.imitations:
+                raise BundleError(f"explanation: has no imitation of member {name!r}")
+        if self.sequence != any(isinstance(member, HistoryMember) for member in imitated.values()):
+            raise BundleError("explanation: is of members that read histories, and the stack's don't, or the reverse")
+
+    def agreement(
+        self,
+        columns: Mapping[str, np.ndarray],
+        members: Mapping[str, Member],
+        stack: CalibratedStack,
+        *,
+        seed: int,
+    ) -> Agreement:
+        """Compare the contributions of groups with Shapley values by permutations of the expected spend itself.
+
+        Args:
+            columns: the features and histories of users and dates, some of whom are compared.
+            members: of the stack, by name.
+            stack: joins the members' predictions.
+            seed: draws users and permutations.
+        """
+        rng = np.random.default_rng(seed)
+        rows = len(next(iter(columns.values())))
+        chosen = rng.choice(rows, min(rows, _COMPARED), replace=False)
+        weights = {name: weight for name, weight in zip(stack.members, stack.weights, strict=True) if weight > 0}
+        in_stack = [members[name] for name in weights]
+
+        def expected(values: Mapping[str, np.ndarray]) -> np.ndarray:
+            return stack.expected(_weighted_roots(weights, predict_all(in_stack, values)))
+
+        pool = rng.choice(rows, min(rows, _POOL), replace=False)
+        in_pool = expected({name: values[pool] for name, values in columns.items()})
+        others = pool[spread_rows(in_pool, len(chosen), _ORDERS, rng)]
+        by_permutations = permutation_values(expected, columns, self._players(in_stack), chosen, others, rng)
+        own = {name: values[chosen] for name, values in columns.items()}
+        predictions = predict_all([members[name] for name in stack.members], own)
+        contributions, _ = self.by_group(own, predictions, members, stack)
+        return Agreement.of(contributions.T, by_permutations)
+
+    def _players(self, members: Sequence[Member]) -> list[list[str]]:
+        """Return the columns of each of :attr:`group_names`."""
+        history = {name for member in members if isinstance(member, HistoryMember) for name in member.history}
+        of_group = {name: list[str]() for name in self.group_names}
+        for feature, group in zip(self.features, self.groups, strict=True):
+            of_group[group].append(feature)
+        return [sorted(history) if name == SEQUENCE else of_group[name] for name in of_group]
+
+    def by_group(
+        self,
+        columns: Columns,
+        predictions: Mapping[str, np.ndarray],
+        members: Mapping[str, Member],
+        stack: CalibratedStack,
+    ) -> tuple[np.ndarray, float]:
+        """Return the contributions of groups, float64 [groups, rows], in the order of :attr:`group_names`, and the base."""
+        by_feature, of_sequence, base = self(columns, predictions, members, stack)
+        groups = np.array(self.groups)
+        sums = [
+            of_sequence if name == SEQUENCE else by_feature[groups == name].sum(axis=0) for name in self.group_names
+        ]
+        return np.stack(sums), base
+
+
+def _without_trees(stack: CalibratedStack, members: Mapping[str, Member]) -> dict[str, Member]:
+    """Return the members with a weight in the stack that aren't made of boosted trees, by name."""
     weights = zip(stack.members, stack.weights, strict=True)
-    return {name: weight for name, weight in weights if name not in trees and weight > 0}
+    return {
+        name: members[name] for name, weight in weights if weight > 0 and not isinstance(members[name], TreesMember)
+    }
+
+
+def _member_name(name: str) -> str:
+    """Return a name that may be part of a file's name.
+
+    Raises:
+        ValueError: it may not.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError("a member's name has odd characters")
+    return name
+
+
+def _fit_imitation(
+    kind: type[Imitation], values: np.ndarray, roots: np.ndarray, *, features: Sequence[str], seed: int, threads: int
+) -> Imitation:
+    """Fit small trees to root predictions, float64 [rows], of features, float32 [rows, features]."""
+    settings = {
+        "objective": kind.OBJECTIVE,
+        "max_depth": _DEPTH,
+        "eta": _LEARNING_RATE,
+        "min_child_weight": _LEAF_WEIGHT,
+        "tree_method": "hist",
+        "nthread": threads,
+        "seed": seed,
+    }
+    matrix = xgboost.DMatrix(values, label=roots, missing=np.nan, feature_names=list(features), nthread=threads)
+    return kind(xgboost.train(settings, matrix, _ROUNDS))
+
+
+def _r_squared(truth: np.ndarray, predicted: np.ndarray) -> float:
+    variation = float(((truth - truth.mean()) ** 2).sum()) if len(truth) else 0.0
+    return 1.0 - float(((truth - predicted) ** 2).sum()) / variation if variation > 0 else 1.0
 
 
 def _weighted_roots(weights: Mapping[str, float], predictions: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return the weighted sum of members' root predictions, float64 [rows]."""
     rows = len(next(iter(predictions.values())))
     return sum((w * np.sqrt(predictions[name]) for name, w in weights.items()), np.zeros(rows))
+
+
+def _explain_imitated(
+    imitation: Imitation, columns: Columns, roots: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return contributions to a member's root predictions, float64 [features, rows], their rest [rows], and the base."""
+    contributions = imitation.contributions(columns)
+    base = float(contributions[0, -1]) if len(contributions) else 0.0
+    return contributions[:, :-1].T.copy(), roots - contributions.sum(axis=1), base
+
+
+def _sizes(shares: np.ndarray) -> np.ndarray:
+    """Return the part of each feature in the sum of absolute shares, float64 [features, rows]; equal parts where all are 0."""
+    sizes = np.abs(shares)
+    total = sizes.sum(axis=0)
+    return np.asarray(np.divide(sizes, total, out=np.full(shares.shape, 1.0 / len(shares)), where=total > 0))
 
 
 def _explain_trees(

@@ -281,6 +281,11 @@ def load(folder: str | Path, public_key: Ed25519PublicKey | None = None) -> Bund
     if absent:
         raise BundleError(f"{folder / MANIFEST}: the fusion needs member {absent[0]!r}")
     members = [load_member(name, folder) for name in manifest["members"]]
+    if explanation is not None:
+        try:
+            explanation.require({member.name: member for member in members}, stack)
+        except BundleError as error:
+            raise BundleError(f"{folder / MANIFEST}: {error}") from None
     return Bundle(folder, manifest, members, stack, horizons, explanation)
 
 

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bp_spark.core.errors import BundleError
+from bp_spark.model.values import number
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
 OWN_FILES = frozenset({MANIFEST, SIGNATURE})
@@ -101,7 +102,17 @@ def _require_types(path: Path, manifest: Mapping[str, Any]) -> None:
         raise BundleError(f"{path}: members must be different names")
     if manifest["horizon_days"] != manifest["horizons"].get("main", manifest["horizon_days"]):
         raise BundleError(f"{path}: horizon_days and horizons don't fit together")
-    lineage = manifest["lineage"]
+    try:
+        reasons = manifest["metrics"].get("reasons") or {"error": 0.0, "same_first": 0.0}
+        for name in ("error", "same_first"):
+            number(reasons[name], 0.0)
+    except (KeyError, TypeError, ValueError):
+        raise BundleError(f"{path}: metrics of reasons are no numbers") from None
+    _require_lineage(path, manifest["lineage"])
+
+
+def _require_lineage(path: Path, lineage: Mapping[str, Any]) -> None:
+    """Make sure that the parts of a lineage have the types that its readers expect."""
     judged = lineage.get("judged", {})
     if not isinstance(judged, dict):
         raise BundleError(f"{path}: judged is no dict")
@@ -112,6 +123,9 @@ def _require_types(path: Path, manifest: Mapping[str, Any]) -> None:
             date.fromisoformat(values.get("test_date", "2000-01-01"))
         except (TypeError, ValueError):
             raise BundleError(f"{path}: test_date is no date") from None
+    definitions = lineage.get("features", {})
+    if not (isinstance(definitions, dict) and all(isinstance(text, str) for text in definitions.values())):
+        raise BundleError(f"{path}: features is no dict of texts")
     if not isinstance(lineage.get("currency"), str | None):
         raise BundleError(f"{path}: currency is no text")
 

@@ -132,6 +132,8 @@ def _require_version(
     log_params(client, run_id, _flat(lineage["config"]))
     rows = manifest["metrics"]["rows"]
     log_metrics(client, run_id, ended, {f"{r['population']}/{r['member']}/{r['metric']}": r["value"] for r in rows})
+    reasons = manifest["metrics"].get("reasons") or {}
+    log_metrics(client, run_id, ended, {f"reasons/{name}": value for name, value in reasons.items()})
     for epoch in history:
         figures = {f"transformer/{name}": value for name, value in epoch.items() if name != "epoch"}
         log_metrics(client, run_id, ended, figures, int(epoch["epoch"]))

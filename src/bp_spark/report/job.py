@@ -200,6 +200,7 @@ def _model(run: Run, bundle_digest: str) -> tuple[dict[str, object], pd.DataFram
         facts = {"horizon_days": config.labels.horizon_days, **facts, "bundle": f"can't be read: {error}"}
         return facts, metrics_of_bundle
     lineage = bundle.manifest["lineage"]
+    reasons = bundle.manifest["metrics"].get("reasons")
     weights = zip(bundle.stack.members, bundle.stack.weights, strict=True)
     decision = decisions.decision(bundle.folder) or {"promoted": False, "reason": "no decision is recorded"}
     facts |= {
@@ -209,6 +210,9 @@ def _model(run: Run, bundle_digest: str) -> tuple[dict[str, object], pd.DataFram
         "made": f"{bundle.manifest['created_at']} by bp-spark {bundle.manifest['code_version']}",
         "training_set": f"version {lineage['training_set']['version']}" if "training_set" in lineage else "–",
         "members": ", ".join(f"{name} {weight:.0%}" for name, weight in weights),
+        "reasons": f"off by {reasons['error']:.0%}, first one right for {reasons['same_first']:.0%} of users"
+        if reasons
+        else "–",
         "promoted" if decision["promoted"] else "not_promoted": decision["reason"],
     }
     return facts, metrics_of_bundle

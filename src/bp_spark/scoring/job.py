@@ -20,6 +20,7 @@ from bp_spark.core.config import Config, FeatureReader, digest
 from bp_spark.core.errors import BundleError, DataError, FileReadError
 from bp_spark.core.session import broadcast_few, persisted
 from bp_spark.core.version import __version__
+from bp_spark.features.catalogue import catalogue
 from bp_spark.ingest.clean import currency_of
 from bp_spark.lakehouse import parquet
 from bp_spark.lakehouse.run import Run, Step, recorded
@@ -32,6 +33,9 @@ from bp_spark.scoring import prediction
 from bp_spark.scoring.carry_forward import carry_forward, stale_users
 
 logger = logging.getLogger(__name__)
+
+_NAMED = 3
+"""Features that a message names."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,8 @@ def require_same_features(bundle: Bundle, config: Config) -> None:
     """Refuse a bundle whose features have the same names as today's but other values.
 
     Raises:
-        BundleError: A setting that changes values, not columns, differs from that in training.
+        BundleError: A setting that changes values, not columns, differs from that in training, or a feature means something
+            else now.
     """
     trained = bundle.manifest["lineage"].get("config", {}).get("features", {})
     # bundles of version 0.1.0 know the first by its old name
@@ -152,6 +157,14 @@ def require_same_features(bundle: Bundle, config: Config) -> None:
                 f"{bundle.folder}: was trained on features with features.{name}={before}, and now it is {now}: "
                 "train again, or featurize and score with the old setting"
             )
+    now = catalogue(config.features).definitions
+    definitions = bundle.manifest["lineage"].get("features", {})
+    changed = [name for name, definition in definitions.items() if now.get(name, definition) != definition]
+    if changed:
+        more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+        raise BundleError(
+            f"{bundle.folder}: was trained on another definition of {', '.join(changed[:_NAMED])}{more}: train again"
+        )
 
 
 def common_currency(bundle: Bundle, currency: str | None) -> str | None:

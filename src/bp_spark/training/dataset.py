@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -81,7 +81,10 @@ def write_training_set(run: Run, dates: Sequence[date], test_date: date) -> int:
     with run.step("label", table, inputs) as step:
         if step.unchanged:
             return step.version
-        rows = _labelled(run, source, dates, test_date)
+        daily = lakehouse.read("user_daily")
+        factors = labels.exposure_factors(source.select(*KEY), daily, dates, test_date, config.labels)
+        step.figures.update({f"factor_{days}_days": f"{factor:.3f}" for days, factor in factors.items()})
+        rows = _labelled(run, source, dates, test_date, factors)
         if survey:
             # a survey label covers the whole horizon, spend so far only a part of it: the survey label wins
             observed = rows.join(survey.rows, KEY, "left_anti")
@@ -96,12 +99,14 @@ def write_training_set(run: Run, dates: Sequence[date], test_date: date) -> int:
         return version
 
 
-def _labelled(run: Run, users: DataFrame, dates: Sequence[date], test_date: date) -> DataFrame:
+def _labelled(
+    run: Run, users: DataFrame, dates: Sequence[date], test_date: date, factors: Mapping[int, float]
+) -> DataFrame:
     """Add labels from the spend before the test date, of the horizon and of the others, and the weights of rows."""
     config, daily = run.config.labels, run.lakehouse.read("user_daily")
     spend = labels.future_spend(daily, dates, config.horizon_days, test_date)
     rows = labels.with_other_horizons(labels.join_labels(users, spend), daily, dates, config.other_horizons, test_date)
-    return labels.add_weights(rows, test_date, config)
+    return labels.add_weights(rows, test_date, config, factors)
 
 
 class _SurveyLabels(NamedTuple):

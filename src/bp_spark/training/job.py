@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from bp_spark.lakehouse.tables import METRICS
 from bp_spark.model.explanation import Explanation
 from bp_spark.model.members.base import predict_all
 from bp_spark.model.members.trees import CLASSIC_ONLY
+from bp_spark.model.permutation import Agreement
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry import mlflow_store, signing
 from bp_spark.registry.bundle import Bundle, Promoted
@@ -142,7 +143,7 @@ def _write_bundle(run: Run, fitted: Fitted, metrics: pd.DataFrame, judged: Bundl
         judged: the bundle that passed the gate, if this one is its refit.
     """
     lakehouse, config, test_date = run.lakehouse, run.config, fitted.test_date
-    explanation = fit_explanation(run, fitted)
+    explanation, agreement = fit_explanation(run, fitted)
     inputs: dict[str, Sequence[str]] = {"tabular": features.catalogue(config.features).names}
     if "transformer" in fitted.names:
         inputs["history"] = [column.name for column in SEQUENCE_COLUMNS]
@@ -153,6 +154,7 @@ def _write_bundle(run: Run, fitted: Fitted, metrics: pd.DataFrame, judged: Bundl
             "location": lakehouse.location("training_set"),
             "version": fitted.version,
         },
+        "features": features.catalogue(config.features).definitions,
         "text_model": texts.model_digest(config.texts),
         "currency": currency_of(lakehouse) or config.cleaning.currency,
         "config": config.model_dump(mode="json"),
@@ -168,7 +170,7 @@ def _write_bundle(run: Run, fitted: Fitted, metrics: pd.DataFrame, judged: Bundl
             fitted.horizons,
             inputs=inputs,
             lineage=lineage,
-            metrics={"rows": metrics.to_dict("records")},
+            metrics={"rows": metrics.to_dict("records"), "reasons": asdict(agreement)},
             explanation=explanation,
             private_key=signing.private_key(config.signing),
         )
@@ -180,8 +182,8 @@ def _write_bundle(run: Run, fitted: Fitted, metrics: pd.DataFrame, judged: Bundl
     return bundle
 
 
-def fit_explanation(run: Run, fitted: Fitted) -> Explanation:
-    """Fit the explanation of predictions on a sample of the training set; ``runs`` has its R²."""
+def fit_explanation(run: Run, fitted: Fitted) -> tuple[Explanation, Agreement]:
+    """Fit the explanation of predictions on a sample of the training set, and measure it; ``runs`` has the figures."""
     config = run.config
     with run.stage("explain") as figures:
         frame = sample(run.lakehouse.read("training_set", fitted.version), config).toPandas()
@@ -197,9 +199,12 @@ def fit_explanation(run: Run, fitted: Fitted) -> Explanation:
             seed=config.training.seed,
             threads=os.cpu_count() or 1,
         )
+        by_name = {member.name: member for member in members}
+        agreement = explanation.agreement(columns, by_name, fitted.fusion, seed=config.training.seed)
         figures["rows_in"] = len(frame)
-        figures["r_squared"] = f"{explanation.r_squared:.4f}"
-    return explanation
+        figures.update({f"r_squared_{name}": f"{value:.4f}" for name, value in explanation.r_squared.items()})
+        figures.update({f"reasons_{name}": f"{value:.4g}" for name, value in asdict(agreement).items()})
+    return explanation, agreement
 
 
 def _record_metrics(run: Run, metrics: pd.DataFrame, bundle: Bundle) -> None:

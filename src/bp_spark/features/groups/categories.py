@@ -7,7 +7,7 @@ from functools import partial
 from bp_spark.features.categories import CATEGORY_BUCKETS
 from bp_spark.features.definition import Feature, call, column, last_days
 
-feature = partial(Feature, group="categories")
+feature = partial(Feature, group="categories bought")
 feature_of_year = partial(feature, window=last_days(365))
 
 

@@ -6,14 +6,16 @@ from functools import partial
 
 from bp_spark.features.aggregates import Largest
 from bp_spark.features.definition import Feature, aggregate, last_days
-from bp_spark.features.groups.terms import orders, spend, standard_deviation, total
+from bp_spark.features.groups.terms import orders, standard_deviation, total
 
-feature = partial(Feature, group="order values", scale="log")
+feature = partial(Feature, group="size of orders", scale="log")
 
 
 def features() -> list[Feature]:
     """Return the features of the group."""
-    std = standard_deviation(total("order_value_sq") / orders(), spend() / orders())
+    # not by the spend: refunds that belong to no order lower it, and leave the orders as they were
+    mean = total("order_value") / 100 / orders()
+    std = standard_deviation(total("order_value_sq") / orders(), mean)
     return [
         feature("order_value_std", std, "Standard deviation of order values", "currency", "all"),
         *(_largest(days) for days in (90, 365)),

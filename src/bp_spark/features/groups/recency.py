@@ -7,7 +7,7 @@ from functools import partial
 from bp_spark.features.definition import Feature
 from bp_spark.features.groups.terms import purchase_days, recency, spend, tenure
 
-feature = partial(Feature, window="all", group="recency, frequency, value")
+feature = partial(Feature, window="all", group="purchase history")
 
 
 def features() -> list[Feature]:
@@ -17,14 +17,14 @@ def features() -> list[Feature]:
         feature(
             "tenure_days",
             tenure(),
-            "Days since the first purchase seen (T of Fader, Hardie & Lee 2005)",
+            "Days since the first purchase seen",
             "days",
             scale="log",
         ),
         feature(
             "active_span_days",
             tenure() - recency(),
-            "Days between first and last purchase (t_x)",
+            "Days between first and last purchase",
             "days",
             scale="log",
         ),

@@ -19,7 +19,7 @@ def features() -> list[Feature]:
         feature("gap_std_days", std, "Standard deviation of the days between purchase days", "days", scale="log"),
         feature("gap_max_days", longest, "Longest pause between purchase days", "days", scale="log"),
         feature("gap_last_days", last, "Pause before the last purchase day", "days", scale="log"),
-        feature("gap_variation", std / mean, "Coefficient of variation of the pauses", "ratio"),
+        feature("gap_variation", std / mean, "Scatter of the pauses, relative to their mean", "ratio"),
         feature("overdue", recency() / mean, "Current pause over the mean pause", "ratio", scale="log"),
         feature("overdue_longest", recency() / longest, "Current pause over the longest one", "ratio", scale="log"),
     ]

@@ -21,12 +21,14 @@ def features() -> list[Feature]:
     sum_of_squares = call("aggregate", cents, Expression("0D"), Expression("(s, x) -> s + x / 100 * (x / 100)"))
     mean = sum_of_cents / (100 * WEEKS)
     std = standard_deviation(sum_of_squares / WEEKS, mean)
-    median = Expression(f"{call('array_sort', cents).sql}[{WEEKS // 2}]", cents.aggregates) / 100
+    ordered = call("array_sort", cents)
+    lower, upper = (Expression(f"{ordered.sql}[{place}]", ordered.aggregates) for place in (WEEKS // 2 - 1, WEEKS // 2))
+    median = (lower + upper) / 200
     active = call("size", call("filter", cents, Expression("x -> x > 0")))
     return [
         feature("weekly_spend_mean", mean, "Mean weekly spend", "currency", scale="log"),
         feature("weekly_spend_std", std, "Standard deviation of weekly spend", "currency", scale="log"),
-        feature("weekly_spend_variation", std / mean, "Coefficient of variation of weekly spend", "ratio"),
+        feature("weekly_spend_variation", std / mean, "Scatter of weekly spend, relative to its mean", "ratio"),
         feature("weekly_spend_max", call("array_max", cents) / 100, "Largest weekly spend", "currency", scale="log"),
         feature("weekly_spend_median", median, "Median weekly spend", "currency", scale="log"),
         feature("weekly_spend_slope", _slope(weeks), "Change of weekly spend per week", "currency/week", scale="log"),

@@ -69,7 +69,7 @@ def _trend(short: int, long: int) -> Feature:
     return feature(
         f"trend_{short}d_{long}d",
         call("ln", (daily_rate(short) + 1) / (daily_rate(long) + 1)),
-        f"Log of the daily spend rate of {short} days over that of {long} days",
+        f"Spend per day of {short} days against that of {long} days, as a log: above 0 where it rises",
         "log ratio",
         last_days(long),
     )

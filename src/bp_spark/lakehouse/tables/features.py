@@ -17,6 +17,7 @@ USER_DAILY = Table(
         ("discount", "decimal(18,2)!", "Price reductions"),
         ("coupon_discount", "decimal(18,2)!", "Price reductions from coupons"),
         ("discounted_items", "bigint!", "Order lines with a reduction"),
+        ("order_value", "decimal(18,2)!", "Value of the orders: spend without refunds that belong to none of them"),
         ("order_value_max", "decimal(18,2)!", "Value of the largest order"),
         ("order_value_sq", "bigint!", "Sum of squared order values, each square rounded to a whole number"),
         ("morning_orders", "bigint!", "Orders from 05:00 to 10:59 UTC"),

@@ -52,14 +52,22 @@ USER_PROFILE = Table(
         ("high", "double!", "Upper end of the 90 % prediction interval"),
         ("p_active", "double!", "Probability of any spend in the horizon"),
         ("reasons", "array<string>!", "Reasons for the expected spend in words, strongest first"),
-        ("compared_30d", "date", "Scored date nearest to 30 days before, at most a week off; NULL: no such date"),
+        (
+            "compared_30d",
+            "date",
+            "Date nearest to 30 days before, at most a week off, that the same bundle scored; NULL: no such date",
+        ),
         ("score_change_30d", "double", "Score minus the score of compared_30d; NULL: no score on that date"),
         (
             "trend_30d",
             "string",
             "rising, steady or falling (by profiles.trend_points); new: no score on compared_30d; NULL: no such date",
         ),
-        ("compared_90d", "date", "Scored date nearest to 90 days before, at most a week off; NULL: no such date"),
+        (
+            "compared_90d",
+            "date",
+            "Date nearest to 90 days before, at most a week off, that the same bundle scored; NULL: no such date",
+        ),
         ("score_change_90d", "double", "Score minus the score of compared_90d; NULL: no score on that date"),
         (
             "trend_90d",

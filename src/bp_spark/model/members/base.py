@@ -31,6 +31,11 @@ class Member(Protocol):
         """Short name, unique in a bundle: ``linear``, ``btyd``, ``trees``, ``sqrt_trees``, ``transformer``."""
         ...
 
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Tabular features that it reads."""
+        ...
+
     def predict(self, columns: Columns) -> np.ndarray:
         """Return the expected spend, ``float64[rows]``, finite and >= 0, in the currency of the labels.
 
@@ -57,6 +62,16 @@ class Member(Protocol):
         Raises:
             BundleError: a file is missing, cut short or not this member's; the message names it.
         """
+        ...
+
+
+@runtime_checkable
+class HistoryMember(Protocol):
+    """A member that reads the user's last events, too."""
+
+    @property
+    def history(self) -> tuple[str, ...]:
+        """Columns of the history that it reads."""
         ...
 
 

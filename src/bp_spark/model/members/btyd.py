@@ -107,6 +107,11 @@ class BtydMember:
         log_none = (self.r + x) * (np.log(self.alpha + T) - np.log(self.alpha + T + self.horizon_days))
         return {ACTIVE: self.p_alive(x, t_x, T) * -np.expm1(log_none), SILENT: T - t_x}
 
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Tabular features that it reads."""
+        return FEATURES
+
     def predict(self, columns: Columns) -> np.ndarray:
         """Return the expected spend, ``float64[rows]``; see :meth:`Member.predict`."""
         x, t_x, T, m = _visits(columns)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bp_spark.features.labels import horizon_column
 from bp_spark.model.columns import Columns
-from bp_spark.model.inputs import read
+from bp_spark.model.inputs import HISTORY_COLUMNS, read
 from bp_spark.model.network import SpendNetwork
 
 BATCH_EVENTS = 8192
@@ -33,6 +33,16 @@ class TransformerMember:
     def __init__(self, network: SpendNetwork, batch_events: int = BATCH_EVENTS) -> None:
         self.network = network.eval()
         self.batch_events = batch_events
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Tabular features that it reads."""
+        return self.network.spec.tabular
+
+    @property
+    def history(self) -> tuple[str, ...]:
+        """Columns of the history that it reads."""
+        return HISTORY_COLUMNS
 
     def predict(self, columns: Columns) -> np.ndarray:
         """Return the expected spend, money, float64 [B].

@@ -109,12 +109,18 @@ def _write(run: Run, versions: dict[str, int], day: date, step: Step) -> dict[st
 
 
 def _compared_scores(scores: DataFrame, day: date, span: int) -> tuple[date, DataFrame] | None:
-    """Return the scored date nearest to ``span`` days before, with its scores; of two the newer one."""
+    """Return the scored date nearest to ``span`` days before, with its scores; of two the newer one.
+
+    Another bundle has another reference population: only dates that the same bundle scored are compared.
+    """
     wanted = day - timedelta(days=span)
     first, last = wanted - timedelta(days=NEARBY_DAYS), wanted + timedelta(days=NEARBY_DAYS)
-    scored_date = F.col("score_date")
-    nearby = scores.filter(scored_date.between(F.lit(first), F.lit(last))).select("score_date").distinct().collect()
+    bundle = rows_of_date(scores, day).select("bundle_digest").first()
+    assert bundle is not None
+    by_same_bundle = scores.filter(F.col("bundle_digest") == F.lit(bundle[0]))
+    in_reach = F.col("score_date").between(F.lit(first), F.lit(last))
+    nearby = by_same_bundle.filter(in_reach).select("score_date").distinct().collect()
     if not nearby:
         return None
     nearest = min((row[0] for row in nearby), key=lambda scored: (abs(scored - wanted), wanted - scored))
-    return nearest, rows_of_date(scores, nearest)
+    return nearest, rows_of_date(by_same_bundle, nearest)
