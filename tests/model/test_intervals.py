@@ -11,7 +11,7 @@ import pytest
 
 from bp_spark.core.config import FusionConfig
 from bp_spark.core.errors import BundleError
-from bp_spark.model.intervals import GroupIntervals, UserIntervals
+from bp_spark.model.intervals import UserIntervals
 from bp_spark.model.stack import CalibratedStack
 
 CONF = FusionConfig(members=("trees", "sqrt_trees"))
@@ -112,22 +112,6 @@ def test_another_currency_changes_no_more_than_the_unit(stack: CalibratedStack) 
     ours, theirs = stack.apply(predictions(fresh)), other.apply({n: v * rate for n, v in predictions(fresh).items()})
     for name in ("low", "high"):
         assert np.median(np.abs(theirs[name] / rate / ours[name] - 1)) < 0.05, name
-
-
-def test_a_bundle_of_an_older_version_keeps_its_intervals(stack: CalibratedStack) -> None:
-    document = stack.to_json()
-    del document["intervals"]
-    document |= {"edges": [3.0, 5.0], "lower": [-3.0, -1.0, -0.5], "upper": [1.0, 0.7, 0.5]}
-    old = CalibratedStack.from_json(document)
-    assert isinstance(old.intervals, GroupIntervals)
-    assert old.to_json() == document
-    spend = np.array([1.0, 60.0, 2000.0])
-    answers = old.apply({"trees": spend, "sqrt_trees": spend})
-    logs = np.log1p(answers["expected_spend"])
-    np.testing.assert_allclose(answers["high"], np.expm1(logs + np.array([1.0, 0.7, 0.5])))
-    np.testing.assert_allclose(answers["low"], np.maximum(np.expm1(logs - np.array([3.0, 1.0, 0.5])), 0))
-    with pytest.raises(BundleError, match="fusion"):
-        CalibratedStack.from_json(document | {"upper": [1.0]})
 
 
 @pytest.mark.parametrize(

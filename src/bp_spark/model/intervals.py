@@ -21,7 +21,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from bp_spark.model.values import LARGEST_LOG, floats, number, require_rising
+from bp_spark.model.values import floats, number, require_rising
 
 _SHOCKS = math.sqrt(1.5) * np.array([-1.0, 0.0, 1.0])
 """Numbers of equal probability, of mean 0 and variance 1: what may happen to the spend of all users at once."""
@@ -143,42 +143,6 @@ class UserIntervals:
         lower = None if document["lower"] is None else Scale.from_json(document["lower"], regressors)
         tail, unit = number(document["tail"], 0.0, 0.5), number(document["unit"], _CLOSEST)
         return cls(tail, unit, lower, Scale.from_json(document["upper"], regressors))
-
-
-@dataclass(frozen=True)
-class GroupIntervals:
-    """Ends of the interval by fifth of the expected spend, as bundles of older versions have them.
-
-    Attributes:
-        edges: borders between the groups, log1p of the expected spend.
-        lower: lower residual quantile of each group, in log1p space; one more than ``edges``.
-        upper: upper residual quantile of each group.
-    """
-
-    edges: tuple[float, ...]
-    lower: tuple[float, ...]
-    upper: tuple[float, ...]
-
-    def around(self, users: Predicted) -> tuple[np.ndarray, np.ndarray]:
-        """Return both ends in money, float64 [rows] each; the lower one is not negative."""
-        logs = users.log_expected
-        group = np.searchsorted(np.asarray(self.edges), logs, side="right")
-        low = np.maximum(np.expm1(logs + np.asarray(self.lower)[group]), 0.0)
-        return low, np.expm1(logs + np.asarray(self.upper)[group])
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Self:
-        """Return the intervals whose fields are among those of a JSON document.
-
-        Raises:
-            KeyError, TypeError, ValueError: they are not the fields of such intervals.
-        """
-        edges = floats(document["edges"])
-        lower, upper = (floats(document[name], -LARGEST_LOG, LARGEST_LOG) for name in ("lower", "upper"))
-        require_rising(edges)
-        if not len(edges) + 1 == len(lower) == len(upper):
-            raise ValueError("edges, lower and upper don't fit together")
-        return cls(edges, lower, upper)
 
 
 def rows_needed(coverage: float) -> int:

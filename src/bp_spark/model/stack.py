@@ -24,7 +24,6 @@ from bp_spark.model.bins import equivalent_rows, quantile_bins
 from bp_spark.model.columns import ACTIVE, SILENT
 from bp_spark.model.curve import Curve, as_json, curve_from_json
 from bp_spark.model.intervals import (
-    GroupIntervals,
     Predicted,
     UserIntervals,
     fit_intervals,
@@ -65,7 +64,7 @@ class CalibratedStack:
         coverage: share of users whose spend lies in the interval.
         calibration: log1p of the stack -> log1p of the expected spend.
         activity: log1p of the expected spend -> P(spend > 0).
-        intervals: ends of the interval; by group in bundles of older versions.
+        intervals: ends of the interval.
         reference: expected spend -> its percentile, 0 to 100, in the reference population.
         risk: tertiles of the relative interval width.
         level: factor of everyone's spend by date; ``None``: always 1.
@@ -77,7 +76,7 @@ class CalibratedStack:
     coverage: float
     calibration: Curve
     activity: Curve
-    intervals: UserIntervals | GroupIntervals
+    intervals: UserIntervals
     reference: Curve
     risk: tuple[float, float]
     level: Level | None = None
@@ -258,9 +257,7 @@ class CalibratedStack:
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a JSON file; floats come back bit for bit."""
         document = as_json(self)
-        if isinstance(self.intervals, GroupIntervals):
-            document |= document.pop("intervals")
-        # Bundles of older versions lack these keys; a stack without the parts is written alike.
+        # without the parts there are no keys
         if self.level is None:
             del document["level"]
         if self.recency is None:
@@ -274,11 +271,7 @@ class CalibratedStack:
         Raises:
             BundleError: a key is missing or unknown, or a value has the wrong type, length or order.
         """
-        keys = {field.name for field in fields(cls)}
-        by_group = "intervals" not in document
-        if by_group:
-            keys = keys - {"intervals"} | {field.name for field in fields(GroupIntervals)}
-        if set(document) | {"level", "recency"} != keys:
+        if set(document) | {"level", "recency"} != {field.name for field in fields(cls)}:
             raise BundleError("fusion: not the keys of a fusion")
         try:
             members = texts(document["members"])
@@ -289,9 +282,7 @@ class CalibratedStack:
                 coverage=number(document["coverage"], 0.0, 1.0),
                 calibration=curve_from_json(document["calibration"], 0.0, LARGEST_LOG),
                 activity=curve_from_json(document["activity"], 0.0, 1.0),
-                intervals=GroupIntervals.from_json(document)
-                if by_group
-                else UserIntervals.from_json(document["intervals"], regressors),
+                intervals=UserIntervals.from_json(document["intervals"], regressors),
                 reference=curve_from_json(document["reference"], 0.0, 100.0),
                 risk=(number(document["risk"][0]), number(document["risk"][1])),
                 level=Level.from_json(document["level"]) if "level" in document else None,
