@@ -113,7 +113,7 @@ class Bundle:
         available_names = set(available)
         missing = [name for name in self.required_columns if name not in available_names]
         if missing:
-            raise BundleError(f"bundle {self.digest[:12]}: input columns missing: {', '.join(missing)}")
+            raise BundleError(f"{self.folder}: input columns missing: {', '.join(missing)}")
 
     def predict(self, columns: Columns, on: date | None = None) -> dict[str, np.ndarray]:
         """Score users.
@@ -131,7 +131,10 @@ class Bundle:
             BundleError: a column is missing.
         """
         self.check_inputs(columns)
-        predictions = predict_all(self.members.values(), columns)
+        try:
+            predictions = predict_all(self.members.values(), columns)
+        except BundleError as error:
+            raise BundleError(f"{self.folder}: {error}") from None
         steady = self.stack.apply_without_level(predictions)
         by_horizon = np.stack(list(self.horizons.apply(steady["expected_spend"], predictions).values()), axis=1)
         members = {f"member_{name}": predictions[name] for name in self.members}
