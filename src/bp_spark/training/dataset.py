@@ -242,7 +242,8 @@ def collect_sample(rows: DataFrame, config: Config) -> pd.DataFrame:
     if "transformer" not in config.fusion.members:
         rows = without_histories(rows)
     # as Arrow, for toPandas makes a Python object of each value
-    return sample(rows, config).toArrow().to_pandas()
+    frame: pd.DataFrame = sample(rows, config).toArrow().to_pandas()
+    return frame
 
 
 def without_histories(rows: DataFrame) -> DataFrame:

@@ -135,7 +135,7 @@ class TreesConfig(Section):
         50_000_000,
         ge=0,
         description="Most values (training rows times features) that are fitted on the driver, outside Spark: fitting them "
-        "takes up to 30 bytes of memory for each. Spark's executors fit more. 0: always Spark's executors.",
+        "takes about 35 bytes of memory for each. Spark's executors fit more. 0: always Spark's executors.",
     )
     workers: Positive = Field(2, description="Spark tasks that train together, beyond `max_local_values`.")
 
