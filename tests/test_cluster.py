@@ -44,6 +44,8 @@ SMALL = [
     "network.adapter_size=16",
     "features.history_length=16",
     "trees.rounds=10",
+    # on the executors, as a platform with more rows would
+    "trees.max_local_values=0",
     "tracking.uri=null",
 ]
 JOBS = ("featurize", "train", "score")

@@ -21,7 +21,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark import pipeline
-from bp_spark.core.config import Config, FusionConfig
+from bp_spark.core.config import Config, FusionConfig, changed
 from bp_spark.core.errors import ConflictError, DataError, PlatformError
 from bp_spark.core.session import DELTA_SETTINGS, get_session, is_connect, java_home, persisted, spark_jars
 from bp_spark.core.spark_errors import translate
@@ -174,7 +174,7 @@ def refusals(spark: SparkSession, settings: Config) -> list[str]:
         overtaken,
         lambda: lakehouse.read("nothing"),
         lambda: pipeline.score(spark, settings, date(2020, 1, 1)),
-        lambda: pipeline.train(spark, settings),
+        lambda: pipeline.train(spark, changed(settings, {"trees.max_local_values": 0})),
         damaged,
     ):
         try:

@@ -1,4 +1,4 @@
-"""The linear and the boosted-trees member: fitted on Spark, saved as JSON, predicting with numpy."""
+"""The linear and the boosted-trees member: fitted in Spark, saved as JSON, predicting with numpy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from bp_spark.core.errors import BundleError, DataError, PlatformError
 from bp_spark.model.members.base import Member
 from bp_spark.model.members.files import load_member
 from bp_spark.model.members.linear import LinearMember, fit_linear
-from bp_spark.model.members.trees import SqrtTreesMember, TreesMember, fit_trees, task_slots
+from bp_spark.model.members.spark_trees import fit_trees_in_spark, task_slots
+from bp_spark.model.members.trees import SqrtTreesMember, TreesMember
 
 FEATURES = ("recency", "frequency", "monetary")
 SMALL = TreesConfig(rounds=60, learning_rate=0.15, min_child_weight=5)
@@ -65,12 +66,12 @@ def linear(training_set) -> LinearMember:
 
 @pytest.fixture(scope="module")
 def trees(training_set) -> TreesMember:
-    return fit_trees(training_set, FEATURES, SMALL, seed=7)
+    return fit_trees_in_spark(training_set, FEATURES, SMALL, seed=7)
 
 
 @pytest.fixture(scope="module")
 def sqrt_trees(training_set) -> SqrtTreesMember:
-    return fit_trees(training_set, FEATURES, SMALL, seed=7, kind=SqrtTreesMember)
+    return fit_trees_in_spark(training_set, FEATURES, SMALL, seed=7, kind=SqrtTreesMember)
 
 
 def saved_bytes(member: Member, folder) -> bytes:
@@ -138,13 +139,13 @@ def test_trees_rank_users_and_keep_the_level(frame, trees):
 
 
 def test_trees_stop_early_and_keep_the_best_rounds_only(training_set):
-    member = fit_trees(training_set, FEATURES, SMALL.model_copy(update={"rounds": 300}), seed=7, patience=5)
+    member = fit_trees_in_spark(training_set, FEATURES, SMALL.model_copy(update={"rounds": 300}), seed=7, patience=5)
     assert member.rounds < 100
 
 
 def test_trees_of_a_given_number_of_rounds_need_no_validation_rows(training_set):
     everyone = training_set.withColumn("split", F.lit("train"))
-    assert fit_trees(everyone, FEATURES, SMALL, seed=7, rounds=11).rounds == 11
+    assert fit_trees_in_spark(everyone, FEATURES, SMALL, seed=7, rounds=11).rounds == 11
 
 
 def test_trees_on_the_root_of_spend_rank_users_and_keep_the_level(frame, sqrt_trees, tmp_path):
@@ -163,7 +164,7 @@ def test_trees_on_the_root_of_spend_rank_users_and_keep_the_level(frame, sqrt_tr
 def test_rows_of_no_weight_change_neither_trees_nor_their_level(spark, frame, tmp_path):
     ghosts = frame.assign(user_key="g" + frame["user_key"], label_spend=1e5, weight=0.0)
     both = spark.createDataFrame(pd.concat([frame.assign(weight=1.0), ghosts]))
-    member = fit_trees(both, FEATURES, SMALL, seed=7, kind=SqrtTreesMember, weight="weight")
+    member = fit_trees_in_spark(both, FEATURES, SMALL, seed=7, kind=SqrtTreesMember, weight="weight")
     spend = member.predict(columns(frame))
     assert spend.mean() == pytest.approx(frame["label_spend"].clip(lower=0).mean(), rel=0.15)
 
@@ -189,7 +190,7 @@ def _saved(member: Member, folder):
 
 def test_trees_are_the_same_however_spark_laid_out_the_rows(spark, frame, trees, tmp_path):
     shuffled = spark.createDataFrame(frame.sample(frac=1, random_state=1)).repartition(5)
-    again = fit_trees(shuffled, FEATURES, SMALL, seed=7)
+    again = fit_trees_in_spark(shuffled, FEATURES, SMALL, seed=7)
     assert saved_bytes(again, tmp_path / "a") == saved_bytes(trees, tmp_path / "b")
 
 
@@ -204,7 +205,7 @@ def test_contributions_add_up_to_the_log_of_the_prediction(frame, trees):
 
 def test_weights_count(training_set, frame, trees):
     weighted = training_set.withColumn("w", F.when(F.col("frequency") > 5, 20.0).otherwise(0.05))
-    heavy = fit_trees(weighted, FEATURES, SMALL, seed=7, weight="w")
+    heavy = fit_trees_in_spark(weighted, FEATURES, SMALL, seed=7, weight="w")
     assert not np.allclose(heavy.predict(columns(frame)), trees.predict(columns(frame)))
 
 
@@ -212,21 +213,21 @@ def test_more_workers_than_task_slots_do_not_wait_forever(training_set, spark):
     slots = task_slots(spark)
     assert slots >= 1
     greedy = SMALL.model_copy(update={"workers": slots + 50, "rounds": 2})
-    assert fit_trees(training_set, FEATURES, greedy, seed=1).rounds == 2
+    assert fit_trees_in_spark(training_set, FEATURES, greedy, seed=1).rounds == 2
 
 
 def test_trees_without_validation_rows_use_every_round(training_set):
     train = training_set.where("split = 'train'")
-    assert fit_trees(train, FEATURES, SMALL.model_copy(update={"rounds": 4}), seed=1).rounds == 4
+    assert fit_trees_in_spark(train, FEATURES, SMALL.model_copy(update={"rounds": 4}), seed=1).rounds == 4
 
 
 def test_training_sets_that_teach_nothing_are_refused(training_set):
     with pytest.raises(DataError, match=r"training_set\.split: no training row"):
-        fit_trees(training_set.where("split = 'valid'"), FEATURES, SMALL, seed=1)
+        fit_trees_in_spark(training_set.where("split = 'valid'"), FEATURES, SMALL, seed=1)
     with pytest.raises(DataError, match=r"training_set\.split: no training row"):
         fit_linear(training_set.where("split = 'valid'"), FEATURES, LinearConfig())
     with pytest.raises(DataError, match="no training row has any spend"):
-        fit_trees(training_set.withColumn("label_spend", F.lit(0.0)), FEATURES, SMALL, seed=1)
+        fit_trees_in_spark(training_set.withColumn("label_spend", F.lit(0.0)), FEATURES, SMALL, seed=1)
     with pytest.raises(DataError, match=r"training_set\.age: column is missing"):
         fit_linear(training_set, ("age",), LinearConfig())
 

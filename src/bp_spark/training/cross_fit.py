@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +22,11 @@ from bp_spark.model.inputs import InputSpec
 from bp_spark.model.members.base import Member, predict_all
 from bp_spark.model.members.btyd import fit_btyd
 from bp_spark.model.members.linear import fit_linear
+from bp_spark.model.members.local_trees import LocalTreesFit, collect_rows, fits_driver
+from bp_spark.model.members.spark_trees import fit_trees_in_spark, task_slots
 from bp_spark.model.members.transformer import TransformerMember
-from bp_spark.model.members.trees import SqrtTreesMember, TreesMember, fit_trees
-from bp_spark.training.dataset import sample, write_pretraining_set
+from bp_spark.model.members.trees import SqrtTreesMember, TreesMember
+from bp_spark.training.dataset import collect_sample, without_histories, write_pretraining_set
 from bp_spark.training.loader import Snapshot, snapshot
 from bp_spark.training.tasks import pretrain
 from bp_spark.training.tasks.finetune import finetune
@@ -85,8 +88,9 @@ def cross_fit(
         :func:`predict_all`, and the spend of each other horizon, NaN where it is not known.
     """
     folds = range(run.config.labels.folds)
-    with persisted(rows) as training_set:
-        frame = sample(training_set.filter("complete"), run.config).toPandas()
+    frame = collect_sample(rows.filter("complete"), run.config)
+    # the transformer reads the histories from the table's files
+    with persisted(without_histories(rows)) as training_set:
         columns = {name: frame[name].to_numpy() for name in frame.columns}
         rows_of_fold = [np.flatnonzero(columns["fold"] == fold) for fold in folds]
         members: list[Member] = []
@@ -120,9 +124,9 @@ def _member_fits(
     """Return how each member is fitted: the members of ``fusion.members``, and always the baselines linear and btyd."""
     config = run.config
     fits: dict[str, FitMember] = {"linear": _linear_fit(rows, config), "btyd": _btyd_fit(rows, config)}
-    for kind in (TreesMember, SqrtTreesMember):
-        if kind.name in config.fusion.members:
-            fits[kind.name] = _trees_fit(rows, config, kind)
+    kinds = [kind for kind in (TreesMember, SqrtTreesMember) if kind.name in config.fusion.members]
+    if kinds:
+        fits |= _trees_fits(rows, config, kinds)
     if "transformer" in config.fusion.members:
         spec = spec or InputSpec.of(config.features)
         fits["transformer"] = _transformer_fit(run, version, test_date, vocabulary, folder, spec)
@@ -156,13 +160,47 @@ def _btyd_fit(rows: DataFrame, config: Config) -> FitMember:
     return fit
 
 
-def _trees_fit(rows: DataFrame, config: Config, kind: type[TreesMember]) -> FitMember:
+def _trees_fits(rows: DataFrame, config: Config, kinds: Sequence[type[TreesMember]]) -> dict[str, FitMember]:
+    """Return how the trees are fitted: on the driver where the rows fit it, else in Spark.
+
+    Raises:
+        PlatformError: the rows don't fit the driver, and the session is one of Spark Connect.
+    """
+    names = features.catalogue(config.features).names
+    if fits_driver(rows, names, config.trees):
+        local = LocalTreesFit(collect_rows(rows, names, weight="weight"), config.trees, seed=config.training.seed)
+        return {kind.name: _local_trees_fit(local, config, kind) for kind in kinds}
+    # before hours of fits of other members
+    task_slots(rows.sparkSession)
+    return {kind.name: _spark_trees_fit(rows, names, config, kind) for kind in kinds}
+
+
+def _local_trees_fit(local: LocalTreesFit, config: Config, kind: type[TreesMember]) -> FitMember:
+    folds, members = range(config.labels.folds), list[TreesMember]()
+
+    def fit_without(fold: int) -> TreesMember:
+        return local.fit(kind, fold, at_once=len(folds))
+
+    def fit(fold: int | None) -> MemberFit:
+        if not members:
+            with ThreadPoolExecutor(len(folds)) as pool:
+                members.extend(pool.map(fit_without, folds))
+        if fold is None:
+            member = local.fit(kind, None, rounds=_mean_length([member.rounds for member in members]))
+        else:
+            member = members[fold]
+        return MemberFit(member, {"rounds": member.rounds})
+
+    return fit
+
+
+def _spark_trees_fit(rows: DataFrame, names: Sequence[str], config: Config, kind: type[TreesMember]) -> FitMember:
     best_rounds: list[int] = []
 
     def fit(fold: int | None) -> MemberFit:
-        member = fit_trees(
+        member = fit_trees_in_spark(
             _with_split(rows, fold),
-            features.catalogue(config.features).names,
+            names,
             config.trees,
             seed=config.training.seed,
             kind=kind,

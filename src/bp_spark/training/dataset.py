@@ -20,6 +20,7 @@ from bp_spark.core.errors import DataError
 from bp_spark.core.version import __version__
 from bp_spark.features import catalogue as features
 from bp_spark.features import labels
+from bp_spark.features.aggregates import SEQUENCE_COLUMNS
 from bp_spark.features.definition import KEY
 from bp_spark.features.job import features_digest, write_features
 from bp_spark.ingest import texts
@@ -242,6 +243,20 @@ def users_of_test_date(run: Run, test_date: date) -> DataFrame:
     _, last = span(lakehouse)
     rows = labels.with_other_horizons(rows, daily, [test_date], config.other_horizons, last)
     return rows.withColumn("seen", labels.fold(config) != labels.HOLDOUT)
+
+
+def collect_sample(rows: DataFrame, config: Config) -> pd.DataFrame:
+    """Return :func:`sample` on the driver; with histories only if a member reads them."""
+    if "transformer" not in config.fusion.members:
+        rows = without_histories(rows)
+    # as Arrow, for toPandas makes a Python object of each value
+    frame: pd.DataFrame = sample(rows, config).toArrow().to_pandas()
+    return frame
+
+
+def without_histories(rows: DataFrame) -> DataFrame:
+    """Drop the events of users, which are most of a row."""
+    return rows.drop(*[column.name for column in SEQUENCE_COLUMNS])
 
 
 def sample(rows: DataFrame, config: Config) -> DataFrame:

@@ -19,7 +19,7 @@ from bp_spark.model.level import Level, WeeklySpend
 from bp_spark.model.members.base import Member, predict_all
 from bp_spark.model.stack import CalibratedStack
 from bp_spark.training.cross_fit import cross_fit
-from bp_spark.training.dataset import prepare, sample, users_of_test_date
+from bp_spark.training.dataset import collect_sample, prepare, users_of_test_date
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _fit_horizons(run: Run, out_of_fold: pd.DataFrame, fusion: CalibratedStack) 
 
 def predict_sample(rows: DataFrame, members: Sequence[Member], config: Config) -> pd.DataFrame:
     """Return each member's predictions of a sample of the rows, on the driver."""
-    frame = sample(rows, config).toPandas()
+    frame = collect_sample(rows, config)
     columns = {name: frame[name].to_numpy() for name in frame.columns}
     others = [labels.horizon_column("label_spend", days) for days in config.labels.other_horizons]
     names = ("user_key", "as_of_date", "label_spend", *others, "seen", "bracket")

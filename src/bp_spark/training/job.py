@@ -26,12 +26,12 @@ from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.tables import METRICS
 from bp_spark.model.explanation import Explanation
 from bp_spark.model.members.base import predict_all
-from bp_spark.model.members.trees import CLASSIC_ONLY
+from bp_spark.model.members.spark_trees import CLASSIC_ONLY
 from bp_spark.model.permutation import Agreement
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry import mlflow_store, signing
 from bp_spark.registry.bundle import Bundle, Promoted
-from bp_spark.training.dataset import sample
+from bp_spark.training.dataset import collect_sample
 from bp_spark.training.ensemble import Fitted, fit_as_of, metrics_of
 from bp_spark.training.promote import decide, decide_refit, enter_registry, promote
 
@@ -107,12 +107,13 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
 
 
 def require_session(spark: SparkSession, config: Config) -> None:
-    """Make sure that the session can fit all members.
+    """Make sure that the session can fit all members; see also :func:`bp_spark.training.cross_fit.cross_fit`.
 
     Raises:
-        PlatformError: the session is one of Spark Connect, and there are boosted trees.
+        PlatformError: the session is one of Spark Connect, and Spark's executors fit boosted trees of any size.
     """
-    if is_connect(spark) and not {"trees", "sqrt_trees"}.isdisjoint(config.fusion.members):
+    in_spark = not {"trees", "sqrt_trees"}.isdisjoint(config.fusion.members) and not config.trees.max_local_values
+    if in_spark and is_connect(spark):
         raise PlatformError(CLASSIC_ONLY)
 
 
@@ -186,7 +187,7 @@ def fit_explanation(run: Run, fitted: Fitted) -> tuple[Explanation, Agreement]:
     """Fit the explanation of predictions on a sample of the training set, and measure it; ``runs`` has the figures."""
     config = run.config
     with run.stage("explain") as figures:
-        frame = sample(run.lakehouse.read("training_set", fitted.version), config).toPandas()
+        frame = collect_sample(run.lakehouse.read("training_set", fitted.version), config)
         columns = {str(name): frame[name].to_numpy() for name in frame.columns}
         members = [member for member in fitted.members if member.name in fitted.fusion.members]
         explanation = Explanation.fit(

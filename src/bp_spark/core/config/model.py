@@ -119,7 +119,7 @@ class NetworkConfig(Section):
 
 
 class TreesConfig(Section):
-    """The gradient-boosted trees, trained by XGBoost's Spark estimator."""
+    """The gradient-boosted trees, trained by XGBoost."""
 
     rounds: Positive = Field(600, description="Largest number of boosting rounds. Validation users stop it earlier.")
     max_depth: Positive = Field(4, description="Largest number of splits from a tree's root to a leaf.")
@@ -131,7 +131,13 @@ class TreesConfig(Section):
     tweedie_variance_power: float = Field(
         1.5, gt=1, lt=2, description="Variance power of the Tweedie loss, between 1 (Poisson) and 2 (gamma)."
     )
-    workers: Positive = Field(2, description="Spark tasks that train together.")
+    max_local_values: int = Field(
+        50_000_000,
+        ge=0,
+        description="Most values (training rows times features) that are fitted on the driver, outside Spark: fitting them "
+        "takes about 35 bytes of memory for each. Spark's executors fit more. 0: always Spark's executors.",
+    )
+    workers: Positive = Field(2, description="Spark tasks that train together, beyond `max_local_values`.")
 
 
 class LinearConfig(Section):

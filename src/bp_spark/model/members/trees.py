@@ -1,36 +1,25 @@
-"""Boosted trees (XGBoost, Tweedie loss or squared error of the root), fitted in Spark, predicted anywhere."""
+"""Boosted trees (XGBoost, Tweedie loss or squared error of the root): members, and what both ways of fitting them share."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
-import pandas as pd
 import xgboost
-from pyspark.errors import PySparkAttributeError
-from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
 
 from bp_spark.core.config import TreesConfig
-from bp_spark.core.errors import BundleError, DataError, PlatformError
+from bp_spark.core.errors import BundleError, DataError
 from bp_spark.model.columns import Columns, to_matrix
-from bp_spark.model.members.base import (
-    KEY,
-    LABEL,
-    SPLIT,
-    TABLE,
-    read_json,
-    require,
-    spend,
-)
+from bp_spark.model.members.base import LABEL, SPLIT, TABLE, read_json
 from bp_spark.model.members.boosters import require_sound
 from bp_spark.model.shapley import TreeShapley
+
+PATIENCE = 40
+"""Rounds without a better validation loss after which a fit stops."""
 
 
 class TreesMember:
@@ -163,146 +152,44 @@ class SqrtTreesMember(TreesMember):
         return np.asarray(np.maximum(self._raw(columns), 0.0) ** 2 * self.smearing)
 
 
-Trees = TypeVar("Trees", bound=TreesMember)
-
-
-def fit_trees(
-    df: DataFrame,
-    features: Sequence[str],
-    conf: TreesConfig,
-    *,
-    seed: int,
-    kind: type[Trees] = TreesMember,  # type: ignore[assignment]
-    patience: int = 40,
-    rounds: int | None = None,
-    weight: str | None = None,
-    key: Sequence[str] = KEY,
-) -> Trees:
-    """Fit boosted trees on ``split = 'train'``, stopped early on ``split = 'valid'``, distributed.
-
-    Rows are partitioned and sorted by a hash of their key. So the same rows and number of workers give the same trees, however
-    Spark read them.
-
-    Args:
-        df: the features, ``label_spend``, ``split`` and the key; spend below 0 counts as 0.
-        features: column names, cast to float32; null and NaN are missing values.
-        conf: settings; ``conf.workers`` is an upper bound: a barrier stage with more tasks than the cluster has slots would
-            wait until it fails.
-        seed: of row and column sampling.
-        kind: class of the member, which decides the loss.
-        patience: rounds without a better validation loss before stopping; unused without validation rows.
-        rounds: trees at most, by default ``conf.rounds``.
-        weight: column of row weights, if any.
-        key: columns that identify a row.
-
-    Raises:
-        DataError: a column is missing; no training row; or no training row has any spend.
-        PlatformError: the session is one of Spark Connect, which XGBoost's estimator can't use.
-    """
-    from xgboost.spark import SparkXGBRegressor
-
-    require(df, [*features, LABEL, SPLIT, *key, *([weight] if weight else [])])
-    valid = F.col(SPLIT) == "valid"
-    rows = df.where(F.col(SPLIT).isin("train", "valid"))
-    row_weight = F.col(weight).cast("float") if weight else F.lit(1.0)
-    totals = rows.agg(
-        F.count_if(~valid).alias("train"),
-        F.count_if(valid).alias("valid"),
-        F.max(F.when(~valid, spend())).alias("top"),
-        F.sum(F.when(~valid, spend() * row_weight)).alias("spend"),
-    ).first()
-    if totals is None or totals["train"] == 0:
-        raise DataError(TABLE, "no training row", column=SPLIT)
-    if totals["top"] <= 0:
-        raise DataError(TABLE, "no training row has any spend", column=LABEL, count=totals["train"])
-    workers = max(1, min(conf.workers, task_slots(df.sparkSession)))
-    position = F.xxhash64(*[F.col(name).cast("string") for name in key])
-    by_root = issubclass(kind, SqrtTreesMember)
-    laid_out = (
-        rows.select(
-            *[F.col(name).cast("float").alias(name) for name in features],
-            (F.sqrt(spend()) if by_root else spend()).alias("_label"),
-            valid.alias("_valid"),
-            row_weight.alias("_weight"),
-            position.alias("_position"),
-        )
-        .repartition(workers, F.col("_position"))
-        .sortWithinPartitions("_position")
-    )
-    early: dict[str, Any] = {}
-    if totals["valid"]:
-        early = {"validation_indicator_col": "_valid", "early_stopping_rounds": patience}
-    if weight:
-        early["weight_col"] = "_weight"
+def booster_settings(kind: type[TreesMember], conf: TreesConfig) -> dict[str, Any]:
+    """Return XGBoost's settings for a class of members, without rounds, seed and threads."""
     power = conf.tweedie_variance_power
     loss: dict[str, Any] = (
         {"eval_metric": "rmse"}
-        if by_root
+        if issubclass(kind, SqrtTreesMember)
         else {"tweedie_variance_power": power, "eval_metric": f"tweedie-nloglik@{power}"}
     )
-    logging.getLogger("XGBoost-PySpark").setLevel(logging.WARNING)
-    estimator = SparkXGBRegressor(
-        features_col=list(features),
-        label_col="_label",
-        num_workers=workers,
-        objective=kind.OBJECTIVE,
-        n_estimators=rounds or conf.rounds,
-        max_depth=conf.max_depth,
-        learning_rate=conf.learning_rate,
-        min_child_weight=conf.min_child_weight,
-        subsample=conf.subsample,
-        colsample_bytree=conf.colsample_bytree,
-        reg_lambda=conf.reg_lambda,
-        random_state=seed,
-        missing=float("nan"),
-        tree_method="hist",
-        device="cpu",
-        verbose=False,
+    return {
+        "objective": kind.OBJECTIVE,
+        "max_depth": conf.max_depth,
+        "learning_rate": conf.learning_rate,
+        "min_child_weight": conf.min_child_weight,
+        "subsample": conf.subsample,
+        "colsample_bytree": conf.colsample_bytree,
+        "reg_lambda": conf.reg_lambda,
+        "tree_method": "hist",
+        "device": "cpu",
         **loss,
-        **early,
-    )
-    fitted = estimator.fit(laid_out)
-    booster = fitted.get_booster()
-    if totals["valid"]:
-        # A plain booster predicts with all its trees, also with those after the best round.
-        booster = booster[: booster.best_iteration + 1]
-    booster.feature_names = list(features)
-    if by_root:
-        booster.set_attr(smearing="1.0")
-        predicted = _predicted_spend(laid_out.where("NOT _valid"), features, booster)
-        booster.set_attr(smearing=repr(totals["spend"] / predicted if predicted > 0 else 1.0))
-    return kind(booster)
+    }
 
 
-def _predicted_spend(rows: DataFrame, features: Sequence[str], booster: xgboost.Booster) -> float:
-    """Return the weighted sum of a booster's predictions, computed on the executors; the booster has no smearing yet."""
-    document = bytes(booster.save_raw("json"))
+def require_spend(train_rows: int, top_spend: float) -> None:
+    """Make sure that there is something to learn.
 
-    def summed(frames: Iterable[pd.DataFrame]) -> Iterable[pd.DataFrame]:
-        member = SqrtTreesMember(xgboost.Booster(model_file=bytearray(document)))
-        for frame in frames:
-            spend = member.predict({name: frame[name].to_numpy() for name in features})
-            yield pd.DataFrame({"spend": [float((spend * frame["_weight"].to_numpy(np.float64)).sum())]})
-
-    parts = rows.select(*features, "_weight").mapInPandas(summed, "spend double").collect()
-    return math.fsum(row["spend"] for row in parts)
-
-
-CLASSIC_ONLY = (
-    "trees and sqrt_trees are fitted by XGBoost's estimator for Spark, which needs a classic session, not Spark Connect: train "
-    "in a classic session, or leave them out of fusion.members"
-)
-
-
-def task_slots(spark: SparkSession) -> int:
-    """Return how many tasks the cluster can run at once.
+    Args:
+        train_rows: number of training rows.
+        top_spend: largest spend of a training row.
 
     Raises:
-        PlatformError: the session has no SparkContext (Spark Connect).
+        DataError: no training row, or no training row has any spend.
     """
-    try:
-        # XGBoost's estimator starts its workers in one barrier stage of RDDs, and only Spark's Java API gives how many fit.
-        context = spark.sparkContext._jsc.sc()
-    except (PySparkAttributeError, AttributeError):
-        raise PlatformError(CLASSIC_ONLY) from None
-    return int(context.maxNumConcurrentTasks(context.resourceProfileManager().resourceProfileFromId(0)))
+    if not train_rows:
+        raise DataError(TABLE, "no training row", column=SPLIT)
+    if top_spend <= 0:
+        raise DataError(TABLE, "no training row has any spend", column=LABEL, count=train_rows)
+
+
+def set_smearing(booster: xgboost.Booster, spend: float, predicted: float) -> None:
+    """Make the predictions of the training rows sum to their spend; both sums are weighted."""
+    booster.set_attr(smearing=repr(spend / predicted if predicted > 0 else 1.0))
