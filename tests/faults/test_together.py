@@ -108,7 +108,7 @@ def test_featurize_score_forget_and_optimize_at_once_come_to_what_they_do_one_by
     assert tables(fresh / "bp") == tables(alone / "bp")
     left = spark.read.format("delta").load(f"{fresh}/bp/scores_latest").select("user_key").collect()
     assert SECRET.key_of("u3") not in {row["user_key"] for row in left}
-    assert len(left) == world.undisturbed["user_features"][0] - 1
+    assert len(left) == world.undisturbed["user_features"].count - 1
 
 
 def test_features_written_while_they_are_scored_do_not_mix_into_the_night(
@@ -123,7 +123,7 @@ def test_features_written_while_they_are_scored_do_not_mix_into_the_night(
     with hooked(monkeypatch, overtake):
         unscored.score(spark)
     left = spark.read.format("delta").load(features).count()
-    assert 0 < left < unscored.undisturbed["scores"][0]
+    assert 0 < left < unscored.undisturbed["scores"].count
     assert tables(unscored.lakehouse / "bp")["scores"] == unscored.undisturbed["scores"]
 
 
