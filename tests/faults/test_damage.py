@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -15,10 +15,11 @@ import pytest
 from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
+from bp_spark import pipeline
 from bp_spark.core.errors import DataError, PlatformError
 from bp_spark.lakehouse import run as running
 from tests.support.damage import with_rows_hidden
-from tests.support.harness import Scored, World, assert_same_tables, copied, forget_cached, tables
+from tests.support.harness import AS_OF, Scored, World, assert_same_tables, copied, forget_cached, tables
 from tests.support.histories import clock_at
 
 
@@ -81,6 +82,22 @@ def test_a_damaged_file_of_a_table_is_named_and_nothing_is_written(
     forget_cached(spark)
     scores = unscored.lakehouse / "bp/scores"
     assert not scores.exists() or spark.read.format("delta").load(str(scores)).isEmpty()
+
+
+def test_a_footer_of_user_days_that_hides_rows_is_named_and_no_features_are_written(
+    spark: SparkSession, world: World, tmp_path: Path
+) -> None:
+    lakehouse = copied(spark, world.whole, tmp_path / "lakehouse")
+    table = lakehouse / "bp/user_daily"
+    for checksum in [*table.rglob(".*.crc")]:
+        checksum.unlink()
+    files = map(Path, DeltaTable(str(table)).file_uris())
+    path = next(path for path in files if 1 < pq.read_metadata(path).num_rows < 64)
+    path.write_bytes(with_rows_hidden(path.read_bytes()))
+    features = DeltaTable(str(lakehouse / "bp/user_features")).version()
+    with pytest.raises(DataError, match=re.escape(path.name)):
+        pipeline.featurize(spark, world.platform.config(lakehouse), [AS_OF - timedelta(days=1)])
+    assert DeltaTable(str(lakehouse / "bp/user_features")).version() == features
 
 
 def test_after_a_restored_file_the_night_is_that_of_an_undisturbed_run(spark: SparkSession, unscored: Scored) -> None:

@@ -24,8 +24,9 @@ from pyspark.sql import SparkSession
 import bp_spark
 from bp_spark import pipeline
 from bp_spark.core.errors import BpSparkError
-from bp_spark.core.session import get_session, with_settings
+from bp_spark.core.session import get_session
 from bp_spark.lakehouse import leftovers
+from tests.support.aged_logs import optimize_and_vacuum
 from tests.support.harness import AS_OF, Contents, Killed, Platform, another, differences, forget_cached, tables
 
 GONE = "u3"
@@ -79,11 +80,9 @@ class Setting:
 
     def maintain(self, spark: SparkSession, generator: random.Random) -> None:
         """OPTIMIZE and VACUUM some tables, which leaves neither old versions nor their changes."""
-        with with_settings(spark, {"spark.databricks.delta.retentionDurationCheck.enabled": "false"}):
-            names = sorted(log.parent.name for log in self.lakehouse.glob("bp/*/_delta_log") if any(log.iterdir()))
-            for name in generator.sample(names, 3):
-                spark.sql(f"OPTIMIZE delta.`{self.lakehouse}/bp/{name}`")
-                spark.sql(f"VACUUM delta.`{self.lakehouse}/bp/{name}` RETAIN 0 HOURS")
+        names = sorted(log.parent.name for log in self.lakehouse.glob("bp/*/_delta_log") if any(log.iterdir()))
+        for name in generator.sample(names, 3):
+            optimize_and_vacuum(spark, self.lakehouse / "bp" / name)
 
 
 @dataclass
