@@ -1,6 +1,6 @@
 """What is promised of faults, shown: ``python -m bench.faults [PART ...]``.
 
-In: parts (``faults``, ``mutations``, ``kills``, ``nights``; all by default). Out: one JSON line a figure on standard output:
+In: parts (``faults``, ``mutations``, ``nights``; all by default). Out: one JSON line a figure on standard output:
 
 - ``trust.faults_total``: faults of docs/promises.md whose tests ran.
 - ``trust.faults_survived``: those whose tests passed.
@@ -35,7 +35,6 @@ PROMISE = re.compile(r"^\| (?P<fault>.+) \| .+ \| `(?P<test>tests/[\w/]+\.py::\w
 """A row of the table in docs/promises.md."""
 ROWS = re.compile(r"(\d+) rows lost, (\d+) rows doubled")
 """What :func:`tests.support.harness.assert_same_tables` says of each table that differs."""
-KILLS = "tests/faults/test_random_kills.py"
 
 
 def promises() -> list[tuple[str, str]]:
@@ -69,22 +68,28 @@ def _failed(case: ElementTree.Element) -> bool:
 
 
 def faults() -> None:
-    """Print how many faults were put in, how many were survived, and which rows it cost."""
+    """Print how many faults were put in, how many were survived, what it cost, and how many kills were among them."""
     promised = promises()
     found = cases(*sorted({test for _, test in promised}))
-    lost = doubled = survived = 0
+    totals = dict.fromkeys(("survived", "lost", "doubled", "kills", "differences"), 0)
     for fault, test in promised:
         if found.get(test) and not any(map(_failed, found[test])):
-            survived += 1
+            totals["survived"] += 1
         else:
             print(f"not survived: {fault} ({test})", file=sys.stderr)
     for case in (case for of_test in found.values() for case in of_test):
-        for rows in ROWS.findall("".join(case.itertext())):
-            lost, doubled = lost + int(rows[0]), doubled + int(rows[1])
+        for lost, doubled in ROWS.findall("".join(case.itertext())):
+            totals["lost"] += int(lost)
+            totals["doubled"] += int(doubled)
+        for said in case.iter("property"):
+            if (name := said.get("name", "")) in totals:
+                totals[name] += int(said.get("value", "0"))
     say("trust.faults_total", len(promised))
-    say("trust.faults_survived", survived)
-    say("trust.rows_lost", lost)
-    say("trust.rows_doubled", doubled)
+    say("trust.faults_survived", totals["survived"])
+    say("trust.rows_lost", totals["lost"])
+    say("trust.rows_doubled", totals["doubled"])
+    say("trust.kills", totals["kills"])
+    say("trust.kill_differences", totals["differences"])
 
 
 def break_mechanisms() -> None:
@@ -99,20 +104,6 @@ def break_mechanisms() -> None:
     say("trust.mutations_caught", caught)
 
 
-def kills() -> None:
-    """Print how many commands were killed at random, and how many tables differed after that."""
-    totals = {"kills": 0, "differences": 0}
-    for case in (case for of_test in cases(KILLS).values() for case in of_test):
-        said = {p.get("name"): int(p.get("value", "0")) for p in case.iter("property")}
-        for name in totals:
-            totals[name] += said.get(name, 0)
-        if _failed(case):
-            totals["differences"] += said.get("differences", 0) == 0
-            print(f"failed: {case.get('name')}", file=sys.stderr)
-    say("trust.kills", totals["kills"])
-    say("trust.kill_differences", totals["differences"])
-
-
 def nights() -> None:
     """Print how much longer a night takes after three years."""
     from bench.late_nights import late_night_ratio
@@ -123,7 +114,6 @@ def nights() -> None:
 PARTS: Mapping[str, Callable[[], None]] = {
     "faults": faults,
     "mutations": break_mechanisms,
-    "kills": kills,
     "nights": nights,
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from pyspark.sql import SparkSession
 from bp_spark import pipeline
 from bp_spark.core.errors import DataError, PlatformError
 from bp_spark.lakehouse import run as running
-from tests.support.damage import with_rows_hidden
+from tests.support.damage import with_rows_hidden, with_value_changed
 from tests.support.harness import AS_OF, Scored, World, assert_same_tables, copied, forget_cached, tables
 from tests.support.histories import clock_at
 
@@ -40,12 +39,7 @@ def _cut(content: bytes) -> bytes | None:
 
 
 def _flipped(content: bytes) -> bytes | None:
-    # the last bit of a column that is read: a value changes, and without its checksum no decoder would notice
-    metadata = pq.ParquetFile(io.BytesIO(content)).metadata.row_group(0)
-    columns = {metadata.column(n).path_in_schema: metadata.column(n) for n in range(metadata.num_columns)}
-    chunk = columns["tenure_days"]
-    place = (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 1
-    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    return with_value_changed(content, "tenure_days")
 
 
 def _gone(content: bytes) -> bytes | None:
