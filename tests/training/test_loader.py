@@ -320,6 +320,11 @@ def test_a_footer_that_says_other_than_the_log_is_refused_by_the_files_name(tmp_
         DataError, match=rf"{file.name}: has .* and 40 rows by its footer, .* and 50 rows by the table's log"
     ):
         snapshot(str(path))
+    pq.write_table(whole, file, compression="none")
+    with pytest.raises(
+        DataError, match=rf"{file.name}: has .* and 50 rows by its footer, .* and 50 rows by the table's log"
+    ):
+        snapshot(str(path))
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(DataError, match=rf"{file.name}: its footer is damaged"):
         snapshot(str(path))
