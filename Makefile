@@ -14,7 +14,7 @@ unexport PYTHONPATH PYTHONHOME SPARK_HOME SPARK_CONF_DIR PYSPARK_PYTHON PYSPARK_
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-spark40 test-thorough check-integrations bench-suite bench-files bench-data bench-score bench-training bench-pretraining bench-labels bench-ablation bench-sizes bench-gpu bench-stack bench-worlds bench-house notebooks browser lint format lock audit sbom clean check-airflow docs reference
+.PHONY: help install demo test test-fast test-spark40 test-thorough check-integrations bench-suite faults bench-files bench-data bench-score bench-training bench-pretraining bench-labels bench-ablation bench-sizes bench-gpu bench-stack bench-worlds bench-house notebooks browser lint format lock audit sbom clean check-airflow docs reference
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -56,6 +56,9 @@ check-integrations: install check-airflow browser ## Airflow, Chromium, the step
 test-thorough: install ## what CI tests by a few cases, by all: each write of a night killed, 10,000 rows and settings of any kind
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m thorough tests
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_fuzz.py
+
+faults: install ## every promise of docs/promises.md tried, its mechanisms broken, 500 kills, three years of nights: JSON lines to standard output
+	$(BIN)/python -m bench.faults
 
 notebooks: install ## the four notebooks on the demo's data, with what they show, to demo/notebooks
 	@mkdir -p demo/notebooks

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -15,9 +14,11 @@ import pytest
 from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
+from bp_spark import pipeline
 from bp_spark.core.errors import DataError, PlatformError
 from bp_spark.lakehouse import run as running
-from tests.support.harness import Scored, World, assert_same_tables, copied, forget_cached, tables
+from tests.support.damage import with_rows_hidden, with_value_changed
+from tests.support.harness import AS_OF, Scored, World, assert_same_tables, copied, forget_cached, tables
 from tests.support.histories import clock_at
 
 
@@ -38,22 +39,7 @@ def _cut(content: bytes) -> bytes | None:
 
 
 def _flipped(content: bytes) -> bytes | None:
-    # the last bit of a column that is read: a value changes, and without its checksum no decoder would notice
-    metadata = pq.ParquetFile(io.BytesIO(content)).metadata.row_group(0)
-    columns = {metadata.column(n).path_in_schema: metadata.column(n) for n in range(metadata.num_columns)}
-    chunk = columns["tenure_days"]
-    place = (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 1
-    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
-
-
-def _rows_hidden(content: bytes) -> bytes | None:
-    # one bit of the footer, by which the file has fewer rows to any reader. Thrift writes a number twice as large, by a mark
-    rows = pq.ParquetFile(io.BytesIO(content)).metadata.num_rows
-    assert 1 < rows < 64
-    place = content.rindex(bytes([0x16, 2 * rows])) + 1
-    found = content[:place] + bytes([2 * rows ^ 1 << (rows.bit_length())]) + content[place + 1 :]
-    assert pq.ParquetFile(io.BytesIO(found)).read().num_rows < rows
-    return found
+    return with_value_changed(content, "tenure_days")
 
 
 def _gone(content: bytes) -> bytes | None:
@@ -63,7 +49,7 @@ def _gone(content: bytes) -> bytes | None:
 DAMAGE: dict[str, tuple[Callable[[Path], Path], Callable[[bytes], bytes | None]]] = {
     "parquet cut short": (_data, _cut),
     "parquet with a flipped bit": (_data, _flipped),
-    "parquet with a flipped bit in its footer": (_data, _rows_hidden),
+    "parquet with a flipped bit in its footer": (_data, with_rows_hidden),
     "parquet missing": (_data, _gone),
     "log cut short": (_log, _cut),
     "log entry missing": (_first_log, _gone),
@@ -90,6 +76,22 @@ def test_a_damaged_file_of_a_table_is_named_and_nothing_is_written(
     forget_cached(spark)
     scores = unscored.lakehouse / "bp/scores"
     assert not scores.exists() or spark.read.format("delta").load(str(scores)).isEmpty()
+
+
+def test_a_footer_of_user_days_that_hides_rows_is_named_and_no_features_are_written(
+    spark: SparkSession, world: World, tmp_path: Path
+) -> None:
+    lakehouse = copied(spark, world.whole, tmp_path / "lakehouse")
+    table = lakehouse / "bp/user_daily"
+    for checksum in [*table.rglob(".*.crc")]:
+        checksum.unlink()
+    files = map(Path, DeltaTable(str(table)).file_uris())
+    path = next(path for path in files if 1 < pq.read_metadata(path).num_rows < 64)
+    path.write_bytes(with_rows_hidden(path.read_bytes()))
+    features = DeltaTable(str(lakehouse / "bp/user_features")).version()
+    with pytest.raises(DataError, match=re.escape(path.name)):
+        pipeline.featurize(spark, world.platform.config(lakehouse), [AS_OF - timedelta(days=1)])
+    assert DeltaTable(str(lakehouse / "bp/user_features")).version() == features
 
 
 def test_after_a_restored_file_the_night_is_that_of_an_undisturbed_run(spark: SparkSession, unscored: Scored) -> None:
@@ -131,7 +133,7 @@ def full_disk(spark: SparkSession) -> Iterator[None]:
 def test_a_full_disk_ends_the_run_with_the_table_and_the_remedy(spark: SparkSession, unscored: Scored) -> None:
     with full_disk(spark), pytest.raises(PlatformError, match=r"no space left on a disk.*make room and run again"):
         unscored.score(spark)
-    assert "scores" not in tables(unscored.lakehouse / "bp") or not tables(unscored.lakehouse / "bp")["scores"][0]
+    assert "scores" not in tables(unscored.lakehouse / "bp") or not tables(unscored.lakehouse / "bp")["scores"].count
     unscored.score(spark)
     assert_same_tables(unscored.lakehouse, unscored.undisturbed)
 

@@ -9,20 +9,16 @@ from typing import Any
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from bp_spark.core.session import with_settings
+from bench.long_lived import Platform as LongLived
+from bench.long_lived import day
+from bp_spark import pipeline
 from bp_spark.lakehouse.store import Lakehouse
-from tests.support.aged_logs import age_log
-from tests.support.harness import World, assert_same_tables
+from tests.support.aged_logs import age_log, optimize_and_vacuum
+from tests.support.harness import World, assert_same_tables, small_bundle, tables
 
 KEEPS_SOME = "privacy.retention_days.raw=36500"
 """Raw rows are not all kept, so that events can't be derived from them anew."""
 REBUILT = "the changes of events were cleaned away: user_daily was derived from all events anew"
-
-
-def optimize_and_vacuum(spark: SparkSession, table: Path) -> None:
-    spark.sql(f"OPTIMIZE delta.`{table}`")
-    with with_settings(spark, {"spark.databricks.delta.retentionDurationCheck.enabled": "false"}):
-        spark.sql(f"VACUUM delta.`{table}` RETAIN 0 HOURS")
 
 
 CLEANINGS: dict[str, Callable[[SparkSession, Path], None]] = {
@@ -63,3 +59,22 @@ def test_a_night_after_delta_cleaned_all_logs_is_that_of_an_undisturbed_run(
     # derived from all raw rows anew, or from those of the ingests that no event is of
     assert ("note" in cleaned) is (override == KEEPS_SOME)
     assert {stage["status"] for stage in world.platform.featurize(spark, fresh, override).values()} == {"unchanged"}
+
+
+NIGHTS = 1_000
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_nights_after_three_years_are_those_of_a_rebuild(spark: SparkSession, tmp_path: Path) -> None:
+    platform = LongLived(tmp_path, small_bundle(tmp_path / "bundles/small", 20.0).folder)
+    platform.live(spark, "old", NIGHTS)
+    log = tmp_path / "old/bp/events/_delta_log"
+    assert (log / f"{NIGHTS:020d}.json").exists()
+    assert not (log / f"{NIGHTS // 2:020d}.json").exists()
+    for night in (NIGHTS, NIGHTS + 1):
+        platform.night(spark, "old", night)
+    nightly = tables(tmp_path / "old/bp")
+    assert (nightly["events"].count, nightly["deliveries"].count) == (NIGHTS + 9, NIGHTS + 2)
+    pipeline.featurize(spark, platform.settings("old"), [day(NIGHTS + 2)], rebuild=True)
+    assert_same_tables(tmp_path / "old", nightly)

@@ -10,9 +10,9 @@ from pyspark.sql import functions as F
 
 from bp_spark.core import config
 from bp_spark.core.config import CleaningConfig
-from bp_spark.core.errors import ConfigError
+from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.ingest import cleaning, identity
-from bp_spark.ingest.clean import first_to_clean
+from bp_spark.ingest.clean import first_to_clean, require_balance
 from tests.support.histories import raw_frame, sorted_rows
 
 CONFIG = config.load().cleaning
@@ -140,6 +140,16 @@ def test_a_row_in_quarantine_is_whole_and_comes_back_as_it_was(spark: SparkSessi
     refused = cleaning.quarantine(cleaning.validate({"raw_transactions": raw}, {}, CONFIG))
     assert refused.first()["rule"] == "amount is unreadable"  # type: ignore[index]
     assert sorted_rows(cleaning.from_quarantine(refused, "raw_transactions")) == sorted_rows(raw)
+
+
+def test_a_row_that_nothing_accounts_for_ends_the_night() -> None:
+    figures = {"rows": 10, "events": 4, "duplicates": 3, "quarantine": 2, "superseded": 1}
+    require_balance(figures)
+    require_balance({"rows": 1, "events": 1})
+    with pytest.raises(DataError, match=r"rows in \(11\) must equal events \(4\) .* \(1 rows\)"):
+        require_balance({**figures, "rows": 11})
+    with pytest.raises(DataError, match=r"\(-1 rows\)"):
+        require_balance({**figures, "events": 5})
 
 
 def test_two_equal_lines_of_one_delivery_are_two_and_delivered_again_still_two(spark: SparkSession) -> None:

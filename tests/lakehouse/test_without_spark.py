@@ -19,6 +19,7 @@ from bp_spark.lakehouse.schema import Table, columns
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.without_spark import UnreadableError
 from bp_spark.scoring.lineage import rows_by_spark
+from tests.support.damage import with_value_changed
 
 TABLE = Table(
     "scores",
@@ -131,9 +132,7 @@ def test_a_table_with_deletion_vectors_is_left_to_spark(
 
 def test_a_damaged_page_is_no_other_value(stored: Config, lakehouse: Lakehouse) -> None:
     file = next(Path(lakehouse.location("scores")).glob("score_date=2024-01-01/*.parquet"))
-    content = bytearray(file.read_bytes())
-    content[len(content) // 4] ^= 1
-    file.write_bytes(content)
+    file.write_bytes(with_value_changed(file.read_bytes(), "score"))
     with pytest.raises(UnreadableError, match="DuckDB ends with"):
         without_spark.query_as_spark(stored.tables, QUERIES[0], 20)
 

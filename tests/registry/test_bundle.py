@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -350,6 +352,55 @@ def test_of_two_promotions_decided_beside_each_other_the_second_is_refused(write
     assert b.current(bundles) == first.folder
 
 
+PROMOTES = """
+import sys, time
+from bp_spark.core.errors import OvertakenError
+from bp_spark.registry import bundle as b
+
+class Found:
+    folder = b.Path(sys.argv[1], sys.argv[2])
+
+synced = b.write_synced
+
+def slowly(path, content):
+    # the pointer was looked at, and is not written yet: without a lock, all are here at once
+    time.sleep(0.3)
+    synced(path, content)
+
+b.write_synced = slowly
+before = b.promoted(sys.argv[1])
+print("decided", flush=True)
+sys.stdin.readline()
+try:
+    b.promote(sys.argv[1], Found, before)
+    print("promoted")
+except OvertakenError as error:
+    print("refused with code", error.exit_code)
+"""
+
+
+def test_of_promotions_at_the_same_moment_one_wins(tmp_path):
+    names = ("one", "two")
+    for name in names:
+        (tmp_path / name).mkdir()
+    trainings = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROMOTES, str(tmp_path), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in names
+    ]
+    assert [training.stdout.readline() for training in trainings] == ["decided\n"] * len(names)
+    for training in trainings:
+        training.stdin.write("\n")
+        training.stdin.flush()
+    outcomes = dict(zip(names, (training.communicate()[0].strip() for training in trainings), strict=True))
+    assert sorted(outcomes.values()) == ["promoted", "refused with code 7"]
+    assert outcomes[b.promoted(tmp_path).name] == "promoted"
+
+
 def test_a_full_disk_ends_the_writing_of_a_bundle_with_its_path(tmp_path, trees, fusion):
     class Full:
         name = "linear"
@@ -398,8 +449,5 @@ def test_a_pointer_to_nothing_is_a_clear_error(write, tmp_path, text):
 
 
 def test_torch_is_not_imported_for_a_bundle_without_a_network(pristine):
-    import subprocess
-    import sys
-
     code = f"import sys, bp_spark.registry.bundle as b; b.load({str(pristine)!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

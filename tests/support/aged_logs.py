@@ -1,4 +1,4 @@
-"""Logs of Delta tables as they are after weeks: their oldest entries cleaned away by Delta itself."""
+"""Delta tables as they are after weeks and after maintenance: old entries of logs, old files and changes are gone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 from pyspark.sql import SparkSession
+
+from bp_spark.core.session import with_settings
 
 _DAYS = 40
 """More than the 30 days that Delta keeps the entries of a log."""
@@ -21,3 +23,10 @@ def age_log(spark: SparkSession, table: Path) -> None:
         # with a checkpoint at each commit, this commit makes one
         spark.sql(f"ALTER TABLE delta.`{table}` SET TBLPROPERTIES ('delta.checkpointInterval' = '{interval}')")
     assert not (table / "_delta_log/00000000000000000000.json").exists()
+
+
+def optimize_and_vacuum(spark: SparkSession, table: Path) -> None:
+    """Leave neither older versions of a table nor its changes."""
+    spark.sql(f"OPTIMIZE delta.`{table}`")
+    with with_settings(spark, {"spark.databricks.delta.retentionDurationCheck.enabled": "false"}):
+        spark.sql(f"VACUUM delta.`{table}` RETAIN 0 HOURS")

@@ -121,14 +121,29 @@ def new_platform(folder: Path, language: Path) -> Platform:
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What a table holds: digest of each row -> how often it is there."""
+
+    rows: Counter[str]
+
+    @property
+    def count(self) -> int:
+        return self.rows.total()
+
+    def differences(self, wanted: Contents) -> str:
+        """Return how many rows are missing and how many are too many; :mod:`bench.faults` counts them."""
+        return f"{(wanted.rows - self.rows).total()} rows lost, {(self.rows - wanted.rows).total()} rows doubled"
+
+
+@dataclass(frozen=True)
 class World:
     """Two nights: ``base`` is the lakehouse before the second, which is delivered; ``undisturbed`` what should come of it."""
 
     platform: Platform
     base: Path
-    first: dict[str, tuple[int, str]]
+    first: dict[str, Contents]
     whole: Path
-    undisturbed: dict[str, tuple[int, str]]
+    undisturbed: dict[str, Contents]
 
     def first_night(self, folder: Path) -> Platform:
         """A platform that has delivered the first night alone."""
@@ -156,7 +171,7 @@ class Scored:
     lakehouse: Path
     bundle: Bundle
     other: Bundle
-    undisturbed: dict[str, tuple[int, str]]
+    undisturbed: dict[str, Contents]
 
     def score(self, spark: SparkSession, bundle: Bundle | None = None) -> pipeline.ScoreResult:
         config = self.platform.config(self.lakehouse)
@@ -235,8 +250,8 @@ def killed_before_each_commit(
 # --- proof ---------------------------------------------------------------------------------------------------------------
 
 
-def tables(lakehouse: Path) -> dict[str, tuple[int, str]]:
-    """Rows and digest of each table but ``runs``, read without Spark from its active files; a key that is there twice fails."""
+def tables(lakehouse: Path) -> dict[str, Contents]:
+    """Contents of each table but ``runs``, read without Spark from its active files; a key that is there twice fails."""
     found = {}
     for log in sorted(lakehouse.glob("*/_delta_log")):
         name = log.parent.name
@@ -247,14 +262,26 @@ def tables(lakehouse: Path) -> dict[str, tuple[int, str]]:
             doubled = [
                 key for key, n in Counter(tuple(str(row[c]) for c in KEYS[name]) for row in rows).items() if n > 1
             ]
-            assert not doubled, f"{name}: rows twice: {doubled[:3]}"
-        texts = sorted(json.dumps(_lasting(row), sort_keys=True, default=str) for row in rows)
-        found[name] = (len(texts), hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest())
+            assert not doubled, f"{name}: 0 rows lost, {len(doubled)} rows doubled: {doubled[:3]}"
+        texts = (json.dumps(_lasting(row), sort_keys=True, default=str) for row in rows)
+        found[name] = Contents(
+            Counter(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in texts)
+        )
     return found
 
 
-def assert_same_tables(lakehouse: Path, undisturbed: dict[str, tuple[int, str]]) -> None:
-    assert tables(lakehouse / "bp") == undisturbed
+def differences(lakehouse: Path, undisturbed: dict[str, Contents]) -> dict[str, str]:
+    """Return each table that is not as in an undisturbed run, with the rows that differ."""
+    found, none = tables(lakehouse / "bp"), Contents(Counter())
+    return {
+        name: found.get(name, none).differences(undisturbed.get(name, none))
+        for name in sorted(found.keys() | undisturbed.keys())
+        if found.get(name) != undisturbed.get(name)
+    }
+
+
+def assert_same_tables(lakehouse: Path, undisturbed: dict[str, Contents]) -> None:
+    assert differences(lakehouse, undisturbed) == {}
 
 
 def _rows(table: Path) -> list[dict[str, Any]]:

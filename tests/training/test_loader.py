@@ -22,6 +22,7 @@ from bp_spark.lakehouse import footers
 from bp_spark.model.inputs import HISTORY_COLUMNS
 from bp_spark.training import loader, petastorm_reader
 from bp_spark.training.loader import ReaderName, ShardLoader, snapshot, split_sizes
+from tests.support.damage import with_rows_hidden
 from tests.support.training_rows import make_rows, take, write_table
 
 SCALARS = ("row", "label_spend")
@@ -319,8 +320,22 @@ def test_a_footer_that_says_other_than_the_log_is_refused_by_the_files_name(tmp_
         DataError, match=rf"{file.name}: has .* and 40 rows by its footer, .* and 50 rows by the table's log"
     ):
         snapshot(str(path))
+    pq.write_table(whole, file, compression="none")
+    with pytest.raises(
+        DataError, match=rf"{file.name}: has .* and 50 rows by its footer, .* and 50 rows by the table's log"
+    ):
+        snapshot(str(path))
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(DataError, match=rf"{file.name}: its footer is damaged"):
+        snapshot(str(path))
+
+
+def test_a_footer_that_hides_rows_is_refused_by_the_files_name(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    write_table(path, make_rows(50))
+    (file,) = (file for file in path.rglob("*.parquet"))
+    file.write_bytes(with_rows_hidden(file.read_bytes()))
+    with pytest.raises(DataError, match=rf"{file.name}: has .* rows by its footer, .* and 50 rows by the table's log"):
         snapshot(str(path))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -36,7 +37,7 @@ from transformers import (
 
 from bp_spark import pipeline
 from bp_spark.core.config import Config, load
-from bp_spark.core.errors import ConfigError, DataError
+from bp_spark.core.errors import ConfigError, DataError, PlatformError
 from bp_spark.ingest import texts
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.training import fit
@@ -369,6 +370,21 @@ def test_a_loss_that_is_not_finite_is_an_error(folder: Path, single_rank: None) 
         patch.setattr(fit, "mean_losses", lambda *args: [math.nan])
         with pytest.raises(ConfigError, match=r"language\.learning_rate"):
             fit.fit(job(folder, "wild", "language.epochs=1"))
+
+
+@pytest.mark.parametrize("writes", ["fsync", "mkdir"])
+def test_a_full_disk_names_the_adapted_model_and_leaves_none(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: str
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    adapted = BertModel(bert_config())
+    monkeypatch.setattr(os, writes, full)
+    with pytest.raises(PlatformError, match=r"out/adapted: can't be written: no space"):
+        module._save(adapted, str(folder / "bert"), tmp_path / "out/adapted")
+    monkeypatch.undo()
+    assert not list(tmp_path.glob("out/*"))
 
 
 # --- as a stage --------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from bp_spark.training.progress import (
     Progress,
     TrainingState,
     autocast,
+    event_writer,
     resume,
     save_checkpoint,
     seed_of,
@@ -289,12 +290,10 @@ def _report(
     if rank.group.rank != 0:
         yield lambda: None, lambda: None
         return
-    # tensorboard belongs to the extra `train`; this module is also imported where nothing is trained
-    from torch.utils.tensorboard import SummaryWriter
-
     settings, steps = rank.settings, rank.train.steps
+    folder = settings.run_dir / TENSORBOARD_FOLDER
     with (
-        SummaryWriter(str(settings.run_dir / TENSORBOARD_FOLDER), purge_step=progress.epoch + 1) as writer,
+        event_writer(folder, progress.epoch + 1) as writer,
         tqdm(
             total=settings.max_epochs * steps,
             initial=progress.epoch * steps,
@@ -312,9 +311,10 @@ def _report(
 
         def epoch_done() -> None:
             record = progress.history[-1]
-            for name, value in record.items():
-                if name != "epoch":
-                    writer.add_scalar(name, value, progress.epoch)
+            with disk.writing(folder):
+                for name, value in record.items():
+                    if name != "epoch":
+                        writer.add_scalar(name, value, progress.epoch)
             bar.set_postfix(
                 epoch=progress.epoch,
                 train=f"{record['train_loss']:.4f}",

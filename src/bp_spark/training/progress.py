@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from bp_spark.core import disk
 from bp_spark.training.distributed import Group
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 CHECKPOINT_FILE = "checkpoint.pt"
 CHECKPOINT_FORMAT = 2
@@ -140,6 +143,31 @@ def resume(folder: Path, digest: str, group: Group, state: TrainingState) -> tup
     saved = torch.load(path, map_location="cpu", weights_only=True)
     state.load_state_dict(saved["state"])
     return Progress(**saved["progress"]), saved["best"]
+
+
+@contextmanager
+def event_writer(folder: Path, purge_step: int | None = None) -> Iterator[SummaryWriter]:
+    """Open a writer of TensorBoard's events for the block.
+
+    A writer writes behind the caller's back: it raises what went wrong at a later event, or when it is closed.
+
+    Args:
+        folder: folder of the events.
+        purge_step: events from this step on that an earlier run wrote are hidden.
+
+    Raises:
+        PlatformError: the disk is full when the writer opens or closes its file.
+    """
+    # tensorboard belongs to the extra `train`; this module is also imported where nothing is trained
+    from torch.utils.tensorboard import SummaryWriter
+
+    with disk.writing(folder):
+        writer = SummaryWriter(str(folder), purge_step=purge_step)
+    try:
+        yield writer
+    finally:
+        with disk.writing(folder):
+            writer.close()
 
 
 class WeightAverage:

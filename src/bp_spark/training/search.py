@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from pyspark.sql import SparkSession
 
-from bp_spark.core import extras
+from bp_spark.core import disk, extras
 from bp_spark.core.config import Config, SearchConfig, SearchRange, changed
 from bp_spark.core.errors import BpSparkError, ConfigError
 from bp_spark.evaluation import metrics
@@ -68,13 +68,14 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
         ConfigError: every trial failed.
         TrackingError: the store at ``tracking.uri`` can't be reached. It is raised before anything is done, or when all trials
             are in the table ``trials``.
-        PlatformError: the extra ``train`` is not installed.
+        PlatformError: the extra ``train`` is not installed, or the disk is full.
     """
     extras.require("train", "search")
     mlflow_store.check(config.tracking)
-    # TensorBoard belongs to the extra `train`
-    from torch.utils.tensorboard import SummaryWriter
+    # tqdm belongs to the extra `train`
     from tqdm import tqdm
+
+    from bp_spark.training.progress import event_writer
 
     with recorded(spark, config, "search") as run:
         first, last = span(run.lakehouse)
@@ -92,7 +93,8 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
 
         now = {key: reduce(getattr, key.split("."), config) for key in config.search.space}
         trials = Search(config.search, now, judge, config.training.seed)
-        with run.stage("search") as figures, SummaryWriter(str(folder / "search")) as writer:
+        events = folder / "search"
+        with run.stage("search") as figures, event_writer(events) as writer:
             try:
                 for trial in tqdm(
                     trials.run(), total=config.search.trials, desc="search", unit="trial", file=sys.stderr
@@ -102,7 +104,8 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
                         key: value if isinstance(value, (bool, int, float)) else str(value)
                         for key, value in trial.settings.items()
                     }
-                    writer.add_hparams(shown, {config.search.metric: trial.value}, run_name=str(trial.number))
+                    with disk.writing(events):
+                        writer.add_hparams(shown, {config.search.metric: trial.value}, run_name=str(trial.number))
             finally:
                 record_search(config.tracking, config.search, run.run_id, day, trials.trials, ended=datetime.now(UTC))
             best = trials.best

@@ -41,6 +41,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from bp_spark.core import disk
 from bp_spark.core.config import Config, digest
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.version import __version__
@@ -322,23 +323,29 @@ def _require_masked_model(folder: str) -> None:
 
 
 def _save(adapted: nn.Module, source: str, output: Path) -> None:
-    """Write the encoder and the tokenizer; weights that were not trained (BERT's pooler) are those of the source."""
+    """Write the encoder and the tokenizer; weights that were not trained (BERT's pooler) are those of the source.
+
+    Raises:
+        ConfigError: the source lacks some of the adapted weights.
+        PlatformError: the disk is full.
+    """
     encoder = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     state = {name: tensor.cpu() for name, tensor in adapted.state_dict().items()}
     unexpected_weights = encoder.load_state_dict(state, strict=False).unexpected_keys
     if unexpected_weights:
         raise ConfigError(f"texts.model: {source} has no {unexpected_weights[0]} outside masked language modelling")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    draft = output.parent / f".{output.name}.{uuid.uuid4().hex}.tmp"
-    try:
-        encoder.save_pretrained(draft)
-        # a tokenizer that was used remembers how it truncated texts: load a new one
-        AutoTokenizer.from_pretrained(source).save_pretrained(draft)
-        for path in draft.iterdir():
-            # safetensors lets only the owner read its file, but executors may run as another user
-            path.chmod(0o644)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        draft.rename(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with disk.writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draft = output.parent / f".{output.name}.{uuid.uuid4().hex}.tmp"
+        try:
+            encoder.save_pretrained(draft)
+            # a tokenizer that was used remembers how it truncated texts: load a new one
+            AutoTokenizer.from_pretrained(source).save_pretrained(draft)
+            for path in draft.iterdir():
+                # safetensors lets only the owner read its file, but executors may run as another user
+                path.chmod(0o644)
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            draft.rename(output)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
