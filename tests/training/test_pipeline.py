@@ -819,7 +819,8 @@ def test_a_night_run_again_goes_through_its_steps_and_writes_no_score(
     names = ("events", "user_features", "scores", "scores_latest")
     versions = _versions(line.lakehouse, *names)
     with caplog.at_level("INFO", whole_night.logger.name):
-        result = whole_night.night(line.spark, line.config, TEST_DATE, page=tmp_path / "night.html")
+        bundle, page = line.trained.bundle.folder, tmp_path / "night.html"
+        result = whole_night.night(line.spark, line.config, TEST_DATE, bundle=bundle, page=page)
     said = [record.getMessage() for record in caplog.records if record.name == whole_night.logger.name]
     assert [words.split(":")[0] for words in said] == [f"night {TEST_DATE}, step {n} of 5" for n in range(1, 6)]
     assert [words.split(": ")[1].split(",")[0] for words in said] == list(whole_night.STEPS)

@@ -317,21 +317,19 @@ def _bracket_ends(text: str) -> tuple[float, float] | None:
 
 
 def render(table: pd.DataFrame, title: str | None = None) -> Table:
-    """Render a :func:`metrics_table` for the terminal: members as rows, metrics as columns, a block per population."""
-    names = [name for name in TITLES if name in set(table["metric"])]
-    terminal_table = Table(title=title)
-    terminal_table.add_column("users")
-    terminal_table.add_column("member")
-    for name in names:
-        terminal_table.add_column(TITLES[name], justify="right")
+    """Render a :func:`metrics_table` for the terminal: metrics as rows, members as columns, a block per population."""
+    members = table["member"].unique()
+    terminal_table = Table("users, metric", title=title)
+    for member in members:
+        terminal_table.add_column(str(member), justify="right")
     values = table.set_index(["population", "member", "metric"])["value"].to_dict()
     for population in POPULATIONS:
         block = table[table["population"] == population]
-        heading = "" if block.empty else f"{population} ({int(block['users'].iloc[0]):,})"
-        for member in block["member"].unique():
-            cells = [format_figure(name, values.get((population, member, name))) for name in names]
-            terminal_table.add_row(heading, str(member), *cells)
-            heading = ""
+        if not block.empty:
+            terminal_table.add_row(f"{population} ({int(block['users'].iloc[0]):,})", style="bold")
+        for name in (name for name in TITLES if name in set(block["metric"])):
+            cells = [format_figure(name, values.get((population, member, name))) for member in members]
+            terminal_table.add_row(TITLES[name], *cells)
         terminal_table.add_section()
     return terminal_table
 
