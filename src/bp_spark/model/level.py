@@ -224,8 +224,7 @@ class Level:
             BundleError: a key is missing or unknown, or a value has the wrong type.
         """
         try:
-            # Bundles of 0.2.0 also hold the seasonal forecast in money.
-            if set(document) - {"forecast"} != {field.name for field in fields(cls)}:
+            if set(document) != {field.name for field in fields(cls)}:
                 raise ValueError("not the keys of a level")
             as_of = date.fromisoformat(document["as_of"]).isoformat()
             evidence, reach = number(document["evidence"], 0, 1), number(document["reach"], 0, _MOST)

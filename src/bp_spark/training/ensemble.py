@@ -27,9 +27,12 @@ class Fitted:
     """Members and their stack, fitted with nothing later than a test date.
 
     Attributes:
-        test_date: the test date. version: version of ``training_set``. members: the members, fitted on all folds. fusion: the
-        stack of the members. horizons: ratios of the other horizons. predictions: a row per user of the test date:
-        ``user_key``, ``label_spend``, ``seen``, a column per member, and ``fused``,
+        test_date: the test date.
+        version: version of ``training_set``.
+        members: the members, fitted on all folds.
+        fusion: the stack of the members.
+        horizons: ratios of the other horizons.
+        predictions: a row per user of the test date: ``user_key``, ``label_spend``, ``seen``, a column per member, and ``fused``,
             ``low``, ``high``, ``p_active``; for other horizons ``label_spend_30d``, ``transformer_30d``, ``fused_30d``.
         history: epochs of the transformer without the first fold.
     """
