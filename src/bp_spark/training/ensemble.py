@@ -32,8 +32,8 @@ class Fitted:
         members: the members, fitted on all folds.
         fusion: the stack of the members.
         horizons: ratios of the other horizons.
-        predictions: a row per user of the test date: ``user_key``, ``label_spend``, ``seen``, a column per member, and
-            ``fused``, ``low``, ``high``, ``p_active``; for other horizons ``label_spend_30d``, ``transformer_30d``, ``fused_30d``.
+        predictions: a row per user of the test date: ``user_key``, ``label_spend``, ``seen``, a column per member, ``fused``,
+            ``low``, ``high``, ``p_active``; for other horizons ``label_spend_30d``, ``transformer_30d``, ``fused_30d``.
         history: epochs of the transformer without the first fold.
     """
 
