@@ -816,15 +816,16 @@ def test_a_bare_order_log_gives_the_features_that_the_whole_source_gives(line: L
 def test_a_night_run_again_goes_through_its_steps_and_writes_no_score(
     line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    names = ("events", "user_features", "scores", "scores_latest")
+    names = ("events", "user_features", "scores", "scores_latest", "user_profile")
+    first = whole_night.night(line.spark, line.config, TEST_DATE, page=tmp_path / "first.html")
     versions = _versions(line.lakehouse, *names)
     with caplog.at_level("INFO", whole_night.logger.name):
-        bundle, page = line.trained.bundle.folder, tmp_path / "night.html"
-        result = whole_night.night(line.spark, line.config, TEST_DATE, bundle=bundle, page=page)
+        result = whole_night.night(line.spark, line.config, TEST_DATE, page=tmp_path / "night.html")
     said = [record.getMessage() for record in caplog.records if record.name == whole_night.logger.name]
     assert [words.split(":")[0] for words in said] == [f"night {TEST_DATE}, step {n} of 5" for n in range(1, 6)]
     assert [words.split(": ")[1].split(",")[0] for words in said] == list(whole_night.STEPS)
-    assert (result.scored.users, result.scored.written) == (line.scored.users, False)
+    assert all("by the last nights" in words for words in said)
+    assert (result.scored.users, result.scored.written) == (first.scored.users, False)
     assert result.report.page.stat().st_size > 10_000
     assert _versions(line.lakehouse, *names) == versions
     assert set(whole_night.seconds_of_last_runs(line.lakehouse)) == set(whole_night.STEPS)
