@@ -170,6 +170,8 @@ UUID, OTHER_UUID = "0a1b2c3d-0000-4000-8000-00000000000a", "0a1b2c3d-0000-4000-8
         ([f"day=1/part-00000-{UUID}.c000.snappy.parquet", f"day=1/part-00000-{UUID}.c001.snappy.parquet"], 2),
         ([f"orders/part-00000-{UUID}-c000.csv", f"orders/part-00001-{OTHER_UUID}-c000.csv"], 1),
         ([f"orders/part-00000-{UUID}-c000.csv", f"backup/part-00000-{UUID}-c000.csv"], 1),
+        ([f"shop=a/part-00000-{UUID}-c000.csv", f"shop=b/part-00000-{UUID}-c000.csv"], 2),
+        ([f"day=2024-05-01/part-00000-{UUID}-c000.csv", f"day=2024-05-02/part-00000-{UUID}-c000.csv"], 1),
         (["orders/monday.csv", "orders/tuesday.csv"], 1),
         (["orders/part-1.csv", "orders/part-2.csv"], 1),
     ],

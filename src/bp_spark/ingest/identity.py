@@ -172,8 +172,10 @@ def _event_id(identity: str | Column, occurrence: Column) -> Column:
 def _write_of(delivery: str) -> Column:
     """Return the write that a file is part of: Spark names a file by the number of its task and the write's UUID.
 
-    Files of one write in two folders are two deliveries: ``delivery_day=1/`` and ``delivery_day=2/`` may bring a line twice,
-    and a backup of the folder does.
+    Files of one write in folders such as ``shop=a/`` are one delivery. In other folders they are two: ``day=2024-05-01/`` and
+    ``day=2024-05-02/`` may bring a line twice, and a backup does. So folders count unless they are partitions by another
+    value than a date, or a part of one.
     """
-    named = F.regexp_replace(delivery, rf"part-\d+-({_UUID})[^/]*$", "$1")
+    folders = F.regexp_replace(delivery, r"[^/=]+=(?![\d-]+/)[^/]*/", "")
+    named = F.regexp_replace(folders, rf"part-\d+-({_UUID})[^/]*$", "$1")
     return F.when(F.contains(F.col(delivery), F.lit("part-")), named).otherwise(F.col(delivery))
