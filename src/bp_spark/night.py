@@ -23,7 +23,7 @@ STEPS = ("featurize", "score", "profile", "drift", "report")
 _NIGHTS = 5
 """Runs of a step whose median tells how long it will take."""
 _IN_MINUTES = 100
-"""Seconds from which on a time is told in minutes."""
+"""Shorter times are shown in seconds."""
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

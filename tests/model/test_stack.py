@@ -76,7 +76,7 @@ def test_one_fresh_user_in_ten_lies_outside_the_interval_half_of_those_who_surel
         is_below = fresh["label_spend"] < answers["low"]
         outside.append((is_below | (fresh["label_spend"] > answers["high"])).mean())
         below.append(is_below[surely].mean())
-        # nobody lies below who may well spend nothing
+        # the lower end of users who may well spend nothing is 0
         assert (answers["low"][~surely] == 0).all()
     # Given the fitting rows, a tail scatters like a Beta: about sqrt(0.05 * 0.95 / 2000) = 0.005 each.
     assert np.mean(outside) == pytest.approx(0.1, abs=0.015)

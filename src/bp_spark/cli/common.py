@@ -38,6 +38,15 @@ ConfigOption = Annotated[
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help=_OVERRIDES_HELP, metavar="[KEY=VALUE]...")]
 
+BundleOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder of a model bundle, or models:/NAME@ALIAS of the registry; by default the promoted bundle."
+    ),
+]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Refuse all new files if one can't be read; by default that one is left out.")
+]
 EngineOption = Annotated[
     Engine,
     typer.Option(help="What reads the tables; auto: DuckDB where it can, else Spark."),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bp_spark.cli import common, render
-from bp_spark.cli.common import ConfigOption, Overrides
+from bp_spark.cli.common import ConfigOption, Overrides, StrictOption
 from bp_spark.core import config, extras
 from bp_spark.core.config import Config
 from bp_spark.core.errors import ConfigError
@@ -149,10 +149,7 @@ def featurize(
             "--rebuild", help="Derive all tables again from the raw tables, as after a change of cleaning rules."
         ),
     ] = False,
-    strict: Annotated[
-        bool,
-        typer.Option("--strict", help="Refuse all new files if one can't be read; by default that one is left out."),
-    ] = False,
+    strict: StrictOption = False,
     config_file: ConfigOption = None,
 ) -> None:
     """Ingest new deliveries, clean them, and build the features of each as-of date.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bp_spark.cli import common, render
-from bp_spark.cli.common import ConfigOption, Overrides
+from bp_spark.cli.common import BundleOption, ConfigOption, Overrides, StrictOption
 from bp_spark.core import config, extras
 from bp_spark.core.errors import DriftError
 from bp_spark.shop import DEMO_DATE, open_demo
@@ -25,17 +25,9 @@ def night(
     date: Annotated[
         str | None, typer.Option(help="Date YYYY-MM-DD to score; by default today's (UTC).", show_default=False)
     ] = None,
-    bundle: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder of a model bundle, or models:/NAME@ALIAS of the registry; by default the promoted bundle."
-        ),
-    ] = None,
+    bundle: BundleOption = None,
     overrides: Overrides = None,
-    strict: Annotated[
-        bool,
-        typer.Option("--strict", help="Refuse all new files if one can't be read; by default that one is left out."),
-    ] = False,
+    strict: StrictOption = False,
     output: Annotated[
         Path | None, typer.Option(help="File of the report; by default night-DATE.html in evaluation.reports.")
     ] = None,
@@ -78,12 +70,7 @@ def _outcome(scored: ScoreResult) -> str:
 
 def score(
     date: Annotated[str, typer.Option(help="Date YYYY-MM-DD to score; run featurize for it first.")],
-    bundle: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder of a model bundle, or models:/NAME@ALIAS of the registry; by default the promoted bundle."
-        ),
-    ] = None,
+    bundle: BundleOption = None,
     overrides: Overrides = None,
     full: Annotated[bool, typer.Option("--full", help="Compute every score, and carry none forward.")] = False,
     config_file: ConfigOption = None,

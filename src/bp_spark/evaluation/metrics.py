@@ -37,7 +37,7 @@ TITLES = {
 }
 """Title of every metric, in the order of tables; the arrow points to the better values."""
 PROMISED = 0.9
-"""Share of users that an interval promises to hold, where nothing else is said."""
+"""Share of users whose spend an interval should hold, by default."""
 
 
 def spearman(truth: np.ndarray, predicted: np.ndarray) -> float:

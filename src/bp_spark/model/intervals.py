@@ -43,7 +43,7 @@ _LARGEST_EXPONENT = 300.0
 
 @dataclass(frozen=True)
 class Predicted:
-    """What is known of users when their interval is computed.
+    """Inputs of an interval, by user.
 
     Attributes:
         log_expected: log1p of the expected spend, float64 [rows].
@@ -181,8 +181,8 @@ def _regressors(users: Predicted, tail: float, unit: float) -> np.ndarray:
 def _upper_tails(users: Predicted, tail: float) -> np.ndarray:
     """Return each user's chance to spend more than the upper end, float64 [rows].
 
-    Nobody spends less than a lower end of 0, so the upper end leaves out twice as many there. Where the chance of nothing is
-    between one and two tails, it leaves out as many as that chance: without a jump.
+    The chance is one tail for users with a lower end above 0. A lower end of 0 leaves out nobody, so the chance is two tails
+    there. In between it is the chance of spending nothing, so that the upper end doesn't jump.
     """
     return np.asarray(np.clip(1.0 - users.p_active, tail, 2.0 * tail))
 

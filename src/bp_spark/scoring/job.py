@@ -148,10 +148,9 @@ def require_same_features(bundle: Bundle, config: Config) -> None:
             else now.
     """
     trained = bundle.manifest["lineage"].get("config", {}).get("features", {})
-    # bundles of version 0.1.0 know the first by its old name
-    for name, old_name in (("recency_precision_bits", "silence_digits"), ("history_length", "history_length")):
+    for name in ("recency_precision_bits", "history_length"):
         now = getattr(config.features, name)
-        before = trained.get(name, trained.get(old_name, now))
+        before = trained.get(name, now)
         if before != now:
             raise BundleError(
                 f"{bundle.folder}: was trained on features with features.{name}={before}, and now it is {now}: "

@@ -267,7 +267,7 @@ def _currency_column(columns: Columns) -> str | None:
 
 
 def _conditions(columns: Columns, table: TableGuess, events: str | None) -> list[str]:
-    """Return conditions that leave out rows that nobody paid for."""
+    """Return conditions that leave out unpaid rows."""
     conditions = []
     for name in columns.all_named("status"):
         if name == events:

@@ -83,7 +83,7 @@ def look_at_files(name: str, mapping: MappingFile) -> Preflight:
     folder = folder_of(name)
     for table, rules in mapping.tables.items():
         if rules.format in ("csv", "json") and not _is_known_encoding(rules):
-            found.warnings.append(f"{rules.path}: only Spark can tell whether {_encoding(rules)} is an encoding")
+            found.warnings.append(f"{rules.path}: only Spark can tell whether {rules.encoding} is an encoding")
         if rules.format == "delta":
             continue
         try:
@@ -135,7 +135,7 @@ def _schema(rules: TableMapping, file: FoundFile) -> T.StructType | None:
     if rules.format != "csv" or any(option in rules.reader_options for option in _TRIMMING):
         return None
     with suppress(ValueError, LookupError):
-        lines = sniff.first_lines(file, _encoding(rules), rules.skip_lines + 1)
+        lines = sniff.first_lines(file, rules.encoding, rules.skip_lines + 1)
         names = names_in_header(rules, lines[-1]) if len(lines) > rules.skip_lines else []
         if names:
             return T.StructType([T.StructField(name, T.StringType()) for name in names])
@@ -158,14 +158,10 @@ def _parquet_schema(file: FoundFile) -> T.StructType | None:
 
 def _is_known_encoding(rules: TableMapping) -> bool:
     try:
-        codecs.lookup(_encoding(rules))
+        codecs.lookup(rules.encoding)
     except LookupError:
         return False
     return True
-
-
-def _encoding(rules: TableMapping) -> str:
-    return rules.reader_options.get("encoding", rules.reader_options.get("charset", "UTF-8"))
 
 
 def _require_encoding(found: Preflight, rules: TableMapping, file: FoundFile, name: str, *, is_looked_at: bool) -> None:
@@ -173,7 +169,7 @@ def _require_encoding(found: Preflight, rules: TableMapping, file: FoundFile, na
     if rules.format not in ("csv", "json") or not is_looked_at:
         return
     require_utf8(rules, name, file.address)
-    given, parts = _encoding(rules), sniff.parts_of(file)
+    given, parts = rules.encoding, sniff.parts_of(file)
     likely = likely_encoding(parts)
     remedy = f"options: {{encoding: {likely}}}"
     if likely.startswith("UTF-16") and not re.match("utf-?(16|32)", given, re.IGNORECASE):

@@ -104,7 +104,7 @@ def _copy(files: Sequence[FoundFile], rules: TableMapping, rows: int, target: Pa
             if rules.format == "parquet":
                 count, share = _copy_parquet(file, path, quota)
             elif rules.format == "json" and rules.reader_options.get("multiline", "false").lower() == "true":
-                count, share = _copy_array(file, path, quota, _encoding(rules))
+                count, share = _copy_array(file, path, quota, rules.encoding)
             else:
                 count, share = _copy_lines(file, path, quota, rules)
         except UNREACHABLE as error:
@@ -115,7 +115,7 @@ def _copy(files: Sequence[FoundFile], rules: TableMapping, rows: int, target: Pa
 
 def _copy_lines(file: FoundFile, path: Path, quota: int, rules: TableMapping) -> tuple[int, float]:
     """Copy lines as they are; return how many, and their share of the file."""
-    wide = "UTF-16" in _encoding(rules).upper()
+    wide = "UTF-16" in rules.encoding.upper()
     quote = rules.reader_options.get("quote", '"')
     quote_bytes = quote.encode() if rules.format == "csv" and len(quote) == 1 and quote != "\0" else b""
     count, is_open, written, read_to_end = 0, False, 0, True
@@ -133,10 +133,6 @@ def _copy_lines(file: FoundFile, path: Path, quota: int, rules: TableMapping) ->
             is_open ^= bool(quote_bytes) and line.count(quote_bytes) % 2 == 1
     share = 1.0 if read_to_end else min(1.0, path.stat().st_size / file.size)
     return max(0, count - header), share
-
-
-def _encoding(rules: TableMapping) -> str:
-    return rules.reader_options.get("encoding", rules.reader_options.get("charset", "utf-8"))
 
 
 def _lines(stream: Any, *, wide: bool) -> Iterator[bytes]:

@@ -127,7 +127,7 @@ def _broken_rows(mapping: TableMapping, head: bytes) -> str | None:
 
 
 def is_utf8(head: bytes) -> bool:
-    """Return whether bytes are UTF-8, the last letter of which may be cut."""
+    """Return whether bytes are UTF-8. The last letter may be incomplete."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -171,7 +171,7 @@ def first_line(address: str) -> str:
 
 
 def parquet_footer(address: str) -> pq.ParquetFile:
-    """Return a Parquet file of which the footer is read, and rows can't be."""
+    """Return a Parquet file with its footer. Its rows can't be read, because the file is closed."""
     files, path = file_system(address)
     with files.open_input_file(path) as file:
         return pq.ParquetFile(file)

@@ -221,6 +221,11 @@ class TableMapping(Section):
         return {name.lower(): str(value) for name, value in self.options.items()}
 
     @property
+    def encoding(self) -> str:
+        """Encoding of text files, as the mapping names it."""
+        return self.reader_options.get("encoding", self.reader_options.get("charset", "UTF-8"))
+
+    @property
     def has_header(self) -> bool:
         """Whether the first line of a CSV file names its columns."""
         return self.reader_options.get("header", "true").lower() == "true"

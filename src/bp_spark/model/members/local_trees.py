@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import xgboost
@@ -17,7 +17,7 @@ from bp_spark.model.members.base import KEY, LABEL, require, spend
 from bp_spark.model.members.trees import (
     PATIENCE,
     SqrtTreesMember,
-    TreesMember,
+    Trees,
     booster_settings,
     require_spend,
     set_smearing,
@@ -25,8 +25,6 @@ from bp_spark.model.members.trees import (
 
 _VALUES_PER_THREAD = 4_000_000
 """Least values of a fit for each of its threads: with fewer, threads wait for each other longer than they compute."""
-
-Trees = TypeVar("Trees", bound=TreesMember)
 
 
 class _Matrices(NamedTuple):

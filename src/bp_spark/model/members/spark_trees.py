@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,13 +20,12 @@ from bp_spark.model.members.base import KEY, LABEL, SPLIT, require, spend
 from bp_spark.model.members.trees import (
     PATIENCE,
     SqrtTreesMember,
+    Trees,
     TreesMember,
     booster_settings,
     require_spend,
     set_smearing,
 )
-
-Trees = TypeVar("Trees", bound=TreesMember)
 
 
 def fit_trees_in_spark(

@@ -6,7 +6,7 @@ import json
 import math
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import xgboost
@@ -123,6 +123,9 @@ class TreesMember:
             return np.empty(0, dtype=np.float64)
         predicted = self._booster.inplace_predict(values, missing=np.nan, validate_features=False)
         return np.asarray(predicted, dtype=np.float64)
+
+
+Trees = TypeVar("Trees", bound=TreesMember)
 
 
 class SqrtTreesMember(TreesMember):
