@@ -236,7 +236,7 @@ def test_nights_in_spark_connect_are_those_of_a_classic_session(
     assert said["nights"] == json.loads(json.dumps(nights(spark, classic)))
     conflict, no_table, no_features, no_trees, no_file = said["refusals"]
     assert conflict.startswith("ConflictError: bp.scores_latest")
-    assert no_table.startswith("DataError: bp.nothing: table does not exist")
+    assert no_table.startswith("MissingTableError: bp.nothing: table does not exist")
     assert no_features.startswith("DataError: user_features")
     assert no_trees.startswith("PlatformError: trees and sqrt_trees")
     assert no_file.startswith(f"DataError: file:{tmp_path}/connect/bp/runs/")

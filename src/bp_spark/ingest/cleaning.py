@@ -266,7 +266,9 @@ def _that_count(df: DataFrame) -> DataFrame:
     """Return the rows that are good or superseded, with the flags ``good``, ``superseded`` and ``snapshot``."""
     flags = {name: F.lit(False) for name in ("superseded", "snapshot") if name not in df.columns}
     good = F.col("rule").isNull()
-    kept = df.withColumns(flags).filter(good | F.col("superseded"))
+    # Spark Connect refuses to add no columns
+    flagged = df.withColumns(flags) if flags else df
+    kept = flagged.filter(good | F.col("superseded"))
     # where nothing is superseded, the filter leaves good rows alone; to apply the rules again would take as long as the rest
     return kept.withColumn("good", ~F.col("superseded") | good)
 
