@@ -15,7 +15,8 @@ from pyspark.sql import functions as F
 
 from bp_spark.core import config
 from bp_spark.core.config import Config
-from bp_spark.core.errors import ConfigError
+from bp_spark.core.errors import ConfigError, DataError
+from bp_spark.ingest import cleaning
 from bp_spark.ingest.clean import clean, require_same_terms
 from bp_spark.ingest.job import ingest
 from bp_spark.ingest.quarantine import replay
@@ -68,6 +69,29 @@ def spend(spark: SparkSession, settings: Config) -> list[tuple[str, float]]:
 def contents(spark: SparkSession, settings: Config) -> dict[str, list[tuple[Any, ...]]]:
     lakehouse = Lakehouse(spark, settings.tables)
     return {name: sorted_rows(lakehouse.read(name)) for name in ("events", "quarantine", "texts")}
+
+
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_a_night_whose_rows_do_not_balance_is_judged_again_until_they_do(
+    spark: SparkSession,
+    tmp_path: Path,
+    night: Callable[..., dict[str, dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+    earlier: int,
+) -> None:
+    settings = settings_of(tmp_path, "orders/*.csv")
+    for number in range(earlier):
+        write(tmp_path / f"orders/{number}.csv", f"u0,o0,,2024-05-0{number + 1} 10:00:00,10.00")
+        night(settings)
+    write(tmp_path / "orders/new.csv", "u1,o1,,2024-05-05 10:00:00,20.00", "u2,o2,,2024-05-05 11:00:00,a lot")
+    quarantine = cleaning.quarantine
+    with monkeypatch.context() as broken:
+        broken.setattr(cleaning, "quarantine", lambda validated: quarantine(validated).limit(0))
+        for _ in range(2):
+            with pytest.raises(DataError, match=r"rows in \(2\) must equal .* \(1 rows\)"):
+                night(settings)
+    assert night(settings)["clean"]["quarantine"] == 1
+    assert [amount for _, amount in spend(spark, settings)] == [*[10.0] * earlier, 20.0]
 
 
 def test_a_file_that_comes_again_supersedes_its_days_and_a_touched_one_brings_nothing(

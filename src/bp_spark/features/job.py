@@ -180,12 +180,12 @@ def write_features(run: Run, as_of: Sequence[date]) -> None:
         step.figures["dates"] = len(missing)
         if not missing:
             return
-        lakehouse.require_whole_files("user_daily")
+        rows_in = lakehouse.require_whole_files("user_daily")
         user_days = lakehouse.read("user_daily")
-        step.figures["rows_in"] = user_days.count()
-        step.replace(catalogue.user_features(user_days, missing, config, built_from), where={"as_of_date": missing})
-        written = lakehouse.read("user_features").filter(F.col("as_of_date").isin(*missing))
-        step.figures["users"] = step.figures["rows_out"] = written.count()
+        step.figures["rows_in"] = user_days.count() if rows_in is None else rows_in
+        features = catalogue.user_features(user_days, missing, config, built_from)
+        version = step.replace(features, where={"as_of_date": missing})
+        step.figures["users"] = step.figures["rows_out"] = lakehouse.rows_written("user_features", version)
 
 
 def features_digest(run: Run) -> str:

@@ -19,7 +19,7 @@ from bp_spark.features.job import aggregate
 from bp_spark.governance import cleanup
 from bp_spark.ingest import contacts_job, pseudonyms
 from bp_spark.ingest.clean import clean
-from bp_spark.ingest.job import require_same_secret
+from bp_spark.ingest.job import KEY_ID, require_same_secret
 from bp_spark.ingest.texts_job import embed
 from bp_spark.lakehouse.run import recorded
 from bp_spark.lakehouse.store import Lakehouse
@@ -94,7 +94,7 @@ def rotate_keys(spark: SparkSession, config: Config, to: str) -> list[dict[str, 
             # an ingest that began meanwhile has reserved the table, and its rows bear old keys
             lakehouse.reserve(DELIVERIES, {**lakehouse.commit_metadata("deliveries"), "version": reservation})
             # last: while the old keys stand here, the next run repeats a rotation that was stopped
-            lakehouse.replace(USER_KEYS, rotated_users, after=reservation)
+            lakehouse.replace(USER_KEYS, rotated_users, note={KEY_ID: new_secret.key_id}, after=reservation)
         cleanup.vacuum_tables(run)
         _require_keys_of_users(lakehouse, lakehouse.read("user_keys"))
         sample = lakehouse.read("user_keys").limit(PROVEN_KEYS).collect()

@@ -20,7 +20,7 @@ from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark.ingest.sources.contract import SNAPSHOT, Delivery
-from bp_spark.lakehouse.store import Lakehouse, read_as_declared
+from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import DELIVERIES, RAW_CAMPAIGNS, RAW_TABLES
 
 GONE = "gone"
@@ -222,7 +222,7 @@ def day_of(table: str) -> Column | None:
 
 def entries(lakehouse: Lakehouse) -> list[Row]:
     """Return the rows of ``deliveries``: one per file and version."""
-    return read_as_declared(lakehouse, DELIVERIES).collect() if lakehouse.exists("deliveries") else []
+    return lakehouse.collect(DELIVERIES)
 
 
 def stored_name(row: Row) -> str:

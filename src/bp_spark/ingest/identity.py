@@ -62,7 +62,8 @@ def identified(rows: DataFrame) -> DataFrame:
     live = ~F.col("superseded")
     write = [
         F.when(F.col("snapshot"), F.lit(0)).otherwise(F.col("ingest_id")),
-        F.when(F.col("snapshot"), F.lit("")).otherwise(_write_of("delivery")),
+        # a line is the same in any write
+        F.when(F.col("snapshot") | has_line, F.lit("")).otherwise(_write_of("delivery")),
     ]
     # Spark sorts for this window, and the two of a line that follow need no other order; so do the two of an event
     same_write = Window.partitionBy("place", "identity", "superseded", *write).orderBy("ts", "ingest_id", "delivery")
@@ -176,6 +177,7 @@ def _write_of(delivery: str) -> Column:
     ``day=2024-05-02/`` may bring a line twice, and a backup does. So folders count unless they are partitions by another
     value than a date, or a part of one.
     """
-    folders = F.regexp_replace(delivery, r"[^/=]+=(?![\d-]+/)[^/]*/", "")
-    named = F.regexp_replace(folders, rf"part-\d+-({_UUID})[^/]*$", "$1")
+    # anchored, and without a way back: searched from each letter of a path, it took as long as all the rest of cleaning
+    folders = F.regexp_replace(delivery, r"(?<![^/])[^/=]++=(?![\d-]++/)[^/]*+/", "")
+    named = F.regexp_replace(folders, rf"part-\d++-({_UUID})[^/]*$", "$1")
     return F.when(F.contains(F.col(delivery), F.lit("part-")), named).otherwise(F.col(delivery))

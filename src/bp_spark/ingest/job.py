@@ -24,6 +24,10 @@ _SAMPLE_BUCKETS = 10_000
 """Groups that a hash spreads user ids over, to draw a sample of users."""
 _PLANNED_DAYS = 400
 """Days that a campaign may be planned ahead."""
+KEY_ID = "key_id"
+"""What a commit of ``user_keys`` records: the identity of the secret that all its keys were made with."""
+_INGEST = "ingest"
+"""What a commit of a raw table records: the number of the ingest that wrote it."""
 
 
 def ingest(run: Run, strict: bool = False) -> None:
@@ -170,14 +174,20 @@ def _write_raw_tables(
         if table.name in raw:
             rows = _as_stored(run, table.name, raw[table.name], secret)
             rows = rows.withColumns({"ingest_id": F.lit(number).cast("bigint"), "ingested_at": now})
-        elif lakehouse.exists(table.name) and not lakehouse.read(table.name).filter(of_ingest).isEmpty():
+        elif _may_hold(lakehouse, table.name, number) and not lakehouse.read(table.name).filter(of_ingest).isEmpty():
             # an ingest of that number was stopped, and what it read of this table is no longer delivered
             rows = lakehouse.read(table.name).limit(0)
         else:
             continue
-        version = lakehouse.replace(table, rows, where={"ingest_id": [number]}, after=after)
+        version = lakehouse.replace(table, rows, where={"ingest_id": [number]}, note={_INGEST: number}, after=after)
         row_counts[table.name] = lakehouse.rows_written(table.name, version)
     return row_counts
+
+
+def _may_hold(lakehouse: Lakehouse, name: str, number: int) -> bool:
+    """Return whether a raw table may hold rows of an ingest, by what its newest write recorded."""
+    recorded = lakehouse.commit_metadata(name)
+    return bool(recorded["version"] >= 0 and recorded.get(_INGEST, number) == number)
 
 
 def require_same_secret(lakehouse: Lakehouse, secret: pseudonyms.Secret) -> None:
@@ -193,6 +203,8 @@ def require_same_secret(lakehouse: Lakehouse, secret: pseudonyms.Secret) -> None
                 "table does not exist, though deliveries were ingested: by a version that stored user ids. Begin anew"
             )
             raise DataError(f"{lakehouse.namespace}.user_keys", f"{rule}, with an empty tables.path")
+        return
+    if lakehouse.commit_metadata("user_keys").get(KEY_ID) == secret.key_id:
         return
     if not lakehouse.read("user_keys").filter(F.col("key_id") != secret.key_id).isEmpty():
         raise ConfigError(
@@ -221,12 +233,12 @@ def _add_user_keys(
         }
     )
     if not lakehouse.exists("user_keys"):
-        lakehouse.append(USER_KEYS, keyed, after=after)
+        lakehouse.append(USER_KEYS, keyed, note={KEY_ID: secret.key_id}, after=after)
         return 0
     new_users = checkpointed(keyed.join(lakehouse.read("user_keys").select("user_key"), "user_key", "left_anti"))
     rows = _without_forgotten(lakehouse, new_users)
     if not rows.isEmpty():
-        lakehouse.append(USER_KEYS, rows, after=after)
+        lakehouse.append(USER_KEYS, rows, note={KEY_ID: secret.key_id}, after=after)
     return 0 if rows is new_users else new_users.count() - rows.count()
 
 

@@ -42,6 +42,7 @@ class CommitLog:
     def __init__(self, spark: SparkSession, config: TablesConfig) -> None:
         self.spark = spark
         self.namespace = config.namespace
+        self._config = config
         self._root = None if config.path is None else folder_of(config.path, config.namespace)
 
     def location(self, name: str) -> str:
@@ -152,7 +153,8 @@ class CommitLog:
         except (*UNREACHABLE, KeyError):
             history = self._history(name).filter(F.col("version") == version)
             metrics = history.select("operationMetrics").collect()[0][0]
-        return int(metrics["numOutputRows"])
+        # Delta counts no rows where Spark found the plan to be empty
+        return int(metrics["numOutputRows"]) if metrics["numFiles"] != "0" else 0
 
     def _committed_version(self, name: str, metadata: str, after: int | None) -> int:
         """Return the version of the commit with that metadata; the newest one where there was nothing to commit.

@@ -13,7 +13,7 @@ from typing import Any
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, Row, SparkSession
 
 from bp_spark.core import logs, scratch
 from bp_spark.core.config import Config, TablesConfig, digest
@@ -57,9 +57,20 @@ class TrackedLakehouse(Lakehouse):
         rows = super().read(name, version)
         if version is not None:
             self._read[name] = version
-        elif name != RUNS.name and name not in self._read and name not in self._written:
-            self._read[name] = self.version(name)
+        else:
+            self._record_read(name)
         return rows
+
+    def collect(self, table: Table) -> list[Row]:
+        """Return a small table's rows and record its version; see :meth:`Lakehouse.collect`."""
+        rows = super().collect(table)
+        if self.exists(table.name):
+            self._record_read(table.name)
+        return rows
+
+    def _record_read(self, name: str) -> None:
+        if name != RUNS.name and name not in self._read and name not in self._written:
+            self._read[name] = self.version(name)
 
     def replace(self, table: Table, df: DataFrame, **arguments: Any) -> int:
         """Replace rows and record the version; see :meth:`Lakehouse.replace`."""

@@ -10,11 +10,11 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from pyspark.errors import AnalysisException, PySparkException
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 
 from bp_spark.core.errors import ConflictError, OccupiedError
@@ -57,6 +57,21 @@ class Lakehouse(CommitLog):
             reader = reader.option("versionAsOf", version)
         return reader.load(self.location(name)) if self._root is not None else reader.table(self._identifier(name))
 
+    def collect(self, table: Table) -> list[Row]:
+        """Return all rows of a small table, with all columns that are declared today; none without the table.
+
+        On this machine delta-rs reads it, in a tenth of the time of a Spark job.
+        """
+        if not self.exists(table.name):
+            return []
+        if self._root is not None and not self._is_elsewhere:
+            # a logged model is loaded where the readers without Spark are not installed
+            from bp_spark.lakehouse import without_spark
+
+            with suppress(without_spark.UnreadableError):
+                return [Row(**row) for row in without_spark.rows_where(self._config, table)]
+        return read_as_declared(self, table).collect()
+
     def changes(self, name: str, since: int) -> DataFrame:
         """Return the rows that commits after version ``since`` wrote, in their old and new form, or deleted."""
         if self.version(name) <= since:
@@ -66,7 +81,7 @@ class Lakehouse(CommitLog):
 
     def require_whole_files(
         self, name: str, version: int | None = None, where: Mapping[str, str] | None = None
-    ) -> None:
+    ) -> int | None:
         """Require that the footers of a version's files agree with the table's log.
 
         Where files or log can't be read from here, nothing is checked.
@@ -75,6 +90,9 @@ class Lakehouse(CommitLog):
             name: name of the table.
             version: version to check; the newest by default.
             where: partition column -> value, to check only files with these.
+
+        Returns:
+            The rows of these files; ``None`` where nothing was checked, or where a file may hold rows that are deleted.
 
         Raises:
             DataError: a footer is damaged: see :mod:`bp_spark.lakehouse.footers`.
@@ -86,13 +104,16 @@ class Lakehouse(CommitLog):
         try:
             table = DeltaTable(self.location(name), version=version)
             partitions = [(column, "=", value) for column, value in (where or {}).items()]
-            footers.read(table, table.file_uris(file_pruning_predicate=partitions or None))
+            files = footers.read(table, table.file_uris(file_pruning_predicate=partitions or None))
+            # deletion vectors ask for a newer reader
+            return sum(file.num_rows for file in files) if table.protocol().min_reader_version == 1 else None
         except (DeltaError, *UNREACHABLE) as error:
             _logger.info(
                 "%s: footers were not held against its log, which can't be read from here (%s)",
                 self._full_name(name),
                 type(error).__name__,
             )
+            return None
 
     # --- writing ---------------------------------------------------------------------------------------------------------
 

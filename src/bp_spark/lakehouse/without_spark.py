@@ -82,14 +82,15 @@ def dataset(config: TablesConfig, name: str) -> ds.Dataset:
 
 
 def rows_where(config: TablesConfig, table: Table, **values: Any) -> list[dict[str, Any]]:
-    """Return a table's rows that have these values in these columns, with all columns that are declared today.
+    """Return a table's rows that have these values in these columns, or all, with all columns that are declared today.
 
     Raises:
         MissingTableError: the local table does not exist.
         UnreadableError: delta-rs can't read the table.
     """
     stored = dataset(config, table.name)
-    wanted = reduce(operator.and_, (pc.field(name) == value for name, value in values.items()))
+    conditions = [pc.field(name) == value for name, value in values.items()]
+    wanted = reduce(operator.and_, conditions) if conditions else None
     try:
         found = stored.to_table(filter=wanted).to_pylist(maps_as_pydicts="strict")
     except UNREACHABLE as error:
