@@ -82,10 +82,11 @@ class _Ties:
 
 def spearman(counts: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Return :func:`bp_spark.evaluation.metrics.spearman` of each resample."""
-    middle = (counts.sum(axis=1, keepdims=True) + 1) / 2
-    a, b = (_Ties(values).ranks(counts) - middle for values in (truth, predicted))
-    scale = np.sqrt((counts * a * a).sum(axis=1) * (counts * b * b).sum(axis=1))
-    return _ratio((counts * a * b).sum(axis=1), scale)
+    users = counts.sum(axis=1)
+    a, b = (_Ties(values).ranks(counts) - (users[:, None] + 1) / 2 for values in (truth, predicted))
+    is_constant = (counts * b * b).sum(axis=1) == 0
+    scale = np.sqrt((counts * a * a).sum(axis=1) * users * (users**2 - 1) / 12)
+    return _ratio((counts * a * b).sum(axis=1), np.where(is_constant, 0.0, scale))
 
 
 def auc(counts: np.ndarray, active: np.ndarray, score: np.ndarray) -> np.ndarray:

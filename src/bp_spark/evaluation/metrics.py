@@ -41,8 +41,19 @@ PROMISED = 0.9
 
 
 def spearman(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Return Spearman's rank correlation, with ties at their mean rank; NaN if either side is constant."""
-    return _correlation(_ranks(truth), _ranks(predicted))
+    """Return Spearman's rank correlation; equal predictions count as no order.
+
+    Users of equal spend have their mean rank. Users of equal prediction are put in any order, and the result is the mean over
+    all such orders. So to tell many users the same brings nothing: with mean ranks for these as well it would bring a higher
+    correlation wherever many users spend nothing. Without equal predictions this is ``scipy.stats.spearmanr``.
+
+    Returns:
+        The correlation; NaN if either side is constant.
+    """
+    correlation = _correlation(_ranks(truth), predicted_ranks := _ranks(predicted))
+    # variance of the ranks 1 to n, of which ties take some away
+    users = predicted.size
+    return correlation * math.sqrt(12 * float(np.var(predicted_ranks)) / (users**2 - 1)) if users > 1 else math.nan
 
 
 def normalised_gini(truth: np.ndarray, predicted: np.ndarray) -> float:
