@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from datetime import date
+from datetime import date, timedelta
+from statistics import median
 from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
@@ -23,6 +25,13 @@ from bp_spark.ingest.texts_job import embed
 from bp_spark.lakehouse.run import Run, Step, recorded
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import USER_DAILY
+
+_WEEKS_COMPARED = 8
+"""Weeks before a day whose same weekdays tell how many orders it should have."""
+_ORDERS_COMPARED = 30
+"""A median of fewer orders a day tells nothing of a day that lacks some."""
+
+logger = logging.getLogger(__name__)
 
 
 def featurize(
@@ -186,6 +195,38 @@ def write_features(run: Run, as_of: Sequence[date]) -> None:
         features = catalogue.user_features(user_days, missing, config, built_from)
         version = step.replace(features, where={"as_of_date": missing})
         step.figures["users"] = step.figures["rows_out"] = lakehouse.rows_written("user_features", version)
+        incomplete = incomplete_days(user_days, max(missing))
+        if incomplete:
+            step.figures["incomplete_days"] = ", ".join(map(str, incomplete))
+            logger.warning(
+                "user_daily: %s brought far fewer orders than the same weekdays before: if a delivery is missing or late, "
+                "features and expected spend are too low until it comes, and featurize and score are run again",
+                ", ".join(map(str, incomplete)),
+                extra={"fields": {"days": list(map(str, incomplete))}},
+            )
+
+
+def incomplete_days(user_days: DataFrame, as_of: date) -> list[date]:
+    """Return the days of the last week before a date that seem to lack deliveries, rising.
+
+    Such a day has less than half the orders of each of the same weekdays in the eight weeks before, and these have 30 orders in
+    the median. So a day without a delivery is found, and a closed Sunday or the first weeks of a shop are not.
+
+    Args:
+        user_days: rows of USER_DAILY.
+        as_of: the date.
+    """
+    first = as_of - timedelta(days=7 * (_WEEKS_COMPARED + 1))
+    recent = user_days.filter((F.col("day") >= F.lit(first)) & (F.col("day") < F.lit(as_of)))
+    rows = recent.groupBy("day").agg(F.sum("orders").alias("orders")).collect()
+    orders = {row["day"]: row["orders"] for row in rows}
+    found = []
+    for back in range(7, 0, -1):
+        day = as_of - timedelta(days=back)
+        before = [orders.get(day - timedelta(weeks=weeks), 0) for weeks in range(1, _WEEKS_COMPARED + 1)]
+        if median(before) >= _ORDERS_COMPARED and orders.get(day, 0) < min(before) / 2:
+            found.append(day)
+    return found
 
 
 def features_digest(run: Run) -> str:
