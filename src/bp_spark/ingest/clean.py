@@ -61,9 +61,11 @@ def clean(run: Run, rebuild: bool) -> None:
         batch = {name: rows.filter(of_batch) for name, rows in {**raw, **logs}.items()}
         validated = cleaning.validate(batch, raw, config)
         reservation, figures = step.reserve(), step.figures
-        nothing = (batch[name].select() for name in validated)
-        figures["rows"] = figures["rows_in"] = reduce(DataFrame.union, nothing).count()
-        figures["quarantine"] = _replace_quarantine(lakehouse, validated, known_versions, first, last, reservation)
+        one_a_row = (batch[name].select(F.lit(1)) for name in validated)
+        figures["rows"] = figures["rows_in"] = reduce(DataFrame.union, one_a_row).count()
+        _replace_quarantine(lakehouse, validated, known_versions, first, last, after=reservation)
+        quarantined = quarantined_events(lakehouse).filter(of_batch)
+        figures["quarantine"] = quarantined.count()
         brands = cleaning.brands(raw["raw_items"]) if "raw_items" in raw else None
         note = {
             "format": cleaning.FORMAT,
@@ -91,7 +93,7 @@ def clean(run: Run, rebuild: bool) -> None:
         figures["rows_out"] = figures["events"]
         notes = _notes(cleaned, rules, first) + [_CANT_SUPERSEDE] * (versions.changes_older and not all_kept)
         if 0 < figures["rows"] == figures["quarantine"]:
-            notes = [why_all_refused(quarantined_events(lakehouse).filter(of_batch))]
+            notes = [why_all_refused(quarantined)]
             logger.warning("quarantine: %s", notes[0])
         if notes:
             figures["note"] = "; ".join(notes)
@@ -193,16 +195,12 @@ def quarantined_events(lakehouse: Lakehouse) -> DataFrame:
 
 def _replace_quarantine(
     lakehouse: Lakehouse, validated: Mapping[str, DataFrame], versions: Versions, first: int, last: int, after: int
-) -> int:
-    """Store the rows of a batch that broke a rule; older rows that a version of the batch supersedes leave quarantine.
-
-    Returns:
-        How many rows of the batch are in quarantine.
-    """
+) -> None:
+    """Store the rows of a batch that broke a rule; older rows that a version of the batch supersedes leave quarantine."""
     rows = cleaning.quarantine({name: df.filter("NOT superseded") for name, df in validated.items()})
     if first == 1:
-        version = lakehouse.replace(QUARANTINE, rows, where={"source": cleaning.LOGS}, after=after)
-        return lakehouse.rows_written(QUARANTINE.name, version)
+        lakehouse.replace(QUARANTINE, rows, where={"source": cleaning.LOGS}, after=after)
+        return
     older = [number for number in versions.touched_ingests if number < first]
     if older:
         stored = quarantined_events(lakehouse).filter(F.col("ingest_id").isin(*older))
@@ -213,10 +211,7 @@ def _replace_quarantine(
             rows = rows.unionByName(marked.filter("NOT superseded").select(*QUARANTINE.schema.names))
         rows = checkpointed(rows)
     ingests = {"ingest_id": [*older, *range(first, last + 1)]}
-    version = lakehouse.replace(QUARANTINE, rows, where={"source": cleaning.LOGS, **ingests}, after=after)
-    if older:
-        return quarantined_events(lakehouse).filter(F.col("ingest_id").between(first, last)).count()
-    return lakehouse.rows_written(QUARANTINE.name, version)
+    lakehouse.replace(QUARANTINE, rows, where={"source": cleaning.LOGS, **ingests}, after=after)
 
 
 def _replace_events(step: Step, rows: DataFrame, note: Mapping[str, Any]) -> None:

@@ -147,14 +147,14 @@ class CommitLog:
         return self.commit_metadata(name, **recorded).get("inputs")
 
     def rows_written(self, name: str, version: int) -> int:
-        """Return the rows that the commit of a replace or an append wrote, as Delta counted them."""
+        """Return the rows that an append wrote, or a replace of whole partitions, as Delta counted them."""
         try:
             metrics = self._commit_info(name, version)["operationMetrics"]
         except (*UNREACHABLE, KeyError):
             history = self._history(name).filter(F.col("version") == version)
             metrics = history.select("operationMetrics").collect()[0][0]
         # Delta counts no rows where Spark found the plan to be empty
-        return int(metrics["numOutputRows"]) if metrics["numFiles"] != "0" else 0
+        return int(metrics["numOutputRows"]) if metrics.get("numFiles") != "0" else 0
 
     def _committed_version(self, name: str, metadata: str, after: int | None) -> int:
         """Return the version of the commit with that metadata; the newest one where there was nothing to commit.
