@@ -28,7 +28,7 @@ from bp_spark.core import config
 from bp_spark.core.config import Config
 from bp_spark.core.session import MODEL_MODULES, get_session, is_connect
 from bp_spark.lakehouse.store import Lakehouse
-from tests.support.clusters import TEST_SETTINGS
+from tests.support.clusters import START_SETTINGS, TEST_SETTINGS
 from tests.support.histories import SECRET
 
 hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=None)
@@ -103,6 +103,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def spark() -> Iterator[SparkSession]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("JDK_JAVA_OPTIONS", _JAVA)
+        settings = (part for setting in START_SETTINGS.items() for part in ("--conf", "=".join(setting)))
+        patched.setenv("PYSPARK_SUBMIT_ARGS", " ".join([*settings, "pyspark-shell"]))
         session = get_session(config.load(), "bp-spark tests", MODEL_MODULES)
     session.sparkContext.setLogLevel("OFF")  # of this JVM: Spark Connect has no call for it
     for key, value in TEST_SETTINGS.items():

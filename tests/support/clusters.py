@@ -25,6 +25,7 @@ SHORT = {
     "spark.databricks.delta.optimizeWrite.maxShufflePartitions": "2",
     "spark.sql.sources.parallelPartitionDiscovery.parallelism": "2",
     "spark.ui.enabled": "false",
+    "spark.buffer.pageSize": "1m",
     "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m",
     "spark.executor.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m",
 }
@@ -32,6 +33,16 @@ SHORT = {
 # To compile plans as for large tables would be most of the time of a job; one job does, as it does at a user's.
 UNCOMPILED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
 COMPILED_JOB = "score"
+START_SETTINGS = {
+    # by default a sort of three rows takes a page of 64 MB, which goes to the old generation at once
+    "spark.buffer.pageSize": "1m",
+    # what no page shows need not be kept
+    "spark.sql.ui.retainedExecutions": "20",
+    "spark.ui.retainedJobs": "50",
+    "spark.ui.retainedStages": "50",
+    "spark.ui.retainedTasks": "500",
+}
+"""Of the Java that the tests of a process share, from its start on."""
 TEST_SETTINGS = {
     "spark.sql.shuffle.partitions": "2",
     **UNCOMPILED,
