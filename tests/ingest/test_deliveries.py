@@ -141,8 +141,9 @@ def test_a_mapping_that_is_renamed_or_moved_alone_has_the_same_deliveries(
         (tmp_path / mapping).write_text(MAPPING.format(path=path, format="csv", line=""), encoding="utf-8")
         return settings_of(tmp_path, "orders/*.csv", "csv", "", f"source.mapping={tmp_path / mapping}")
 
-    renamed, moved = by("new.yaml", "orders/*.csv"), by("elsewhere/new-too.yaml", f"{tmp_path}/orders/*.csv")
-    for mapping in (renamed, moved):
+    everywhere = f"{tmp_path}/orders/*.csv"
+    renamed, moved = by("new.yaml", "orders/*.csv"), by("elsewhere/new-too.yaml", everywhere)
+    for mapping in (by("elsewhere/shop.yaml", everywhere), renamed, moved):
         assert night(mapping)["ingest"]["unchanged_files"] == "1"
         assert Lakehouse(spark, settings.tables).version("raw_transactions") == version
         assert contents(spark, settings) == nightly

@@ -78,16 +78,26 @@ class Ledger:
         """Return the files that came before with another fingerprint, without those of Delta tables."""
         return [d for d in deliveries if (d.table, d.name) in self.versions and not d.fingerprint.startswith(SNAPSHOT)]
 
-    def stored(self, deliveries: Iterable[Delivery]) -> dict[Delivery, Sequence[Row]]:
-        """Return the versions of the files whose rows may be stored already: repeated ones, and those of another mapping.
+    def stored(self, deliveries: Iterable[Delivery], listed: Iterable[Delivery]) -> dict[Delivery, Sequence[Row]]:
+        """Return the versions of the files whose rows may be stored already: repeated, moved, or another mapping's.
 
-        A mapping that was renamed, or moved without its files, is another source with the same files.
+        A mapping that was renamed is another source with the same files. One that was moved without its files names them
+        otherwise.
+
+        Args:
+            deliveries: the files.
+            listed: all files that the source has now: one that is still there was not moved.
         """
-        deliveries = list(deliveries)
+        deliveries, there = list(deliveries), {(d.table, d.name) for d in listed}
+        left: dict[tuple[str, str], list[Sequence[Row]]] = defaultdict(list)
+        for (table, name), rows in self.versions.items():
+            for fingerprint in _newest_fingerprints(rows) if (table, name) not in there else ():
+                left[table, fingerprint].append(rows)
         found = {d: self.versions[d.table, d.name] for d in self.repeated(deliveries)}
         for delivery in deliveries:
             if (delivery.table, delivery.name) not in self.versions:
-                same_fingerprint = self.versions_elsewhere.get((delivery.table, delivery.fingerprint), ())
+                key = (delivery.table, delivery.fingerprint)
+                same_fingerprint = [*self.versions_elsewhere.get(key, ()), *left.get(key, ())]
                 same_file = [rows for rows in same_fingerprint if _same_path(rows[-1]["name"], delivery.name)]
                 if same_file:
                     found[delivery] = max(same_file, key=lambda rows: (rows[-1]["ingest_id"], rows[-1]["source"]))

@@ -58,7 +58,7 @@ def ingest(run: Run, strict: bool = False) -> None:
         require_same_secret(lakehouse, secret)
 
         def write(batch: Batch) -> None:
-            unchanged = _unchanged(run, source, ledger.stored(batch.deliveries), secret)
+            unchanged = _unchanged(run, source, ledger.stored(batch.deliveries, listed), secret)
             new = [delivery for delivery in batch.deliveries if delivery not in unchanged]
             raw = source.read(run.spark, new) if unchanged else batch.rows
             raw = {name: sampled(rows, config.sample) for name, rows in raw.items()}
