@@ -50,10 +50,12 @@ def spearman(truth: np.ndarray, predicted: np.ndarray) -> float:
     Returns:
         The correlation; NaN if either side is constant.
     """
-    correlation = _correlation(_ranks(truth), predicted_ranks := _ranks(predicted))
-    # variance of the ranks 1 to n, of which ties take some away
-    users = predicted.size
-    return correlation * math.sqrt(12 * float(np.var(predicted_ranks)) / (users**2 - 1)) if users > 1 else math.nan
+    ranks = _ranks(predicted)
+    if not ranks.size or ranks.min() == ranks.max():
+        return math.nan
+    # ties lower the variance of ranks
+    variance_without_ties = (ranks.size**2 - 1) / 12
+    return _correlation(_ranks(truth), ranks) * math.sqrt(float(np.var(ranks)) / variance_without_ties)
 
 
 def normalised_gini(truth: np.ndarray, predicted: np.ndarray) -> float:

@@ -197,12 +197,12 @@ def write_features(run: Run, as_of: Sequence[date]) -> None:
         step.figures["users"] = step.figures["rows_out"] = lakehouse.rows_written("user_features", version)
         incomplete = incomplete_days(user_days, max(missing))
         if incomplete:
-            step.figures["incomplete_days"] = ", ".join(map(str, incomplete))
+            step.figures["incomplete_days"] = days = ", ".join(map(str, incomplete))
             logger.warning(
                 "user_daily: %s brought far fewer orders than the same weekdays before: if a delivery is missing or late, "
                 "features and expected spend are too low until it comes, and featurize and score are run again",
-                ", ".join(map(str, incomplete)),
-                extra={"fields": {"days": list(map(str, incomplete))}},
+                days,
+                extra={"fields": {"days": days}},
             )
 
 

@@ -6,7 +6,8 @@ and the number of rows of each file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,43 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bp_spark.core.errors import DataError
-from bp_spark.core.stores import file_system
+from bp_spark.core.stores import UNREACHABLE, file_system
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
+
+_logger = logging.getLogger(__name__)
+
+
+def rows(name: str, location: str, version: int | None, where: Mapping[str, str]) -> int | None:
+    """Return the rows of a table's files by their footers, which must agree with its log.
+
+    Args:
+        name: name of the table, for the log.
+        location: its folder or address.
+        version: version of the table; ``None`` for the newest.
+        where: partition column -> value, for only the files with these.
+
+    Returns:
+        The rows; ``None`` where files or log can't be read from here, or where a file may hold rows that are deleted.
+
+    Raises:
+        DataError: a footer is damaged, or disagrees with the log.
+    """
+    # a logged model is loaded where deltalake is not installed
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
+
+    try:
+        table = DeltaTable(location, version=version)
+        partitions = [(column, "=", value) for column, value in where.items()]
+        files = read(table, table.file_uris(file_pruning_predicate=partitions or None))
+        # deletion vectors ask for a newer reader
+        return sum(file.num_rows for file in files) if table.protocol().min_reader_version == 1 else None
+    except (DeltaError, *UNREACHABLE) as error:
+        kind = type(error).__name__
+        _logger.info("%s: footers were not held against its log, which can't be read from here (%s)", name, kind)
+        return None
 
 
 def read(table: DeltaTable, files: Sequence[str]) -> list[pq.FileMetaData]:

@@ -84,8 +84,6 @@ class Lakehouse(CommitLog):
     ) -> int | None:
         """Require that the footers of a version's files agree with the table's log.
 
-        Where files or log can't be read from here, nothing is checked.
-
         Args:
             name: name of the table.
             version: version to check; the newest by default.
@@ -97,23 +95,7 @@ class Lakehouse(CommitLog):
         Raises:
             DataError: a footer is damaged: see :mod:`bp_spark.lakehouse.footers`.
         """
-        # a logged model is loaded where deltalake is not installed
-        from deltalake import DeltaTable
-        from deltalake.exceptions import DeltaError
-
-        try:
-            table = DeltaTable(self.location(name), version=version)
-            partitions = [(column, "=", value) for column, value in (where or {}).items()]
-            files = footers.read(table, table.file_uris(file_pruning_predicate=partitions or None))
-            # deletion vectors ask for a newer reader
-            return sum(file.num_rows for file in files) if table.protocol().min_reader_version == 1 else None
-        except (DeltaError, *UNREACHABLE) as error:
-            _logger.info(
-                "%s: footers were not held against its log, which can't be read from here (%s)",
-                self._full_name(name),
-                type(error).__name__,
-            )
-            return None
+        return footers.rows(self._full_name(name), self.location(name), version, where or {})
 
     # --- writing ---------------------------------------------------------------------------------------------------------
 

@@ -181,8 +181,8 @@ def _regressors(users: Predicted, tail: float, unit: float) -> np.ndarray:
 def _upper_tails(users: Predicted, tail: float) -> np.ndarray:
     """Return each user's chance to spend more than the upper end, float64 [rows].
 
-    The chance is one tail for users with a lower end above 0. A lower end of 0 leaves out nobody, so the chance is two tails
-    there. In between it is the chance of spending nothing, so that the upper end doesn't jump.
+    An interval from above 0 has one tail on each side. Nobody spends less than 0, so an interval from 0 has both tails above
+    its upper end. Between the two, the chance is that of spending nothing: then the upper end doesn't jump.
     """
     return np.asarray(np.clip(1.0 - users.p_active, tail, 2.0 * tail))
 
