@@ -61,11 +61,14 @@ def test_a_session_that_is_started_here_has_our_log_levels_unless_spark_has_some
 
     monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path))
     monkeypatch.delenv("PYSPARK_SUBMIT_ARGS", raising=False)
-    (options,) = session._with_log_levels(Builder()).values()
-    assert options == f"-Dlog4j2.configurationFile={(ROOT / 'conf/log4j2.properties').resolve().as_uri()}"
+    levels = f"-Dlog4j2.configurationFile={(ROOT / 'conf/log4j2.properties').resolve().as_uri()}"
+    assert session._with_java_options(Builder()) == {session.JAVA_OPTIONS: levels}
+    assert session._with_java_options(Builder(), "-Xint") == {session.JAVA_OPTIONS: f"-Xint {levels}"}
     for name, content in (("log4j2.xml", ""), ("spark-defaults.conf", "spark.driver.defaultJavaOptions -Xss4m\n")):
         (tmp_path / name).write_text(content)
-        assert session._with_log_levels(Builder()) == {}
+        assert session._with_java_options(Builder()) == {}
+        has_options = name == "spark-defaults.conf"
+        assert session._with_java_options(Builder(), "-Xint") == ({} if has_options else {session.JAVA_OPTIONS: "-Xint"})
         (tmp_path / name).unlink()
 
 

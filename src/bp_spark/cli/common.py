@@ -19,6 +19,8 @@ DEFAULT_CONFIG = Path("conf/default.yaml")
 """Settings file that is read where no other one is given."""
 MODEL_COMMANDS = ("train", "backtest", "search", "night", "score", "reproduce", "select-labels")
 """Commands whose Python workers import the model's libraries once, before the first task."""
+BRIEF_COMMANDS = ("doctor",)
+"""Commands whose Spark session sees a few rows, whatever the size of the tables."""
 
 
 class Engine(StrEnum):
@@ -62,6 +64,8 @@ def load_settings(file: Path | None, overrides: Sequence[str] | None) -> Config:
 
 def start_session(settings: Config, command: str) -> SparkSession:
     """Return the Spark session that a command works in."""
-    from bp_spark.core.session import MODEL_MODULES, get_session
+    from bp_spark.core.session import BRIEF, MODEL_MODULES, get_session
 
-    return get_session(settings, f"bp-spark {command}", MODEL_MODULES if command in MODEL_COMMANDS else ())
+    worker_imports = MODEL_MODULES if command in MODEL_COMMANDS else ()
+    start_settings = BRIEF if command in BRIEF_COMMANDS else {}
+    return get_session(settings, f"bp-spark {command}", worker_imports, start_settings)

@@ -15,12 +15,13 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
+import pyarrow as pa
 import pyspark
 from packaging.requirements import Requirement
 from pyspark.sql import DataFrame, SparkSession
@@ -76,13 +77,17 @@ def examine(config: Config, start: Callable[[], SparkSession]) -> Iterator[Findi
         config: Settings of the night.
         start: Starts the session to try; see :func:`bp_spark.core.session.get_session`.
     """
-    without_spark = (java, python, pins, worker_python, delta_jars, secret, signing_key, language_model, torch_devices)
-    for check in without_spark:
+    for check in (java, python, pins, worker_python, delta_jars, secret, signing_key, language_model):
         yield check(config)
     if not _submitted():
         yield memory(session.driver_memory())
     yield from folders(config)
-    yield from in_session(config, start)
+    with ThreadPoolExecutor(1) as pool:
+        # torch is imported while Java starts: each takes seconds
+        torch_finding = pool.submit(torch_devices, config)
+        session_findings = list(in_session(config, start))
+        yield torch_finding.result()
+        yield from session_findings
 
 
 def java(_: Config) -> Finding:
@@ -324,11 +329,16 @@ def in_session(config: Config, start: Callable[[], SparkSession]) -> Iterator[Fi
     except Exception as error:
         yield Finding("session", "fail", _first_line(error), "see the checks above, and the lines of Spark before them")
         return
-    master = spark.conf.get("spark.master", "")
-    yield Finding("session", "ok", f"Spark {spark.version} on {master}, {session.parallelism(spark)} tasks at once")
+    yield Finding("session", "ok", f"Spark {spark.version} on {spark.conf.get('spark.master', '')}")
     if _submitted():
         yield memory(spark.conf.get("spark.driver.memory", "1g") or "1g")
-    yield from (_guarded("Python workers", _workers, spark), _guarded("Delta table", _round_trip, spark, config))
+    with ThreadPoolExecutor(2) as pool:
+        # one waits for Python to start, the other for Delta
+        trials = (
+            pool.submit(_guarded, "Python workers", _workers, spark),
+            pool.submit(_guarded, "Delta table", _round_trip, spark, config),
+        )
+        yield from (trial.result() for trial in trials)
 
 
 def _guarded(check: str, run_check: Callable[..., Finding], *arguments: Any) -> Finding:
@@ -341,19 +351,20 @@ def _guarded(check: str, run_check: Callable[..., Finding], *arguments: Any) -> 
 
 
 def _workers(spark: SparkSession) -> Finding:
-    """Compare the Python and the package of the executors with those of the driver."""
-    tasks = session.parallelism(spark)
+    """Compare the Python and the package of the executors with those of the driver, in as many tasks as run at once."""
 
-    def versions(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    def versions(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for _ in batches:
-            yield pd.DataFrame({"python": [sys.version.split()[0]], "package": [__version__]})
+            pass
+        yield pa.RecordBatch.from_pylist([{"python": sys.version.split()[0], "package": __version__}])
 
-    rows = spark.range(tasks, numPartitions=tasks).mapInPandas(versions, "python string, package string")
-    worker_versions = sorted({(row["python"], row["package"]) for row in rows.collect()})
+    # Spark divides a range among as many tasks as it runs at once
+    rows = spark.range(session.RANGE_ROWS).mapInArrow(versions, "python string, package string").collect()
+    worker_versions = sorted({(row["python"], row["package"]) for row in rows})
     detail = "; ".join(f"Python {python}, {PACKAGE} {package}" for python, package in worker_versions)
     own_versions = (sys.version.split()[0], __version__)
     if worker_versions == [own_versions]:
-        return Finding("Python workers", "ok", detail)
+        return Finding("Python workers", "ok", f"{detail}, {len(rows)} tasks at once")
     detail = f"{detail}; the driver has {', '.join(own_versions)}"
     return Finding("Python workers", "fail", detail, "the same environment everywhere")
 

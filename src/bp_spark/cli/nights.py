@@ -11,6 +11,7 @@ import typer
 from bp_spark.cli import common, render
 from bp_spark.cli.common import BundleOption, ConfigOption, Overrides, StrictOption
 from bp_spark.core import config, extras
+from bp_spark.core.config import Config
 from bp_spark.core.errors import DriftError
 from bp_spark.shop import DEMO_DATE, open_demo
 
@@ -101,22 +102,50 @@ def profile(
         str | None, typer.Option(help="Scored date YYYY-MM-DD; by default the newest one.", show_default=False)
     ] = None,
     overrides: Overrides = None,
+    user: Annotated[
+        str | None, typer.Option(help="The platform's id of a user: show that user's profile, and write nothing.")
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="The same, by the column user_key.")] = None,
     config_file: ConfigOption = None,
 ) -> None:
-    """Write the profiles of all users, and the tables made from them, as of a scored date.
+    """Write the profiles of all users, and the tables made from them, as of a scored date; or show one user's.
 
     The tables are user_profile, category_affinity, risk_control, customer_service and market_segments. score writes
     them, too. Use this command after a change of the settings profiles, or for another date. A table whose inputs are
     unchanged stays as it is.
 
-    Example: bp-spark profile profiles.region_segment=region privacy.smallest_group=20
+    With --user or --key the command shows what the tables say of one user: score, expected spend, reasons, trend,
+    risk, activity, next purchase, interests, talking points, and contacts with the shop. --user finds the key by
+    privacy.secret. The command ends with code 3 if that user has no profile.
+
+    Example: bp-spark profile profiles.region_segment=region privacy.smallest_group=20, then bp-spark profile --user
+    1042
     """
     settings = common.load_settings(config_file, overrides)
+    if user is not None or key is not None:
+        if date is not None or (user is not None and key is not None):
+            raise typer.BadParameter("give one of --user, --key and --date", param_hint="--user")
+        _show_profile(settings, user, key)
+        return
     day = None if date is None else config.parse_date(date)
     from bp_spark import pipeline
 
     stages = pipeline.profile(common.start_session(settings, "profile"), settings, day)
     render.show(render.stage_table("profile", stages))
+
+
+def _show_profile(settings: Config, user_id: str | None, user_key: str | None) -> None:
+    name = (user_key if user_id is None else user_id) or ""
+    if not name.strip():
+        raise typer.BadParameter("must not be blank", param_hint="--key" if user_id is None else "--user")
+    from bp_spark.cli import card, queries
+
+    if user_id is not None:
+        from bp_spark.ingest import pseudonyms
+
+        user_key = pseudonyms.load_secret(settings.privacy.secret).key_of(user_id)
+    found = card.read(queries.rows_where(settings, "profile"), user_key or "")
+    render.show(render.facts_table(f"user {name} on {found.profile['score_date']}", card.facts(found)))
 
 
 def drift(

@@ -201,7 +201,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
 
 def rows_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> Table:
     """Return rows of any values as a table, each value as people read it."""
-    table = Table(title=title)
+    table = Table(title=None if title is None else _printable(title))
     for column in columns:
         table.add_column(_printable(column))
     for row in rows:
@@ -211,7 +211,7 @@ def rows_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str
 
 def facts_table(title: str, facts: Sequence[tuple[str, Any]]) -> Table:
     """Return pairs of a name and a value as a table without a heading."""
-    table = Table(title=title, show_header=False)
+    table = Table(title=_printable(title), show_header=False)
     for name, value in facts:
         table.add_row(name, _printable(str(value)))
     return table

@@ -56,6 +56,8 @@ NO_PAGES = ("spark.ui.enabled", "false")
 ANSWERS_HERE = ("spark.connect.grpc.binding.address", "127.0.0.1")
 LOCAL_DIR = "spark.local.dir"
 JAVA_OPTIONS = "spark.driver.defaultJavaOptions"
+BRIEF = {JAVA_OPTIONS: "-XX:TieredStopAtLevel=1", "spark.sql.codegen.wholeStage": "false"}
+"""Settings of a session for a few rows: it ends before compiled plans and the second compiler of Java would pay off."""
 LOG_LEVELS = DEFAULT_FILE.with_name("log4j2.properties")
 """Log levels of Spark, as sessions have them that this package starts; ``conf/log4j2.properties`` is a link to it."""
 # On one machine tables are small and cores few. Delta's 50 tasks for a log and 2,000 parts of a write, Spark's 200 and VACUUM's
@@ -70,7 +72,7 @@ LOCAL_SQL_SETTINGS = {
 _BROADCAST_KEYS = 1_000_000
 """The most keys that are sent to every executor: about 100 MB."""
 
-_RANGE_ROWS = 100_000
+RANGE_ROWS = 100_000
 """Rows of a range that has at least one row for each core."""
 
 _ON_DISK = StorageLevel.DISK_ONLY
@@ -84,7 +86,12 @@ MODEL_MODULES = ("bp_spark.scoring.prediction", "bp_spark.model.members.transfor
 """Modules that the Python workers of training and scoring jobs import."""
 
 
-def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence[str] = ()) -> SparkSession:
+def get_session(
+    config: Config,
+    name: str = "bp-spark",
+    worker_imports: Sequence[str] = (),
+    start_settings: Mapping[str, str] | None = None,
+) -> SparkSession:
     """Return the session to work in, with the time zone UTC and damaged Parquet pages refused.
 
     An active session (Databricks, a notebook, Spark Connect) is used as it is, apart from these two settings and, on one
@@ -97,6 +104,7 @@ def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence
         name: name of the application.
         worker_imports: modules that Python workers need and that take long to import. Each executor imports them once for
             all its workers, which :mod:`bp_spark.core.daemon` forks. A session that already exists is not affected.
+        start_settings: more settings of a local session that starts, such as :data:`BRIEF`.
 
     Raises:
         PlatformError: no usable Java, or a session without Delta.
@@ -104,7 +112,10 @@ def get_session(config: Config, name: str = "bp-spark", worker_imports: Sequence
     spark = SparkSession.getActiveSession()
     if spark is None:
         builder = SparkSession.builder.appName(name)
-        spark = _connect(builder) if "SPARK_REMOTE" in os.environ else _start(builder, config, worker_imports)
+        if "SPARK_REMOTE" in os.environ:
+            spark = _connect(builder)
+        else:
+            spark = _start(builder, config, worker_imports, start_settings or {})
     return prepare(spark)
 
 
@@ -128,7 +139,9 @@ def prepare(spark: SparkSession) -> SparkSession:
     return spark
 
 
-def _start(builder: Any, config: Config, worker_imports: Sequence[str]) -> SparkSession:
+def _start(
+    builder: Any, config: Config, worker_imports: Sequence[str], start_settings: Mapping[str, str]
+) -> SparkSession:
     """Return a classic session: the submitted one, or a local one."""
     # by default, Python workers start with the first python3 on PATH
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
@@ -143,7 +156,7 @@ def _start(builder: Any, config: Config, worker_imports: Sequence[str]) -> Spark
             builder = builder.master("local[*]").config("spark.driver.host", "localhost").config(*NO_PAGES)
         if os.environ.get("MASTER", "local").startswith("local"):
             builder = _with_private_folder(builder)
-        builder = _with_local_java(builder)
+        builder = _with_local_java(builder, start_settings)
     spark: SparkSession = builder.getOrCreate()
     return spark
 
@@ -152,7 +165,7 @@ def _connect(builder: Any) -> SparkSession:
     """Return a session of the Spark Connect server at ``SPARK_REMOTE``; ``local[*]`` or the like starts a server here."""
     if os.environ["SPARK_REMOTE"].startswith("local"):
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-        builder = _with_private_folder(_with_local_java(builder)).config(*NO_PAGES).config(*ANSWERS_HERE)
+        builder = _with_private_folder(_with_local_java(builder, {})).config(*NO_PAGES).config(*ANSWERS_HERE)
     with warnings.catch_warnings():
         # pyspark sets the server's settings a second time, and the server refuses each with a warning
         warnings.filterwarnings("ignore", "Failed to set spark", UserWarning)
@@ -160,10 +173,13 @@ def _connect(builder: Any) -> SparkSession:
     return spark
 
 
-def _with_local_java(builder: Any) -> Any:
-    """Give a builder the Java, the jars and the heap of a session that starts on this machine."""
+def _with_local_java(builder: Any, start_settings: Mapping[str, str]) -> Any:
+    """Give a builder the Java, the jars and the heap of a session that starts on this machine, and more settings."""
     os.environ["JAVA_HOME"] = java_home()
-    builder = _with_log_levels(builder)
+    for key, value in start_settings.items():
+        if key != JAVA_OPTIONS:
+            builder = builder.config(key, value)
+    builder = _with_java_options(builder, start_settings.get(JAVA_OPTIONS, ""))
     builder = builder.config("spark.ui.showConsoleProgress", str(sys.stderr.isatty()).lower())
     if not has_delta_jars(spark_jars()):
         builder = builder.config("spark.jars.packages", delta_package())
@@ -179,11 +195,17 @@ def _with_private_folder(builder: Any) -> Any:
     return builder.config(LOCAL_DIR, str(temporary.folder("spark")))
 
 
-def _with_log_levels(builder: Any) -> Any:
-    """Give a session that starts on this machine the package's log levels, unless Spark's own folder has some."""
-    if any(_conf_folder().glob("log4j2*")) or "log4j" in (given := _given_settings()) or JAVA_OPTIONS in given:
+def _with_java_options(builder: Any, options: str = "") -> Any:
+    """Give a session that starts on this machine some options of Java, and the log levels of the package.
+
+    Options and log levels that Spark's own folder or the environment set stay.
+    """
+    given = _given_settings()
+    if JAVA_OPTIONS in given:
         return builder
-    return builder.config(JAVA_OPTIONS, f"-Dlog4j2.configurationFile={LOG_LEVELS.as_uri()}")
+    if not any(_conf_folder().glob("log4j2*")) and "log4j" not in given:
+        options = f"{options} -Dlog4j2.configurationFile={LOG_LEVELS.as_uri()}".strip()
+    return builder.config(JAVA_OPTIONS, options) if options else builder
 
 
 def _conf_folder() -> Path:
@@ -383,6 +405,6 @@ def checkpointed(df: DataFrame) -> DataFrame:
 
 def parallelism(spark: SparkSession) -> int:
     """Return how many tasks Spark runs by default: one per core, unless a setting says otherwise."""
-    tasks = spark.range(_RANGE_ROWS).select(F.spark_partition_id().alias("task"))
+    tasks = spark.range(RANGE_ROWS).select(F.spark_partition_id().alias("task"))
     last = tasks.agg(F.max("task")).collect()[0][0]
     return int(last) + 1

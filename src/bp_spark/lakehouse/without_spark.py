@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+from pyarrow import fs
 
 from bp_spark.core.config import TablesConfig
 from bp_spark.core.errors import MissingTableError
@@ -69,7 +70,9 @@ def dataset(config: TablesConfig, name: str) -> ds.Dataset:
     assert config.path is not None
     full_name, location = f"{config.namespace}.{name}", f"{folder_of(config.path, config.namespace)}/{name}"
     try:
-        table = DeltaTable(location).to_pyarrow_dataset()
+        # delta-rs would hand Arrow a file system in Python, and its threads may still call that when the process ends
+        files = None if "://" in location else fs.SubTreeFileSystem(location, fs.LocalFileSystem())
+        table = DeltaTable(location).to_pyarrow_dataset(filesystem=files)
     except TableNotFoundError as error:
         if "://" in location:
             raise UnreadableError(f"{full_name} isn't found from here") from error
@@ -95,7 +98,9 @@ def rows_where(config: TablesConfig, table: Table, **values: Any) -> list[dict[s
         found = stored.to_table(filter=wanted).to_pylist(maps_as_pydicts="strict")
     except UNREACHABLE as error:
         raise UnreadableError(f"pyarrow ends with {type(error).__name__}") from error
-    return [{name: _in_utc(row.get(name)) for name in table.schema.names} for row in found]
+    # not its schema: Spark parses the types of that, in a session
+    names = [column.name for column in table.columns]
+    return [{name: _in_utc(row.get(name)) for name in names} for row in found]
 
 
 def query_as_spark(config: TablesConfig, query: str, most_rows: int) -> tuple[list[str], list[list[Any]]]:
