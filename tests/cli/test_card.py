@@ -132,7 +132,7 @@ def test_a_card_says_what_the_tables_say_of_that_user_alone(tables: Path) -> Non
         "falling since 2024-02-09 (-6.5 points)",
         "medium (2 of 6 points)",
         "Refunds came to 0.30.",
-        "active, last purchase 3 days before, last visit 1 days before",
+        "active, last purchase 3 days before, last visit 1 day before",
         "about 2024-03-14, in 4 days",
         "60.00 a purchase day, every 7.5 days, 12 purchase days so far",
         "Food>Tea (60%)",

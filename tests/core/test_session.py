@@ -68,7 +68,9 @@ def test_a_session_that_is_started_here_has_our_log_levels_unless_spark_has_some
         (tmp_path / name).write_text(content)
         assert session._with_java_options(Builder()) == {}
         has_options = name == "spark-defaults.conf"
-        assert session._with_java_options(Builder(), "-Xint") == ({} if has_options else {session.JAVA_OPTIONS: "-Xint"})
+        assert session._with_java_options(Builder(), "-Xint") == (
+            {} if has_options else {session.JAVA_OPTIONS: "-Xint"}
+        )
         (tmp_path / name).unlink()
 
 

@@ -112,7 +112,9 @@ def facts(card: Card) -> list[tuple[str, str]]:
     ]
     # a line break in a value would look like a line of its own
     return [
-        ("" if number else name, " ".join(line.split())) for name, lines in all_facts for number, line in enumerate(lines)
+        ("" if number else name, " ".join(line.split()))
+        for name, lines in all_facts
+        for number, line in enumerate(lines)
     ]
 
 
@@ -145,14 +147,18 @@ def _risk(card: Card) -> list[str]:
 
 def _activity(profile: Row) -> list[str]:
     silent_days = {"last purchase": profile["days_since_purchase"], "last visit": profile["days_since_visit"]}
-    pauses = [f"{what} {days:,} days before" for what, days in silent_days.items() if days is not None]
+    pauses = [f"{what} {_days(days)} before" for what, days in silent_days.items() if days is not None]
     return [", ".join([profile["activity"], *pauses])]
 
 
 def _next_purchase(profile: Row) -> list[str]:
     if profile["next_purchase_on"] is not None:
-        return [f"about {profile['next_purchase_on']}, in {profile['next_purchase_days']:,.0f} days"]
+        return [f"about {profile['next_purchase_on']}, in {_days(round(profile['next_purchase_days']))}"]
     return [f"unknown: {profile['next_purchase_unknown']}"] if profile["next_purchase_unknown"] else []
+
+
+def _days(count: int) -> str:
+    return "1 day" if count == 1 else f"{count:,} days"
 
 
 def _usual_order(profile: Row) -> list[str]:

@@ -332,13 +332,8 @@ def in_session(config: Config, start: Callable[[], SparkSession]) -> Iterator[Fi
     yield Finding("session", "ok", f"Spark {spark.version} on {spark.conf.get('spark.master', '')}")
     if _submitted():
         yield memory(spark.conf.get("spark.driver.memory", "1g") or "1g")
-    with ThreadPoolExecutor(2) as pool:
-        # one waits for Python to start, the other for Delta
-        trials = (
-            pool.submit(_guarded, "Python workers", _workers, spark),
-            pool.submit(_guarded, "Delta table", _round_trip, spark, config),
-        )
-        yield from (trial.result() for trial in trials)
+    yield _guarded("Python workers", _workers, spark)
+    yield _guarded("Delta table", _round_trip, spark, config)
 
 
 def _guarded(check: str, run_check: Callable[..., Finding], *arguments: Any) -> Finding:

@@ -56,7 +56,11 @@ NO_PAGES = ("spark.ui.enabled", "false")
 ANSWERS_HERE = ("spark.connect.grpc.binding.address", "127.0.0.1")
 LOCAL_DIR = "spark.local.dir"
 JAVA_OPTIONS = "spark.driver.defaultJavaOptions"
-BRIEF = {JAVA_OPTIONS: "-XX:TieredStopAtLevel=1", "spark.sql.codegen.wholeStage": "false"}
+BRIEF = {
+    JAVA_OPTIONS: "-XX:TieredStopAtLevel=1",
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+}
 """Settings of a session for a few rows: it ends before compiled plans and the second compiler of Java would pay off."""
 LOG_LEVELS = DEFAULT_FILE.with_name("log4j2.properties")
 """Log levels of Spark, as sessions have them that this package starts; ``conf/log4j2.properties`` is a link to it."""
