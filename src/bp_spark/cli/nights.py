@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +17,11 @@ from bp_spark.core.errors import DriftError
 from bp_spark.shop import DEMO_DATE, open_demo
 
 if TYPE_CHECKING:
-    from bp_spark.pipeline import ScoreResult
+    from datetime import date as date_type
+
+    from bp_spark.pipeline import ReportResult, ScoreResult
+
+logger = logging.getLogger(__name__)
 
 FAIRNESS_ROWS = 200
 """Rows of the fairness report that are printed at most."""
@@ -215,18 +220,29 @@ def report(
     """Write the page of a night: one HTML file with its charts, and without any user.
 
     It shows what ran, the scores beside those of the night before, reasons, data quality, drift, fairness and the
-    model. Groups of few users are left out.
+    model. Groups of few users are left out. Path-based tables are read without Spark where that is possible; the table
+    runs then has no row of it.
 
     Example: bp-spark report --date 2017-10-03
     """
     settings = common.load_settings(config_file, overrides)
     day = config.parse_date(date)
-    from bp_spark import pipeline
-
-    result = pipeline.report(common.start_session(settings, "report"), settings, day, output)
+    result = _report(settings, day, output)
     smallest_group = settings.privacy.smallest_group
     render.show(render.levels_table(result.levels, f"Users of {day} by level", result.currency, smallest_group))
     render.show(f"Report: {result.page.absolute()}")
+
+
+def _report(settings: Config, day: date_type, output: Path | None) -> ReportResult:
+    from bp_spark.lakehouse import without_spark
+    from bp_spark.report.job import report, report_without_spark
+
+    if without_spark.is_possible(settings.tables):
+        try:
+            return report_without_spark(settings, day, output)
+        except without_spark.UnreadableError as reason:
+            logger.info("read by Spark: %s", reason)
+    return report(common.start_session(settings, "report"), settings, day, output)
 
 
 def demo(overrides: Overrides = None) -> None:

@@ -5,13 +5,14 @@ As in Spark sessions of this package, each page of a file is compared with its c
 
 from __future__ import annotations
 
+import json
 import operator
 import os
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import reduce
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -23,6 +24,11 @@ from bp_spark.core.stores import UNREACHABLE, folder_of
 from bp_spark.lakehouse import dialect
 from bp_spark.lakehouse.schema import Table
 
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
+
+_COMMITS_SEARCHED = 100
+"""Newest commits of a table among which one of this package is looked for."""
 _SESSION_VARIABLES = ("SPARK_REMOTE", "PYSPARK_GATEWAY_PORT", "DATABRICKS_RUNTIME_VERSION")
 """Variables of processes that have a Spark session, or a server with one, which may see other files."""
 
@@ -64,24 +70,39 @@ def dataset(config: TablesConfig, name: str) -> ds.Dataset:
         MissingTableError: the local table does not exist.
         UnreadableError: delta-rs can't reach it, or lacks a feature of it, as deletion vectors.
     """
+    from deltalake.exceptions import DeltaError
+
+    location = _location(config, name)
+    # delta-rs would hand Arrow a file system in Python, and its threads may still call that when the process ends
+    files = None if "://" in location else fs.SubTreeFileSystem(location, fs.LocalFileSystem())
+    stored = _table(config, name)
+    try:
+        table = stored.to_pyarrow_dataset(filesystem=files)
+    except (DeltaError, *UNREACHABLE) as error:
+        raise UnreadableError(f"delta-rs can't read {config.namespace}.{name} ({type(error).__name__})") from error
+    options = ds.ParquetFragmentScanOptions(pre_buffer=True, page_checksum_verification=True)
+    table.format.default_fragment_scan_options = options
+    return table
+
+
+def _location(config: TablesConfig, name: str) -> str:
+    assert config.path is not None
+    return f"{folder_of(config.path, config.namespace)}/{name}"
+
+
+def _table(config: TablesConfig, name: str) -> DeltaTable:
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError, TableNotFoundError
 
-    assert config.path is not None
-    full_name, location = f"{config.namespace}.{name}", f"{folder_of(config.path, config.namespace)}/{name}"
+    full_name, location = f"{config.namespace}.{name}", _location(config, name)
     try:
-        # delta-rs would hand Arrow a file system in Python, and its threads may still call that when the process ends
-        files = None if "://" in location else fs.SubTreeFileSystem(location, fs.LocalFileSystem())
-        table = DeltaTable(location).to_pyarrow_dataset(filesystem=files)
+        return DeltaTable(location)
     except TableNotFoundError as error:
         if "://" in location:
             raise UnreadableError(f"{full_name} isn't found from here") from error
         raise MissingTableError(full_name) from None
     except (DeltaError, *UNREACHABLE) as error:
         raise UnreadableError(f"delta-rs can't read {full_name} ({type(error).__name__})") from error
-    options = ds.ParquetFragmentScanOptions(pre_buffer=True, page_checksum_verification=True)
-    table.format.default_fragment_scan_options = options
-    return table
 
 
 def rows_where(config: TablesConfig, table: Table, **values: Any) -> list[dict[str, Any]]:
@@ -135,6 +156,39 @@ def query_of_duckdb(config: TablesConfig, query: str, most_rows: int) -> tuple[l
     """
     tables = {name: dataset(config, name) for name in dialect.table_names_in_duckdb(query, config.namespace)}
     return _rows(config, tables, query, most_rows)
+
+
+def query_in_duckdb(config: TablesConfig, query: str, most_rows: int) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and first rows of a query of this package in DuckDB's SQL.
+
+    Raises:
+        MissingTableError: a local table does not exist.
+        UnreadableError: delta-rs or DuckDB can't read a table.
+    """
+    import duckdb
+
+    try:
+        return query_of_duckdb(config, query, most_rows)
+    except duckdb.Error as error:
+        # the text of an error may hold a value of a row
+        raise UnreadableError(f"DuckDB ends with {type(error).__name__}") from error
+
+
+def commit_metadata(config: TablesConfig, name: str) -> dict[str, Any]:
+    """Return what the newest write by this package recorded in its commit; see :meth:`Lakehouse.commit_metadata`.
+
+    Raises:
+        MissingTableError: the local table does not exist.
+        UnreadableError: delta-rs can't read the table.
+    """
+    for commit in _table(config, name).history(_COMMITS_SEARCHED):
+        try:
+            metadata = json.loads(commit.get("userMetadata") or "")
+        except json.JSONDecodeError:
+            # maintenance records nothing of ours
+            continue
+        return dict(metadata)
+    return {}
 
 
 def _rows(

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pyspark.sql import DataFrame, Row, SparkSession
-from pyspark.sql import functions as F
+from pyspark.sql import SparkSession
 
 from bp_spark.core.config import Config, digest
 from bp_spark.core.errors import BundleError, DataError
 from bp_spark.features import catalogue
-from bp_spark.ingest.clean import currency_of
-from bp_spark.lakehouse.run import Run, recorded
-from bp_spark.lakehouse.schema import rows_of_date
-from bp_spark.lakehouse.store import Lakehouse, read_as_declared
-from bp_spark.lakehouse.tables import METRICS, RUNS
+from bp_spark.lakehouse.run import recorded
+from bp_spark.lakehouse.tables import DRIFT, FAIRNESS
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry import decisions
-from bp_spark.report import population
-from bp_spark.report.night.data import FRESH_DAYS, PageData
+from bp_spark.report.night.data import PageData
+from bp_spark.report.night.reader import REPORT, NightReader, Rows, SparkReader
+from bp_spark.report.night.reader_without_spark import DuckdbReader
 
 HISTORY_DATES = 90
 """Scored dates of the curve of expected spend."""
-_JOB = "report"
-_MAX_STAGES = 200
-_WATCHED = ("drift", "fairness")
 
 
 @dataclass(frozen=True)
@@ -65,105 +58,90 @@ def report(spark: SparkSession, config: Config, score_date: date, path: str | Pa
     Raises:
         DataError: ``scores`` holds no rows of that date, or ``runs`` has no finished scoring run of it.
     """
+    with recorded(spark, config, REPORT) as run:
+        reader = SparkReader(run.lakehouse)
+        scoring_runs = reader.scoring_runs()
+        scoring_run = _newest_run(scoring_runs, score_date)
+        with run.stage(REPORT, digest(scoring_run["run_id"])) as figures:
+            result = _write(reader, config, scoring_runs, scoring_run, path)
+            figures["score_date"], figures["page"] = score_date, result.page.absolute()
+        return replace(result, stages=run.records)
+
+
+def report_without_spark(config: Config, score_date: date, path: str | Path | None = None) -> ReportResult:
+    """Write the page that :func:`report` would write, without a session; nothing is recorded in ``runs``.
+
+    Raises:
+        DataError: ``scores`` holds no rows of that date, or ``runs`` has no finished scoring run of it.
+        UnreadableError: A table is left to Spark.
+    """
+    reader = DuckdbReader(config.tables)
+    scoring_runs = reader.scoring_runs()
+    return _write(reader, config, scoring_runs, _newest_run(scoring_runs, score_date), path)
+
+
+def _newest_run(scoring_runs: Rows, score_date: date) -> dict[str, Any]:
+    runs_of_date = [row for row in scoring_runs if row["score_date"] == score_date]
+    if not runs_of_date:
+        raise DataError("runs", f"knows no finished scoring of {score_date}; run score for it", column="figures")
+    # a repetition that changed nothing doesn't count
+    return next((row for row in reversed(runs_of_date) if row["status"] == "done"), runs_of_date[-1])
+
+
+def _write(
+    reader: NightReader, config: Config, scoring_runs: Rows, scoring_run: dict[str, Any], path: str | Path | None
+) -> ReportResult:
     # matplotlib takes a second to import, which other stages needn't spend
     from bp_spark.report import page
     from bp_spark.report.night.document import document
 
+    score_date = scoring_run["score_date"]
     path = Path(path or Path(config.evaluation.reports) / f"night-{score_date}.html")
-    with recorded(spark, config, _JOB) as run:
-        lakehouse = run.lakehouse
-        scoring_runs = _scoring_runs(lakehouse)
-        runs_of_date = [row for row in scoring_runs if row["score_date"] == score_date]
-        if not runs_of_date:
-            raise DataError("runs", f"knows no finished scoring of {score_date}; run score for it", column="figures")
-        # a repetition that changed nothing doesn't count
-        scoring_run = next((row for row in reversed(runs_of_date) if row["status"] == "done"), runs_of_date[-1])
-        with run.stage(_JOB, digest(scoring_run["run_id"])) as figures:
-            scores = lakehouse.read("scores")
-            current = rows_of_date(scores, score_date)
-            previous_date = _previous_date(scores, score_date)
-            previous = rows_of_date(scores, previous_date)
-            distribution = population.distribution(current.unionByName(previous)).toPandas()
-            if score_date not in set(distribution["score_date"]):
-                raise DataError("scores", f"holds no rows of {score_date}; run score for it", column="score_date")
-            migration = population.migration(previous, current).toPandas() if previous_date else pd.DataFrame()
-            stages = _stages(lakehouse, scoring_run, scoring_runs)
-            model, metrics = _model(run, scoring_run["bundle"])
-            features = catalogue.catalogue(config.features).features
-            data = PageData(
-                score_date=score_date,
-                previous_date=previous_date,
-                currency=currency_of(lakehouse) or config.cleaning.currency,
-                smallest_group=config.privacy.smallest_group,
-                stages=[stage.asDict() for stage in stages],
-                distribution=distribution,
-                migration=migration,
-                history=_history(scoring_runs, distribution, score_date),
-                reasons=population.reasons(current).toPandas(),
-                descriptions={
-                    feature.name: f"{feature.description} [{feature.unit}; {feature.window}]" for feature in features
-                },
-                freshness=population.freshness(lakehouse.read("events"), score_date, FRESH_DAYS).toPandas(),
-                quarantine=_quarantine(lakehouse, stages),
-                model=model,
-                metrics=metrics,
-                watched=_watched(lakehouse, score_date),
-            )
-            page.write(path, document(data))
-            figures["score_date"], figures["page"] = score_date, path.absolute()
-        return ReportResult(path, data.current, run.records, data.currency)
+    data = _page_data(reader, config, scoring_runs, scoring_run)
+    page.write(path, document(data))
+    return ReportResult(path, data.current, [], data.currency)
 
 
-def _scoring_runs(lakehouse: Lakehouse) -> list[Row]:
-    """Return the scoring runs that ended well, oldest first: some hundreds a year.
-
-    Returns:
-        ``run_id, started_at, status, score_date, bundle, users, expected_spend``, a row for each run and repetition.
-    """
-    figures = F.col("figures")
-    ended_well = read_as_declared(lakehouse, RUNS).filter((F.col("stage") == "score") & (F.col("status") != "failed"))
-    return (
-        ended_well.select(
-            "run_id",
-            "started_at",
-            "status",
-            F.to_date(figures["score_date"]).alias("score_date"),
-            figures["bundle"].alias("bundle"),
-            figures["users"].cast("long").alias("users"),
-            figures["expected_spend"].cast("double").alias("expected_spend"),
-        )
-        .filter("score_date IS NOT NULL")
-        .orderBy("started_at")
-        .collect()
-    )
-
-
-def _previous_date(scores: DataFrame, score_date: date) -> date | None:
-    newest = scores.filter(F.col("score_date") < F.lit(score_date)).agg(F.max("score_date")).first()
-    return None if newest is None else newest[0]
-
-
-def _stages(lakehouse: Lakehouse, scoring_run: Row, scoring_runs: Collection[Row]) -> list[Row]:
-    """Return the stages since another date was scored, up to the end of this scoring run; at most the newest _MAX_STAGES."""
+def _page_data(reader: NightReader, config: Config, scoring_runs: Rows, scoring_run: dict[str, Any]) -> PageData:
+    score_date = scoring_run["score_date"]
+    previous_date = reader.previous_date(score_date)
+    distribution = reader.distribution(score_date, previous_date)
+    if score_date not in set(distribution["score_date"]):
+        raise DataError("scores", f"holds no rows of {score_date}; run score for it", column="score_date")
     earlier_starts = [
         row["started_at"]
         for row in scoring_runs
-        if row["started_at"] < scoring_run["started_at"] and row["score_date"] != scoring_run["score_date"]
+        if row["started_at"] < scoring_run["started_at"] and row["score_date"] != score_date
     ]
-    stages = read_as_declared(lakehouse, RUNS).filter(F.coalesce("job", F.lit("")) != _JOB)
-    is_own = F.col("run_id") == scoring_run["run_id"]
-    stages = stages.filter(is_own | (F.col("started_at") <= F.lit(scoring_run["started_at"])))
-    if earlier_starts:
-        stages = stages.filter(is_own | (F.col("started_at") > F.lit(max(earlier_starts))))
-    # formatted by Spark: Python would use the time zone of the machine
-    stages = stages.withColumn("started", F.date_format("started_at", "yyyy-MM-dd HH:mm"))
-    return stages.orderBy(F.desc("started_at")).limit(_MAX_STAGES).collect()[::-1]
+    stages = reader.stages(scoring_run, max(earlier_starts, default=None))
+    ingest_ids = [stage["figures"].get("ingest_id") for stage in stages if stage["stage"] == "ingest"]
+    watched = {table.name: reader.watched(table, score_date) for table in (DRIFT, FAIRNESS)}
+    features = catalogue.catalogue(config.features).features
+    return PageData(
+        score_date=score_date,
+        previous_date=previous_date,
+        currency=reader.currency() or config.cleaning.currency,
+        smallest_group=config.privacy.smallest_group,
+        stages=stages,
+        distribution=distribution,
+        migration=reader.migration(previous_date, score_date) if previous_date else pd.DataFrame(),
+        history=_history(scoring_runs, distribution, score_date),
+        reasons=reader.reasons(score_date),
+        descriptions={
+            feature.name: f"{feature.description} [{feature.unit}; {feature.window}]" for feature in features
+        },
+        freshness=reader.freshness(score_date),
+        quarantine=reader.quarantine([int(ingest_id) for ingest_id in ingest_ids if ingest_id]),
+        model=_model(config, scoring_run["bundle"]),
+        metrics=reader.metrics(scoring_run["bundle"]),
+        watched={name: rows for name, rows in watched.items() if len(rows)},
+    )
 
 
-def _history(scoring_runs: Collection[Row], distribution: pd.DataFrame, score_date: date) -> pd.DataFrame:
+def _history(scoring_runs: Rows, distribution: pd.DataFrame, score_date: date) -> pd.DataFrame:
     """Return the newest scoring run of each date up to this one, as it was recorded; ``distribution`` overrides the record."""
     row_by_date: dict[Any, dict[str, Any]] = {
-        row["score_date"]: row.asDict() for row in scoring_runs if row["score_date"] <= score_date
+        row["score_date"]: row for row in scoring_runs if row["score_date"] <= score_date
     }
     sums = distribution.groupby("score_date", as_index=False)[["users", "expected_spend"]].sum()
     for sums_of_date in sums.to_dict("records"):
@@ -176,34 +154,18 @@ def _history(scoring_runs: Collection[Row], distribution: pd.DataFrame, score_da
     return history.astype({"users": "int64"})
 
 
-def _quarantine(lakehouse: Lakehouse, stages: Collection[Row]) -> pd.DataFrame | None:
-    if not lakehouse.exists("quarantine"):
-        return None
-    ingest_ids = [stage["figures"].get("ingest_id") for stage in stages if stage["stage"] == "ingest"]
-    new_ingests = [int(ingest_id) for ingest_id in ingest_ids if ingest_id]
-    return population.quarantined(lakehouse.read("quarantine"), new_ingests).toPandas()
-
-
-def _model(run: Run, bundle_digest: str) -> tuple[dict[str, object], pd.DataFrame]:
-    """Return facts of a bundle, which may have been deleted since, and its metrics."""
-    config, lakehouse = run.config, run.lakehouse
-    metrics = (
-        read_as_declared(lakehouse, METRICS)
-        if lakehouse.exists("metrics")
-        else run.spark.createDataFrame([], METRICS.schema)
-    )
-    metrics_of_bundle = metrics.filter(F.col("bundle_digest") == bundle_digest).toPandas()
+def _model(config: Config, bundle_digest: str) -> dict[str, object]:
+    """Return facts of a bundle, which may have been deleted since."""
     facts: dict[str, object] = {"digest": bundle_digest}
     try:
         bundle = bundles.load_promoted(config, bundles.find(config.bundles, bundle_digest))
     except BundleError as error:
-        facts = {"horizon_days": config.labels.horizon_days, **facts, "bundle": f"can't be read: {error}"}
-        return facts, metrics_of_bundle
+        return {"horizon_days": config.labels.horizon_days, **facts, "bundle": f"can't be read: {error}"}
     lineage = bundle.manifest["lineage"]
     reasons = bundle.manifest["metrics"].get("reasons")
     weights = zip(bundle.stack.members, bundle.stack.weights, strict=True)
     decision = decisions.decision(bundle.folder) or {"promoted": False, "reason": "no decision is recorded"}
-    facts |= {
+    return facts | {
         "bundle": bundle.folder.name,
         "horizon_days": bundle.horizon_days,
         "test_date": bundle.test_date,
@@ -215,11 +177,3 @@ def _model(run: Run, bundle_digest: str) -> tuple[dict[str, object], pd.DataFram
         else "–",
         "promoted" if decision["promoted"] else "not_promoted": decision["reason"],
     }
-    return facts, metrics_of_bundle
-
-
-def _watched(lakehouse: Lakehouse, score_date: date) -> dict[str, pd.DataFrame]:
-    """Return the date's rows of the tables of watched figures that have any: as many as there are features and groups."""
-    names = [name for name in _WATCHED if lakehouse.exists(name)]
-    tables = {name: rows_of_date(lakehouse.read(name), score_date).toPandas() for name in names}
-    return {name: rows for name, rows in tables.items() if len(rows)}

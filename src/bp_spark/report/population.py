@@ -77,7 +77,7 @@ def reasons(scores: DataFrame) -> DataFrame:
             F.count(F.lit(1)).alias("users"),
             F.count_if(size > 0).alias("raised"),
             F.avg(F.abs(size)).alias("contribution"),
-            F.mode("feature").alias("feature"),
+            F.mode("feature", deterministic=True).alias("feature"),
         )
     )
 

@@ -1,0 +1,160 @@
+"""What the page of a scoring run needs of the tables, and how Spark reads it."""
+
+from __future__ import annotations
+
+from datetime import date, datetime
+from typing import Any, Protocol
+
+import pandas as pd
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from bp_spark.ingest.clean import currency_of
+from bp_spark.lakehouse.schema import Table, rows_of_date
+from bp_spark.lakehouse.store import Lakehouse, read_as_declared
+from bp_spark.lakehouse.tables import METRICS, RUNS
+from bp_spark.report import population
+from bp_spark.report.night.data import FRESH_DAYS
+
+REPORT = "report"
+"""Job whose stages no page shows."""
+MAX_STAGES = 200
+"""Most stages of a page."""
+Rows = list[dict[str, Any]]
+
+
+class NightReader(Protocol):
+    """Reader of figures of a scoring run: as many rows as there are groups, not users."""
+
+    def scoring_runs(self) -> Rows:
+        """Return the scoring runs that ended well, oldest first: some hundreds a year.
+
+        Returns:
+            ``run_id, started_at, status, score_date, bundle, users, expected_spend``, a row for each run and repetition.
+        """
+
+    def stages(self, scoring_run: dict[str, Any], after: datetime | None) -> Rows:
+        """Return the stages up to the end of a scoring run, oldest first; at most the newest MAX_STAGES.
+
+        Args:
+            scoring_run: Row of :meth:`scoring_runs`; all its stages are among them.
+            after: Time after which the other stages started; ``None``: any.
+
+        Returns:
+            Rows of RUNS and ``started``, the time in words.
+        """
+
+    def previous_date(self, score_date: date) -> date | None:
+        """Return the newest scored date before another."""
+
+    def distribution(self, score_date: date, previous_date: date | None) -> pd.DataFrame:
+        """Return :func:`bp_spark.report.population.distribution` of a date and the one before it."""
+
+    def migration(self, before: date, after: date) -> pd.DataFrame:
+        """Return :func:`bp_spark.report.population.migration` between two dates."""
+
+    def reasons(self, score_date: date) -> pd.DataFrame:
+        """Return :func:`bp_spark.report.population.reasons` of a date."""
+
+    def freshness(self, score_date: date) -> pd.DataFrame:
+        """Return :func:`bp_spark.report.population.freshness` of the FRESH_DAYS days before a date."""
+
+    def quarantine(self, new_ingests: list[int]) -> pd.DataFrame | None:
+        """Return :func:`bp_spark.report.population.quarantined`; ``None`` where nothing was cleaned yet."""
+
+    def metrics(self, bundle_digest: str) -> pd.DataFrame:
+        """Return the rows of METRICS of a bundle."""
+
+    def watched(self, table: Table, score_date: date) -> pd.DataFrame:
+        """Return the date's rows of a table of watched figures; none without the table."""
+
+    def currency(self) -> str | None:
+        """Return the currency that events are in, if their cleaning recorded it."""
+
+
+class SparkReader:
+    """Reads by a Spark session; see :class:`NightReader`."""
+
+    def __init__(self, lakehouse: Lakehouse) -> None:
+        self.lakehouse = lakehouse
+
+    def scoring_runs(self) -> Rows:
+        """See :meth:`NightReader.scoring_runs`."""
+        figures = F.col("figures")
+        runs = read_as_declared(self.lakehouse, RUNS)
+        ended_well = runs.filter((F.col("stage") == "score") & (F.col("status") != "failed"))
+        rows = (
+            ended_well.select(
+                "run_id",
+                "started_at",
+                "status",
+                F.to_date(figures["score_date"]).alias("score_date"),
+                figures["bundle"].alias("bundle"),
+                figures["users"].cast("long").alias("users"),
+                figures["expected_spend"].cast("double").alias("expected_spend"),
+            )
+            .filter("score_date IS NOT NULL")
+            .orderBy("started_at")
+            .collect()
+        )
+        return [row.asDict() for row in rows]
+
+    def stages(self, scoring_run: dict[str, Any], after: datetime | None) -> Rows:
+        """See :meth:`NightReader.stages`."""
+        stages = read_as_declared(self.lakehouse, RUNS).filter(F.coalesce("job", F.lit("")) != REPORT)
+        is_own = F.col("run_id") == scoring_run["run_id"]
+        stages = stages.filter(is_own | (F.col("started_at") <= F.lit(scoring_run["started_at"])))
+        if after is not None:
+            stages = stages.filter(is_own | (F.col("started_at") > F.lit(after)))
+        # formatted by Spark: Python would use the time zone of the machine
+        stages = stages.withColumn("started", F.date_format("started_at", "yyyy-MM-dd HH:mm"))
+        return [row.asDict() for row in stages.orderBy(F.desc("started_at")).limit(MAX_STAGES).collect()[::-1]]
+
+    def previous_date(self, score_date: date) -> date | None:
+        """See :meth:`NightReader.previous_date`."""
+        newest = self._scores().filter(F.col("score_date") < F.lit(score_date)).agg(F.max("score_date")).first()
+        return None if newest is None else newest[0]
+
+    def distribution(self, score_date: date, previous_date: date | None) -> pd.DataFrame:
+        """See :meth:`NightReader.distribution`."""
+        both = self._scores(score_date).unionByName(rows_of_date(self._scores(), previous_date))
+        return population.distribution(both).toPandas()
+
+    def migration(self, before: date, after: date) -> pd.DataFrame:
+        """See :meth:`NightReader.migration`."""
+        return population.migration(self._scores(before), self._scores(after)).toPandas()
+
+    def reasons(self, score_date: date) -> pd.DataFrame:
+        """See :meth:`NightReader.reasons`."""
+        return population.reasons(self._scores(score_date)).toPandas()
+
+    def freshness(self, score_date: date) -> pd.DataFrame:
+        """See :meth:`NightReader.freshness`."""
+        return population.freshness(self.lakehouse.read("events"), score_date, FRESH_DAYS).toPandas()
+
+    def quarantine(self, new_ingests: list[int]) -> pd.DataFrame | None:
+        """See :meth:`NightReader.quarantine`."""
+        if not self.lakehouse.exists("quarantine"):
+            return None
+        return population.quarantined(self.lakehouse.read("quarantine"), new_ingests).toPandas()
+
+    def metrics(self, bundle_digest: str) -> pd.DataFrame:
+        """See :meth:`NightReader.metrics`."""
+        if not self.lakehouse.exists("metrics"):
+            return pd.DataFrame(columns=[column.name for column in METRICS.columns])
+        rows = read_as_declared(self.lakehouse, METRICS)
+        return rows.filter(F.col("bundle_digest") == bundle_digest).toPandas()
+
+    def watched(self, table: Table, score_date: date) -> pd.DataFrame:
+        """See :meth:`NightReader.watched`."""
+        if not self.lakehouse.exists(table.name):
+            return pd.DataFrame()
+        return rows_of_date(read_as_declared(self.lakehouse, table), score_date).toPandas()
+
+    def currency(self) -> str | None:
+        """See :meth:`NightReader.currency`."""
+        return currency_of(self.lakehouse)
+
+    def _scores(self, score_date: date | None = None) -> DataFrame:
+        scores = self.lakehouse.read("scores")
+        return scores if score_date is None else rows_of_date(scores, score_date)

@@ -1,0 +1,120 @@
+"""The page of a night without Spark: the same as Spark's, from the same tables."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyspark.sql import SparkSession
+
+from bp_spark.core.config import Config
+from bp_spark.core.errors import DataError
+from bp_spark.lakehouse.schema import Table
+from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.tables import DRIFT, EVENTS, QUARANTINE, RUNS, SCORES
+from bp_spark.report.job import ReportResult, report, report_without_spark
+from tests.support.rows import frame
+
+NIGHT, BEFORE = date(2024, 3, 10), date(2024, 3, 9)
+USERS = 60
+
+
+def scores(day: date, users: range) -> list[dict[str, Any]]:
+    return [
+        {
+            "user_key": f"u{user}",
+            "score_date": day,
+            "score": (user * 37 + day.day) % 101 * 1.0,
+            "level": "EDCBA"[min(4, (user * 37 + day.day) % 101 // 20)],
+            "risk_level": ("low", "medium", "high")[user % 3],
+            "expected_spend": user * 1.37,
+            "reasons": [
+                # two features as often as one another, and a group without one
+                {"group": "visits", "contribution": 1.5 - user % 3, "feature": f"f{user % 2}", "value": 1.0},
+                {"group": "recent events", "contribution": -0.25, "feature": None, "value": None},
+            ],
+        }
+        for user in users
+    ]
+
+
+def stage(name: str, hour: int, day: date = NIGHT, **figures: object) -> dict[str, Any]:
+    return {
+        "run_id": f"run-{day}",
+        "job": name,
+        "stage": name,
+        "status": "done",
+        "started_at": datetime(day.year, day.month, day.day, hour, tzinfo=UTC),
+        "seconds": 1.5,
+        "figures": {key: str(value) for key, value in figures.items()},
+        "rows_in": 10,
+    }
+
+
+def scoring(day: date) -> dict[str, Any]:
+    return stage("score", 2, day, score_date=day, bundle="b" * 64, users=USERS, expected_spend=1_234.5, computed=7)
+
+
+@pytest.fixture
+def tables(spark: SparkSession, lakehouse: Lakehouse, settings: Config) -> Config:
+    rows: dict[Table, list[dict[str, Any]]] = {
+        SCORES: [
+            *scores(BEFORE, range(USERS)),
+            *scores(NIGHT, range(3, USERS + 9)),
+            *scores(NIGHT - timedelta(9), range(2)),
+        ],
+        RUNS: [
+            scoring(BEFORE),
+            stage("ingest", 1, ingest_id=2),
+            {**stage("clean", 1), "status": "failed", "error": "DataError: bp.events: <rule>"},
+            scoring(NIGHT),
+            {**stage("score", 3), "status": "failed"},
+        ],
+        EVENTS: [
+            {"event_id": f"e{n}", "event_date": NIGHT - timedelta(n), "kind": "purchase" if n % 2 else "search"}
+            for n in range(40)
+        ],
+        QUARANTINE: [
+            {"source": "raw_reviews", "rule": f"rule {n % 2}", "ingest_id": n, "row": json.dumps({})} for n in range(5)
+        ],
+        DRIFT: [
+            {"score_date": NIGHT, "kind": "feature", "subject": "f0", "metric": "psi", "value": 0.3, "threshold": 0.2}
+        ],
+    }
+    for table, some in rows.items():
+        lakehouse.replace(table, frame(spark, table, *some))
+    return settings
+
+
+def text(result: ReportResult) -> str:
+    return result.page.read_text(encoding="utf-8")
+
+
+def test_the_page_is_that_of_spark(spark: SparkSession, tables: Config, tmp_path: Path) -> None:
+    without = report_without_spark(tables, NIGHT, tmp_path / "without.html")
+    by_spark = report(spark, tables, NIGHT, tmp_path / "spark.html")
+    assert text(without) == text(by_spark)
+    assert "2024-03-09" in text(without)
+    assert "rule 1" in text(without)
+    keys = ["level", "bin", "risk_level"]
+    figures = [result.levels.sort_values(keys).reset_index(drop=True) for result in (without, by_spark)]
+    assert (figures[0][[*keys, "users"]] == figures[1][[*keys, "users"]]).all(axis=None)
+    assert without.currency == by_spark.currency
+    assert (without.stages, len(by_spark.stages)) == ([], 1)
+
+
+def test_a_first_night_is_alike_too(spark: SparkSession, lakehouse: Lakehouse, tables: Config, tmp_path: Path) -> None:
+    lakehouse.delete("scores", f"score_date < '{NIGHT}'")
+    without = report_without_spark(tables, NIGHT, tmp_path / "without.html")
+    assert text(without) == text(report(spark, tables, NIGHT, tmp_path / "spark.html"))
+
+
+def test_a_date_without_scores_is_the_same_error(spark: SparkSession, tables: Config, tmp_path: Path) -> None:
+    day, page = NIGHT + timedelta(1), tmp_path / "none.html"
+    for refused in (lambda: report_without_spark(tables, day, page), lambda: report(spark, tables, day, page)):
+        with pytest.raises(DataError, match=f"knows no finished scoring of {day}"):
+            refused()
+    assert not page.exists()
