@@ -18,6 +18,8 @@ from bp_spark.lakehouse.tables import DRIFT, EVENTS, QUARANTINE, RUNS, SCORES
 from bp_spark.report.job import ReportResult, report, report_without_spark
 from tests.support.rows import frame
 
+pytestmark = pytest.mark.slow
+
 NIGHT, BEFORE = date(2024, 3, 10), date(2024, 3, 9)
 USERS = 60
 
@@ -30,7 +32,8 @@ def scores(day: date, users: range) -> list[dict[str, Any]]:
             "score": (user * 37 + day.day) % 101 * 1.0,
             "level": "EDCBA"[min(4, (user * 37 + day.day) % 101 // 20)],
             "risk_level": ("low", "medium", "high")[user % 3],
-            "expected_spend": user * 1.37,
+            # sums of such numbers are the same in any order
+            "expected_spend": user * 1.25,
             "reasons": [
                 # two features as often as one another, and a group without one
                 {"group": "visits", "contribution": 1.5 - user % 3, "feature": f"f{user % 2}", "value": 1.0},
@@ -81,7 +84,15 @@ def tables(spark: SparkSession, lakehouse: Lakehouse, settings: Config) -> Confi
             {"source": "raw_reviews", "rule": f"rule {n % 2}", "ingest_id": n, "row": json.dumps({})} for n in range(5)
         ],
         DRIFT: [
-            {"score_date": NIGHT, "kind": "feature", "subject": "f0", "metric": "psi", "value": 0.3, "threshold": 0.2}
+            {
+                "score_date": NIGHT,
+                "kind": "feature",
+                "subject": "f0",
+                "metric": "psi",
+                "value": 0.3,
+                "threshold": 0.2,
+                "broken": True,
+            }
         ],
     }
     for table, some in rows.items():

@@ -108,7 +108,10 @@ class SparkReader:
             stages = stages.filter(is_own | (F.col("started_at") > F.lit(after)))
         # formatted by Spark: Python would use the time zone of the machine
         stages = stages.withColumn("started", F.date_format("started_at", "yyyy-MM-dd HH:mm"))
-        return [row.asDict() for row in stages.orderBy(F.desc("started_at")).limit(MAX_STAGES).collect()[::-1]]
+        return [
+            row.asDict()
+            for row in stages.orderBy(F.desc("started_at"), F.desc("stage")).limit(MAX_STAGES).collect()[::-1]
+        ]
 
     def previous_date(self, score_date: date) -> date | None:
         """See :meth:`NightReader.previous_date`."""

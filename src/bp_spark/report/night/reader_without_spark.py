@@ -6,6 +6,7 @@ The figures are those of :mod:`bp_spark.report.population`.
 from __future__ import annotations
 
 from datetime import date, datetime, timedelta
+from operator import itemgetter
 from typing import Any
 
 import pandas as pd
@@ -73,7 +74,7 @@ class DuckdbReader:
             for row in without_spark.rows_where(self.config, RUNS, stage="score")
             if row["status"] != "failed" and (figures := row["figures"] or {}).get("score_date")
         ]
-        return sorted(rows, key=lambda row: row["started_at"])
+        return sorted(rows, key=itemgetter("started_at"))
 
     def stages(self, scoring_run: dict[str, Any], after: datetime | None) -> Rows:
         """See :meth:`NightReader.stages`."""
@@ -86,7 +87,7 @@ class DuckdbReader:
                 or (row["started_at"] <= scoring_run["started_at"] and (after is None or row["started_at"] > after))
             )
         ]
-        return sorted(rows, key=lambda row: row["started_at"])[-MAX_STAGES:]
+        return sorted(rows, key=itemgetter("started_at", "stage"))[-MAX_STAGES:]
 
     def previous_date(self, score_date: date) -> date | None:
         """See :meth:`NightReader.previous_date`."""
