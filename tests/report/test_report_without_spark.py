@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 from pyspark.sql import SparkSession
+from typer.testing import CliRunner
 
+from bp_spark.cli import app, common
 from bp_spark.core.config import Config
 from bp_spark.core.errors import DataError
+from bp_spark.lakehouse import without_spark
 from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import DRIFT, EVENTS, QUARANTINE, RUNS, SCORES
@@ -115,6 +118,40 @@ def test_the_page_is_that_of_spark(spark: SparkSession, tables: Config, tmp_path
     assert (figures[0][[*keys, "users"]] == figures[1][[*keys, "users"]]).all(axis=None)
     assert without.currency == by_spark.currency
     assert (without.stages, len(by_spark.stages)) == ([], 1)
+
+
+def test_the_command_reads_without_spark_and_leaves_to_spark_what_it_must(
+    tables: Config, spark: SparkSession, lakehouse: Lakehouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sessions() -> int:
+        words = [
+            "report",
+            "--date",
+            str(NIGHT),
+            "--output",
+            f"{tmp_path}/page.html",
+            f"tables.path={tables.tables.path}",
+        ]
+        started: list[str] = []
+        monkeypatch.setattr(common, "start_session", lambda _, command: started.append(command) or spark)
+        result = CliRunner().invoke(app.app, words)
+        assert (result.exit_code, "Report: " in result.output) == (0, True)
+        return len(started)
+
+    monkeypatch.delenv("PYSPARK_GATEWAY_PORT", raising=False)
+    assert sessions() == 0
+    location = lakehouse.location("scores")
+    spark.sql(f"ALTER TABLE delta.`{location}` SET TBLPROPERTIES ('delta.enableDeletionVectors' = 'true')")
+    assert sessions() == 1
+
+
+def test_the_currency_is_that_of_the_newest_cleaning(lakehouse: Lakehouse, tables: Config) -> None:
+    lakehouse.reserve(EVENTS, {"version": lakehouse.version("events"), "currency": "EUR"})
+    # maintenance is newer and records nothing
+    lakehouse.spark.sql(f"ALTER TABLE delta.`{lakehouse.location('events')}` SET TBLPROPERTIES ('a' = 'b')")
+    recorded = without_spark.commit_metadata(tables.tables, "events")
+    assert recorded["currency"] == "EUR"
+    assert {**recorded, "version": 1} == {**lakehouse.commit_metadata("events"), "version": 1}
 
 
 def test_a_first_night_is_alike_too(spark: SparkSession, lakehouse: Lakehouse, tables: Config, tmp_path: Path) -> None:

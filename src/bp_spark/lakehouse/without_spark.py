@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from deltalake import DeltaTable
 
 _COMMITS_SEARCHED = 100
-"""Newest commits of a table among which one of this package is looked for."""
+"""Newest commits of a table among which one of this package is looked for; as in :mod:`bp_spark.lakehouse.commits`."""
 _SESSION_VARIABLES = ("SPARK_REMOTE", "PYSPARK_GATEWAY_PORT", "DATABRICKS_RUNTIME_VERSION")
 """Variables of processes that have a Spark session, or a server with one, which may see other files."""
 
@@ -181,13 +181,19 @@ def commit_metadata(config: TablesConfig, name: str) -> dict[str, Any]:
         MissingTableError: the local table does not exist.
         UnreadableError: delta-rs can't read the table.
     """
-    for commit in _table(config, name).history(_COMMITS_SEARCHED):
+    from deltalake.exceptions import DeltaError
+
+    try:
+        commits = _table(config, name).history(_COMMITS_SEARCHED)
+    except (DeltaError, *UNREACHABLE) as error:
+        raise UnreadableError(f"delta-rs can't read the log of {config.namespace}.{name}") from error
+    for commit in commits:
         try:
-            metadata = json.loads(commit.get("userMetadata") or "")
+            metadata: dict[str, Any] = json.loads(commit.get("userMetadata") or "")
         except json.JSONDecodeError:
-            # maintenance records nothing of ours
+            # maintenance records nothing, and others what they like
             continue
-        return dict(metadata)
+        return metadata
     return {}
 
 
