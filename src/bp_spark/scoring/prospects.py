@@ -1,0 +1,153 @@
+"""Scores of prospects: users without a purchase before the date, who have no row in ``scores``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import date
+
+import pyarrow as pa
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+from pyspark.sql.types import StructField, StructType
+
+from bp_spark.core.config import digest
+from bp_spark.core.version import __version__
+from bp_spark.features.prospects import FEATURES, FORMAT
+from bp_spark.features.stages import PROSPECT
+from bp_spark.lakehouse.run import Run
+from bp_spark.lakehouse.schema import rows_of_date
+from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.tables import PROSPECT_FEATURES, PROSPECT_SCORES
+from bp_spark.model.columns import from_arrow
+from bp_spark.registry.bundle import Bundle
+from bp_spark.scoring.prediction import distribute, load_once
+
+_PREDICTED = ("user_key", "expected_spend", "low", "high", "p_active", "score", "level", "reason")
+"""Columns of PROSPECT_SCORES that the workers compute, with the key."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ProspectTotals:
+    """Sums over the prospects of a date.
+
+    Attributes:
+        users: Number of prospects.
+        purchases: Expected number of first purchases in the horizon.
+        spend: Expected spend in the horizon.
+    """
+
+    users: int
+    purchases: float
+    spend: float
+
+
+def score_prospects(run: Run, bundle: Bundle, score_date: date) -> ProspectTotals | None:
+    """Score the prospects of a date and overwrite that date in ``prospect_scores``, after the buyers of the date.
+
+    Args:
+        run: The running job.
+        bundle: The model.
+        score_date: A date with rows in ``scores``.
+
+    Returns:
+        The sums; ``None`` where there are no prospects, or no model of them.
+    """
+    lakehouse = run.lakehouse
+    if not run.config.prospects.enabled or not lakehouse.exists(PROSPECT_FEATURES.name):
+        return None
+    version = lakehouse.version(PROSPECT_FEATURES.name)
+    prospects = rows_of_date(lakehouse.read(PROSPECT_FEATURES.name, version), score_date, "as_of_date")
+    users_by_source = {row["built_from"]: row["count"] for row in prospects.groupBy("built_from").count().collect()}
+    if not users_by_source and not lakehouse.exists(PROSPECT_SCORES.name):
+        return None
+    if (missing := _why_not(bundle)) is not None:
+        logger.info("%s: %s; no prospect is scored", bundle.folder, missing)
+        return None
+    buyers = rows_of_date(lakehouse.read("scores"), score_date)
+    inputs = digest(
+        __version__,
+        bundle.digest,
+        sorted(users_by_source.items()),
+        lakehouse.inputs("scores", score_date=str(score_date)),
+    )
+    with run.step("score prospects", PROSPECT_SCORES, inputs, score_date=str(score_date)) as step:
+        if not step.unchanged:
+            rows = prospects.join(buyers.select("user_key"), "user_key", "left_anti")
+            scored = predict(rows, bundle, score_date, run.run_id)
+            # after the version that the step saw: users who are forgotten meanwhile must not come back
+            step.replace(scored, where={"score_date": [score_date]}, after=step.version)
+        totals = totals_of(lakehouse, score_date)
+        step.figures["rows_in"], step.figures["rows_out"] = sum(users_by_source.values()), totals.users
+        step.figures["first_purchases"] = f"{totals.purchases:.1f}"
+        step.figures["expected_spend"] = f"{totals.spend:.2f}"
+        step.figures["score_date"], step.figures["bundle"] = score_date, bundle.digest
+    return totals if totals.users else None
+
+
+def totals_of(lakehouse: Lakehouse, score_date: date) -> ProspectTotals:
+    """Return the sums over the rows of a date in ``prospect_scores``."""
+    rows = rows_of_date(lakehouse.read(PROSPECT_SCORES.name), score_date)
+    sums = rows.agg(F.count(F.lit(1)), F.sum("p_active"), F.sum("expected_spend")).collect()[0]
+    return ProspectTotals(sums[0], sums[1] or 0.0, sums[2] or 0.0)
+
+
+def predict(prospects: DataFrame, bundle: Bundle, score_date: date, run_id: str) -> DataFrame:
+    """Compute the score of every prospect on the executors.
+
+    Args:
+        prospects: Rows of PROSPECT_FEATURES of one date.
+        bundle: A bundle with a model of prospects.
+        score_date: The date.
+        run_id: The run that computes the scores, recorded with each.
+
+    Returns:
+        Rows of PROSPECT_SCORES.
+    """
+    name, bundle_digest = distribute(prospects.sparkSession, bundle), bundle.digest
+
+    def predict_batches(batches: Iterable[pa.RecordBatch]) -> Iterable[pa.RecordBatch]:
+        loaded = load_once(name, bundle_digest)
+        for batch in batches:
+            yield predict_batch(loaded, batch)
+
+    # Spark accepts no NOT NULL from Python
+    schema = StructType([StructField(name, PROSPECT_SCORES.schema[name].dataType) for name in _PREDICTED])
+    return (
+        prospects.select("user_key", *FEATURES)
+        .mapInArrow(predict_batches, schema)
+        .withColumns(
+            {
+                "score_date": F.lit(score_date),
+                "stage": F.lit(PROSPECT),
+                "bundle_digest": F.lit(bundle_digest),
+                "run_id": F.lit(run_id),
+                "code_version": F.lit(__version__),
+                "scored_at": F.current_timestamp(),
+            }
+        )
+    )
+
+
+def predict_batch(bundle: Bundle, batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return the predictions for an Arrow batch of ``user_key`` and FEATURES."""
+    model = bundle.prospects
+    assert model is not None
+    columns = from_arrow(batch.drop_columns(["user_key"]))
+    predicted = model.predict(columns)
+    score, level = bundle.stack.rank(predicted["expected_spend"])
+    reason = pa.array(model.reason(columns), pa.string())
+    values = {**predicted, "score": score, "level": level, "user_key": batch.column("user_key"), "reason": reason}
+    return pa.RecordBatch.from_pydict({column: values[column] for column in _PREDICTED})
+
+
+def _why_not(bundle: Bundle) -> str | None:
+    """Return why a bundle can't score prospects; ``None`` if it can."""
+    if bundle.prospects is None:
+        return "has no model of prospects"
+    if bundle.prospects.definition != FORMAT:
+        return "was trained on another definition of prospects' features: train again"
+    return None
