@@ -107,6 +107,7 @@ def report(spark: SparkSession, config: Config, score_date: date, path: str | Pa
                 quarantine=_quarantine(lakehouse, stages),
                 model=model,
                 metrics=metrics,
+                prospects=population.prospects_of(lakehouse, score_date),
                 watched=_watched(lakehouse, score_date),
             )
             page.write(path, document(data))

@@ -31,7 +31,7 @@ from bp_spark.registry.bundle import Bundle, load_promoted
 from bp_spark.report import population
 from bp_spark.scoring import prediction
 from bp_spark.scoring.carry_forward import carry_forward, stale_users
-from bp_spark.scoring.prospects import ProspectTotals, score_prospects
+from bp_spark.scoring.prospects import score_prospects
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class ScoreResult:
     bundle: Bundle
     stages: list[dict[str, Any]]
     currency: str
-    prospects: ProspectTotals | None = None
+    prospects: population.Prospects | None = None
 
 
 def score(

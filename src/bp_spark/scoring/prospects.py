@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import date
 
 import pyarrow as pa
@@ -18,10 +17,10 @@ from bp_spark.features.prospects import FEATURES, FORMAT
 from bp_spark.features.stages import PROSPECT
 from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.schema import rows_of_date
-from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import PROSPECT_FEATURES, PROSPECT_SCORES
 from bp_spark.model.columns import from_arrow
 from bp_spark.registry.bundle import Bundle
+from bp_spark.report.population import Prospects, prospects_of
 from bp_spark.scoring.prediction import distribute, load_once
 
 _PREDICTED = ("user_key", "expected_spend", "low", "high", "p_active", "score", "level", "reason")
@@ -30,22 +29,7 @@ _PREDICTED = ("user_key", "expected_spend", "low", "high", "p_active", "score", 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ProspectTotals:
-    """Sums over the prospects of a date.
-
-    Attributes:
-        users: Number of prospects.
-        purchases: Expected number of first purchases in the horizon.
-        spend: Expected spend in the horizon.
-    """
-
-    users: int
-    purchases: float
-    spend: float
-
-
-def score_prospects(run: Run, bundle: Bundle, score_date: date) -> ProspectTotals | None:
+def score_prospects(run: Run, bundle: Bundle, score_date: date) -> Prospects | None:
     """Score the prospects of a date and overwrite that date in ``prospect_scores``, after the buyers of the date.
 
     Args:
@@ -80,19 +64,11 @@ def score_prospects(run: Run, bundle: Bundle, score_date: date) -> ProspectTotal
             scored = predict(rows, bundle, score_date, run.run_id)
             # after the version that the step saw: users who are forgotten meanwhile must not come back
             step.replace(scored, where={"score_date": [score_date]}, after=step.version)
-        totals = totals_of(lakehouse, score_date)
-        step.figures["rows_in"], step.figures["rows_out"] = sum(users_by_source.values()), totals.users
-        step.figures["first_purchases"] = f"{totals.purchases:.1f}"
-        step.figures["expected_spend"] = f"{totals.spend:.2f}"
+        totals = prospects_of(lakehouse, score_date)
+        users = 0 if totals is None else totals.users
+        step.figures["rows_in"], step.figures["rows_out"] = sum(users_by_source.values()), users
         step.figures["score_date"], step.figures["bundle"] = score_date, bundle.digest
-    return totals if totals.users else None
-
-
-def totals_of(lakehouse: Lakehouse, score_date: date) -> ProspectTotals:
-    """Return the sums over the rows of a date in ``prospect_scores``."""
-    rows = rows_of_date(lakehouse.read(PROSPECT_SCORES.name), score_date)
-    sums = rows.agg(F.count(F.lit(1)), F.sum("p_active"), F.sum("expected_spend")).collect()[0]
-    return ProspectTotals(sums[0], sums[1] or 0.0, sums[2] or 0.0)
+    return totals
 
 
 def predict(prospects: DataFrame, bundle: Bundle, score_date: date, run_id: str) -> DataFrame:
