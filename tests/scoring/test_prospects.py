@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,19 @@ from bp_spark.core import config
 from bp_spark.core.config import Config
 from bp_spark.features import job as features_job
 from bp_spark.lakehouse.run import Run
+from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.store import Lakehouse
-from bp_spark.lakehouse.tables import RAW_BEHAVIOURS, RAW_TRANSACTIONS
+from bp_spark.lakehouse.tables import (
+    CAMPAIGN_CONTACTS,
+    CONSULTATIONS,
+    EVENTS,
+    RAW_BEHAVIOURS,
+    RAW_TRANSACTIONS,
+    TEXT_EMBEDDINGS,
+    TEXTS,
+)
 from bp_spark.registry import bundle as bundles
 from bp_spark.training.prospects import sample_shares
-from tests.support.histories import SECRET, write_night
-from tests.support.platforms import CONTACTS, MAPPING, settings_in
 from tests.support.rows import frame
 
 pytestmark = pytest.mark.slow
@@ -38,46 +46,56 @@ SMALL = (
     "labels.recent_cutoffs=0",
     "fusion.members=[linear]",
     "evaluation.resamples=10",
-    "features.windows=[30]",
+    "features.windows=[30, 90]",
     "features.history_length=4",
     f"prospects.silent_days={SILENT}",
     "tracking.uri=null",
 )
 
 
-def at(days: int) -> str:
-    return f"{AS_OF - timedelta(days=days)} 10:00:00"
+def event(user: str, days: int, kind: str, **more: Any) -> dict[str, Any]:
+    day = AS_OF - timedelta(days=days)
+    ts = datetime(day.year, day.month, day.day, 10, tzinfo=UTC)
+    event_id = f"{user}-{days}-{kind}"
+    return {"event_id": event_id, "user_key": user, "ts": ts, "event_date": day, "kind": kind, "item_id": "i1", **more}
 
 
 def order(user: str, days: int) -> dict[str, Any]:
-    return {"user": user, "order": f"{user}-{days}", "line": 1, "item": "i1", "time": at(days), "n": 1, "paid": "20.00"}
+    return event(user, days, "purchase", order_id=f"{user}-{days}", amount=Decimal("20.00"), quantity=1.0)
 
 
-def look(user: str, days: int) -> dict[str, Any]:
-    return {"user": user, "time": at(days), "action": "browse", "item": "i1"}
-
-
-def deliveries() -> dict[str, list[dict[str, Any]]]:
-    """Buyers, visitors, and visitors who become buyers; one user who called, and one who was addressed by a campaign."""
+def events() -> list[dict[str, Any]]:
+    """Buyers, visitors, and visitors who become buyers."""
     rng = np.random.default_rng(3)
-    orders, looks = [], []
+    rows = []
     for number in range(80):
-        orders += [order(f"buyer{number}", int(days)) for days in np.unique(rng.integers(1, DAYS, 8))]
+        rows += [order(f"buyer{number}", int(days)) for days in np.unique(rng.integers(1, DAYS, 8))]
     for number in range(120):
         first = int(rng.integers(20, DAYS))
-        looks += [look(f"visitor{number}", days) for days in (first, first - 5, first - 15)]
+        rows += [event(f"visitor{number}", days, "browse") for days in (first, first - 5, first - 15)]
         if number % 2:
-            orders.append(order(f"visitor{number}", first - 18))
-    return {
-        "items": [{"item": "i1", "title": "Thing", "category": "A > b", "brand": "Acme"}],
-        "transactions": orders,
-        # on the date: of nobody whom the date knows
-        "behaviours": [*looks, look("tomorrow", 0)],
-        "consultations": [{"user": "caller", "time": at(9), "channel": "chat", "text": "how much?"}],
-        "campaigns": [
-            {"user": user, "campaign": "c1", "from": str(AS_OF - timedelta(days=7))} for user in ("mailed", "buyer0")
-        ],
+            rows.append(order(f"visitor{number}", first - 18))
+    # on the date: of nobody whom the date knows
+    return [*rows, event("tomorrow", 0, "browse")]
+
+
+def cleaned(spark: SparkSession, lakehouse: Lakehouse) -> None:
+    """Store what an ingest and its cleaning leave: one user called, and one was addressed by a campaign."""
+    called = {"consultation_id": "1", "user_key": "caller", "event_date": AS_OF - timedelta(days=9)}
+    addressed = [
+        {"contact_id": user, "user_key": user, "campaign_id": "c1", "first_day": AS_OF - timedelta(days=7)}
+        for user in ("mailed", "buyer0")
+    ]
+    rows: dict[Table, list[dict[str, Any]]] = {
+        RAW_BEHAVIOURS: [{"ingest_id": 1}],
+        EVENTS: events(),
+        TEXTS: [{"text_id": 1}],
+        TEXT_EMBEDDINGS: [{"text_id": 1, "sentiment": 0.0}],
+        CONSULTATIONS: [called],
+        CAMPAIGN_CONTACTS: addressed,
     }
+    for table, values in rows.items():
+        lakehouse.replace(table, frame(spark, table, *values))
 
 
 @dataclass
@@ -97,13 +115,22 @@ class Platform:
         return self.lakehouse.read(name).filter(f"score_date = '{AS_OF}'").toPandas()
 
 
+def featurized(spark: SparkSession, settings: Config) -> dict[str, str]:
+    """Run what follows from clean events, and return the status of each stage."""
+    run = Run(spark, settings)
+    features_job.aggregate(run, rebuild=False)
+    features_job.write_features(run, [AS_OF])
+    features_job.write_prospects(run, [AS_OF])
+    return {stage["stage"]: stage["status"] for stage in run.records}
+
+
 @pytest.fixture(scope="module")
 def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Platform:
     folder = tmp_path_factory.mktemp("everyone")
-    write_night(folder / "platform", 0, **deliveries())
-    (folder / "platform/source.yaml").write_text(MAPPING + CONTACTS, encoding="utf-8")
-    settings = settings_in(folder, "lakehouse", *SMALL)
-    pipeline.featurize(spark, settings, [AS_OF])
+    paths = [f"tables.path={folder}/lakehouse", f"bundles={folder}/bundles", f"training.work_dir={folder}/work"]
+    settings = config.load(overrides=[*SMALL, *paths])
+    cleaned(spark, Lakehouse(spark, settings.tables))
+    featurized(spark, settings)
     trained = pipeline.train(spark, settings, AS_OF)
     if not trained.promoted:
         # of so few users a baseline may be as good
@@ -112,17 +139,16 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def test_everyone_who_was_seen_before_the_date_has_exactly_one_score(platform: Platform) -> None:
-    delivered = deliveries()
-    bought = {row["user"] for row in delivered["transactions"]}
+    bought = {row["user_key"] for row in events() if row["kind"] == "purchase"}
     last_seen: dict[str, int] = {}
-    for row in delivered["behaviours"]:
-        days = (AS_OF - date.fromisoformat(row["time"][:10])).days
-        last_seen[row["user"]] = min(days, last_seen.get(row["user"], days))
+    for row in events():
+        days = (AS_OF - row["event_date"]).days
+        last_seen[row["user_key"]] = min(days, last_seen.get(row["user_key"], days))
     prospects = {user for user, days in last_seen.items() if user not in bought and 0 < days <= SILENT}
     prospects |= {"caller", "mailed"}
     assert len(prospects) > 20
-    assert sorted(platform.rows("scores")["user_key"]) == sorted(map(SECRET.key_of, bought))
-    assert sorted(platform.rows("prospect_scores")["user_key"]) == sorted(map(SECRET.key_of, prospects))
+    assert sorted(platform.rows("scores")["user_key"]) == sorted(bought)
+    assert sorted(platform.rows("prospect_scores")["user_key"]) == sorted(prospects)
     assert platform.scored.prospects is not None
     assert platform.scored.prospects.users == len(prospects)
 
@@ -144,9 +170,9 @@ def test_scores_of_prospects_keep_the_promises_of_scores(platform: Platform) -> 
 def test_a_second_run_writes_nothing(platform: Platform) -> None:
     names = ("prospect_features", "prospect_scores")
     versions = [platform.lakehouse.version(name) for name in names]
-    featurized = pipeline.featurize(platform.spark, platform.settings, [AS_OF])
+    stages = featurized(platform.spark, platform.settings)
     scored = pipeline.score(platform.spark, platform.settings, AS_OF)
-    stages = {stage["stage"]: stage["status"] for stage in (*featurized, *scored.stages)}
+    stages |= {stage["stage"]: stage["status"] for stage in scored.stages}
     assert (stages["prospects"], stages["score prospects"]) == ("unchanged", "unchanged")
     assert scored.prospects == platform.scored.prospects
     assert [platform.lakehouse.version(name) for name in names] == versions
