@@ -43,26 +43,20 @@ def score_prospects(run: Run, bundle: Bundle, score_date: date) -> Prospects | N
     lakehouse = run.lakehouse
     if not run.config.prospects.enabled or not lakehouse.exists(PROSPECT_FEATURES.name):
         return None
-    version = lakehouse.version(PROSPECT_FEATURES.name)
-    prospects = rows_of_date(lakehouse.read(PROSPECT_FEATURES.name, version), score_date, "as_of_date")
-    users_by_source = {row["built_from"]: row["count"] for row in prospects.groupBy("built_from").count().collect()}
-    if not users_by_source and not lakehouse.exists(PROSPECT_SCORES.name):
-        return None
     if (missing := _why_not(bundle)) is not None:
         logger.info("%s: %s; no prospect is scored", bundle.folder, missing)
         return None
-    buyers = rows_of_date(lakehouse.read("scores"), score_date)
-    inputs = digest(
-        __version__,
-        bundle.digest,
-        sorted(users_by_source.items()),
-        lakehouse.inputs("scores", score_date=str(score_date)),
-    )
-    with run.step("score prospects", PROSPECT_SCORES, inputs, score_date=str(score_date)) as step:
+    with run.step("score prospects", PROSPECT_SCORES, score_date=str(score_date)) as step:
+        # after the step has looked at its table: users who are forgotten meanwhile are gone here, or the write is refused
+        version = lakehouse.version(PROSPECT_FEATURES.name)
+        prospects = rows_of_date(lakehouse.read(PROSPECT_FEATURES.name, version), score_date, "as_of_date")
+        users_by_source = {row["built_from"]: row["count"] for row in prospects.groupBy("built_from").count().collect()}
+        of_buyers = lakehouse.inputs("scores", score_date=str(score_date))
+        step.inputs = digest(__version__, bundle.digest, sorted(users_by_source.items()), of_buyers)
         if not step.unchanged:
+            buyers = rows_of_date(lakehouse.read("scores"), score_date)
             rows = prospects.join(buyers.select("user_key"), "user_key", "left_anti")
             scored = predict(rows, bundle, score_date, run.run_id)
-            # after the version that the step saw: users who are forgotten meanwhile must not come back
             step.replace(scored, where={"score_date": [score_date]}, after=step.version)
         totals = prospects_of(lakehouse, score_date)
         users = 0 if totals is None else totals.users
