@@ -60,8 +60,10 @@ def tables() -> str:
         if table.name == SCORES_LATEST.name:
             parts.append(f"Its columns are those of [`{SCORES.name}`](#{SCORES.name}).")
             continue
-        listed_columns = [column for column in table.stored_columns if column.name not in features]
-        if len(listed_columns) < len(table.stored_columns):
+        has_all_features = features <= {column.name for column in table.columns}
+        left_out = features if has_all_features else set()
+        listed_columns = [column for column in table.stored_columns if column.name not in left_out]
+        if has_all_features:
             parts.append("Beside these columns, a `float` for each of the [features](features.md).")
         parts.append(_table(["column", "type", "always", "what it is"], [_column(column) for column in listed_columns]))
     return _page(parts)

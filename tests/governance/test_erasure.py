@@ -24,7 +24,15 @@ from bp_spark.governance import key_rotation, residue_scan
 from bp_spark.ingest import job, pseudonyms
 from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.store import Lakehouse
-from bp_spark.lakehouse.tables import GIVEN_LABELS, LABEL_REQUESTS, MARKET_SEGMENTS, SCORES, USER_PROFILE
+from bp_spark.lakehouse.tables import (
+    GIVEN_LABELS,
+    LABEL_REQUESTS,
+    MARKET_SEGMENTS,
+    PROSPECT_FEATURES,
+    PROSPECT_SCORES,
+    SCORES,
+    USER_PROFILE,
+)
 from tests.support.histories import SECRET, sorted_rows, write_night
 from tests.support.platforms import CONTACTS, DERIVED, MAPPING
 from tests.support.rows import frame
@@ -102,8 +110,10 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     lakehouse.replace(USER_PROFILE, frame(spark, USER_PROFILE, *profiled))
     segment = {"score_date": AS_OF, "level": "E", "category": "none", "region": "all", "users": 2}
     lakehouse.replace(MARKET_SEGMENTS, frame(spark, MARKET_SEGMENTS, segment))
+    as_prospects = [{"user_key": row["user_key"], "score_date": row["score_date"], "level": "E"} for row in scored]
+    lakehouse.replace(PROSPECT_SCORES, frame(spark, PROSPECT_SCORES, *as_prospects))
     labelled = [{"user_key": row["user_key"], "as_of_date": row["score_date"]} for row in scored]
-    for table in (LABEL_REQUESTS, GIVEN_LABELS):
+    for table in (LABEL_REQUESTS, GIVEN_LABELS, PROSPECT_FEATURES):
         lakehouse.replace(table, frame(spark, table, *labelled))
     return folder
 
@@ -211,7 +221,8 @@ def test_a_forgotten_user_is_in_no_file_and_the_nights_go_on(
     assert found(spark, tables, SECRET.key_of(GONE), GONE, "mine", ids=(GONE,)) == set()
     assert [folder.name for folder in (tables / "work").iterdir()] == ["fresh"]
     assert {row["text"] for row in lakehouse.read("texts").collect()} == {*ids} - {"only mine"}
-    for name in ("scores", "user_profile", "label_requests", "given_labels", *CONTACT_TABLES):
+    of_prospects = ("prospect_scores", "prospect_features")
+    for name in ("scores", "user_profile", "label_requests", "given_labels", *of_prospects, *CONTACT_TABLES):
         assert {row[0] for row in lakehouse.read(name).select("user_key").collect()} == {SECRET.key_of(STAYS)}
     # what counted the user is not to be held against what does not
     assert lakehouse.read("market_segments").isEmpty()
@@ -286,12 +297,14 @@ def test_rotated_keys_are_in_no_file_and_known_events_stay_known(
         "events",
         "user_daily",
         "scores",
+        "prospect_scores",
         "given_labels",
         *CONTACT_TABLES,
         "quarantine",
     }
     assert lakehouse.read("label_requests").isEmpty()
-    assert lakehouse.read("given_labels").count() == 4
+    assert lakehouse.read("prospect_features").isEmpty()
+    assert [lakehouse.read(name).count() for name in ("given_labels", "prospect_scores")] == [4, 4]
     assert len(before) == 4
     assert scored() == before
     write_night(tmp_path / "files", 1, transactions=[line(STAYS, 5), line(STAYS, 2)])
@@ -338,7 +351,7 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
     spark: SparkSession, tmp_path: Path, at: Callable[..., Config]
 ) -> None:
     settings = at(
-        *(f"privacy.retention_days.{name}=100" for name in ("events", "scores", "training")),
+        *(f"privacy.retention_days.{name}=100" for name in ("events", "features", "scores", "training")),
         "privacy.retention_days.raw=1",
     )
     lakehouse = Lakehouse(spark, settings.tables)
@@ -350,6 +363,8 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
         for name in (
             "events",
             "scores",
+            "prospect_scores",
+            "prospect_features",
             "user_profile",
             "given_labels",
             "label_requests",
@@ -363,6 +378,8 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
     } == {
         "events": "4",
         "scores": "2",
+        "prospect_scores": "2",
+        "prospect_features": "2",
         "user_profile": "2",
         "given_labels": "2",
         "label_requests": "2",

@@ -19,6 +19,7 @@ import pytest
 from bp_spark.report import page
 from bp_spark.report.night.data import PageData
 from bp_spark.report.night.document import document
+from bp_spark.report.population import Prospects
 
 NIGHT, BEFORE = date(2024, 5, 2), date(2024, 5, 1)
 LEVELS = "ABCDE"
@@ -338,3 +339,12 @@ def test_a_script_of_a_page_does_not_run(tmp_path: Path) -> None:
     seen = opened(page.write(tmp_path / "page.html", html), tmp_path)
     assert not any('"ran"' in line for line in seen.console)
     assert any("Content Security Policy" in line for line in seen.console)
+
+
+def test_prospects_have_a_line_where_there_are_some_and_no_figures_where_they_are_few(
+    night: PageData, text: str
+) -> None:
+    assert "prospects" not in text
+    many, few = (document(replace(night, prospects=Prospects(users, 36.4, 990.0))) for users in (1_200, 9))
+    assert "1,200 prospects: 36 first purchases and 990 USD expected." in many
+    assert "fewer than 10 prospects." in few

@@ -17,7 +17,7 @@ from bp_spark.core.errors import DataError
 from bp_spark.lakehouse import without_spark
 from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.store import Lakehouse
-from bp_spark.lakehouse.tables import DRIFT, EVENTS, QUARANTINE, RUNS, SCORES
+from bp_spark.lakehouse.tables import DRIFT, EVENTS, PROSPECT_SCORES, QUARANTINE, RUNS, SCORES
 from bp_spark.report.job import ReportResult, report, report_without_spark
 from tests.support.rows import frame
 
@@ -86,6 +86,11 @@ def tables(spark: SparkSession, lakehouse: Lakehouse, settings: Config) -> Confi
         QUARANTINE: [
             {"source": "raw_reviews", "rule": f"rule {n % 2}", "ingest_id": n, "row": json.dumps({})} for n in range(5)
         ],
+        PROSPECT_SCORES: [
+            {"user_key": f"p{n}", "score_date": day, "p_active": 0.25, "expected_spend": 2.5}
+            for n in range(12)
+            for day in (BEFORE, NIGHT)
+        ],
         DRIFT: [
             {
                 "score_date": NIGHT,
@@ -113,6 +118,7 @@ def test_the_page_is_that_of_spark(spark: SparkSession, tables: Config, tmp_path
     assert text(without) == text(by_spark)
     assert "2024-03-09" in text(without)
     assert "rule 1" in text(without)
+    assert "12 prospects: 3 first purchases and 30 " in text(without)
     keys = ["level", "bin", "risk_level"]
     figures = [result.levels.sort_values(keys).reset_index(drop=True) for result in (without, by_spark)]
     assert (figures[0][[*keys, "users"]] == figures[1][[*keys, "users"]]).all(axis=None)

@@ -242,6 +242,12 @@ def test_a_user_has_only_so_many_categories(platform: Platform) -> None:
     ]
 
 
+def test_a_stage_goes_by_the_days_since_the_first_and_the_last_purchase(platform: Platform) -> None:
+    # b was last seen four days ago: days without events count here
+    stages = {user: row["stage"] for user, row in platform.rows("user_profile").items()}
+    assert stages == {"a": "active", "b": "lapsing", "c": "lapsed", "d": "new"}
+
+
 def test_a_trend_goes_by_the_nearest_date_that_the_same_bundle_scored(platform: Platform) -> None:
     found = platform.rows("user_profile")
     months = {user: (row["compared_30d"], row["score_change_30d"], row["trend_30d"]) for user, row in found.items()}

@@ -198,7 +198,7 @@ def test_a_second_featurize_changes_no_table(line: Line) -> None:
     versions = _versions(line.lakehouse, *names)
     stages = pipeline.featurize(line.spark, line.config, [TEST_DATE])
     assert {stage["stage"]: stage["status"] for stage in stages} == dict.fromkeys(
-        ("ingest", "clean", "campaign_contacts", "embed", "aggregate", "featurize"), "unchanged"
+        ("ingest", "clean", "campaign_contacts", "embed", "aggregate", "featurize", "prospects"), "unchanged"
     )
     assert _versions(line.lakehouse, *names) == versions
 

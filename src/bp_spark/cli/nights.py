@@ -62,7 +62,14 @@ def night(
     render.show(render.stage_table("night", result.stages))
     smallest_group = settings.privacy.smallest_group
     render.show(render.levels_table(scored.levels, f"Users of {day} by level", scored.currency, smallest_group))
+    _show_prospects(scored, smallest_group)
     render.show(f"{_outcome(scored)}. Report: {result.report.page.absolute()}")
+
+
+def _show_prospects(scored: ScoreResult, smallest_group: int) -> None:
+    """Print a line about users without a purchase, where there are some."""
+    if scored.prospects is not None:
+        render.show(scored.prospects.in_words(scored.currency, smallest_group))
 
 
 def _outcome(scored: ScoreResult) -> str:
@@ -83,8 +90,8 @@ def score(
 ) -> None:
     """Score every user of a date, update the profiles, and check for drift.
 
-    Only that date of the table scores is replaced. A user whose features did not change keeps the score that the same
-    bundle gave on an earlier night. A broken drift threshold is a warning here, and the scores stay.
+    Only that date of the tables scores and prospect_scores is replaced. A buyer whose features did not change keeps the
+    score that the same bundle gave on an earlier night. A broken drift threshold is a warning here, and the scores stay.
 
     Example: bp-spark score --date 2017-10-03
     """
@@ -99,6 +106,7 @@ def score(
     render.show(render.stage_table("score", [*result.stages, *profile_stages, *drift_result.stages]))
     smallest_group = settings.privacy.smallest_group
     render.show(render.levels_table(result.levels, f"Users of {day} by level", result.currency, smallest_group))
+    _show_prospects(result, smallest_group)
     render.show(_outcome(result))
 
 

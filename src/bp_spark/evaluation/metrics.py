@@ -168,6 +168,26 @@ def auc(active: np.ndarray, p_active: np.ndarray) -> float:
     return float(above / (positive * negative))
 
 
+def expected_calibration_error(active: np.ndarray, p_active: np.ndarray, weights: np.ndarray, bins: int = 10) -> float:
+    """Return the mean distance of a probability from the share of active users, over bins of about equal numbers of users.
+
+    Naeini, Cooper and Hauskrecht (2015), "Obtaining well calibrated probabilities using Bayesian binning", with equal counts
+    in the place of equal widths. The result is NaN without users.
+
+    Args:
+        active: boolean [rows].
+        p_active: predicted probability, float64 [rows].
+        weights: users that a row stands for, float64 [rows].
+        bins: number of bins.
+    """
+    if not active.size:
+        return math.nan
+    order = np.argsort(p_active, kind="stable")
+    group = np.minimum(np.cumsum(weights[order]) / weights.sum() * bins, bins - 1).astype(int)
+    difference = np.bincount(group, (weights * (p_active - active))[order])
+    return float(np.abs(difference).sum() / weights.sum())
+
+
 POINT_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "spearman": spearman,
     "gini": normalised_gini,

@@ -16,7 +16,7 @@ from bp_spark.core.errors import DataError
 from bp_spark.core.session import broadcast_few, checkpointed, persisted
 from bp_spark.core.spark_errors import SPARK_ERRORS, is_feed_gone
 from bp_spark.core.version import __version__
-from bp_spark.features import catalogue, user_daily
+from bp_spark.features import catalogue, prospects, user_daily
 from bp_spark.ingest import cleaning, contacts_job, texts
 from bp_spark.ingest.clean import clean, distinct_dates, require_same_terms, span
 from bp_spark.ingest.job import ingest
@@ -24,7 +24,7 @@ from bp_spark.ingest.quarantine import replay
 from bp_spark.ingest.texts_job import embed
 from bp_spark.lakehouse.run import Run, Step, recorded
 from bp_spark.lakehouse.store import Lakehouse
-from bp_spark.lakehouse.tables import USER_DAILY
+from bp_spark.lakehouse.tables import CAMPAIGN_CONTACTS, CONSULTATIONS, PROSPECT_FEATURES, USER_DAILY
 
 _WEEKS_COMPARED = 8
 """Weeks before a day whose same weekdays tell how many orders it should have."""
@@ -62,6 +62,7 @@ def featurize(
         embed(run)
         aggregate(run, rebuild)
         write_features(run, as_of)
+        write_prospects(run, as_of)
         return run.records
 
 
@@ -184,7 +185,7 @@ def write_features(run: Run, as_of: Sequence[date]) -> None:
     built_from = features_digest(run)
     with run.step("featurize", catalogue.user_features_table(config), built_from) as step:
         # by the rows, not by the newest commit: that may be of other dates, and rows may have been deleted since
-        built = _built_dates(lakehouse, built_from)
+        built = _built_dates(lakehouse, "user_features", built_from)
         missing = [day for day in as_of if day not in built]
         step.figures["dates"] = len(missing)
         if not missing:
@@ -237,9 +238,46 @@ def features_digest(run: Run) -> str:
     )
 
 
-def _built_dates(lakehouse: Lakehouse, built_from: str) -> set[date]:
+def _built_dates(lakehouse: Lakehouse, name: str, built_from: str) -> set[date]:
     """Return the as-of dates whose stored features are those that would be built now."""
-    if not lakehouse.exists("user_features"):
+    if not lakehouse.exists(name):
         return set()
-    rows = lakehouse.read("user_features").filter(F.col("built_from") == built_from).select("as_of_date").distinct()
+    rows = lakehouse.read(name).filter(F.col("built_from") == built_from).select("as_of_date").distinct()
     return {row[0] for row in rows.collect()}
+
+
+# --- features of prospects -----------------------------------------------------------------------------------------------
+
+
+def can_have_prospects(run: Run) -> bool:
+    """Return whether the platform may know users before their first purchase; no Spark job is needed for that."""
+    sources = prospects.PROSPECT_SOURCES
+    return run.config.prospects.enabled and any(run.lakehouse.exists(name) for name in sources)
+
+
+def write_prospects(run: Run, as_of: Sequence[date]) -> None:
+    """Build ``prospect_features`` of the as-of dates whose rows are missing, or were built from something else."""
+    if not can_have_prospects(run):
+        return
+    lakehouse, silent_days = run.lakehouse, run.config.prospects.silent_days
+    contacts = (CONSULTATIONS, CAMPAIGN_CONTACTS)
+    names = ("user_daily", *lakehouse.existing(table.name for table in contacts))
+    versions = {name: lakehouse.version(name) for name in names}
+    built_from = digest(__version__, prospects.FORMAT, silent_days, sorted(versions.items()))
+    with run.step("prospects", PROSPECT_FEATURES, built_from) as step:
+        built = _built_dates(lakehouse, PROSPECT_FEATURES.name, built_from)
+        missing = [day for day in as_of if day not in built]
+        step.figures["dates"] = len(missing)
+        if not missing:
+            return
+        lakehouse.require_whole_files("user_daily", versions["user_daily"])
+        rows = {name: lakehouse.read(name, version) for name, version in versions.items()}
+        traces = prospects.traces(rows["user_daily"], *(rows.get(table.name) for table in contacts))
+        features = prospects.prospect_features(traces, missing, silent_days, built_from)
+        before = step.version
+        version = step.replace(features, where={"as_of_date": missing})
+        stored = lakehouse.read(PROSPECT_FEATURES.name, version).filter(F.col("as_of_date").isin(*missing))
+        step.figures["users"] = step.figures["rows_out"] = stored.count()
+        # Delta leaves out a commit that changes nothing: dates without a prospect are built again in each run
+        if version == before:
+            step.figures["status"] = "unchanged"

@@ -32,6 +32,7 @@ from bp_spark.lakehouse.tables import (
     LABEL_REQUESTS,
     MARKET_SEGMENTS,
     PROFILE_TABLES,
+    PROSPECT_SCORES,
     QUARANTINE,
     RAW_TABLES,
     SCORES_LATEST,
@@ -55,7 +56,7 @@ def stop_other_writers(lakehouse: Lakehouse) -> dict[str, int]:
         Table -> version of the reservation under which it may be written.
     """
     of_ingest = (DELIVERIES, EVENTS, CONSULTATIONS, CAMPAIGN_CONTACTS, TEXTS, TEXT_EMBEDDINGS)
-    derived = (*of_ingest, USER_DAILY, SCORES_LATEST, MARKET_SEGMENTS)
+    derived = (*of_ingest, USER_DAILY, SCORES_LATEST, PROSPECT_SCORES, MARKET_SEGMENTS)
     reservations = {
         table.name: lakehouse.reserve(table, lakehouse.commit_metadata(table.name))
         for table in (*derived, LABEL_REQUESTS, GIVEN_LABELS)

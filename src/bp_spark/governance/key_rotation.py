@@ -30,6 +30,7 @@ from bp_spark.lakehouse.tables import (
     EVENTS,
     GIVEN_LABELS,
     PROFILE_TABLES,
+    PROSPECT_SCORES,
     RAW_TABLES,
     SCORES,
     SCORES_LATEST,
@@ -123,7 +124,7 @@ def _rekey(
         F.col("user_key").alias("_old"), pseudonyms.user_key(F.col("user_id"), new_secret).alias("_new")
     )
     with persisted(old_and_new) as keys:
-        for table in (*RAW_TABLES, SCORES, SCORES_LATEST, GIVEN_LABELS):
+        for table in (*RAW_TABLES, SCORES, SCORES_LATEST, PROSPECT_SCORES, GIVEN_LABELS):
             if not lakehouse.exists(table.name) or "user_key" not in table.schema.names:
                 continue
             rows = lakehouse.read(table.name)
@@ -133,7 +134,7 @@ def _rekey(
                 after = reservations["deliveries"] if table in RAW_TABLES else reservations.get(table.name)
                 lakehouse.replace(table, rekeyed, after=after)
         figures["users"] = keys.count()
-    emptied = ("user_features", "training_set", "pretraining_set", "label_requests")
+    emptied = ("user_features", "prospect_features", "training_set", "pretraining_set", "label_requests")
     for name in (*emptied, *(table.name for table in PROFILE_TABLES)):
         if lakehouse.exists(name):
             lakehouse.delete(name, "true")
@@ -146,7 +147,7 @@ def _require_keys_of_users(lakehouse: Lakehouse, users: DataFrame) -> None:
         DataError: Some rows have another key.
     """
     contacts = (CONSULTATIONS, CAMPAIGN_CONTACTS)
-    tables = (*RAW_TABLES, EVENTS, *contacts, USER_DAILY, SCORES, SCORES_LATEST, GIVEN_LABELS)
+    tables = (*RAW_TABLES, EVENTS, *contacts, USER_DAILY, SCORES, SCORES_LATEST, PROSPECT_SCORES, GIVEN_LABELS)
     keys = [
         lakehouse.read(table.name).select(F.lit(table.name).alias("table"), "user_key").filter("user_key IS NOT NULL")
         for table in tables

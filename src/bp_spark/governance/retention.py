@@ -23,9 +23,11 @@ ROW_DAYS: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("events", "consultations"), "event_date"),
         "campaign_contacts": "coalesce(last_day, first_day)",
     },
-    "features": {"user_features": "as_of_date"},
+    "features": dict.fromkeys(("user_features", "prospect_features"), "as_of_date"),
     "training": dict.fromkeys(("training_set", "pretraining_set", "label_requests", "given_labels"), "as_of_date"),
-    "scores": {name: "score_date" for name in ("scores", "scores_latest", *(table.name for table in PROFILE_TABLES))},
+    "scores": dict.fromkeys(
+        ("scores", "scores_latest", "prospect_scores", *(table.name for table in PROFILE_TABLES)), "score_date"
+    ),
 }
 """Setting of ``privacy.retention_days`` -> table -> SQL of a row's day."""
 

@@ -227,7 +227,7 @@ class CalibratedStack:
         expected = np.expm1(logs)
         p_active, process = self._activity(logs, predictions)
         low, high = self.intervals.around(Predicted(logs, roots, p_active, process))
-        score = np.interp(expected, self.reference.x, self.reference.y, left=0.0, right=100.0)
+        score, level = self.rank(expected)
         predicted = {
             "expected_spend": expected,
             # The mean of a skewed spend can lie outside its own quantiles; widening keeps the coverage.
@@ -236,11 +236,16 @@ class CalibratedStack:
             "p_active": p_active,
             "score": score,
         }
-        level = np.searchsorted(np.array(LEVEL_BORDERS), score, side="right")
         risk = np.searchsorted(np.asarray(self.risk), relative_width(predicted), side="left")
-        predicted["level"] = np.array(LEVELS, dtype=object)[level]
+        predicted["level"] = level
         predicted["risk_level"] = np.array(RISKS, dtype=object)[risk]
         return predicted
+
+    def rank(self, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the score, float64 [rows], and the level, str objects, of a spend without the level's factor."""
+        score = np.interp(expected, self.reference.x, self.reference.y, left=0.0, right=100.0)
+        level = np.searchsorted(np.array(LEVEL_BORDERS), score, side="right")
+        return score, np.array(LEVELS, dtype=object)[level]
 
     def _activity(self, logs: np.ndarray, predictions: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Return P(spend > 0), float64 [rows], and what the purchase process says, float64 [rows, columns]."""

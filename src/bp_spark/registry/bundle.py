@@ -33,6 +33,8 @@ from bp_spark.model.explanation import Explanation
 from bp_spark.model.horizons import Horizons
 from bp_spark.model.members.base import Member, predict_all
 from bp_spark.model.members.files import load_member
+from bp_spark.model.prospects import FILE as PROSPECTS
+from bp_spark.model.prospects import ProspectModel
 from bp_spark.model.stack import CalibratedStack
 from bp_spark.registry import decisions, mlflow_store
 from bp_spark.registry import manifest as manifests
@@ -56,6 +58,7 @@ class Bundle:
         stack: joins the members' predictions.
         horizons: predicts the other horizons.
         explanation: takes predictions apart; ``None`` in a bundle that gives no reasons.
+        prospects: predicts first purchases; ``None`` in a bundle that scores buyers alone.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Bundle:
         stack: CalibratedStack,
         horizons: Horizons,
         explanation: Explanation | None,
+        prospects: ProspectModel | None = None,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
@@ -73,6 +77,7 @@ class Bundle:
         self.stack = stack
         self.horizons = horizons
         self.explanation = explanation
+        self.prospects = prospects
 
     @property
     def digest(self) -> str:
@@ -172,6 +177,7 @@ def write(
     lineage: Mapping[str, Any],
     metrics: Mapping[str, Any],
     explanation: Explanation | None = None,
+    prospects: ProspectModel | None = None,
     private_key: Ed25519PrivateKey | None = None,
 ) -> Bundle:
     """Write a bundle as a whole or not at all.
@@ -185,6 +191,7 @@ def write(
         lineage: where the model comes from: training set and version, configuration, run. Plain JSON values.
         metrics: how good it is. Plain JSON values; NaN is written as null.
         explanation: takes its predictions apart; without one the bundle gives no reasons.
+        prospects: predicts first purchases; without one the bundle scores buyers alone.
         private_key: signs the bundle; without one it is unsigned.
 
     Raises:
@@ -203,6 +210,8 @@ def write(
                 member.save(draft)
             if explanation is not None:
                 explanation.save(draft)
+            if prospects is not None:
+                prospects.save(draft)
             manifest = manifests.seal(
                 {
                     "format": manifests.FORMAT,
@@ -234,7 +243,7 @@ def write(
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
-    return Bundle(folder, manifest, members, stack, horizons, explanation)
+    return Bundle(folder, manifest, members, stack, horizons, explanation, prospects)
 
 
 def _require_writable(folder: Path, names: Sequence[str], stack: CalibratedStack) -> None:
@@ -289,7 +298,9 @@ def load(folder: str | Path, public_key: Ed25519PublicKey | None = None) -> Bund
             explanation.require({member.name: member for member in members}, stack)
         except BundleError as error:
             raise BundleError(f"{folder / MANIFEST}: {error}") from None
-    return Bundle(folder, manifest, members, stack, horizons, explanation)
+    # the list of files says whether there is one: bundles from before there were prospects have the same manifest
+    prospects = ProspectModel.load(folder) if PROSPECTS in manifest["files"] else None
+    return Bundle(folder, manifest, members, stack, horizons, explanation, prospects)
 
 
 def load_promoted(settings: Config, address: str | Path | None = None) -> Bundle:

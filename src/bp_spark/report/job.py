@@ -134,6 +134,7 @@ def _page_data(reader: NightReader, config: Config, scoring_runs: Rows, scoring_
         quarantine=reader.quarantine([int(ingest_id) for ingest_id in ingest_ids if ingest_id]),
         model=_model(config, scoring_run["bundle"]),
         metrics=reader.metrics(scoring_run["bundle"]),
+        prospects=reader.prospects(score_date),
         watched={name: rows for name, rows in watched.items() if len(rows)},
     )
 

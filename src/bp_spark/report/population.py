@@ -15,6 +15,9 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from bp_spark.ingest.pseudonyms import withheld
+from bp_spark.lakehouse.schema import rows_of_date
+from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.tables import PROSPECT_SCORES
 from bp_spark.model.stack import LEVELS, RISKS
 
 BEST_FIRST = tuple(reversed(LEVELS))
@@ -116,6 +119,44 @@ def quarantined(quarantine: DataFrame, new_ingests: list[int]) -> DataFrame:
     return quarantine.groupBy("source", "rule").agg(
         F.count(F.lit(1)).alias("rows"), F.count_if(is_new).alias("new_rows")
     )
+
+
+@dataclass(frozen=True)
+class Prospects:
+    """Sums over the prospects of a date.
+
+    Attributes:
+        users: Number of prospects.
+        purchases: Expected number of first purchases in the horizon.
+        spend: Expected spend in the horizon.
+    """
+
+    users: int
+    purchases: float
+    spend: float
+
+    def in_words(self, currency: str, smallest_group: int) -> str:
+        """Return the sums as one line; nothing of fewer prospects than the smallest group.
+
+        >>> Prospects(1200, 36.4, 990.0).in_words("USD", 10)
+        '1,200 prospects: 36 first purchases and 990 USD expected'
+        >>> Prospects(9, 1.0, 20.0).in_words("USD", 10)
+        'fewer than 10 prospects'
+        """
+        if self.users < smallest_group:
+            return f"fewer than {smallest_group:,} prospects"
+        return (
+            f"{self.users:,} prospects: {self.purchases:,.0f} first purchases and {self.spend:,.0f} {currency} expected"
+        )
+
+
+def prospects_of(lakehouse: Lakehouse, score_date: date) -> Prospects | None:
+    """Return the sums over the prospects of a date; ``None`` where none was scored."""
+    if not lakehouse.exists(PROSPECT_SCORES.name):
+        return None
+    rows = rows_of_date(lakehouse.read(PROSPECT_SCORES.name), score_date)
+    sums = rows.agg(F.count(F.lit(1)), F.sum("p_active"), F.sum("expected_spend")).collect()[0]
+    return Prospects(*sums) if sums[0] else None
 
 
 @dataclass(frozen=True)

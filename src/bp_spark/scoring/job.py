@@ -31,6 +31,7 @@ from bp_spark.registry.bundle import Bundle, load_promoted
 from bp_spark.report import population
 from bp_spark.scoring import prediction
 from bp_spark.scoring.carry_forward import carry_forward, stale_users
+from bp_spark.scoring.prospects import score_prospects
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class ScoreResult:
         bundle: The model.
         stages: The stages that ran.
         currency: Currency of the money in ``levels``.
+        prospects: Sums over the prospects of the date; ``None`` where there are none, or no model of them.
     """
 
     users: int
@@ -59,6 +61,7 @@ class ScoreResult:
     bundle: Bundle
     stages: list[dict[str, Any]]
     currency: str
+    prospects: population.Prospects | None = None
 
 
 def score(
@@ -68,6 +71,8 @@ def score(
 
     If the same bundle scored the date on the same features before, nothing is written. Otherwise a user whose features are
     unchanged since the newest run of the same bundle keeps the score of that run.
+
+    Prospects, users without a purchase before the date, get a row in ``prospect_scores``.
 
     Args:
         spark: The session.
@@ -137,7 +142,8 @@ def score(
             levels = population.distribution(rows_of_date(lakehouse.read("scores"), score_date)).toPandas()
             figures["expected_spend"] = f"{levels['expected_spend'].sum():.2f}"
             figures["score_date"], figures["bundle"] = score_date, bundle.digest
-        return ScoreResult(count, computed if is_new else 0, is_new, levels, bundle, run.records, currency)
+        prospects = score_prospects(run, bundle, score_date)
+        return ScoreResult(count, computed if is_new else 0, is_new, levels, bundle, run.records, currency, prospects)
 
 
 def require_same_features(bundle: Bundle, config: Config) -> None:

@@ -171,7 +171,7 @@ def _work_folder(run: Run) -> Path:
     """Return the folder of work files, which changes with the settings and data that a training depends on."""
     # another address of the registry or of the secret, other alarms or questions, are no reason to train again
     folder = Path(run.config.training.work_dir).absolute() / digest(
-        run.config.model_dump(exclude={"tracking", "privacy", "drift", "fairness", "labelling"}),
+        run.config.model_dump(exclude={"tracking", "privacy", "drift", "fairness", "labelling", "prospects"}),
         run.lakehouse.location("training_set"),
         run.lakehouse.inputs("training_set"),
     )

@@ -33,6 +33,7 @@ from bp_spark.core.config.model import (
     NetworkConfig,
     TreesConfig,
 )
+from bp_spark.core.config.prospects import ProspectsConfig
 from bp_spark.core.config.registry import SigningConfig, TrackingConfig
 from bp_spark.core.config.scoring import (
     FILLED_IN,
@@ -87,6 +88,7 @@ __all__ = [
     "PretrainingConfig",
     "PrivacyConfig",
     "ProfilesConfig",
+    "ProspectsConfig",
     "RetentionConfig",
     "ScoringConfig",
     "SearchConfig",

@@ -12,6 +12,7 @@ from bp_spark.core.config.evaluation import DriftConfig, EvaluationConfig, Fairn
 from bp_spark.core.config.features import FeaturesConfig, LabelsConfig
 from bp_spark.core.config.governance import PrivacyConfig
 from bp_spark.core.config.model import FusionConfig, LinearConfig, NetworkConfig, TreesConfig
+from bp_spark.core.config.prospects import ProspectsConfig
 from bp_spark.core.config.registry import SigningConfig, TrackingConfig
 from bp_spark.core.config.scoring import LabellingConfig, ProfilesConfig, ScoringConfig
 from bp_spark.core.config.sources import CleaningConfig, SourceConfig, SyntheticConfig, TextsConfig
@@ -37,6 +38,7 @@ class Config(Section):
     linear: LinearConfig = LinearConfig()
     fusion: FusionConfig = FusionConfig()
     scoring: ScoringConfig = ScoringConfig()
+    prospects: ProspectsConfig = ProspectsConfig()
     profiles: ProfilesConfig = ProfilesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     drift: DriftConfig = DriftConfig()

@@ -20,7 +20,9 @@ class RetentionConfig(Section):
         description="Events, the user-days made from them, and consultations, from their day on; contacts by campaigns, "
         "from their last day on.",
     )
-    features: Positive | None = Field(None, description="Rows of `user_features`, from their as-of date on.")
+    features: Positive | None = Field(
+        None, description="Rows of `user_features` and `prospect_features`, from their as-of date on."
+    )
     training: Positive | None = Field(
         None,
         description="Rows of `training_set` and `pretraining_set`, requested labels and their answers, from their "

@@ -149,12 +149,14 @@ class ProfilesConfig(Section):
         5.0, gt=0, description="Points by which a score must have changed to be called rising or falling."
     )
     active_days: Positive = Field(
-        30, description="Users are active if their last purchase or visit was at most this many days ago."
+        30,
+        description="Users are active if their last purchase or visit was at most this many days ago. `stage` goes by "
+        "purchases alone: a user whose first purchase is at most so many days ago is new.",
     )
     dormant_days: Positive = Field(
         90,
         description="Users are dormant if their last purchase or visit was more days ago than this. In between, they "
-        "are cooling.",
+        "are cooling. `stage` goes by purchases alone: lapsed, and lapsing in between.",
     )
     prior_purchases: float = Field(
         2.0,

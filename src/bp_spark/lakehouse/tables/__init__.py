@@ -22,6 +22,7 @@ from bp_spark.lakehouse.tables.profiles import (
     RISK_REASON,
     USER_PROFILE,
 )
+from bp_spark.lakehouse.tables.prospects import PROSPECT_FEATURES, PROSPECT_SCORES
 from bp_spark.lakehouse.tables.raw import (
     INGEST_COLUMNS,
     RAW_BEHAVIOURS,
@@ -52,8 +53,10 @@ SHARED_TABLES = (
     TEXTS,
     TEXT_EMBEDDINGS,
     USER_DAILY,
+    PROSPECT_FEATURES,
     SCORES,
     SCORES_LATEST,
+    PROSPECT_SCORES,
     *PROFILE_TABLES,
     RUNS,
     METRICS,
@@ -89,6 +92,8 @@ __all__ = [
     "MARKET_SEGMENTS",
     "METRICS",
     "PROFILE_TABLES",
+    "PROSPECT_FEATURES",
+    "PROSPECT_SCORES",
     "QUARANTINE",
     "RAW_BEHAVIOURS",
     "RAW_CAMPAIGNS",

@@ -4,7 +4,7 @@ from bp_spark.lakehouse.schema import Table, columns
 
 CONSULTATIONS = Table(
     "consultations",
-    "One row per consultation of a user; for analysts, not yet a feature",
+    "One row per consultation of a user; for analysts, and for features of prospects",
     columns(
         ("consultation_id", "string!", "SHA-256 of user, ts, channel, topic and text"),
         ("user_key", "string!", "User"),
@@ -28,7 +28,7 @@ CONSULTATIONS = Table(
 )
 CAMPAIGN_CONTACTS = Table(
     "campaign_contacts",
-    "One row per user, campaign, first day and kind of contact; for analysts, not yet a feature",
+    "One row per user, campaign, first day and kind of contact; for analysts, and for features of prospects",
     columns(
         ("contact_id", "string!", "SHA-256 of user, campaign, first_day and kind"),
         ("user_key", "string!", "User"),

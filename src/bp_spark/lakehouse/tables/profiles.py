@@ -85,6 +85,12 @@ USER_PROFILE = Table(
             "double",
             "Mean z-score of the year's log unit prices within their categories, among all users",
         ),
+        (
+            "stage",
+            "string",
+            "new: first purchase at most profiles.active_days ago; else active, lapsing or lapsed, by the days since the "
+            "last purchase",
+        ),
         ("activity", "string!", "active, cooling or dormant, by the days since the last purchase or visit"),
         ("days_since_purchase", "int", "Days since the last purchase"),
         (

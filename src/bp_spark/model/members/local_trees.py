@@ -95,6 +95,17 @@ def collect_rows(
     )
 
 
+def fit_threads(values: int, at_once: int = 1) -> int:
+    """Return the threads of a fit; their number changes no bit of it.
+
+    Args:
+        values: rows times features.
+        at_once: number of fits that share the cores.
+    """
+    cores = max(1, (os.cpu_count() or 1) // at_once)
+    return max(1, min(cores, values // _VALUES_PER_THREAD))
+
+
 class LocalTreesFit:
     """Fits members on rows of the driver. The binned features of a fold are made once, for all members.
 
@@ -177,5 +188,4 @@ class LocalTreesFit:
         return float((predicted * self._rows.weights[train].astype(np.float64)).sum())
 
     def _threads(self, rows: int, at_once: int) -> int:
-        cores = max(1, (os.cpu_count() or 1) // at_once)
-        return max(1, min(cores, rows * len(self._rows.features) // _VALUES_PER_THREAD))
+        return fit_threads(rows * len(self._rows.features), at_once)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from bp_spark.report.population import Prospects
+
 FRESH_DAYS = 28
 """Days before the score date in which the newest events are looked for."""
 
@@ -32,6 +34,7 @@ class PageData:
         quarantine: See :func:`bp_spark.report.population.quarantined`; ``None`` where nothing was cleaned yet.
         model: Facts of the bundle, as name -> value, ``horizon_days`` among them.
         metrics: Rows of METRICS of the bundle.
+        prospects: Sums over the prospects; ``None`` where none was scored.
         watched: ``drift`` and ``fairness``, where there are such tables: their rows of the date.
     """
 
@@ -49,6 +52,7 @@ class PageData:
     quarantine: pd.DataFrame | None
     model: Mapping[str, object]
     metrics: pd.DataFrame
+    prospects: Prospects | None = None
     watched: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     @property

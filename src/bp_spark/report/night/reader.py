@@ -15,6 +15,7 @@ from bp_spark.lakehouse.store import Lakehouse, read_as_declared
 from bp_spark.lakehouse.tables import METRICS, RUNS
 from bp_spark.report import population
 from bp_spark.report.night.data import FRESH_DAYS
+from bp_spark.report.population import Prospects
 
 REPORT = "report"
 """Job whose stages no page shows."""
@@ -64,6 +65,9 @@ class NightReader(Protocol):
 
     def metrics(self, bundle_digest: str) -> pd.DataFrame:
         """Return the rows of METRICS of a bundle."""
+
+    def prospects(self, score_date: date) -> Prospects | None:
+        """Return :func:`bp_spark.report.population.prospects_of` of a date."""
 
     def watched(self, table: Table, score_date: date) -> pd.DataFrame:
         """Return the date's rows of a table of watched figures; none without the table."""
@@ -147,6 +151,10 @@ class SparkReader:
             return pd.DataFrame(columns=[column.name for column in METRICS.columns])
         rows = read_as_declared(self.lakehouse, METRICS)
         return rows.filter(F.col("bundle_digest") == bundle_digest).toPandas()
+
+    def prospects(self, score_date: date) -> Prospects | None:
+        """See :meth:`NightReader.prospects`."""
+        return population.prospects_of(self.lakehouse, score_date)
 
     def watched(self, table: Table, score_date: date) -> pd.DataFrame:
         """See :meth:`NightReader.watched`."""

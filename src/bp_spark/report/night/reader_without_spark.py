@@ -18,7 +18,7 @@ from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.tables import METRICS, RUNS
 from bp_spark.report.night.data import FRESH_DAYS
 from bp_spark.report.night.reader import MAX_STAGES, REPORT, Rows
-from bp_spark.report.population import BIN, GONE, NEW
+from bp_spark.report.population import BIN, GONE, NEW, Prospects
 
 _MOST_GROUPS = 1_000_000
 _PREVIOUS_DATE = "SELECT max(score_date) AS day FROM {namespace}.scores WHERE score_date < DATE '{score_date}'"
@@ -48,6 +48,9 @@ _FRESHNESS = """
 _QUARANTINED = """
     SELECT source, rule, count(*) AS rows, count_if(ingest_id IN ({new_ingests})) AS new_rows
     FROM {namespace}.quarantine GROUP BY ALL"""
+_PROSPECTS = """
+    SELECT count(*) AS users, sum(p_active) AS purchases, sum(expected_spend) AS spend
+    FROM {namespace}.prospect_scores WHERE score_date = DATE '{score_date}'"""
 
 
 class DuckdbReader:
@@ -121,6 +124,15 @@ class DuckdbReader:
     def metrics(self, bundle_digest: str) -> pd.DataFrame:
         """See :meth:`NightReader.metrics`."""
         return self._rows(METRICS, bundle_digest=bundle_digest)
+
+    def prospects(self, score_date: date) -> Prospects | None:
+        """See :meth:`NightReader.prospects`."""
+        try:
+            sums = self._query(_PROSPECTS, score_date=score_date)
+        except MissingTableError:
+            return None
+        users, purchases, spend = sums.iloc[0]
+        return Prospects(int(users), purchases, spend) if users else None
 
     def watched(self, table: Table, score_date: date) -> pd.DataFrame:
         """See :meth:`NightReader.watched`."""

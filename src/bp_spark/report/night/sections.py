@@ -68,6 +68,9 @@ def population(data: PageData) -> list[Markup]:
     ]
     if data.previous_date:
         body.append(_migration(data))
+    if data.prospects is not None:
+        words = data.prospects.in_words(data.currency, data.smallest_group)
+        body.append(page.paragraph(f"Users without a purchase yet: {words}."))
     body.append(
         page.note(
             f"Groups with fewer than {data.smallest_group} users show no figures (*), and neither does a group that would "

@@ -11,6 +11,7 @@ from pyspark.sql import functions as F
 
 from bp_spark.core.config import ProfilesConfig
 from bp_spark.features.catalogue import Catalogue
+from bp_spark.features.stages import buyer_stage
 from bp_spark.lakehouse.tables import RISK_REASON, USER_PROFILE
 from bp_spark.model.stack import relative_width
 from bp_spark.scoring.profiles.columns import as_double, as_long, shaped
@@ -63,6 +64,9 @@ def user_profile(
                 "reasons": in_words(F.col("reasons"), catalogue),
                 "interests": F.coalesce("interests", F.array().cast(USER_PROFILE.schema["interests"].dataType)),
                 "price_tier": _price_tier(),
+                "stage": buyer_stage(
+                    F.col("tenure"), F.col("days_since_purchase"), config.active_days, config.dormant_days
+                ),
                 "activity": _activity(config),
                 "interval_width": relative_width({name: F.col(name) for name in ("expected_spend", "low", "high")}),
             }
