@@ -88,7 +88,7 @@ def cross_fit(
         :func:`predict_all`, and the spend of each other horizon, NaN where it is not known.
     """
     folds = range(run.config.labels.folds)
-    frame = collect_sample(rows.filter("complete"), run.config)
+    frame = collect_sample(rows.filter("complete"), run.config.fusion.members, run.config)
     # the transformer reads the histories from the table's files
     with persisted(without_histories(rows)) as training_set:
         columns = {name: frame[name].to_numpy() for name in frame.columns}

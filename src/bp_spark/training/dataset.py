@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -245,9 +245,9 @@ def users_of_test_date(run: Run, test_date: date) -> DataFrame:
     return rows.withColumn("seen", labels.fold(config) != labels.HOLDOUT)
 
 
-def collect_sample(rows: DataFrame, config: Config) -> pd.DataFrame:
-    """Return :func:`sample` on the driver; with histories only if a member reads them."""
-    if "transformer" not in config.fusion.members:
+def collect_sample(rows: DataFrame, members: Collection[str], config: Config) -> pd.DataFrame:
+    """Return :func:`sample` on the driver, with histories only if one of the members, by name, reads them."""
+    if "transformer" not in members:
         rows = without_histories(rows)
     # as Arrow, for toPandas makes a Python object of each value
     frame: pd.DataFrame = sample(rows, config).toArrow().to_pandas()

@@ -146,7 +146,7 @@ def _fit_horizons(run: Run, out_of_fold: pd.DataFrame, fusion: CalibratedStack) 
 
 def predict_sample(rows: DataFrame, members: Sequence[Member], config: Config) -> pd.DataFrame:
     """Return each member's predictions of a sample of the rows, on the driver."""
-    frame = collect_sample(rows, config)
+    frame = collect_sample(rows, [member.name for member in members], config)
     columns = {name: frame[name].to_numpy() for name in frame.columns}
     others = [labels.horizon_column("label_spend", days) for days in config.labels.other_horizons]
     names = ("user_key", "as_of_date", "label_spend", *others, "seen", "bracket")

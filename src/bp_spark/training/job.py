@@ -190,7 +190,7 @@ def fit_explanation(run: Run, fitted: Fitted) -> tuple[Explanation, Agreement]:
     """Fit the explanation of predictions on a sample of the training set, and measure it; ``runs`` has the figures."""
     config = run.config
     with run.stage("explain") as figures:
-        frame = collect_sample(run.lakehouse.read("training_set", fitted.version), config)
+        frame = collect_sample(run.lakehouse.read("training_set", fitted.version), fitted.names, config)
         columns = {str(name): frame[name].to_numpy() for name in frame.columns}
         members = [member for member in fitted.members if member.name in fitted.fusion.members]
         explanation = Explanation.fit(
