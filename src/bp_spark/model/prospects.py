@@ -36,7 +36,7 @@ from bp_spark.model.values import floats, number, require_rising, whole
 FILE = "prospects.json"
 """File of a bundle that has a model of prospects."""
 LEAST_BUYERS = 50
-"""First purchasers, in all folds and so many in each, from which trees are fitted."""
+"""First purchasers from which trees are fitted; half as many must be left where a fold is left out."""
 LEAST_SPENDERS = 300
 """First purchasers from which trees are fitted for their spend."""
 
@@ -145,7 +145,8 @@ class ProspectModel:
         bought = rows.spend > 0
         folds = np.unique(rows.fold)
         chance, index = None, _recency(rows.values[:, rows.features.index(SILENCE)])
-        if len(folds) > 1 and min(int(bought[rows.fold != fold].sum()) for fold in folds) >= LEAST_BUYERS // 2:
+        fewest = min(int(bought[rows.fold != fold].sum()) for fold in folds)
+        if bought.sum() >= LEAST_BUYERS and fewest >= LEAST_BUYERS // 2:
             rate = float(np.average(bought, weights=weights))
             chance, index = _cross_fit(ChanceTrees, rows, bought, rate, _CHANCE_ROUNDS, seed)
         calibration = _calibration(index, bought, weights)
