@@ -31,7 +31,7 @@ from bp_spark.lakehouse.tables import (
     TEXTS,
 )
 from bp_spark.registry import bundle as bundles
-from bp_spark.training.prospects import sample_shares
+from bp_spark.training.prospects import sample_shares, sampled
 from tests.support.rows import frame
 
 pytestmark = pytest.mark.slow
@@ -229,3 +229,20 @@ def test_a_sample_has_all_first_purchasers_where_they_fit(
     buyers: int, others: int, most: int, expected: tuple[float, float]
 ) -> None:
     assert sample_shares(buyers, others, most) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shares", [(1.0, 0.5), (0.0, 1.0), (1.0, 0.0)])
+def test_a_sample_weighs_as_much_as_what_it_is_taken_from(spark: SparkSession, shares: tuple[float, float]) -> None:
+    users = spark.range(400).selectExpr(
+        "concat('u', id) AS user_key", "DATE '2024-01-01' AS as_of_date", "id < 40 AS bought"
+    )
+    rows = (
+        sampled(users, *shares, config.load().labels).groupBy("bought").agg({"weight": "sum", "*": "count"}).collect()
+    )
+    taken = {row["bought"]: (row["count(1)"], row["sum(weight)"]) for row in rows}
+    assert set(taken) == {bought for bought, share in zip((True, False), shares, strict=True) if share}
+    if taken.get(True):
+        assert taken[True] == (40, 40.0)
+    if taken.get(False):
+        assert taken[False][1] == pytest.approx(360, rel=0.2)
+        assert taken[False][0] == pytest.approx(360 * shares[1], rel=0.2)

@@ -81,7 +81,7 @@ def collect_labelled(run: Run, dates: Sequence[date], test_date: date) -> LocalR
     with persisted(labelled.withColumn("bought", F.col("label_spend") > 0)) as rows:
         counts = {row["bought"]: row["count"] for row in rows.groupBy("bought").count().collect()}
         shares = sample_shares(counts.get(True, 0), counts.get(False, 0), config.prospects.max_training_rows)
-        return collect_rows(_sampled(rows, *shares, config.labels), FEATURES, weight="weight")
+        return collect_rows(sampled(rows, *shares, config.labels), FEATURES, weight="weight")
 
 
 def sample_shares(buyers: int, others: int, most: int) -> tuple[float, float]:
@@ -97,12 +97,21 @@ def sample_shares(buyers: int, others: int, most: int) -> tuple[float, float]:
     return taken_buyers / max(buyers, 1), taken_others / max(others, 1)
 
 
-def _sampled(rows: DataFrame, buyers_share: float, others_share: float, config: LabelsConfig) -> DataFrame:
-    """Take a share of either kind by a hash of the row, with weights, folds and the column ``complete``."""
+def sampled(rows: DataFrame, buyers_share: float, others_share: float, config: LabelsConfig) -> DataFrame:
+    """Take a share of either kind by a hash of the row, with weights, folds and the column ``complete``.
+
+    Args:
+        rows: labelled prospects, with the column ``bought``.
+        buyers_share: share of first purchasers to take, 0 to 1.
+        others_share: share of the others to take, 0 to 1.
+        config: the folds.
+    """
     share = F.when(F.col("bought"), buyers_share).otherwise(others_share)
     place = F.pmod(F.xxhash64(F.lit("prospects"), *KEY), F.lit(_HASHES)) / _HASHES
     taken = rows.filter(place < share)
-    return taken.withColumns({"weight": 1 / share, "fold": labels.fold(config), "complete": F.lit(True)})
+    # a share of 0 leaves no row to weigh
+    weight = F.try_divide(F.lit(1.0), share)
+    return taken.withColumns({"weight": weight, "fold": labels.fold(config), "complete": F.lit(True)})
 
 
 def chosen_rows(rows: LocalRows, chosen: np.ndarray) -> LocalRows:
