@@ -39,6 +39,7 @@ def profile(user_key: str, **more: Any) -> dict[str, Any]:
         "trend_30d": "falling",
         "interests": [{"category": "Food>Tea", "weight": 0.6}],
         "price_tier": "premium",
+        "stage": "active",
         "activity": "active",
         "days_since_purchase": 3,
         "days_since_visit": 1,
@@ -65,6 +66,26 @@ TABLES: dict[str, list[dict[str, Any]]] = {
     # an older date, as after a profile that was stopped
     "customer_service": [
         {"user_key": ANNA, "score_date": BEFORE, "service_tier": "premier", "talking_points": [{"text": "Old news"}]}
+    ],
+    # of a user who bought since, the profile counts
+    "prospect_scores": [
+        {
+            "user_key": key,
+            "score_date": day,
+            "stage": "prospect",
+            "score": 12.0,
+            "level": "E",
+            "expected_spend": spend,
+            "low": 0.0,
+            "high": 40.0,
+            "p_active": 0.13,
+            "reason": "carts_7d",
+        }
+        for key, day, spend in (
+            (SECRET.key_of("dora"), BEFORE, 777.0),
+            (SECRET.key_of("dora"), DAY, 5.5),
+            (ANNA, BEFORE, 777.0),
+        )
     ],
     "consultations": [
         {
@@ -140,8 +161,21 @@ def test_a_card_says_what_the_tables_say_of_that_user_alone(tables: Path) -> Non
         "and 1 earlier",
     ):
         assert text in result.output
-    for text in (BEN, "Ben's", "666", "2.00 in", "Old news", "not shown", "first", "campaigns"):
+    for text in (BEN, "Ben's", "666", "777", "2.00 in", "Old news", "not shown", "first", "campaigns"):
         assert text not in result.output
+
+
+def test_a_user_without_a_purchase_has_a_card_of_the_newest_score(tables: Path) -> None:
+    lines = [" ".join(line.split()) for line in show(tables, "--user", "dora").output.replace("│", " ").splitlines()]
+    assert lines[0] == f"user dora on {DAY}"
+    assert {
+        "stage prospect",
+        "score 12.0 of 100, level E",
+        "expected spend 5.50; with 90 % between 0.00 and 40.00",
+        "chance of a first purchase 13%",
+        "because of Cart actions, 7 days",
+    } < set(lines)
+    assert not any(line.startswith(("risk", "activity")) for line in lines)
 
 
 def test_what_users_wrote_makes_no_line_of_its_own_and_commands_no_terminal(tables: Path) -> None:

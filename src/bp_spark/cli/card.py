@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from bp_spark.core.errors import DataError, MissingTableError
+from bp_spark.features.stages import PROSPECT
 from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.tables import (
     CAMPAIGN_CONTACTS,
     CONSULTATIONS,
     CUSTOMER_SERVICE,
+    PROSPECT_FEATURES,
+    PROSPECT_SCORES,
     RISK_CONTROL,
     SCORES,
     USER_PROFILE,
@@ -33,7 +36,7 @@ class Card:
     """Rows of one user, as of the date of the profile.
 
     Attributes:
-        profile: Row of ``user_profile``.
+        profile: Row of ``user_profile``; of a user without a purchase, the newest row of ``prospect_scores``.
         score: Row of ``scores``, if it is still there.
         risk: Row of ``risk_control``, if there is one.
         service: Row of ``customer_service``, if there is one.
@@ -58,9 +61,17 @@ def read(rows_where: Callable[..., list[dict[str, Any]]], user_key: str) -> Card
 
     Raises:
         MissingTableError: There is no table of profiles yet.
-        DataError: The user has no profile.
+        DataError: The user has no profile, and no score as a prospect.
     """
+
+    def rows(table: Table, **values: Any) -> list[dict[str, Any]]:
+        try:
+            return rows_where(table, user_key=user_key, **values)
+        except MissingTableError:
+            return []
+
     profiles = rows_where(USER_PROFILE, user_key=user_key)
+    profiles = profiles or sorted(rows(PROSPECT_SCORES), key=lambda row: row["score_date"], reverse=True)
     if not profiles:
         # the message may end in a log, so it doesn't name the user
         raise DataError(
@@ -70,12 +81,6 @@ def read(rows_where: Callable[..., list[dict[str, Any]]], user_key: str) -> Card
             column="user_key",
         )
     profile = profiles[0]
-
-    def rows(table: Table, **values: Any) -> list[dict[str, Any]]:
-        try:
-            return rows_where(table, user_key=user_key, **values)
-        except MissingTableError:
-            return []
 
     def of_date(table: Table) -> Row | None:
         return next(iter(rows(table, score_date=profile["score_date"])), None)
@@ -93,11 +98,33 @@ def read(rows_where: Callable[..., list[dict[str, Any]]], user_key: str) -> Card
 def facts(card: Card) -> list[tuple[str, str]]:
     """Return a card in words, most important first: a line each, the name in its first line."""
     profile = card.profile
+    is_prospect = profile["stage"] == PROSPECT
     all_facts: list[Fact] = [
         ("user key", [profile["user_key"]]),
+        ("stage", [profile["stage"]] if profile["stage"] else []),
         ("score", [f"{profile['score']:.1f} of 100, level {profile['level']}"]),
         ("expected spend", _expected_spend(card)),
-        ("chance of any spend", [f"{profile['p_active']:.0%}"]),
+        ("chance of a first purchase" if is_prospect else "chance of any spend", [f"{profile['p_active']:.0%}"]),
+        *(_of_prospect(profile) if is_prospect else _of_buyer(card)),
+        ("campaigns", _newest(card.contacts, _contact)),
+        ("consultations", _newest(card.consultations, _consultation)),
+    ]
+    # a line break in a value would look like a line of its own
+    return [
+        ("" if number else name, " ".join(line.split()))
+        for name, lines in all_facts
+        for number, line in enumerate(lines)
+    ]
+
+
+def _of_prospect(score: Row) -> list[Fact]:
+    reasons = [column.comment for column in PROSPECT_FEATURES.columns if column.name == score["reason"]]
+    return [("because of", reasons)]
+
+
+def _of_buyer(card: Card) -> list[Fact]:
+    profile = card.profile
+    return [
         ("because of", profile["reasons"]),
         ("trend", _trends(profile)),
         ("risk", _risk(card)),
@@ -107,14 +134,6 @@ def facts(card: Card) -> list[tuple[str, str]]:
         ("interests", [f"{interest['category']} ({interest['weight']:.0%})" for interest in profile["interests"]]),
         ("prices", [profile["price_tier"]] if profile["price_tier"] else []),
         *_service(card.service),
-        ("campaigns", _newest(card.contacts, _contact)),
-        ("consultations", _newest(card.consultations, _consultation)),
-    ]
-    # a line break in a value would look like a line of its own
-    return [
-        ("" if number else name, " ".join(line.split()))
-        for name, lines in all_facts
-        for number, line in enumerate(lines)
     ]
 
 
