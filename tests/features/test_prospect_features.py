@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import date, timedelta
 from typing import Any
 
@@ -57,6 +58,7 @@ def features_of(
     days: list[dict[str, Any]],
     talks: list[dict[str, Any]] | None,
     mails: list[dict[str, Any]] | None,
+    dates: Sequence[date] = (AS_OF, EARLIER),
 ) -> dict[tuple[str, date], dict[str, Any]]:
     def rows(table: Any, values: list[dict[str, Any]] | None) -> DataFrame | None:
         return None if values is None else frame(spark, table, *values)
@@ -64,7 +66,7 @@ def features_of(
     traces = prospects.traces(
         frame(spark, USER_DAILY, *days), rows(CONSULTATIONS, talks), rows(CAMPAIGN_CONTACTS, mails)
     )
-    found = conform(prospects.prospect_features(traces, [AS_OF, EARLIER], 180, "x"), PROSPECT_FEATURES)
+    found = conform(prospects.prospect_features(traces, dates, 180, "x"), PROSPECT_FEATURES)
     return {(row["user_key"], row["as_of_date"]): row.asDict() for row in found.collect()}
 
 
@@ -134,10 +136,12 @@ def test_nothing_on_the_date_or_later_changes_a_feature(spark: SparkSession) -> 
 
     before = random_days(80, 250, 1), [talk(user, 30) for user in users[::3]], [mail(user, 50) for user in users[::4]]
     after = random_days(40, 1, -60), [talk(user, 0) for user in users], [mail(user, -3) for user in users]
-    alone = features_of(spark, *before)
-    both = features_of(spark, *(one + other for one, other in zip(before, after, strict=True)))
-    assert len(alone) > 20
-    assert both == alone
+    everything = [one + other for one, other in zip(before, after, strict=True)]
+    # a later date among those asked for sees more, and the earlier one doesn't
+    both = features_of(spark, *everything, [AS_OF, ago(-30)])
+    alone = features_of(spark, *before, [AS_OF])
+    assert len(alone) > 10
+    assert {key: row for key, row in both.items() if key[1] == AS_OF} == alone
 
 
 def test_each_feature_is_a_column_and_each_source_a_table() -> None:
