@@ -50,6 +50,7 @@ SLOW = {
     "tests/features/test_incremental.py": "four nights, a rebuild, and all of them at once",
     "tests/training/test_finetune.py": "two ranks, seven times",
     "tests/ingest/test_contacts.py": "two nights of contacts, one of them stopped, a rebuild and a replay",
+    "tests/scoring/test_prospects.py": "a training and a night of buyers and prospects",
     "tests/ingest/test_deliveries.py": "nights of changed files and of a Delta table, and a rebuild after each",
     "tests/test_notebooks.py": "all notebooks, one after the other",
     "tests/test_fuzz.py": "ten thousand cases in make test-thorough",
