@@ -24,7 +24,7 @@ from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from bench import say
@@ -36,6 +36,7 @@ from bp_spark.evaluation import metrics
 from bp_spark.features import labels
 from bp_spark.ingest import pseudonyms
 from bp_spark.ingest.sources.synthetic import generate
+from bp_spark.lakehouse.schema import rows_of_date
 from bp_spark.lakehouse.store import Lakehouse
 
 SETTINGS = (
@@ -73,7 +74,7 @@ def everyone(lakehouse: Lakehouse, settings: Config, day: date) -> dict[str, flo
     seen = before.groupBy("user_key").agg(F.sum("orders").alias("orders"), F.max("day").alias("last"))
     is_recent = F.datediff(F.lit(day), "last") <= settings.prospects.silent_days
     wanted = seen.filter((F.col("orders") > 0) | is_recent)
-    scores = [_scores(lakehouse, name, day).select("user_key") for name in ("scores", "prospect_scores")]
+    scores = [rows_of_date(lakehouse.read(name), day).select("user_key") for name in ("scores", "prospect_scores")]
     counts = scores[0].unionByName(scores[1]).groupBy("user_key").agg(F.count(F.lit(1)).alias("scores"))
     users, once = (
         wanted.join(counts, "user_key", "left").agg(F.count(F.lit(1)), F.count_if(F.col("scores") == 1)).collect()[0]
@@ -84,7 +85,7 @@ def everyone(lakehouse: Lakehouse, settings: Config, day: date) -> dict[str, flo
 def first_purchases(lakehouse: Lakehouse, settings: Config, day: date) -> dict[str, float]:
     """Return how right the scores of prospects are."""
     spend = labels.future_spend(lakehouse.read("user_daily"), [day], settings.labels.horizon_days)
-    rows = _scores(lakehouse, "prospect_scores", day).withColumn("as_of_date", F.col("score_date"))
+    rows = rows_of_date(lakehouse.read("prospect_scores"), day).withColumn("as_of_date", F.col("score_date"))
     frame = labels.join_labels(rows, spend).select("label_spend", "p_active", "expected_spend", "high").toPandas()
     spent, p_active = np.maximum(frame["label_spend"].to_numpy(), 0.0), frame["p_active"].to_numpy()
     ones = np.ones(len(frame))
@@ -94,10 +95,6 @@ def first_purchases(lakehouse: Lakehouse, settings: Config, day: date) -> dict[s
         "prospects.spend_calibration": float(frame["expected_spend"].sum() / spent.sum()),
         "prospects.above_high": float((spent > frame["high"].to_numpy()).mean()),
     }
-
-
-def _scores(lakehouse: Lakehouse, name: str, day: date) -> DataFrame:
-    return lakehouse.read(name).filter(F.col("score_date") == F.lit(day))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
 
-from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from bp_spark.core.config import FeaturesConfig, LabelsConfig
@@ -23,6 +23,7 @@ from bp_spark.core.errors import DataError
 from bp_spark.features import definition
 from bp_spark.features.aggregates import SEQUENCE_COLUMNS
 from bp_spark.features.catalogue import user_features_table
+from bp_spark.features.user_daily import first_order_day
 from bp_spark.lakehouse.schema import Column as TableColumn
 from bp_spark.lakehouse.schema import Table
 
@@ -164,8 +165,7 @@ def weekly_spend(daily: DataFrame, until: date) -> DataFrame:
     def week(day: Column) -> Column:
         return F.floor((F.datediff(F.lit(until), day) - 1) / 7).cast("int")
 
-    first_order = F.min(F.when(F.col("orders") > 0, F.col("day"))).over(Window.partitionBy("user_key"))
-    days = daily.filter(F.col("day") < F.lit(until)).select("day", "spend", first_order.alias("first_order"))
+    days = daily.filter(F.col("day") < F.lit(until)).select("day", "spend", first_order_day().alias("first_order"))
     return (
         days.filter(F.col("day") >= F.col("first_order"))
         .groupBy(week(F.col("first_order")).alias("first_week"), week(F.col("day")).alias("week"))

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import reduce
 
-from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from bp_spark.features.definition import KEY
+from bp_spark.features.user_daily import first_order_day
 from bp_spark.lakehouse.tables import PROSPECT_FEATURES
 
 FORMAT = 1
@@ -83,7 +84,6 @@ def prospect_features(traces: DataFrame, as_of: Sequence[date], silent_days: int
     Returns:
         Rows of PROSPECT_FEATURES.
     """
-    first_order = F.min(F.when(F.col("orders") > 0, F.col("day"))).over(Window.partitionBy("user_key"))
     dates = F.array(*(F.lit(day) for day in sorted(set(as_of))))
     # a window and no join: user-days are shuffled once, and those from the first purchase on go no further
     before_purchase = F.filter(
@@ -91,7 +91,7 @@ def prospect_features(traces: DataFrame, as_of: Sequence[date], silent_days: int
     )
     rows = (
         traces.filter(F.col("day") < F.lit(max(as_of)))
-        .withColumn("first_order", first_order)
+        .withColumn("first_order", first_order_day())
         .withColumn("as_of_date", F.explode(before_purchase))
         .withColumn("age", F.datediff("as_of_date", "day"))
     )

@@ -191,6 +191,11 @@ def _item_days(events: DataFrame) -> DataFrame:
     )
 
 
+def first_order_day() -> SparkColumn:
+    """Return the day of the user's first order among all rows of a frame; NULL for a user without an order."""
+    return F.min(F.when(F.col("orders") > 0, F.col("day"))).over(Window.partitionBy("user_key"))
+
+
 def cents(column: str) -> SparkColumn:
     """Return money as a whole number of cents."""
     return F.round(F.col(column).cast("double") * 100).cast("long")

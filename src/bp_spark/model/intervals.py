@@ -121,7 +121,7 @@ class UserIntervals:
         """Return both ends in money, float64 [rows] each; the lower one is not negative."""
         root, regressors = users.root, _regressors(users, self.tail, self.unit)
         low, high = np.zeros(len(root)), np.expm1(users.log_expected)
-        surely, perhaps = users.p_active >= 1.0 - self.tail, users.p_active > _upper_tails(users, self.tail)
+        surely, perhaps = users.p_active >= 1.0 - self.tail, users.p_active > upper_tails(users.p_active, self.tail)
         if self.lower is not None:
             low[surely] = np.maximum(root[surely] - self.lower(regressors[surely]), 0.0) ** 2
         high[perhaps] = (root[perhaps] + self.upper(regressors[perhaps])) ** 2
@@ -167,7 +167,7 @@ def _regressors(users: Predicted, tail: float, unit: float) -> np.ndarray:
     # Sums column by column: the order of a sum over rows could depend on how many there are.
     mean = sum(users.roots.T, np.zeros(len(log_root))) / members
     variance = sum(((root - mean) ** 2 for root in users.roots.T), np.zeros(len(log_root))) / members
-    within_buyers = (users.p_active - _upper_tails(users, tail)) / np.maximum(users.p_active, _CLOSEST)
+    within_buyers = (users.p_active - upper_tails(users.p_active, tail)) / np.maximum(users.p_active, _CLOSEST)
     columns = [
         log_root,
         np.log1p(np.sqrt(variance) / unit),
@@ -178,13 +178,17 @@ def _regressors(users: Predicted, tail: float, unit: float) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
-def _upper_tails(users: Predicted, tail: float) -> np.ndarray:
+def upper_tails(p_active: np.ndarray, tail: float) -> np.ndarray:
     """Return each user's chance to spend more than the upper end, float64 [rows].
 
-    An interval from above 0 has one tail on each side. Nobody spends less than 0, so an interval from 0 has both tails above
-    its upper end. Between the two, the chance is that of spending nothing: then the upper end doesn't jump.
+    Nobody spends less than 0. So an interval from 0 has both tails above its upper end, and one from above 0 has a tail on each
+    side. Between the two, the chance is that of spending nothing: then the upper end doesn't jump.
+
+    Args:
+        p_active: P(spend > 0), float64 [rows].
+        tail: share of users beyond each end, where both can be missed.
     """
-    return np.asarray(np.clip(1.0 - users.p_active, tail, 2.0 * tail))
+    return np.asarray(np.clip(1.0 - p_active, tail, 2.0 * tail))
 
 
 def _beyond(regressors: np.ndarray, highest: tuple[float, ...]) -> np.ndarray:
@@ -215,7 +219,7 @@ def fit_intervals(
     above = np.sqrt(np.outer(spend, shocks)) - users.root[:, None]
     shares = np.repeat(weights[:, None] / len(shocks), len(shocks), axis=1)
     needed = rows_needed(coverage)
-    tails = _upper_tails(users, tail)
+    tails = upper_tails(users.p_active, tail)
     surely, perhaps = users.p_active >= 1.0 - tail, users.p_active > tails
     if weights[perhaps].sum() < needed:
         perhaps = np.ones(len(spend), bool)

@@ -28,6 +28,7 @@ from bp_spark.features.prospects import FEATURES, FORMAT, SILENCE
 from bp_spark.model.bins import quantile_bins
 from bp_spark.model.columns import Columns, to_matrix
 from bp_spark.model.curve import Curve, curve_from_json
+from bp_spark.model.intervals import upper_tails
 from bp_spark.model.members.base import read_json, write_json
 from bp_spark.model.members.local_trees import LocalRows, fit_threads
 from bp_spark.model.members.trees import TreesMember
@@ -181,7 +182,7 @@ class ProspectModel:
         given = given * self.money.factor
         expected = p_active * given
         tail, nothing = self.tail, 1.0 - p_active
-        above = np.clip(nothing, tail, 2.0 * tail)
+        above = upper_tails(p_active, tail)
         # of all users so many lie below or above the end; of those who buy, so many more
         buys = np.maximum(p_active, tail)
         high = np.where(p_active > above, given * self._ratio(1.0 - above / buys), expected)

@@ -4,8 +4,7 @@ from bp_spark.lakehouse.schema import Table, columns
 
 PROSPECT_FEATURES = Table(
     "prospect_features",
-    "What is known of each prospect on as_of_date, from events, consultations and contacts before it; users without a "
-    "purchase before it",
+    "Features of users without a purchase before as_of_date, from events, consultations and contacts before that day",
     columns(
         ("user_key", "string!", "User"),
         ("as_of_date", "date!", "Only what happened before this day is seen"),
