@@ -17,6 +17,8 @@ Colombo 1987). The calendar, the trend and what an order costs differ by world. 
 - ``worlds.mae_ratio_to_best_peer``: mean absolute error over that of the best of these, the median.
 - ``worlds.p_active_error_median``, ``worlds.p_active_error_worst``: largest difference of ``p_active`` and the share of buyers
   among users of like recency.
+- ``worlds.totals_coverage``: share of totals, of the platform and of its levels, that lie in the interval of
+  :mod:`bp_spark.model.totals`; ``worlds.platform_coverage``: of the platform alone.
 - ``worlds.total_error_steady_median``, ``worlds.total_error_steady_worst``: errors without the factor of the season.
 """
 
@@ -48,7 +50,9 @@ from bp_spark.evaluation import bootstrap, metrics
 from bp_spark.features import labels
 from bp_spark.ingest.clean import span
 from bp_spark.lakehouse.run import recorded
-from bp_spark.training.ensemble import fit_as_of
+from bp_spark.model.totals import interval
+from bp_spark.scoring.profiles.totals import EVERYONE
+from bp_spark.training.ensemble import Fitted, fit_as_of
 
 OUT = Path("build/bench/worlds.json")
 TEST_DATE = date(2024, 10, 6)
@@ -228,8 +232,29 @@ def figures(spark: SparkSession, settings: Config, test_date: date) -> dict[str,
         "mae_ratio_to_best_peer": own["mae"] / float(maes["value"].min()),
         "evidence": level.evidence if level else 0.0,
         "level_sd": level.sd if level else 0.0,
+        **_totals_inside(fitted, users),
         "seconds": time.monotonic() - started,
     }
+
+
+def _totals_inside(fitted: Fitted, users: pd.DataFrame) -> dict[str, float]:
+    """Whether the platform's total lies in its interval, and the share of such totals, its levels included."""
+    error = next(error for error in fitted.totals.errors if error.days == fitted.horizons.main)
+    rows = pd.DataFrame(
+        {
+            "spent": users["label_spend"].clip(lower=0),
+            "expected": users["fused"],
+            "variance": error.dispersion * users["fused"] ** error.power,
+            "level": fitted.fusion.rank(users["fused"].to_numpy() / fitted.fusion.factor())[1],
+        }
+    )
+    sums = rows.groupby("level").sum()
+    sums.loc[EVERYONE] = sums.sum()
+    inside = {}
+    for group, row in sums.iterrows():
+        low, high = interval(row["expected"], row["variance"], error, fitted.totals.z, everyone=group == EVERYONE)
+        inside[group] = float(low <= row["spent"] <= high)
+    return {"platform_inside": inside[EVERYONE], "totals_inside": statistics.mean(inside.values())}
 
 
 def _worst_band(p_active: np.ndarray, active: np.ndarray, bands: pd.Series) -> float:
@@ -255,6 +280,8 @@ def summary(worlds: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         "above_high_max": of("above_high", max),
         "rank_losses": of("rank_loss", sum),
         "mae_ratio_to_best_peer": of("mae_ratio_to_best_peer", statistics.median),
+        "totals_coverage": of("totals_inside", statistics.mean),
+        "platform_coverage": of("platform_inside", statistics.mean),
         "p_active_error_median": of("p_active_error", statistics.median),
         "p_active_error_worst": of("p_active_error", max),
     }

@@ -26,7 +26,7 @@ from bp_spark.evaluation import drift
 from bp_spark.features import labels
 from bp_spark.features.catalogue import catalogue, user_features_table
 from bp_spark.lakehouse.store import Lakehouse
-from bp_spark.lakehouse.tables import EVENTS, SCORES, USER_DAILY
+from bp_spark.lakehouse.tables import EVENTS, SCORES, TOTALS, USER_DAILY
 from bp_spark.model.horizons import Horizons
 from bp_spark.model.members.btyd import BtydMember
 from bp_spark.model.stack import CalibratedStack
@@ -170,6 +170,28 @@ def scored(day: date, number: int, score: float, digest: str, **values: Any) -> 
     return {**row, "bundle_digest": digest, "risk_level": "low", "code_version": "test", **values}
 
 
+def promised_totals() -> list[dict[str, Any]]:
+    """Of OLD, when every user spent 10: right for all, right for A, too low for B, and of C not all users are counted."""
+    ends = {
+        ("platform", "all"): (USERS, 1.1),
+        ("level", "A"): (80, 1.1),
+        ("level", "B"): (80, 0.9),
+        ("level", "C"): (70, 0.9),
+    }
+    return [
+        {
+            "score_date": OLD,
+            "horizon_days": days,
+            "segment": segment,
+            "value": value,
+            "users": users,
+            "high": 10 * users * most,
+        }
+        for (segment, value), (users, most) in ends.items()
+        for days in (90, 30)
+    ]
+
+
 @pytest.fixture(scope="module")
 def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Platform:
     folder = tmp_path_factory.mktemp("drift")
@@ -226,6 +248,7 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
             scored(LAST, user, score, "another"),
         ]
     lakehouse.replace(SCORES, rows_of(spark, SCORES, scores))
+    lakehouse.replace(TOTALS, rows_of(spark, TOTALS, promised_totals()))
     days = [
         {"user_key": f"user{user}", "day": OLD + timedelta(days=user % 90), "spend": Decimal(10)}
         for user in range(USERS)
@@ -254,6 +277,8 @@ def test_where_nothing_moved_nothing_alarms_but_what_was_spent_outside_the_inter
     assert figures[str(OLD), "coverage", None]["value"] == 0.5
     assert figures[str(OLD), "calibration", None]["value"] == 1
     assert figures[str(OLD), "mae", None]["value"] == 0
+    inside = figures[str(OLD), "totals_inside", None]
+    assert (inside["value"], inside["reference"], inside["users"]) == (2 / 3, 0.9, USERS)
     assert figures["score", "moved", str(OLD)]["value"] == 0
     # there are no features of OLD: nobody can tell whom an event moved
     assert figures["score", "moved_without_events", str(OLD)]["value"] is None

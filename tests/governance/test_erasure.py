@@ -31,6 +31,7 @@ from bp_spark.lakehouse.tables import (
     PROSPECT_FEATURES,
     PROSPECT_SCORES,
     SCORES,
+    TOTALS,
     USER_PROFILE,
 )
 from tests.support.histories import SECRET, sorted_rows, write_night
@@ -110,6 +111,8 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     lakehouse.replace(USER_PROFILE, frame(spark, USER_PROFILE, *profiled))
     segment = {"score_date": AS_OF, "level": "E", "category": "none", "region": "all", "users": 2}
     lakehouse.replace(MARKET_SEGMENTS, frame(spark, MARKET_SEGMENTS, segment))
+    totals = [{"score_date": date_, "segment": "platform"} for date_ in (AS_OF, TODAY - timedelta(days=500))]
+    lakehouse.replace(TOTALS, frame(spark, TOTALS, *totals))
     as_prospects = [{"user_key": row["user_key"], "score_date": row["score_date"], "level": "E"} for row in scored]
     lakehouse.replace(PROSPECT_SCORES, frame(spark, PROSPECT_SCORES, *as_prospects))
     labelled = [{"user_key": row["user_key"], "as_of_date": row["score_date"]} for row in scored]
@@ -226,6 +229,7 @@ def test_a_forgotten_user_is_in_no_file_and_the_nights_go_on(
         assert {row[0] for row in lakehouse.read(name).select("user_key").collect()} == {SECRET.key_of(STAYS)}
     # what counted the user is not to be held against what does not
     assert lakehouse.read("market_segments").isEmpty()
+    assert [row["score_date"] for row in lakehouse.read("totals").collect()] == [TODAY - timedelta(days=500)]
     files = Path(lakehouse.location("market_segments")).glob("*.parquet")
     assert sum(pq.read_metadata(file).num_rows for file in files) == 0
     assert {row[0] for row in lakehouse.read("user_keys").select("user_id").collect()} == {STAYS, *OTHERS}
@@ -366,6 +370,7 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
             "prospect_scores",
             "prospect_features",
             "user_profile",
+            "totals",
             "given_labels",
             "label_requests",
             "raw_transactions",
@@ -381,6 +386,7 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
         "prospect_scores": "2",
         "prospect_features": "2",
         "user_profile": "2",
+        "totals": "1",
         "given_labels": "2",
         "label_requests": "2",
         "raw_transactions": "0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from bp_spark.core.errors import DataError
 from bp_spark.lakehouse import without_spark
 from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.store import Lakehouse
-from bp_spark.lakehouse.tables import DRIFT, EVENTS, PROSPECT_SCORES, QUARANTINE, RUNS, SCORES
+from bp_spark.lakehouse.tables import DRIFT, EVENTS, PROSPECT_SCORES, QUARANTINE, RUNS, SCORES, TOTALS
 from bp_spark.report.job import ReportResult, report, report_without_spark
 from tests.support.rows import frame
 
@@ -91,6 +92,22 @@ def tables(spark: SparkSession, lakehouse: Lakehouse, settings: Config) -> Confi
             for n in range(12)
             for day in (BEFORE, NIGHT)
         ],
+        TOTALS: [
+            {
+                "score_date": day,
+                "horizon_days": days,
+                "segment": segment,
+                "value": value,
+                "users": USERS,
+                "expected_spend": days * 1_000.0,
+                "low": days * 900.0,
+                "high": days * 1_200.0,
+                "bundle_digest": bundle * 64,
+            }
+            for day, bundle in ((BEFORE, "b"), (NIGHT, "b"), (NIGHT, "c"))
+            for days in (30, 90)
+            for segment, value in (("platform", "all"), ("level", "B"), ("level", "A"), ("region", "north"))
+        ],
         DRIFT: [
             {
                 "score_date": NIGHT,
@@ -119,6 +136,9 @@ def test_the_page_is_that_of_spark(spark: SparkSession, tables: Config, tmp_path
     assert "2024-03-09" in text(without)
     assert "rule 1" in text(without)
     assert "12 prospects: 3 first purchases and 30 " in text(without)
+    totals = re.findall(r"90,000</td><td>81,000 to 108,000", text(without))
+    # of the platform and two levels; one region alone is the platform, and another bundle's rows are not this night's
+    assert len(totals) == 3
     keys = ["level", "bin", "risk_level"]
     figures = [result.levels.sort_values(keys).reset_index(drop=True) for result in (without, by_spark)]
     assert (figures[0][[*keys, "users"]] == figures[1][[*keys, "users"]]).all(axis=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from pyspark.sql import functions as F
 
 from bp_spark import pipeline
 from bp_spark.core import config
-from bp_spark.core.config import Config, FeaturesConfig, ProfilesConfig
-from bp_spark.core.errors import ConfigError, ConflictError, DataError
+from bp_spark.core.config import Config, FeaturesConfig, FusionConfig, ProfilesConfig
+from bp_spark.core.errors import BundleError, ConfigError, ConflictError, DataError
 from bp_spark.features.catalogue import catalogue, user_features_table
 from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.store import Lakehouse
@@ -31,11 +32,17 @@ from bp_spark.lakehouse.tables import (
     PROFILE_TABLES,
     RAW_USERS,
     SCORES,
+    SCORES_LATEST,
     SHARED_TABLES,
     TABLE_NAMES,
     USER_DAILY,
     USER_PROFILE,
 )
+from bp_spark.model.horizons import Horizons
+from bp_spark.model.members.btyd import BtydMember
+from bp_spark.model.stack import CalibratedStack
+from bp_spark.model.totals import TotalError, Totals, interval
+from bp_spark.registry import bundle as bundles
 from bp_spark.scoring.profiles.affinity import category_affinity
 from bp_spark.scoring.profiles.applications import customer_service
 from bp_spark.scoring.profiles.segments import CELL, market_segments
@@ -54,6 +61,7 @@ SETTINGS = [
     "profiles.region_segment=region",
 ]
 NAMES = [table.name for table in PROFILE_TABLES]
+ERRORS = Totals(0.9, (TotalError(30, 0.1, 0.2, 2.0, 1.5, 4.0), TotalError(90, 0.05, 0.1, 3.0, 1.0, 2.0)))
 CATALOGUE = catalogue(FeaturesConfig(windows=(30,)))
 
 
@@ -62,8 +70,9 @@ def ago(days: int) -> date:
 
 
 def score(user: str, day: date, value: float, **more: Any) -> dict[str, Any]:
-    level = "EDCBA"[min(4, int(value // 20))]
-    return {"user_key": user, "score_date": day, "score": value, "level": level, "risk_level": "low", **more}
+    level, expected = "EDCBA"[min(4, int(value // 20))], more.get("expected_spend", 0.0)
+    known = {"level": level, "risk_level": "low", "expected_by_horizon": {30: expected / 4, 90: expected}}
+    return {"user_key": user, "score_date": day, "score": value, **known, "bundle_digest": "gone", **more}
 
 
 def feature(user: str, **more: Any) -> dict[str, Any]:
@@ -191,6 +200,36 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     lakehouse = Lakehouse(spark, settings.tables)
     for table, values in rows.items():
         lakehouse.replace(table, frame(spark, table, *values))
+    return Platform(spark, settings, pipeline.profile(spark, settings))
+
+
+def summed_settings(folder: Path) -> Config:
+    return config.load(overrides=[*SETTINGS, f"tables.path={folder}/lakehouse", f"bundles={folder}/bundles"])
+
+
+@pytest.fixture(scope="module")
+def summed(platform: Platform, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Platform:
+    """The same users, scored by a bundle that knows the error of sums."""
+    folder = tmp_path_factory.mktemp("summed")
+    spend = np.random.default_rng(1).gamma(2, 20, 200)
+    bundle = bundles.write(
+        folder / "bundles" / "one",
+        [BtydMember(90, 0.8, 20.0, 0.5, 3.0, 4.0, 3.0, 30.0)],
+        CalibratedStack.fit(pd.DataFrame({"btyd": spend, "label_spend": spend}), FusionConfig(members=("btyd",))),
+        Horizons(90, ()),
+        inputs={"tabular": []},
+        lineage={},
+        metrics={},
+        totals=ERRORS,
+    )
+    assert bundles.load(bundle.folder).totals == ERRORS
+    shutil.copytree(str(platform.settings.tables.path), folder / "lakehouse")
+    settings = summed_settings(folder)
+    lakehouse = Lakehouse(spark, settings.tables)
+    digest = F.when(F.col("bundle_digest") == "gone", F.lit(bundle.digest)).otherwise(F.col("bundle_digest"))
+    scores = lakehouse.read("scores").withColumn("bundle_digest", digest).localCheckpoint()
+    lakehouse.replace(SCORES, scores)
+    lakehouse.replace(SCORES_LATEST, scores.filter(F.col("score_date") == F.lit(DAY)))
     return Platform(spark, settings, pipeline.profile(spark, settings))
 
 
@@ -389,6 +428,50 @@ def test_the_service_tier_is_that_of_the_documented_table(spark: SparkSession) -
     assert len(rows) == 30
 
 
+def test_totals_are_sums_of_segments_with_an_interval_for_errors_that_users_share(
+    platform: Platform, summed: Platform
+) -> None:
+    # without a bundle that knows the error of sums there are no totals, and no sums to make them of
+    assert not platform.lakehouse.exists("totals")
+    assert platform.lakehouse.read("market_segments").filter("expected_by_horizon IS NOT NULL").isEmpty()
+
+    assert [(stage["stage"], stage["status"], stage["rows_out"]) for stage in summed.stages] == [
+        ("profile", "done", 4),
+        ("totals", "done", 12),
+    ]
+    rows = summed.lakehouse.read("totals").collect()
+    found = {(row["segment"], row["value"], row["horizon_days"]): row for row in rows}
+    assert {key[:2]: row["users"] for key, row in found.items()} == {
+        ("platform", "all"): 4,
+        **{("level", level): 2 for level in ("E", "other")},
+        **{("category", category): 2 for category in ("none", "other")},
+        ("region", "other"): 4,
+    }
+    everyone = found["platform", "all", 30]
+    assert everyone["expected_spend"] == 111 / 4
+    assert everyone["variance"] == pytest.approx(sum(2.0 * (x / 4) ** 1.5 for x in (100, 2, 5, 4)), abs=0.01)
+    ends = interval(everyone["expected_spend"], everyone["variance"], ERRORS.errors[0], ERRORS.z, everyone=True)
+    assert (everyone["low"], everyone["high"]) == ends
+    assert (everyone["common_sd"], everyone["segment_sd"], everyone["horizons"]) == (0.1, 0.2, 4.0)
+    of_region = found["region", "other", 30]
+    assert of_region["low"] < everyone["low"] < everyone["high"] < of_region["high"]
+    assert found["level", "E", 90]["expected_spend"] == 9.0
+    assert found["level", "E", 90]["variance"] == 27.0
+
+
+def test_totals_are_of_the_bundle_that_scored_and_of_no_other(summed: Platform, tmp_path: Path) -> None:
+    shutil.copytree(Path(summed.settings.bundles).parent, tmp_path / "copy")
+    settings = summed_settings(tmp_path / "copy")
+    assert [stage["status"] for stage in pipeline.profile(summed.spark, settings)] == ["unchanged", "unchanged"]
+    (tmp_path / "copy/bundles/one/totals.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"totals\.json: differs from what was written"):
+        pipeline.profile(summed.spark, settings)
+    # the bundle is gone: nobody knows the error of its sums
+    shutil.rmtree(tmp_path / "copy/bundles/one")
+    pipeline.profile(summed.spark, settings)
+    assert Lakehouse(summed.spark, settings.tables).read("totals").isEmpty()
+
+
 def test_small_segments_are_merged_across_regions_categories_and_levels(platform: Platform) -> None:
     rows = {tuple(row[name] for name in CELL): row for row in platform.arrow("market_segments").to_pylist()}
     assert {cell: (row["users"], row["mean_score"]) for cell, row in rows.items()} == {
@@ -464,7 +547,7 @@ def test_every_column_of_every_table_has_a_comment_that_readers_see(platform: Pl
         assert all(field.metadata.get("comment") for field in stored.schema().fields), name
 
 
-def test_the_documented_queries_run_in_duckdb_and_in_spark(platform: Platform, spark: SparkSession) -> None:
+def test_the_documented_queries_run_in_duckdb_and_in_spark(summed: Platform, spark: SparkSession) -> None:
     queries = re.findall(r"^```sql\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL)
     assert [re.search(r"bp\.(\w+)", query)[1] for query in queries] == [  # type: ignore[index]
         "user_profile",
@@ -472,17 +555,21 @@ def test_the_documented_queries_run_in_duckdb_and_in_spark(platform: Platform, s
         "risk_control",
         "customer_service",
         "market_segments",
+        "totals",
+        "scores_latest",
     ]
     with duckdb.connect() as connection:
         connection.sql("CREATE SCHEMA bp")
-        for name in NAMES:
-            connection.register(f"{name}_rows", platform.arrow(name))
+        for name in (*NAMES, "totals", "scores_latest"):
+            connection.register(f"{name}_rows", summed.arrow(name))
             connection.sql(f"CREATE VIEW bp.{name} AS SELECT * FROM {name}_rows")
         answers = [connection.sql(query).fetchall() for query in queries]
     assert answers[0] == [("A", "rising", 1, 100.0), ("E", "new", 1, 4.0)]
     assert [row[1] for row in answers[1]] == ["Home > Garden", "Food > Dairy", "Toys", "Food > Dairy"]
     assert ("high", "C", 1, 2.0, 0.0) in answers[2]
-    platform.lakehouse.register(TABLE_NAMES)
+    of_premium = interval(5.0, 3.0 * 5.0, ERRORS.errors[1], 1.645)
+    assert answers[6] == [(1, 5.0, pytest.approx(of_premium[0]), pytest.approx(of_premium[1]))]
+    summed.lakehouse.register(TABLE_NAMES)
     try:
         counts = [len(spark.sql(query).collect()) for query in queries]
     finally:

@@ -91,7 +91,7 @@ def check_drift(spark: SparkSession, config: Config, score_date: date) -> DriftR
     with recorded(spark, config, "drift") as run:
         lakehouse = run.lakehouse
         scores = lakehouse.read("scores", lakehouse.version("scores"))
-        bundle_digest = _bundle_of(scores, score_date)
+        bundle_digest = bundle_of(scores, score_date)
         reference = read_reference(run, bundle_digest)
         versions = {
             name: lakehouse.version(name)
@@ -118,7 +118,12 @@ def check_drift(spark: SparkSession, config: Config, score_date: date) -> DriftR
         return result
 
 
-def _bundle_of(scores: DataFrame, score_date: date) -> str:
+def bundle_of(scores: DataFrame, score_date: date) -> str:
+    """Return the digest of the bundle that scored a date.
+
+    Raises:
+        DataError: the date has no scores.
+    """
     row = rows_of_date(scores, score_date).select("bundle_digest").first()
     if row is None:
         raise DataError("scores", f"holds no rows of {score_date}; run score for it", column="score_date")
@@ -214,7 +219,7 @@ def _level_changes(
     users_before: dict[str, int] = {}
     for cell in matrix:
         users_before[cell["before"]] = users_before.get(cell["before"], 0) + cell["users"]
-    against, digests = str(before), [_bundle_of(scores, day) for day in (before, score_date)]
+    against, digests = str(before), [bundle_of(scores, day) for day in (before, score_date)]
     note = None if digests[0] == digests[1] else f"scores of the night before are of another bundle, {digests[0][:12]}"
     rows = [
         drift.figure(
@@ -307,14 +312,14 @@ def _errors(run: Run, scores: DataFrame, day: date) -> list[dict[str, Any]]:
     figures = metrics.evaluate(truth, predicted, low=low, high=high, p_active=p_active, promised=coverage)
     spent = np.maximum(truth, 0.0).sum()
     figures["calibration"] = predicted.sum() / spent if spent > 0 else math.nan
-    promised = _test_metrics(run, _bundle_of(scores, day))
+    promised = _test_metrics(run, bundle_of(scores, day))
     promised |= {"coverage": coverage, "calibration": 1.0}
     rank_metrics = [name for name in promised if name in ("spearman", "gini")]
     least = {name: promised[name] - config.max_rank_loss for name in rank_metrics}
     least |= {"coverage": coverage - config.max_coverage_gap, "calibration": 1 - config.max_calibration_error}
     most = {"calibration": 1 + config.max_calibration_error}
     note = None if len(frame) == users else f"of a sample of {len(frame):,} of {users:,} users, by hash"
-    return [
+    by_user = [
         drift.figure(
             "realised",
             str(day),
@@ -328,6 +333,40 @@ def _errors(run: Run, scores: DataFrame, day: date) -> list[dict[str, Any]]:
         )
         for metric, value in figures.items()
     ]
+    return by_user + _totals_inside(run, rows, day)
+
+
+def _totals_inside(run: Run, rows: DataFrame, day: date) -> list[dict[str, Any]]:
+    """Return the share of the date's totals, of the platform and of its levels, whose interval held what was spent.
+
+    A level is left out if some of its users were counted elsewhere, as too few of a category or a region.
+
+    Args:
+        run: the running job.
+        rows: scores of the date with ``label_spend``.
+        day: the date.
+    """
+    if not run.lakehouse.exists("totals"):
+        return []
+    of_horizon = (F.col("horizon_days") == run.config.labels.horizon_days) & F.col("segment").isin("platform", "level")
+    promised = rows_of_date(run.lakehouse.read("totals"), day).filter(of_horizon).collect()
+    spend = F.sum(F.greatest("label_spend", F.lit(0.0)))
+    spent = {
+        row["level"]: (row["users"], row["spend"])
+        for row in rows.groupBy("level").agg(F.count(F.lit(1)).alias("users"), spend.alias("spend")).collect()
+    }
+    spent["all"] = (sum(users for users, _ in spent.values()), sum(spend for _, spend in spent.values()))
+    inside = [
+        total["low"] <= spent[total["value"]][1] <= total["high"]
+        for total in promised
+        if spent.get(total["value"], (0, 0.0))[0] == total["users"]
+    ]
+    if not inside:
+        return []
+    note = f"of {len(inside)} totals: of the platform and of levels"
+    share, users = sum(inside) / len(inside), spent["all"][0]
+    coverage = run.config.fusion.coverage
+    return [drift.figure("realised", str(day), "totals_inside", share, users, reference=coverage, note=note)]
 
 
 def _test_metrics(run: Run, bundle_digest: str) -> dict[str, float]:
@@ -362,7 +401,7 @@ def fairness(spark: SparkSession, config: Config, score_date: date) -> FairnessR
     with recorded(spark, config, "fairness") as run:
         lakehouse = run.lakehouse
         scores = lakehouse.read("scores", lakehouse.version("scores"))
-        _bundle_of(scores, score_date)
+        bundle_of(scores, score_date)
         segments = by_segment.newest_segments(lakehouse.read("raw_users"))
         names = sorted(row[0] for row in segments.select("segment").distinct().collect())
         if not names:
@@ -397,5 +436,5 @@ def _by_segment(
     """Return rows of FAIRNESS, without run and score date, for the scores of a day."""
     users = by_segment.in_groups(scores, segments, names)
     rows = by_segment.report(users, figures, run.config.fairness, run.config.privacy.smallest_group)
-    bundle_digest = _bundle_of(scores, day)
+    bundle_digest = bundle_of(scores, day)
     return rows.withColumns({"measured_date": F.lit(day), "bundle_digest": F.lit(bundle_digest)})

@@ -39,6 +39,7 @@ from bp_spark.lakehouse.tables import (
     TABLE_NAMES,
     TEXT_EMBEDDINGS,
     TEXTS,
+    TOTALS,
     USER_DAILY,
     USER_KEYS,
 )
@@ -56,7 +57,7 @@ def stop_other_writers(lakehouse: Lakehouse) -> dict[str, int]:
         Table -> version of the reservation under which it may be written.
     """
     of_ingest = (DELIVERIES, EVENTS, CONSULTATIONS, CAMPAIGN_CONTACTS, TEXTS, TEXT_EMBEDDINGS)
-    derived = (*of_ingest, USER_DAILY, SCORES_LATEST, PROSPECT_SCORES, MARKET_SEGMENTS)
+    derived = (*of_ingest, USER_DAILY, SCORES_LATEST, PROSPECT_SCORES, MARKET_SEGMENTS, TOTALS)
     reservations = {
         table.name: lakehouse.reserve(table, lakehouse.commit_metadata(table.name))
         for table in (*derived, LABEL_REQUESTS, GIVEN_LABELS)
@@ -129,7 +130,7 @@ def vacuum_tables(run: Run) -> None:
     lakehouse = run.lakehouse
     with run.stage("vacuum") as figures:
         scratch.clear(run.spark, run.config.tables)
-        without_user_key = ("quarantine", "texts", "text_embeddings", "market_segments")
+        without_user_key = ("quarantine", "texts", "text_embeddings", "market_segments", "totals")
         others = (name for name in without_user_key if lakehouse.exists(name))
         deleted_files = [lakehouse.vacuum(name) for name in (*tables_of_users(lakehouse), *others)]
         figures["tables"], figures["files"] = len(deleted_files), sum(deleted_files)

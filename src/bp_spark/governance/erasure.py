@@ -128,8 +128,15 @@ def _unknown_users(positions: Sequence[int], given_ids: int) -> UnknownUserError
 
 
 def _empty_segments_with(lakehouse: Lakehouse, keys: DataFrame) -> None:
-    """Empty ``market_segments`` if it counts one of the users: the difference to the next one would reveal the user."""
+    """Empty ``market_segments`` if it counts one of the users: the difference to the next one would reveal the user.
+
+    What was added up from it for ``totals`` goes, too.
+    """
     if not (lakehouse.exists("market_segments") and lakehouse.exists("user_profile")):
         return
-    if not lakehouse.read("user_profile").join(keys, "user_key", "left_semi").isEmpty():
-        lakehouse.delete("market_segments", "true")
+    counted = lakehouse.read("user_profile").join(keys, "user_key", "left_semi").select("score_date").first()
+    if counted is None:
+        return
+    lakehouse.delete("market_segments", "true")
+    if lakehouse.exists("totals"):
+        lakehouse.delete("totals", f"score_date = DATE'{counted[0]}'")

@@ -131,7 +131,7 @@ class CalibratedStack:
             )
         spend = np.maximum(_column(frame, "label_spend", signed=True), 0.0)
         roots = np.sqrt(np.stack([_column(frame, name) for name in conf.members], axis=1))
-        row_weights = _row_weights(frame, conf.half_life_days)
+        row_weights = recency_weights(frame, conf.half_life_days)
         weights = _stacking_weights(roots, np.sqrt(spend), row_weights, conf.shrinkage)
         stacked = _stacked_log(roots, weights)
         calibration = _fit_calibration(stacked, spend, row_weights)
@@ -304,7 +304,7 @@ class CalibratedStack:
         return stack
 
 
-def _row_weights(frame: pd.DataFrame, half_life_days: float | None) -> np.ndarray:
+def recency_weights(frame: pd.DataFrame, half_life_days: float | None) -> np.ndarray:
     """Return the weight of each row, float64 [rows]: 1 at the newest ``as_of_date``, half that each half-life before it."""
     if half_life_days is None or "as_of_date" not in frame:
         return np.ones(len(frame))

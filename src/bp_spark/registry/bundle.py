@@ -36,6 +36,8 @@ from bp_spark.model.members.files import load_member
 from bp_spark.model.prospects import FILE as PROSPECTS
 from bp_spark.model.prospects import ProspectModel
 from bp_spark.model.stack import CalibratedStack
+from bp_spark.model.totals import FILE as TOTALS
+from bp_spark.model.totals import Totals
 from bp_spark.registry import decisions, mlflow_store
 from bp_spark.registry import manifest as manifests
 from bp_spark.registry.manifest import MANIFEST, NAME, OWN_FILES, SIGNATURE
@@ -59,6 +61,7 @@ class Bundle:
         horizons: predicts the other horizons.
         explanation: takes predictions apart; ``None`` in a bundle that gives no reasons.
         prospects: predicts first purchases; ``None`` in a bundle that scores buyers alone.
+        totals: errors of sums of users; ``None`` in a bundle from before there were any.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Bundle:
         horizons: Horizons,
         explanation: Explanation | None,
         prospects: ProspectModel | None = None,
+        totals: Totals | None = None,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
@@ -78,6 +82,7 @@ class Bundle:
         self.horizons = horizons
         self.explanation = explanation
         self.prospects = prospects
+        self.totals = totals
 
     @property
     def digest(self) -> str:
@@ -178,6 +183,7 @@ def write(
     metrics: Mapping[str, Any],
     explanation: Explanation | None = None,
     prospects: ProspectModel | None = None,
+    totals: Totals | None = None,
     private_key: Ed25519PrivateKey | None = None,
 ) -> Bundle:
     """Write a bundle as a whole or not at all.
@@ -192,6 +198,7 @@ def write(
         metrics: how good it is. Plain JSON values; NaN is written as null.
         explanation: takes its predictions apart; without one the bundle gives no reasons.
         prospects: predicts first purchases; without one the bundle scores buyers alone.
+        totals: errors of sums of users; without them no total gets an interval.
         private_key: signs the bundle; without one it is unsigned.
 
     Raises:
@@ -212,6 +219,8 @@ def write(
                 explanation.save(draft)
             if prospects is not None:
                 prospects.save(draft)
+            if totals is not None:
+                totals.save(draft)
             manifest = manifests.seal(
                 {
                     "format": manifests.FORMAT,
@@ -243,7 +252,7 @@ def write(
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
-    return Bundle(folder, manifest, members, stack, horizons, explanation, prospects)
+    return Bundle(folder, manifest, members, stack, horizons, explanation, prospects, totals)
 
 
 def _require_writable(folder: Path, names: Sequence[str], stack: CalibratedStack) -> None:
@@ -298,9 +307,10 @@ def load(folder: str | Path, public_key: Ed25519PublicKey | None = None) -> Bund
             explanation.require({member.name: member for member in members}, stack)
         except BundleError as error:
             raise BundleError(f"{folder / MANIFEST}: {error}") from None
-    # the list of files says whether there is one: bundles from before there were prospects have the same manifest
+    # the list of files says whether there are these: bundles from before there were any have the same manifest
     prospects = ProspectModel.load(folder) if PROSPECTS in manifest["files"] else None
-    return Bundle(folder, manifest, members, stack, horizons, explanation, prospects)
+    totals = Totals.load(folder) if TOTALS in manifest["files"] else None
+    return Bundle(folder, manifest, members, stack, horizons, explanation, prospects, totals)
 
 
 def load_promoted(settings: Config, address: str | Path | None = None) -> Bundle:
@@ -329,6 +339,19 @@ def load_promoted(settings: Config, address: str | Path | None = None) -> Bundle
     if address is not None and str(address).startswith(mlflow_store.SCHEME):
         return verified(mlflow_store.fetch(settings, str(address), lambda files: verified(files).digest))
     return verified(address or current(settings.bundles))
+
+
+def totals_of(folder: Path) -> Totals | None:
+    """Read from a bundle nothing but its errors of sums, which is a matter of milliseconds; ``None`` without them.
+
+    Raises:
+        BundleError: manifest or file are not as they were written.
+    """
+    listed = manifests.read(folder / MANIFEST, None)["files"].get(TOTALS)
+    if listed is None:
+        return None
+    manifests.require_file(folder / TOTALS, listed)
+    return Totals.load(folder)
 
 
 @dataclass(frozen=True)

@@ -195,11 +195,23 @@ def require_files(folder: Path, files: Mapping[str, Any]) -> None:
     for name in sorted(present - set(files) - OWN_FILES):
         raise BundleError(f"{folder / name}: doesn't belong to the bundle")
     for name, listed in files.items():
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            raise BundleError(f"{path}: is missing or not a plain file")
-        if describe_file(path) != listed:
-            raise BundleError(f"{path}: differs from what was written (size or SHA-256)")
+        require_file(folder / name, listed)
+
+
+def require_file(path: Path, listed: object) -> None:
+    """Make sure that a file is the one that a manifest lists.
+
+    Args:
+        path: of the file.
+        listed: its entry in ``files`` of the manifest.
+
+    Raises:
+        BundleError: it is missing, changed or cut short.
+    """
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(f"{path}: is missing or not a plain file")
+    if describe_file(path) != listed:
+        raise BundleError(f"{path}: differs from what was written (size or SHA-256)")
 
 
 def _sha256(document: Mapping[str, Any]) -> str:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 SCHEME = "models:/"
 """What the address of a bundle in the registry begins with."""
+FETCHED = "registry"
+"""Folder of ``training.work_dir`` that holds bundles of the registry."""
 DIGEST_TAG = "bundle_digest"
 """Tag of runs and versions: the digest of their bundle."""
 
@@ -162,7 +164,7 @@ def fetch(config: Config, address: str, digest_of: Callable[[Path], str]) -> Pat
         digest = version.tags.get(DIGEST_TAG, "")
         if not re.fullmatch(r"[0-9a-f]{64}", digest):
             raise BundleError(f"{address}: version {version.version} is no bundle of bp-spark")
-        folder = Path(config.training.work_dir).absolute() / "registry" / digest
+        folder = Path(config.training.work_dir).absolute() / FETCHED / digest
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with disk.writing(folder), TemporaryDirectory(dir=folder.parent) as draft:

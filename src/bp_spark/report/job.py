@@ -14,7 +14,7 @@ from bp_spark.core.config import Config, digest
 from bp_spark.core.errors import BundleError, DataError
 from bp_spark.features import catalogue
 from bp_spark.lakehouse.run import recorded
-from bp_spark.lakehouse.tables import DRIFT, FAIRNESS
+from bp_spark.lakehouse.tables import DRIFT, FAIRNESS, TOTALS
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry import decisions
 from bp_spark.report.night.data import PageData
@@ -115,7 +115,8 @@ def _page_data(reader: NightReader, config: Config, scoring_runs: Rows, scoring_
     ]
     stages = reader.stages(scoring_run, max(earlier_starts, default=None))
     ingest_ids = [stage["figures"].get("ingest_id") for stage in stages if stage["stage"] == "ingest"]
-    watched = {table.name: reader.watched(table, score_date) for table in (DRIFT, FAIRNESS)}
+    watched = {table.name: reader.rows_of(table, score_date) for table in (DRIFT, FAIRNESS)}
+    totals = reader.rows_of(TOTALS, score_date)
     features = catalogue.catalogue(config.features).features
     return PageData(
         score_date=score_date,
@@ -135,6 +136,7 @@ def _page_data(reader: NightReader, config: Config, scoring_runs: Rows, scoring_
         model=_model(config, scoring_run["bundle"]),
         metrics=reader.metrics(scoring_run["bundle"]),
         prospects=reader.prospects(score_date),
+        totals=totals[totals["bundle_digest"] == scoring_run["bundle"]] if len(totals) else totals,
         watched={name: rows for name, rows in watched.items() if len(rows)},
     )
 

@@ -68,10 +68,11 @@ class Chart:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page under a heading of its own."""
+    """A part of a page under a heading of its own; a folded one shows its body at a click on the heading."""
 
     title: str
     body: Sequence[Markup]
+    folded: bool = False
 
 
 def page(title: str, lead: Sequence[Markup], sections: Sequence[Section]) -> str:
@@ -88,7 +89,7 @@ def page(title: str, lead: Sequence[Markup], sections: Sequence[Section]) -> str
         for anchor, section in zip(anchors, sections, strict=True)
     )
     body = "".join(
-        f'<section id="{anchor}"><h2>{html.escape(section.title)}</h2>{"".join(section.body)}</section>'
+        f'<section id="{anchor}">{_section(section)}</section>'
         for anchor, section in zip(anchors, sections, strict=True)
     )
     return (
@@ -152,6 +153,11 @@ def tiles(pairs: Sequence[tuple[str, object, object]]) -> Markup:
         for name, value, more in pairs
     )
     return Markup(f'<div class="tiles">{"".join(f"<div class=tile>{cell}</div>" for cell in cells)}</div>')
+
+
+def _section(section: Section) -> str:
+    heading, body = f"<h2>{html.escape(section.title)}</h2>", "".join(section.body)
+    return f"<details><summary>{heading}</summary>{body}</details>" if section.folded else heading + body
 
 
 def table(
@@ -286,6 +292,8 @@ _STYLE = (
     "padding:1.5rem 1rem 3rem;color:var(--ink);background:var(--ground)}"
     "h1{font-size:1.7rem;line-height:1.25;margin:0 0 .5rem}"
     "h2{font-size:1.25rem;margin:2.5rem 0 .75rem;padding-top:.75rem;border-top:1px solid var(--line)}"
+    "details{margin-top:2.5rem;padding-top:.75rem;border-top:1px solid var(--line)}summary{cursor:pointer}"
+    "summary h2{display:inline;border:0;padding:0}"
     "h3{font-size:1rem;margin:1.5rem 0 .5rem}p{margin:.5rem 0;max-width:75ch}.note{color:var(--soft);font-size:.875rem}"
     "a{color:var(--link)}nav{display:flex;flex-wrap:wrap;gap:.25rem 1.1rem;margin:1.25rem 0 0;font-size:.9375rem}"
     ".tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:.75rem;margin:1.25rem 0}"

@@ -169,6 +169,7 @@ class Group:
         spend: Their expected spend.
         mean: Mean expected spend of a user.
         part: ``share`` as a number; NaN where it is withheld.
+        spend_part: Their share of the expected spend; NaN where it is withheld.
     """
 
     users: str
@@ -176,6 +177,7 @@ class Group:
     spend: str
     mean: str
     part: float
+    spend_part: float
 
 
 def by_level(rows: pd.DataFrame, smallest_group: int) -> dict[str, Group]:
@@ -197,13 +199,13 @@ def _groups(rows: pd.DataFrame, by: str, names: Sequence[str], smallest_group: i
     sums = rows.groupby(by)[["users", "expected_spend"]].sum().reindex(list(names), fill_value=0)
     counts = {name: int(sums["users"][name]) for name in names}
     hidden, total = withheld(counts, [names], smallest_group), sum(counts.values())
-    withheld_group = Group("*", "*", "*", "*", math.nan)
-    return {
-        name: withheld_group if name in hidden else _group(counts[name], float(sums["expected_spend"][name]), total)
-        for name in names
-    }
+    withheld_group = Group("*", "*", "*", "*", math.nan, math.nan)
+    spend = {name: float(sums["expected_spend"][name]) for name in names}
+    totals = total, sum(spend.values())
+    return {name: withheld_group if name in hidden else _group(counts[name], spend[name], *totals) for name in names}
 
 
-def _group(users: int, spend: float, total: int) -> Group:
-    part = users / total if total else 0.0
-    return Group(f"{users:,}", f"{part:.1%}", f"{spend:,.0f}", f"{spend / users:,.2f}" if users else "–", part)
+def _group(users: int, spend: float, all_users: int, all_spend: float) -> Group:
+    part, spend_part = users / all_users if all_users else 0.0, spend / all_spend if all_spend else 0.0
+    mean = f"{spend / users:,.2f}" if users else "–"
+    return Group(f"{users:,}", f"{part:.1%}", f"{spend:,.0f}", mean, part, spend_part)

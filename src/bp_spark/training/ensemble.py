@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 
+import numpy as np
 import pandas as pd
 from pyspark.sql import DataFrame
 
@@ -17,7 +18,8 @@ from bp_spark.lakehouse.run import Run
 from bp_spark.model.horizons import MIN_ROWS, NETWORK, Horizons
 from bp_spark.model.level import Level, WeeklySpend
 from bp_spark.model.members.base import Member, predict_all
-from bp_spark.model.stack import CalibratedStack
+from bp_spark.model.stack import CalibratedStack, recency_weights
+from bp_spark.model.totals import FEW_HORIZONS, Totals
 from bp_spark.training.cross_fit import cross_fit
 from bp_spark.training.dataset import collect_sample, prepare, users_of_test_date
 
@@ -32,6 +34,7 @@ class Fitted:
         members: the members, fitted on all folds.
         fusion: the stack of the members.
         horizons: ratios of the other horizons.
+        totals: errors of sums of users.
         predictions: a row per user of the test date: ``user_key``, ``label_spend``, ``seen``, a column per member, ``fused``,
             ``low``, ``high``, ``p_active``; for other horizons ``label_spend_30d``, ``transformer_30d``, ``fused_30d``.
         history: epochs of the transformer without the first fold.
@@ -42,6 +45,7 @@ class Fitted:
     members: Sequence[Member]
     fusion: CalibratedStack
     horizons: Horizons
+    totals: Totals
     predictions: pd.DataFrame
     history: Sequence[Mapping[str, float]]
 
@@ -71,7 +75,9 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
         users = users.join(brackets, "user_key", "left")
     reference = predict_sample(users, members, config)
     fusion = CalibratedStack.fit(out_of_fold, config.fusion, reference, level.sd)
-    horizons = _fit_horizons(run, out_of_fold, fusion)
+    expected = fusion.apply_without_level(fusion.inputs_from(out_of_fold))["expected_spend"]
+    horizons = _fit_horizons(run, out_of_fold, expected)
+    totals = _fit_totals(run, out_of_fold, expected, horizons, level.sd)
     columns = {str(name): reference[name].to_numpy() for name in reference}
     steady = fusion.apply_without_level(columns)
     if level.evidence:
@@ -85,7 +91,7 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
         p_active=fused["p_active"],
         **{labels.horizon_column("fused", days): by_horizon[days] * fusion.factor() for days in horizons.others},
     )
-    return Fitted(test_date, version, members, fusion, horizons, predictions, history)
+    return Fitted(test_date, version, members, fusion, horizons, totals, predictions, history)
 
 
 def fit_level(run: Run, dates: Sequence[date], test_date: date) -> Level:
@@ -127,11 +133,10 @@ def _as_a_year_before(
     return level
 
 
-def _fit_horizons(run: Run, out_of_fold: pd.DataFrame, fusion: CalibratedStack) -> Horizons:
+def _fit_horizons(run: Run, out_of_fold: pd.DataFrame, expected: np.ndarray) -> Horizons:
     """Fit the ratios of other horizons; the stage names each horizon that is left out, as no cutoff has seen it whole."""
     config = run.config.labels
     with run.stage("fit horizons") as figures:
-        expected = fusion.apply_without_level(fusion.inputs_from(out_of_fold))["expected_spend"]
         horizons = Horizons.fit(out_of_fold, expected, config.horizon_days, config.other_horizons)
         for days in config.other_horizons:
             rows = int(out_of_fold[labels.horizon_column("label_spend", days)].notna().sum())
@@ -142,6 +147,27 @@ def _fit_horizons(run: Run, out_of_fold: pd.DataFrame, fusion: CalibratedStack) 
                 "labels.cutoffs would help"
             )
     return horizons
+
+
+def _fit_totals(
+    run: Run, out_of_fold: pd.DataFrame, expected: np.ndarray, horizons: Horizons, level_sd: float
+) -> Totals:
+    """Fit the errors of sums; the stage says of which horizons the cutoffs tell little."""
+    config = run.config.fusion
+    with run.stage("fit totals") as figures:
+        columns = {str(name): out_of_fold[name].to_numpy() for name in out_of_fold}
+        totals = Totals.fit(
+            out_of_fold,
+            horizons.apply(expected, columns),
+            recency_weights(out_of_fold, config.half_life_days),
+            main=horizons.main,
+            level_sd=level_sd,
+            coverage=config.coverage,
+        )
+        for error in totals.errors:
+            few = ": FEW, so mostly an assumption" if error.horizons < FEW_HORIZONS else ""
+            figures[f"{error.days}_days"] = f"{error.common_sd:.1%} by {error.horizons:.1f} horizons{few}"
+    return totals
 
 
 def predict_sample(rows: DataFrame, members: Sequence[Member], config: Config) -> pd.DataFrame:

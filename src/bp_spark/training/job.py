@@ -176,6 +176,7 @@ def _write_bundle(run: Run, fitted: Fitted, metrics: pd.DataFrame, judged: Bundl
             metrics={"rows": metrics.to_dict("records"), "reasons": asdict(agreement)},
             explanation=explanation,
             prospects=prospects,
+            totals=fitted.totals,
             private_key=signing.private_key(config.signing),
         )
         figures["digest"] = bundle.digest

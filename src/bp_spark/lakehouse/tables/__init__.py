@@ -20,6 +20,7 @@ from bp_spark.lakehouse.tables.profiles import (
     PROFILE_TABLES,
     RISK_CONTROL,
     RISK_REASON,
+    TOTALS,
     USER_PROFILE,
 )
 from bp_spark.lakehouse.tables.prospects import PROSPECT_FEATURES, PROSPECT_SCORES
@@ -58,6 +59,7 @@ SHARED_TABLES = (
     SCORES_LATEST,
     PROSPECT_SCORES,
     *PROFILE_TABLES,
+    TOTALS,
     RUNS,
     METRICS,
     TRIALS,
@@ -118,6 +120,7 @@ __all__ = [
     "TEXTS",
     "TEXT_EMBEDDINGS",
     "TOKEN",
+    "TOTALS",
     "TRIALS",
     "USER_DAILY",
     "USER_KEYS",

@@ -194,8 +194,53 @@ MARKET_SEGMENTS = Table(
         ("mean_score", "double!", "Mean score of these users"),
         ("mean_expected_spend", "double!", "Mean expected spend of these users, in the platform's currency"),
         ("mean_p_active", "double!", "Mean probability of any spend in the horizon of these users"),
+        (
+            "expected_by_horizon",
+            "map<int,double>",
+            "Days -> expected spend of these users together over that many days; NULL: the bundle knows no error of sums",
+        ),
+        (
+            "variance_by_horizon",
+            "map<int,double>",
+            "Days -> variance of that sum if these users were independent of each other; add it up over rows",
+        ),
     ),
     key=("level", "category", "region"),
+)
+TOTALS = Table(
+    "totals",
+    "Expected spend of groups of users together, with an interval that allows for errors that users share",
+    columns(
+        ("score_date", "date!", "Scored date; only events before this day are used"),
+        ("horizon_days", "int!", "Days of spend from score_date on"),
+        (
+            "segment",
+            "string!",
+            "platform, level, category or region: the column of market_segments that the users share",
+        ),
+        ("value", "string!", "Value of that column; all: the whole platform"),
+        ("users", "bigint!", "Number of users: those of rows of market_segments with this value"),
+        ("expected_spend", "double!", "Expected spend of these users together, in the platform's currency"),
+        ("low", "double!", "Lower end of the 90 % prediction interval of that sum"),
+        ("high", "double!", "Upper end of the 90 % prediction interval of that sum"),
+        ("variance", "double!", "Variance of that sum if users were independent of each other"),
+        ("common_sd", "double!", "Standard deviation of the log spend that all users share"),
+        (
+            "segment_sd",
+            "double!",
+            "Standard deviation of the log spend that users of one segment share beside it; not in the platform's interval",
+        ),
+        ("dispersion", "double!", "Variance of a user whose expected spend is 1"),
+        ("power", "double!", "A user's variance is dispersion * expected_spend ^ power"),
+        (
+            "horizons",
+            "double!",
+            "How many past horizons that don't overlap common_sd was measured on; below 3 it is mostly an assumption",
+        ),
+        ("bundle_digest", "string!", "Digest of the model bundle that made the scores"),
+    ),
+    key=("score_date", "horizon_days", "segment", "value"),
+    partition_by=("score_date",),
 )
 PROFILE_TABLES = (CATEGORY_AFFINITY, USER_PROFILE, RISK_CONTROL, CUSTOMER_SERVICE, MARKET_SEGMENTS)
 """Tables that are made from the newest scores, in the order of their writes."""

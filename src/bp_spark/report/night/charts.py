@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib import dates
 from matplotlib.ticker import FuncFormatter, PercentFormatter
@@ -53,20 +54,42 @@ def _shares_by_bin(rows: pd.DataFrame, smallest_group: int) -> list[float]:
     return [math.nan if start in hidden else counts[start] / total for start in starts]
 
 
-def levels(data: PageData) -> Chart:
-    """Draw the share of users by level, on both dates."""
+def concentration(data: PageData) -> Chart:
+    """Draw what share of the expected spend the best users have, level by level (Lorenz 1905), beside equal shares."""
     drawn, (axes,) = page.canvas()
-    groups = [(data.score_date, data.current, SERIES[0])]
+    groups = by_level(data.current, data.smallest_group)
+    users = np.cumsum([0.0, *(groups[level].part for level in BEST_FIRST)])
+    spend = np.cumsum([0.0, *(groups[level].spend_part for level in BEST_FIRST)])
+    axes.plot([0, 1], [0, 1], color=FAINT, linestyle=":", label="equal shares")
+    axes.plot(users, spend, marker="o", markersize=4, color=SERIES[0], label="expected spend")
+    page.label(axes, "share of users, the best first", "share of expected spend")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0))
+    page.legend(axes, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    return page.chart(drawn)
+
+
+def levels(data: PageData) -> Chart:
+    """Draw the share of users by level on both dates; on the first one beside the share of the expected spend."""
+    drawn, (axes,) = page.canvas()
+    now = by_level(data.current, data.smallest_group)
     if data.previous_date:
-        groups.insert(0, (data.previous_date, data.previous, SERIES[1]))
-    width = 0.8 / len(groups)
-    for position, (day, rows, colour) in enumerate(groups):
-        group_by_level = by_level(rows, data.smallest_group)
+        before = by_level(data.previous, data.smallest_group)
+        bars = {
+            str(data.previous_date): ([before[level].part for level in BEST_FIRST], SERIES[1]),
+            str(data.score_date): ([now[level].part for level in BEST_FIRST], SERIES[0]),
+        }
+    else:
+        bars = {
+            "users": ([now[level].part for level in BEST_FIRST], SERIES[1]),
+            "expected spend": ([now[level].spend_part for level in BEST_FIRST], SERIES[0]),
+        }
+    width = 0.8 / len(bars)
+    for position, (name, (heights, colour)) in enumerate(bars.items()):
         lefts = [x - 0.4 + width * position for x in range(len(BEST_FIRST))]
-        heights = [group_by_level[level].part for level in BEST_FIRST]
-        axes.bar(lefts, heights, width * 0.95, align="edge", color=colour, label=str(day))
+        axes.bar(lefts, heights, width * 0.95, align="edge", color=colour, label=name)
     axes.set_xticks(range(len(BEST_FIRST)), BEST_FIRST)
-    page.label(axes, "level", "share of users")
+    page.label(axes, "level", "share of users" if data.previous_date else "share")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(visible=False, axis="x")
     page.legend(axes, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))

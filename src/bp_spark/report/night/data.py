@@ -35,6 +35,7 @@ class PageData:
         model: Facts of the bundle, as name -> value, ``horizon_days`` among them.
         metrics: Rows of METRICS of the bundle.
         prospects: Sums over the prospects; ``None`` where none was scored.
+        totals: Rows of TOTALS of the date and the bundle; none where the bundle knows no error of sums.
         watched: ``drift`` and ``fairness``, where there are such tables: their rows of the date.
     """
 
@@ -53,6 +54,7 @@ class PageData:
     model: Mapping[str, object]
     metrics: pd.DataFrame
     prospects: Prospects | None = None
+    totals: pd.DataFrame = field(default_factory=pd.DataFrame)
     watched: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     @property

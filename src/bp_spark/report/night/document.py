@@ -12,7 +12,6 @@ from bp_spark.report.page import Markup, Section
 def document(data: PageData) -> str:
     """Return the page."""
     parts = [
-        Section("What ran", sections.stages(data)),
         Section("Scores and levels", sections.population(data)),
         Section("Expected spend", sections.spend(data)),
         Section("Reasons", sections.reasons(data)),
@@ -22,6 +21,7 @@ def document(data: PageData) -> str:
             for name, rows in data.watched.items()
         ),
         Section("Model", sections.model(data)),
+        Section("What ran", sections.stages(data), folded=True),
     ]
     return page.page(f"Night of {data.score_date}", _lead(data), parts)
 

@@ -69,8 +69,8 @@ class NightReader(Protocol):
     def prospects(self, score_date: date) -> Prospects | None:
         """Return :func:`bp_spark.report.population.prospects_of` of a date."""
 
-    def watched(self, table: Table, score_date: date) -> pd.DataFrame:
-        """Return the date's rows of a table of watched figures; none without the table."""
+    def rows_of(self, table: Table, score_date: date) -> pd.DataFrame:
+        """Return a date's rows of a table of figures; none without the table."""
 
     def currency(self) -> str | None:
         """Return the currency that events are in, if their cleaning recorded it."""
@@ -156,8 +156,8 @@ class SparkReader:
         """See :meth:`NightReader.prospects`."""
         return population.prospects_of(self.lakehouse, score_date)
 
-    def watched(self, table: Table, score_date: date) -> pd.DataFrame:
-        """See :meth:`NightReader.watched`."""
+    def rows_of(self, table: Table, score_date: date) -> pd.DataFrame:
+        """See :meth:`NightReader.rows_of`."""
         if not self.lakehouse.exists(table.name):
             return pd.DataFrame()
         return rows_of_date(read_as_declared(self.lakehouse, table), score_date).toPandas()

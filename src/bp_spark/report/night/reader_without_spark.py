@@ -134,8 +134,8 @@ class DuckdbReader:
         users, purchases, spend = sums.iloc[0]
         return Prospects(int(users), purchases, spend) if users else None
 
-    def watched(self, table: Table, score_date: date) -> pd.DataFrame:
-        """See :meth:`NightReader.watched`."""
+    def rows_of(self, table: Table, score_date: date) -> pd.DataFrame:
+        """See :meth:`NightReader.rows_of`."""
         return self._rows(table, score_date=score_date)
 
     def currency(self) -> str | None:

@@ -19,8 +19,11 @@ from bp_spark.report.population import BEST_FIRST, BIN, GONE, NEW, by_level, by_
 _SHOWN_REASONS = 12
 _SHOWN_WATCHED = 40
 _SHOWN_NIGHTS = 14
+_SHOWN_SEGMENTS = 10
 _LEAST_CURVE = 2
 """Dates that a curve needs."""
+_LEAST_GROUPS = 2
+"""Groups of a segment that are shown: one alone is the whole platform."""
 _METRICS = ("spearman", "gini", "decile_mape", "mae", "top_decile_capture", "coverage")
 _MOODS = {"done": "good", "unchanged": "good", "failed": "bad"}
 
@@ -57,12 +60,7 @@ def population(data: PageData) -> list[Markup]:
     headings = ["level", "users", "share", data.spend_name, "mean of a user"]
     headings += [f"users on {data.previous_date}", "share then"] if data.previous_date else []
     body = [
-        page.figures(
-            [
-                page.figure(charts.scores(data), "Scores", f"Share of users by {BIN} points of score."),
-                page.figure(charts.levels(data), "Levels", "Share of users, A the highest."),
-            ]
-        ),
+        page.figures(_charts(data)),
         page.table("Users by level", headings, rows),
         _risks(data),
     ]
@@ -78,6 +76,20 @@ def population(data: PageData) -> list[Markup]:
         )
     )
     return body
+
+
+def _charts(data: PageData) -> list[Markup]:
+    """Return the charts of scores and levels; without an earlier date all bins of the score hold about the same."""
+    if data.previous_date:
+        return [
+            page.figure(charts.scores(data), "Scores", f"Share of users by {BIN} points of score."),
+            page.figure(charts.levels(data), "Levels", "Share of users, A the highest."),
+        ]
+    caption = "Share of the expected spend that the best users have; a dot ends a level."
+    return [
+        page.figure(charts.concentration(data), "Who will spend it", caption),
+        page.figure(charts.levels(data), "Levels", "Share of users and of the expected spend, A the highest."),
+    ]
 
 
 def _risks(data: PageData) -> Markup:
@@ -129,9 +141,38 @@ def spend(data: PageData) -> list[Markup]:
     headings = ["night", "users", data.spend_name, "mean of a user", "bundle"]
     table = page.table("Newest nights", headings, rows, words=(0, 4))
     if len(history) < _LEAST_CURVE:
-        return [page.note("A curve comes with the second night."), table]
+        return [*_totals(data), page.note("A curve comes with the second night."), table]
     caption = "By night; a dotted line where another bundle began to score."
-    return [page.figures([page.figure(charts.spend(data), "Expected spend of all users", caption)]), table]
+    curve = page.figures([page.figure(charts.spend(data), "Expected spend of all users", caption)])
+    return [*_totals(data), curve, table]
+
+
+def _totals(data: PageData) -> list[Markup]:
+    """Return the totals of the platform, its levels, and its largest categories and regions."""
+    if data.totals.empty:
+        return []
+    main = data.totals[data.totals["horizon_days"] == data.model["horizon_days"]]
+    if main.empty:
+        return []
+    rows = []
+    for segment, by in (("platform", "value"), ("level", "value"), ("category", ""), ("region", "")):
+        of_segment = main[main["segment"] == segment]
+        shown = of_segment.sort_values(by) if by else of_segment.nlargest(_SHOWN_SEGMENTS, "expected_spend")
+        if segment != "platform" and len(shown) < _LEAST_GROUPS:
+            continue
+        rows += [
+            [
+                segment,
+                row["value"],
+                f"{row['users']:,}",
+                f"{row['expected_spend']:,.0f}",
+                f"{row['low']:,.0f} to {row['high']:,.0f}",
+            ]
+            for row in shown.to_dict("records")
+        ]
+    headings = ("segment", "value", "users", data.spend_name, "90 % interval of the sum")
+    caption = "Users together, with what a season or a trend may move all of them by"
+    return [page.table(caption, headings, rows, words=(0, 1))]
 
 
 def reasons(data: PageData) -> list[Markup]:

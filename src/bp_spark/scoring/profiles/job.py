@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import date, timedelta
+from pathlib import Path
 from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark.core.config import Config, digest
-from bp_spark.core.errors import DataError
+from bp_spark.core.errors import BundleError, DataError
 from bp_spark.core.session import persisted
 from bp_spark.core.version import __version__
+from bp_spark.evaluation.job import bundle_of
 from bp_spark.features.catalogue import catalogue
 from bp_spark.lakehouse.run import Run, Step, recorded
 from bp_spark.lakehouse.schema import rows_of_date
@@ -21,11 +24,16 @@ from bp_spark.lakehouse.tables import (
     MARKET_SEGMENTS,
     PROFILE_TABLES,
     RISK_CONTROL,
+    TOTALS,
     USER_PROFILE,
 )
+from bp_spark.model.totals import Totals
+from bp_spark.registry import bundle as bundles
+from bp_spark.registry import mlflow_store
 from bp_spark.scoring.profiles.affinity import category_affinity
 from bp_spark.scoring.profiles.applications import customer_service, risk_control
 from bp_spark.scoring.profiles.segments import market_segments
+from bp_spark.scoring.profiles.totals import platform_totals
 from bp_spark.scoring.profiles.user_profile import SPANS, user_profile
 from bp_spark.training.backtest import brackets
 
@@ -36,6 +44,8 @@ _INPUT_TABLES = ("scores", "user_features", "user_daily", "events")
 
 def profile(spark: SparkSession, config: Config, day: date | None = None) -> list[dict[str, Any]]:
     """Write the profile tables as of a scored date, each in one commit, unless their inputs are unchanged.
+
+    From ``market_segments`` the rows of the date in ``totals`` are made, if the bundle that scored knows the error of sums.
 
     Args:
         spark: The session.
@@ -56,11 +66,21 @@ def profile(spark: SparkSession, config: Config, day: date | None = None) -> lis
         versions = {name: lakehouse.version(name) for name in names}
         scores = lakehouse.read("scores", versions["scores"])
         as_of = day or _newest_date(scores)
-        inputs = digest(__version__, config.profiles, config.privacy.smallest_group, as_of, sorted(versions.items()))
+        bundle_digest = bundle_of(scores, as_of)
+        totals = _errors_of_sums(config, bundle_digest)
+        inputs = digest(
+            __version__,
+            config.profiles,
+            config.privacy.smallest_group,
+            as_of,
+            sorted(versions.items()),
+            totals and asdict(totals),
+        )
         with run.step("profile", MARKET_SEGMENTS, inputs, score_date=str(as_of)) as step:
             step.figures["score_date"] = as_of
             if not all(lakehouse.inputs(table.name) == inputs for table in PROFILE_TABLES):
-                step.figures.update(_write(run, versions, as_of, step))
+                step.figures.update(_write(run, versions, as_of, step, totals))
+        _write_totals(run, totals, as_of, bundle_digest, inputs)
         return run.records
 
 
@@ -72,15 +92,40 @@ def _newest_date(scores: DataFrame) -> date:
     return newest
 
 
-def _write(run: Run, versions: dict[str, int], day: date, step: Step) -> dict[str, object]:
+def _errors_of_sums(config: Config, bundle_digest: str) -> Totals | None:
+    """Return the errors of sums of the bundle that scored; ``None`` if it knows none, or isn't here any more."""
+    for root in (Path(config.bundles), Path(config.training.work_dir) / mlflow_store.FETCHED):
+        try:
+            folder = bundles.find(root, bundle_digest)
+        except BundleError:
+            continue
+        return bundles.totals_of(folder)
+    return None
+
+
+def _write_totals(run: Run, totals: Totals | None, day: date, bundle_digest: str, inputs: str) -> None:
+    """Write the date's rows of ``totals``; without errors of sums it has none."""
+    lakehouse = run.lakehouse
+    if totals is None and not lakehouse.exists(TOTALS.name):
+        return
+    with run.step("totals", TOTALS, inputs, score_date=str(day)) as step:
+        if step.unchanged:
+            return
+        if totals is None:
+            rows = run.spark.createDataFrame([], TOTALS.schema)
+        else:
+            rows = platform_totals(lakehouse.read("market_segments"), totals, day, bundle_digest)
+        step.replace(rows, where={"score_date": [day]}, after=step.version)
+        step.figures["rows_out"] = rows.count()
+
+
+def _write(run: Run, versions: dict[str, int], day: date, step: Step, totals: Totals | None) -> dict[str, object]:
     """Write the five tables, that of the step last, and return the figures of the stage."""
     lakehouse, config = run.lakehouse, run.config.profiles
     least_users = run.config.privacy.smallest_group
     tables = {name: lakehouse.read(name, version) for name, version in versions.items()}
     scores = rows_of_date(tables["scores"], day)
     users = scores.count()
-    if not users:
-        raise DataError("scores", f"holds no rows of {day}; run score for it", column="score_date")
     features = rows_of_date(tables["user_features"], day, "as_of_date")
     if features.isEmpty():
         raise DataError("user_features", f"holds no rows of {day}; run featurize for it", column="as_of_date")
@@ -99,7 +144,9 @@ def _write(run: Run, versions: dict[str, int], day: date, step: Step) -> dict[st
     profiles = lakehouse.read("user_profile", version)
     lakehouse.replace(RISK_CONTROL, risk_control(profiles, config), after=reservation, **commit)
     lakehouse.replace(CUSTOMER_SERVICE, customer_service(profiles, config), after=reservation, **commit)
-    with persisted(market_segments(profiles, regions, day, least_users)) as segments:
+    by_horizon = scores.select("user_key", "expected_by_horizon")
+    with_horizons = profiles if totals is None else profiles.join(by_horizon, "user_key")
+    with persisted(market_segments(with_horizons, regions, day, least_users, totals)) as segments:
         step.replace(segments, after=reservation)
         cells, users_in_cells = segments.agg(F.count("users"), F.coalesce(F.sum("users"), F.lit(0))).collect()[0]
     count = profiles.count()
@@ -115,9 +162,7 @@ def _compared_scores(scores: DataFrame, day: date, span: int) -> tuple[date, Dat
     """
     wanted = day - timedelta(days=span)
     first, last = wanted - timedelta(days=NEARBY_DAYS), wanted + timedelta(days=NEARBY_DAYS)
-    bundle = rows_of_date(scores, day).select("bundle_digest").first()
-    assert bundle is not None
-    by_same_bundle = scores.filter(F.col("bundle_digest") == F.lit(bundle[0]))
+    by_same_bundle = scores.filter(F.col("bundle_digest") == F.lit(bundle_of(scores, day)))
     in_reach = F.col("score_date").between(F.lit(first), F.lit(last))
     nearby = by_same_bundle.filter(in_reach).select("score_date").distinct().collect()
     if not nearby:

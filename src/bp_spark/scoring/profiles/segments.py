@@ -11,14 +11,18 @@ from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from bp_spark.lakehouse.tables import MARKET_SEGMENTS
+from bp_spark.model.totals import Totals
 from bp_spark.scoring.profiles.columns import shaped
+from bp_spark.scoring.profiles.totals import by_horizon, sums_by_horizon
 
 OTHER, UNKNOWN, ALL, NONE = "other", "unknown", "all", "none"
 CELL = ("level", "category", "region")
 """Columns that identify a cell."""
 
 
-def market_segments(profile: DataFrame, regions: DataFrame | None, day: date, least_users: int) -> DataFrame:
+def market_segments(
+    profile: DataFrame, regions: DataFrame | None, day: date, least_users: int, totals: Totals | None = None
+) -> DataFrame:
     """Return users by level, top category and region, without a row of fewer than ``least_users`` users.
 
     The rows are a partition of all users. Cells that are too small are merged with those of other regions first, then of other
@@ -27,10 +31,11 @@ def market_segments(profile: DataFrame, regions: DataFrame | None, day: date, le
     fewer.
 
     Args:
-        profile: USER_PROFILE.
+        profile: USER_PROFILE; with ``totals`` also ``expected_by_horizon`` of SCORES.
         regions: ``user_key, region``, one row a user; ``None`` puts all users into one region.
         day: The date.
         least_users: Least users of a row.
+        totals: Errors of sums of the bundle; without them there are no sums by horizon.
 
     Returns:
         Rows of MARKET_SEGMENTS.
@@ -45,16 +50,18 @@ def market_segments(profile: DataFrame, regions: DataFrame | None, day: date, le
     top_category = F.get("interests", F.lit(0))["category"]
     # whole numbers, because their sums don't depend on the order
     scales = {"score": 10_000, "expected_spend": 100, "p_active": 1_000_000}
-    sums = [F.sum(F.round(F.col(name) * scale).cast("decimal(28,0)")).alias(name) for name, scale in scales.items()]
+    sums = {name: F.sum(F.round(F.col(name) * scale).cast("decimal(28,0)")) for name, scale in scales.items()}
+    sums |= sums_by_horizon(totals)
     cells = (
         with_region.withColumn("category", F.coalesce(F.split(top_category, " > ")[0], F.lit(NONE)))
         .groupBy(*CELL)
-        .agg(F.count(F.lit(1)).alias("users"), *sums)
+        .agg(F.count(F.lit(1)).alias("users"), *(total.alias(name) for name, total in sums.items()))
     )
     for depth in (2, 1, 0):
-        cells = _merged(cells, CELL[:depth], [*scales], least_users)
+        cells = _merged(cells, CELL[:depth], [*sums], least_users)
     means = {f"mean_{name}": F.col(name).cast("double") / scale / F.col("users") for name, scale in scales.items()}
-    rows = cells.filter(F.col("users") >= least_users).withColumns({**means, "score_date": F.lit(day)})
+    columns = {**means, **by_horizon(totals), "score_date": F.lit(day)}
+    rows = cells.filter(F.col("users") >= least_users).withColumns(columns)
     return shaped(rows, MARKET_SEGMENTS)
 
 
