@@ -8,6 +8,7 @@ from bp_spark.evaluation.job import DriftResult, FairnessResult, check_drift, fa
 from bp_spark.features.job import featurize, replay_quarantine
 from bp_spark.governance.erasure import forget
 from bp_spark.governance.key_rotation import rotate_keys
+from bp_spark.governance.maintenance import maintain
 from bp_spark.governance.retention import retain
 from bp_spark.ingest.quarantine import quarantine_by_rule
 from bp_spark.report.job import ReportResult, report
@@ -38,6 +39,7 @@ __all__ = [
     "fairness",
     "featurize",
     "forget",
+    "maintain",
     "profile",
     "quarantine_by_rule",
     "replay_quarantine",

@@ -43,6 +43,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     governance.forget,
     governance.rotate_keys,
     governance.retain,
+    governance.maintain,
     model.adapt_language,
     data.generate,
     look.features,

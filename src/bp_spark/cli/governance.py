@@ -72,6 +72,22 @@ def rotate_keys(
     render.show(f"From now on: privacy.secret={to}. Then featurize and train: holdout and folds are drawn anew.")
 
 
+def maintain(overrides: Overrides = None, config_file: ConfigOption = None) -> None:
+    """Join the small files of all tables, and delete the files that no version of the last week needs.
+
+    No row changes, and other jobs may run meanwhile: a night beside it may end with code 7 or 3, and is run again. Call
+    this once a week. Delta's OPTIMIZE and VACUUM do the work; the property delta.deletedFileRetentionDuration of a table
+    says how long files of old versions are kept.
+
+    Example: bp-spark maintain tables.path=/data/lakehouse
+    """
+    settings = common.load_settings(config_file, overrides)
+    from bp_spark import pipeline
+
+    stages = pipeline.maintain(common.start_session(settings, "maintain"), settings)
+    render.show(render.stage_table("maintain", stages))
+
+
 def retain(overrides: Overrides = None, config_file: ConfigOption = None) -> None:
     """Delete the rows that are older than privacy.retention_days allows, also from older table versions.
 

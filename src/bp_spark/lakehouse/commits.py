@@ -185,12 +185,12 @@ class CommitLog:
 
     def _detail(self, name: str, column: str) -> Any:
         """Return a column of Delta's description of a table."""
-        return self.spark.sql(f"DESCRIBE DETAIL {self._sql_name(name)}").select(column).collect()[0][0]
+        return self.spark.sql(f"DESCRIBE DETAIL {self.sql_name(name)}").select(column).collect()[0][0]
 
     def _history(self, name: str, most: int | None = None) -> DataFrame:
         """Return the newest commits, or all that the log still has, as Delta tells them by a Spark job."""
         limit = "" if most is None else f" LIMIT {most}"
-        return self.spark.sql(f"DESCRIBE HISTORY {self._sql_name(name)}{limit}")
+        return self.spark.sql(f"DESCRIBE HISTORY {self.sql_name(name)}{limit}")
 
     @cached_property
     def _files(self) -> tuple[Any, str]:
@@ -253,7 +253,7 @@ class CommitLog:
         """Return the table's name in the metastore."""
         return f"{sql.quoted_name(self.namespace)}.`{name}`"
 
-    def _sql_name(self, name: str) -> str:
+    def sql_name(self, name: str) -> str:
         """Return the table as SQL names it, by path or by name."""
         return f"delta.`{self.location(name).replace('`', '``')}`" if self._root is not None else self._identifier(name)
 

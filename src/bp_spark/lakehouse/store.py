@@ -231,7 +231,7 @@ class Lakehouse(CommitLog):
         count = self.read(name).filter(condition).count()
         if count:
             with translate(self._full_name(name)):
-                self.spark.sql(f"DELETE FROM {self._sql_name(name)} WHERE {condition}")  # noqa: S608 (the caller's)
+                self.spark.sql(f"DELETE FROM {self.sql_name(name)} WHERE {condition}")  # noqa: S608 (the caller's)
         return count
 
     # --- reservations ----------------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ class Lakehouse(CommitLog):
         """
         token = uuid.uuid4().hex
         with translate(self._full_name(name)):
-            self.spark.sql(f"ALTER TABLE {self._sql_name(name)} SET TBLPROPERTIES ('bp-spark.fence' = '{token}')")
+            self.spark.sql(f"ALTER TABLE {self.sql_name(name)} SET TBLPROPERTIES ('bp-spark.fence' = '{token}')")
         return token
 
     def vacuum(self, name: str) -> int:
@@ -295,7 +295,7 @@ class Lakehouse(CommitLog):
         with translate(self._full_name(name)):
             if not self.is_plain(name):
                 # a row that a deletion vector hides is still in its file
-                self.spark.sql(f"REORG TABLE {self._sql_name(name)} APPLY (PURGE)")
+                self.spark.sql(f"REORG TABLE {self.sql_name(name)} APPLY (PURGE)")
             location = self.location(name)
             try:
                 listed = leftovers.data_files(location)
@@ -322,7 +322,7 @@ class Lakehouse(CommitLog):
         }
         with with_settings(self.spark, settings):
             try:
-                self.spark.sql(f"VACUUM {self._sql_name(name)} LITE RETAIN 0 HOURS")
+                self.spark.sql(f"VACUUM {self.sql_name(name)} LITE RETAIN 0 HOURS")
             except SPARK_ERRORS as error:
                 if "DELTA_CANNOT_VACUUM_LITE" not in str(error):
                     raise
@@ -330,7 +330,7 @@ class Lakehouse(CommitLog):
                     "%s: its log was cleaned, so that files of older versions stay for the table's own retention time",
                     self._full_name(name),
                 )
-                self.spark.sql(f"VACUUM {self._sql_name(name)}")
+                self.spark.sql(f"VACUUM {self.sql_name(name)}")
 
     # --- creation --------------------------------------------------------------------------------------------------------
 
@@ -378,7 +378,7 @@ class Lakehouse(CommitLog):
     def _create_new(self, table: Table, statement: str) -> None:
         if self._root is None:
             self.spark.sql(f"CREATE SCHEMA IF NOT EXISTS {sql.quoted_name(self.namespace)}")
-        self.spark.sql(f"{statement} {sql.table_definition(table, self._sql_name(table.name))}")
+        self.spark.sql(f"{statement} {sql.table_definition(table, self.sql_name(table.name))}")
         self.declare_key(table)
 
     def _await_creation(self, name: str, error: OccupiedError) -> None:
@@ -428,7 +428,7 @@ class Lakehouse(CommitLog):
     def _merge(self, name: str, source: DataFrame, condition: str, clauses: str) -> None:
         """Merge rows ``s`` into rows ``t`` of a table, by SQL."""
         with _named_view(source) as view:
-            self.spark.sql(f"MERGE INTO {self._sql_name(name)} AS t USING {view} AS s ON {condition} {clauses}")
+            self.spark.sql(f"MERGE INTO {self.sql_name(name)} AS t USING {view} AS s ON {condition} {clauses}")
 
 
 def read_as_declared(lakehouse: Lakehouse, table: Table) -> DataFrame:
