@@ -123,7 +123,8 @@ def test_too_short_a_past_is_refused_with_the_days_that_are_needed() -> None:
     with pytest.raises(DataError) as refused:
         labels.cutoffs(date(2017, 9, 1), DAY, LabelsConfig(horizon_days=90))
     assert str(refused.value) == (
-        "events.event_date: must reach back 120 days before 2017-10-03 to train, but begin on 2017-09-01"
+        "events.event_date: must reach back 120 days before 2017-10-03 to train, but begin on 2017-09-01; a shorter "
+        "labels.horizon_days needs less"
     )
     assert (refused.value.table, refused.value.column) == ("events", "event_date")
 

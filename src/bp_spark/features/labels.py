@@ -74,7 +74,7 @@ def cutoffs(first_event: date, test_date: date, config: LabelsConfig) -> list[da
         raise DataError(
             "events",
             f"must reach back {config.horizon_days + MIN_HISTORY_DAYS} days before {test_date} to train, "
-            f"but begin on {first_event}",
+            f"but begin on {first_event}; a shorter labels.horizon_days needs less",
             column="event_date",
         )
     return usable

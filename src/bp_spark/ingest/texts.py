@@ -174,9 +174,12 @@ def _mean_pooled(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def _model(folder: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     # a task has one core, and more threads would only compete for it
     torch.set_num_threads(1)
+    # a bar for each worker, which is full at once
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, use_safetensors=True).eval()
 
 
