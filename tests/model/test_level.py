@@ -80,13 +80,46 @@ def test_without_a_season_the_factor_stays_near_one() -> None:
         assert abs(np.log(with_year_before(weekly).factor())) < 0.05
 
 
-@pytest.mark.parametrize("weeks", [0, 1, 11, 13, 14, 40, 60, 80])
-def test_less_than_two_years_tell_of_no_season_but_of_an_unsure_level(weeks: int) -> None:
+@pytest.mark.parametrize("weeks", [0, 1, 11, 13, 14, 40, 52, 55])
+def test_a_year_or_less_tells_of_no_season_but_of_an_unsure_level(weeks: int) -> None:
     weekly, spent = platform(weeks, season=0.5, seed=1) if weeks else (WeeklySpend.of([], END, END), 1.0)
     level = fitted(weekly).as_a_year_before(2 * spent, spent)
     assert (level.evidence, level.factor()) == (0.0, 1.0)
     assert 0 < level.sd < 1
-    assert weeks < 60 or level.sd > 0.15
+    assert weeks < 52 or level.sd > 0.15
+
+
+@pytest.mark.parametrize("weeks", [58, 66, 80])
+def test_a_season_that_no_past_week_can_show_is_assumed_where_the_level_moves(weeks: int) -> None:
+    steady, followed, by_weeks = [], [], []
+    for seed in range(5):
+        weekly, spent = platform(weeks, season=0.5, seed=seed)
+        level, total = fitted(weekly), weekly.seasonal_total(HORIZON_DAYS)
+        unfollowed = Level.fit(weekly, HORIZON_DAYS, CUTOFF_AGES, FusionConfig(season=False))
+        assert total is not None
+        assert 0.3 < level.evidence <= 0.8
+        assert 0.4 * unfollowed.sd < level.sd < unfollowed.sd
+        expected = steady_forecast(weekly)
+        steady.append(np.log(expected / spent))
+        by_weeks.append(np.log(total / spent))
+        followed.append(np.log(expected * level.towards(total, expected).factor() / spent))
+    errors = [float(np.sqrt(np.mean(np.square(logs)))) for logs in (steady, followed, by_weeks)]
+    assert errors[0] > 0.3
+    assert errors[1] < errors[0] / 2
+    assert errors[2] < 0.2
+
+
+@pytest.mark.parametrize("weeks", [58, 66, 80])
+def test_no_season_is_assumed_where_the_level_moves_by_chance_alone(weeks: int) -> None:
+    levels = [fitted(platform(weeks, season=0.0, seed=seed)[0]) for seed in range(8)]
+    # the noise of so few users can look like a movement of the level
+    assert [level.evidence for level in levels].count(0.0) >= 7
+
+
+@pytest.mark.parametrize("weeks", [0, 13, 55])
+def test_without_the_weeks_of_the_year_before_there_is_no_seasonal_total(weeks: int) -> None:
+    weekly = platform(weeks, season=0.5, seed=1)[0] if weeks else WeeklySpend.of([], END, END)
+    assert weekly.seasonal_total(HORIZON_DAYS) is None
 
 
 def test_a_season_makes_the_level_unsure_where_it_is_not_followed() -> None:
@@ -132,6 +165,7 @@ def test_the_factor_reaches_no_further_than_seasons_have() -> None:
 def test_the_factor_is_what_was_missed_a_year_before_and_one_with_nothing_to_compare() -> None:
     level = fitted(platform(156, season=0.5, seed=3)[0])
     assert level.as_a_year_before(130.0, 100.0).factor() == pytest.approx(1.3)
+    assert level.towards(130.0, 100.0).factor() == pytest.approx(1.3**level.evidence)
     for spent, expected in ((0.0, 100.0), (100.0, 0.0)):
         unknown = level.as_a_year_before(spent, expected)
         assert {unknown.factor(END + timedelta(weeks=week)) for week in (-4, 0, 20)} == {1.0}

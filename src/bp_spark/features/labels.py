@@ -34,6 +34,8 @@ MIN_HISTORY_DAYS = 30
 MIN_EXPOSURE = 1 / 3
 """Share of a cutoff's horizon that must have been seen, so that its spend is a fair sample of the whole."""
 WEEKS_A_YEAR = 52
+COMPARABLE_DAYS = 252
+"""Days of events before a date of the year before: predictions of shorter histories can't be compared with today's."""
 AROUND_WEEKS = (-2, 0, 2)
 """Weeks around the same date of the year before: one date alone has more noise, further ones another season."""
 LARGEST_EXPOSURE_FACTOR = 2.0
@@ -98,7 +100,7 @@ def recent_cutoffs(newest: date, test_date: date, config: LabelsConfig) -> list[
 def year_before(first_event: date, test_date: date, config: LabelsConfig) -> list[date]:
     """Return the as-of dates around the test date's weekday of the year before, oldest first, to measure a season by.
 
-    Each horizon ends on or before the test date, and 30 days of events lie before each date.
+    Each horizon ends on or before the test date, and :data:`COMPARABLE_DAYS` of events lie before each date.
 
     Args:
         first_event: day of the first event.
@@ -106,7 +108,7 @@ def year_before(first_event: date, test_date: date, config: LabelsConfig) -> lis
         config: the horizon.
     """
     same_day = test_date - timedelta(weeks=WEEKS_A_YEAR)
-    newest, oldest = test_date - timedelta(days=config.horizon_days), first_event + timedelta(days=MIN_HISTORY_DAYS)
+    newest, oldest = test_date - timedelta(days=config.horizon_days), first_event + timedelta(days=COMPARABLE_DAYS)
     dates = [same_day + timedelta(weeks=weeks) for weeks in AROUND_WEEKS]
     return [day for day in dates if oldest <= day <= newest]
 

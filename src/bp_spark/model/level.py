@@ -10,12 +10,15 @@ spend rises in December. The platform's weekly totals tell whether there is such
 
 The level is the calendar's effect in :meth:`WeeklySpend.decomposed`, which allows for the falling spend of ageing cohorts.
 :meth:`Level.fit` makes both forecasts for each past week whose horizon is over. It then measures which share of the way from
-the steady to the seasonal forecast was right. That share is the *evidence*, if it is significant and pays. Without two years of
-data, or without a season, it is 0 and the factor is 1.
+the steady to the seasonal forecast was right. That share is the *evidence*, if it is significant and pays. Without a season it
+is 0 and the factor is 1. From 13 to 21 months of data there is a year before, but no past week to try the seasonal forecast on.
+If steady forecasts failed by more than the noise of single weeks explains, a season is *assumed* then: :func:`_assumed`.
 
-Where there is evidence, the factor is what the members themselves miss around the same date of the year before
-(:meth:`Level.as_a_year_before`): their predictions know how many users there are and how much each buys. The error of past
-forecasts gives the standard deviation of the level. All users share that error, so intervals allow for it.
+With two years of data the factor is what the members themselves miss around the same date of the year before
+(:meth:`Level.as_a_year_before`): their predictions know how many users there are and how much each buys. With less, the users'
+histories were too short then. The factor goes from the members' total towards that of the weeks
+(:meth:`WeeklySpend.seasonal_total`, :meth:`Level.towards`). The error of past forecasts gives the standard deviation of the
+level. All users share that error, so intervals allow for it.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from datetime import date
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from scipy.stats import norm
 
 from bp_spark.core.config import FusionConfig
 from bp_spark.core.errors import BundleError
@@ -51,6 +55,14 @@ _TIMES_ERROR = 2.0
 """How many standard errors the evidence must differ from 0 by."""
 _GAIN = 0.05
 """Least gain in the standard deviation of the log level: a season that gains less isn't worth the risk of chance."""
+_YEARLY = 0.8
+"""Chance that what moves a shop's level beyond chance is its season, and comes back after a year."""
+_LEAST_SHIFT = 0.06
+"""Least standard deviation of the log factor of a season that is assumed."""
+_LEAST_WEEKS = 26
+"""Least changes from week to week that tell the noise of single weeks."""
+_OLDEST = 13
+"""Weeks of the oldest ages, whose spend stands for ages that nobody has reached."""
 _MARGIN = 1.25
 """Factor by which a shift may exceed the largest shift of past weeks."""
 _BACK = 26
@@ -109,6 +121,29 @@ class WeeklySpend:
             calendar /= max(calendar.mean(), 1e-300)
         return Decomposition(size, by_age, calendar)
 
+    def seasonal_total(self, horizon_days: int) -> float | None:
+        """Return what the users seen so far will spend together in the horizon, if the season of the year before comes back.
+
+        Cohorts go on as older ones did at their age. The calendar goes on from the last weeks as it did a year before.
+
+        Args:
+            horizon_days: days from ``end`` on.
+
+        Returns:
+            Money; ``None`` without the whole horizon of the year before and the weeks before it.
+        """
+        horizon, weeks, recent = max(1, round(horizon_days / 7)), len(self.cohorts), _WINDOWS[0]
+        if weeks < WEEKS_A_YEAR + recent or not self.cohorts.any():
+            return None
+        parts = self.decomposed()
+        before = _before(parts.calendar, recent)
+        log_calendar = before[0] + _after(parts.calendar, horizon)[WEEKS_A_YEAR] - before[WEEKS_A_YEAR]
+        # nobody has been older: as in the oldest quarter
+        by_age = np.concatenate([parts.by_age, np.full(horizon, parts.by_age[-_OLDEST:].mean())])
+        age = np.arange(weeks)[:, None] + 1 + np.arange(horizon)
+        total = float((parts.size[:, None] * by_age[age]).sum()) * math.exp(log_calendar)
+        return total if math.isfinite(total) else None
+
 
 class Decomposition(NamedTuple):
     """Effects whose product is the spend of a cohort in a week; see :meth:`WeeklySpend.decomposed`.
@@ -130,7 +165,8 @@ class Level:
 
     Attributes:
         as_of: the date of the fit, as YYYY-MM-DD.
-        evidence: which share of the way to the seasonal forecast was right in past weeks; 0: the season isn't followed.
+        evidence: which share of the way to the seasonal forecast was right in past weeks, or is assumed to be; 0: the season
+            isn't followed.
         reach: largest absolute ``log_factor``: no season has moved the past weeks much further.
         log_factor: natural logarithm of the factor, by days since ``as_of``.
         sd: standard deviation of the log level's error.
@@ -146,7 +182,7 @@ class Level:
     def fit(cls, spend: WeeklySpend, horizon_days: int, cutoff_ages: Sequence[int], conf: FusionConfig) -> Self:
         """Fit the evidence for a season and the remaining error.
 
-        The factor is relative to that of ``as_of``: :meth:`as_a_year_before` completes it.
+        The factor is relative to that of ``as_of``: :meth:`as_a_year_before` or :meth:`towards` completes it.
 
         Args:
             spend: of the platform, up to the date of the fit.
@@ -171,17 +207,21 @@ class Level:
             for weeks, ratio in ratios.items()
             if _independent(miss := ratio - year_ago[weeks], horizon) >= _EPISODES
         }
-        if not (conf.season and misses):
-            return cls(as_of, 0.0, 0.0, _FLAT, sd)
-        seasonal_by = _best(misses)
-        seasonal = _before(index, seasonal_by) + year_ago[seasonal_by]
-        by = _best(
-            {weeks: np.where(np.isfinite(misses[seasonal_by]), error, np.nan) for weeks, error in errors.items()}
-        )
-        shifts = seasonal - (_before(index, by) + steady[by])
-        evidence = _evidence(errors[by], shifts, horizon)
-        sd_left = _sd(errors[by] - evidence * shifts, horizon)
-        if evidence == 0 or sd - sd_left < _GAIN or not np.isfinite(seasonal[0]):
+        if misses:
+            seasonal_by = _best(misses)
+            seasonal = _before(index, seasonal_by) + year_ago[seasonal_by]
+            by = _best(
+                {weeks: np.where(np.isfinite(misses[seasonal_by]), error, np.nan) for weeks, error in errors.items()}
+            )
+            shifts = seasonal - (_before(index, by) + steady[by])
+            evidence = _evidence(errors[by], shifts, horizon)
+            sd_left = _sd(errors[by] - evidence * shifts, horizon)
+            evidence = evidence if sd - sd_left >= _GAIN else 0.0
+        else:
+            # how far the level moved stands for how far a season moves it
+            shifts = np.where(np.arange(len(steady[by])) == 0, year_ago[by] - steady[by], errors[by])
+            evidence, sd_left = _assumed(index, sd, by, horizon)
+        if not conf.season or evidence == 0 or not np.isfinite(shifts[0]):
             return cls(as_of, 0.0, 0.0, _FLAT, sd)
         reach = min(_MARGIN * float(np.nanmax(np.abs(shifts))), _MOST)
         ahead = np.arange(-_BACK, WEEKS_A_YEAR - horizon + 1)
@@ -201,9 +241,21 @@ class Level:
             spent: in the horizons from these dates on, in money.
             expected: the members' predictions of that, without any factor.
         """
-        if not self.evidence or spent <= 0 or expected <= 0:
+        return self._completed(spent, expected, 1.0)
+
+    def towards(self, total: float, expected: float) -> Self:
+        """Return the level with a factor that leads from the members' total to another forecast, by the share ``evidence``.
+
+        Args:
+            total: :meth:`WeeklySpend.seasonal_total`.
+            expected: the members' predictions of the same, without any factor.
+        """
+        return self._completed(total, expected, self.evidence)
+
+    def _completed(self, actual: float, expected: float, share: float) -> Self:
+        if not self.evidence or actual <= 0 or expected <= 0:
             return replace(self, evidence=0.0, reach=0.0, log_factor=_FLAT)
-        missed = math.log(spent / expected)
+        missed = share * math.log(actual / expected)
         log_factors = np.clip(missed + np.array(self.log_factor.y), -self.reach, self.reach)
         return replace(self, log_factor=Curve(self.log_factor.x, floats(log_factors)))
 
@@ -279,6 +331,36 @@ def _evidence(steady_errors: np.ndarray, seasonal_shifts: np.ndarray, horizon: i
     if slope <= 0:
         return 0.0
     return min(slope, 1.0) if slope**2 > _TIMES_ERROR**2 * squared_error else 0.0
+
+
+def _assumed(index: np.ndarray, sd: float, by: int, horizon: int) -> tuple[float, float]:
+    """Return the share of the way to a seasonal forecast that is followed untried, and the remaining error.
+
+    Steady forecasts err by the noise of single weeks, and by what moves the level. The latter comes back after a year with
+    the chance :data:`_YEARLY`; otherwise the movement of the year before says nothing. Of the two, and of the noise in the
+    seasonal forecast, the share is that of the least expected square error.
+
+    Args:
+        index: of the weeks, the newest first.
+        sd: of the errors of steady forecasts.
+        by: window of these, in weeks.
+        horizon: weeks of a forecast.
+    """
+    with np.errstate(divide="ignore"):
+        logs = np.log(index)
+    steps = np.abs(np.diff(logs[np.isfinite(logs)]))
+    if len(steps) < _LEAST_WEEKS:
+        return 0.0, sd
+    # the median, which a few weeks of a promotion don't move, as a normal standard deviation
+    week_variance = float((np.median(steps) / norm.ppf(0.75)) ** 2 / 2)
+    # a forecast has the noise of its own weeks and of those that it learned from
+    noise = 2 * week_variance * (1 / horizon + 1 / by)
+    moved = max(0.0, sd**2 - noise)
+    share = _YEARLY * moved / (moved + noise) if moved else 0.0
+    if share * math.sqrt(moved) < _LEAST_SHIFT:
+        return 0.0, sd
+    left = moved * (_YEARLY * (1 - share) ** 2 + (1 - _YEARLY) * (1 + share**2)) + noise * (1 + share**2)
+    return share, min(sd, math.sqrt(left))
 
 
 def _sd(errors: np.ndarray, horizon: int) -> float:

@@ -65,7 +65,7 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
         brackets: ``user_key, bracket``, to join to the predictions.
     """
     config = run.config
-    level = fit_level(run, dates, test_date)
+    level, seasonal_total = fit_level(run, dates, test_date)
     year_before = labels.year_before(span(run.lakehouse)[0], test_date, config.labels) if level.evidence else []
     version, vocabulary, folder = prepare(run, dates, test_date, year_before)
     rows = run.lakehouse.read("training_set", version)
@@ -81,7 +81,12 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
     columns = {str(name): reference[name].to_numpy() for name in reference}
     steady = fusion.apply_without_level(columns)
     if level.evidence:
-        level = _as_a_year_before(run, level, year_before, members, fusion)
+        if year_before:
+            level = _as_a_year_before(run, level, year_before, members, fusion)
+        else:
+            # the reference is a sample of the users
+            expected_total = float(steady["expected_spend"].mean()) * users.count()
+            level = _as_last_year(run, level, seasonal_total, expected_total)
     fusion = replace(fusion, level=level)
     fused, by_horizon = fusion.apply_level(steady), horizons.apply(steady["expected_spend"], columns)
     predictions = reference.assign(
@@ -94,13 +99,16 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
     return Fitted(test_date, version, members, fusion, horizons, totals, predictions, history)
 
 
-def fit_level(run: Run, dates: Sequence[date], test_date: date) -> Level:
+def fit_level(run: Run, dates: Sequence[date], test_date: date) -> tuple[Level, float | None]:
     """Fit the platform's season and trend on the weeks before the test date.
 
     Args:
         run: the running job; this is a stage of it.
         dates: cutoffs of the training set.
         test_date: date from which on no spend is seen.
+
+    Returns:
+        The level, and the total of the horizon by the weeks of the year before.
     """
     config = run.config
     run.lakehouse.require_whole_files("user_daily")
@@ -112,7 +120,7 @@ def fit_level(run: Run, dates: Sequence[date], test_date: date) -> Level:
         spend = WeeklySpend.of(rows, first, test_date)
         level = Level.fit(spend, config.labels.horizon_days, ages, config.fusion)
         figures["evidence"], figures["sd"] = f"{level.evidence:.2f}", f"{level.sd:.3f}"
-    return level
+    return level, spend.seasonal_total(config.labels.horizon_days)
 
 
 def _as_a_year_before(
@@ -130,6 +138,21 @@ def _as_a_year_before(
             expected += float(fusion.apply_without_level(fusion.inputs_from(users))["expected_spend"].sum())
         level = level.as_a_year_before(spent, expected)
         figures["dates"], figures["factor"] = len(days), f"{level.factor():.2f}"
+    return level
+
+
+def _as_last_year(run: Run, level: Level, seasonal_total: float | None, expected_total: float) -> Level:
+    """Complete the level by the total that the weeks of the year before foretell.
+
+    Args:
+        run: the running job; this is a stage of it.
+        level: assumes a season.
+        seasonal_total: of the horizon, by :meth:`bp_spark.model.level.WeeklySpend.seasonal_total`.
+        expected_total: what the members expect of the same users.
+    """
+    with run.stage("fit season") as figures:
+        level = level.towards(seasonal_total or 0.0, expected_total)
+        figures["assumed"], figures["factor"] = f"{level.evidence:.2f}", f"{level.factor():.2f}"
     return level
 
 

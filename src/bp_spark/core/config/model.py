@@ -168,5 +168,5 @@ class FusionConfig(Section):
     season: bool = Field(
         True,
         description="Whether the same weeks of the year before move everyone's expected spend, as far as they foretold "
-        "past weeks.",
+        "past weeks. With 13 to 21 months of data, whether they do where the platform's level moves beyond chance.",
     )
