@@ -244,7 +244,7 @@ def _totals_inside(fitted: Fitted, users: pd.DataFrame) -> dict[str, float]:
         {
             "spent": users["label_spend"].clip(lower=0),
             "expected": users["fused"],
-            "variance": error.dispersion * users["fused"] ** error.power,
+            "variance": error.variance(users["fused"].to_numpy()),
             "level": fitted.fusion.rank(users["fused"].to_numpy() / fitted.fusion.factor())[1],
         }
     )

@@ -43,16 +43,23 @@ def fit(frame: pd.DataFrame, expected: np.ndarray, **more: float) -> Totals:
 
 def test_the_variance_of_a_user_is_that_of_orders_at_random() -> None:
     (error,) = fit(*shop(1, 8, 0.0, 0.0)).errors
-    # orders at random of 30 in the mean, whose square has a mean of 1,125: a variance of 37.5 times the mean
-    assert error.power == pytest.approx(1.0, abs=0.05)
-    assert error.dispersion * 100**error.power == pytest.approx(3750, rel=0.1)
-    assert error.segment_sd < 0.015
+    # orders of 30 in the mean, whose square has a mean near 1,100: a variance of some 37 times the mean
+    assert error.dispersion == pytest.approx(37, rel=0.1)
+    assert error.quadratic < 0.02
+    assert error.segment_sd < 0.03
+
+
+def test_what_is_not_known_of_a_user_grows_with_the_square_of_the_expected_spend() -> None:
+    frame, expected = shop(9, 8, 0.0, 0.0)
+    frame["label_spend"] *= np.random.default_rng(9).gamma(4, 1 / 4, len(frame))
+    (error,) = fit(frame, expected).errors
+    assert error.quadratic == pytest.approx(1 / 4, rel=0.2)
 
 
 def test_what_users_of_a_segment_share_is_told_from_chance() -> None:
     (error,) = fit(*shop(2, 30, 0.1, 0.08)).errors
-    # the ratio of a fifth to all: the spend of one fifth is most of that of all
-    assert 0.04 < error.segment_sd < 0.11
+    # between two cutoffs both move; the ratio is to all, most of whose spend is that of one fifth
+    assert 0.05 < error.segment_sd < 0.15
 
 
 def test_nine_of_ten_sums_lie_in_their_interval() -> None:
@@ -60,7 +67,7 @@ def test_nine_of_ten_sums_lie_in_their_interval() -> None:
     (error,) = totals.errors
     later, expected = shop(4, 200, 0.1, 0.06)
     later["expected"] = expected
-    later["variance"] = error.dispersion * expected**error.power
+    later["variance"] = error.variance(expected)
     inside = {}
     for everyone, group in ((True, ["as_of_date"]), (False, ["as_of_date", "fifth"])):
         sums = later.groupby(group)[["label_spend", "expected", "variance"]].sum()
@@ -101,14 +108,14 @@ def test_where_nobody_spends_there_is_no_error_but_that_of_the_level() -> None:
     frame, expected = shop(6, 2, 0.0, 0.0)
     frame["label_spend"] = 0.0
     (error,) = fit(frame, np.zeros_like(expected), level_sd=0.2).errors
-    assert (error.common_sd, error.segment_sd, error.dispersion) == (0.2, 0.0, 0.0)
+    assert (error.common_sd, error.segment_sd, error.dispersion) == (0.2, 0.05, 0.0)
 
 
 def test_the_interval_of_nothing_is_nothing_and_that_of_one_user_is_wide() -> None:
     totals = fit(*shop(7, 4, 0.0, 0.0))
     (error,) = totals.errors
     assert interval(0.0, 0.0, error, totals.z) == (0.0, 0.0)
-    low, high = interval(100.0, error.dispersion * 100**error.power, error, totals.z)
+    low, high = interval(100.0, 100 * error.dispersion + 10_000 * error.quadratic, error, totals.z)
     assert 0 < low < 40
     assert 150 < high < 400
 
@@ -120,7 +127,7 @@ def test_a_file_comes_back_bit_for_bit_and_a_wrong_one_is_named(tmp_path: Path) 
     document = json.loads((tmp_path / FILE).read_text())
     for wrong in (
         {**document, "coverage": 2},
-        {**document, "errors": [{**document["errors"][0], "power": 7}]},
+        {**document, "errors": [{**document["errors"][0], "quadratic": -1}]},
         {**document, "errors": [{"days": 90}]},
         {"errors": []},
         {**document, "errors": 5},

@@ -61,7 +61,7 @@ SETTINGS = [
     "profiles.region_segment=region",
 ]
 NAMES = [table.name for table in PROFILE_TABLES]
-ERRORS = Totals(0.9, (TotalError(30, 0.1, 0.2, 2.0, 1.5, 4.0), TotalError(90, 0.05, 0.1, 3.0, 1.0, 2.0)))
+ERRORS = Totals(0.9, (TotalError(30, 0.1, 0.2, 2.0, 0.5, 4.0), TotalError(90, 0.05, 0.1, 3.0, 0.0, 2.0)))
 CATALOGUE = catalogue(FeaturesConfig(windows=(30,)))
 
 
@@ -449,7 +449,9 @@ def test_totals_are_sums_of_segments_with_an_interval_for_errors_that_users_shar
     }
     everyone = found["platform", "all", 30]
     assert everyone["expected_spend"] == 111 / 4
-    assert everyone["variance"] == pytest.approx(sum(2.0 * (x / 4) ** 1.5 for x in (100, 2, 5, 4)), abs=0.01)
+    assert everyone["variance"] == pytest.approx(
+        sum(2.0 * (x / 4) + 0.5 * (x / 4) ** 2 for x in (100, 2, 5, 4)), abs=0.01
+    )
     ends = interval(everyone["expected_spend"], everyone["variance"], ERRORS.errors[0], ERRORS.z, everyone=True)
     assert (everyone["low"], everyone["high"]) == ends
     assert (everyone["common_sd"], everyone["segment_sd"], everyone["horizons"]) == (0.1, 0.2, 4.0)

@@ -4,23 +4,26 @@ Users' errors aren't independent. A season, a trend or a campaign moves all user
 segment alike. So the error of a sum doesn't vanish as the group grows. The logarithm of a group's spend over its expected spend
 has the variance::
 
-    common_sd² + segment_sd² + sum(dispersion * expected^power) / sum(expected)²
+    common_sd² + segment_sd² + sum(dispersion * expected + quadratic * expected²) / sum(expected)²
 
-The last term is that of independent users: their variance is a power of their mean (Tweedie 1984; Jørgensen 1997, "The theory
-of dispersion models"). All is learned from out-of-fold predictions at past cutoffs. A group's spend is taken to be log-normal,
-with the expected spend as its mean.
+The last term is that of independent users. Their variance is a quadratic function of their mean (McCullagh and Nelder 1989,
+"Generalized linear models", 9.2): orders at random add up to a variance proportional to the mean, and what the predictions
+don't know of a user grows with its square. All is learned from out-of-fold predictions at past cutoffs. A group's spend is
+taken to be log-normal, with the expected spend as its mean.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import nnls
 from scipy.stats import norm
 
 from bp_spark.core.errors import BundleError
@@ -38,12 +41,12 @@ FEW_HORIZONS = 3.0
 _BINS, _BIN_ROWS = 20, 200
 _SEGMENTS = 5
 """Groups of like expected spend whose errors are compared: as many as there are levels."""
-_LEAST_POWER, _POWER, _LARGEST_POWER = 1.0, 1.5, 2.0
-"""Powers of Tweedie's distributions with a mass at 0, and the one that is taken where the data can't tell."""
 _PRIOR_WEIGHT = 2.0
-"""Weight of the main horizon's common error in that of another one, in independent horizons."""
-_LEAST_SD = 0.05
-"""Added to the error of a segment's ratio, so that no segment alone decides ``segment_sd``."""
+"""Weight of an assumed standard deviation beside the measured one, in horizons that don't overlap."""
+_SEGMENT_SD = 0.05
+"""Standard deviation that users of a segment share, where nothing is measured."""
+_APART = 0.75
+"""Share of a horizon that two cutoffs lie apart at least to show how a segment changes within a horizon."""
 _LARGEST = 1e15
 _LARGEST_SD = 10.0
 
@@ -56,8 +59,8 @@ class TotalError:
         days: of the horizon.
         common_sd: standard deviation of the log spend that all users share.
         segment_sd: that which users of one segment share beside it.
-        dispersion: variance of a user whose expected spend is 1.
-        power: by which the variance grows with the expected spend, 1 to 2.
+        dispersion: variance of a user, by the expected spend.
+        quadratic: the same by its square.
         horizons: how many horizons that don't overlap ``common_sd`` was measured on.
     """
 
@@ -65,8 +68,12 @@ class TotalError:
     common_sd: float
     segment_sd: float
     dispersion: float
-    power: float
+    quadratic: float
     horizons: float
+
+    def variance(self, expected: np.ndarray) -> np.ndarray:
+        """Return the variance of users who are independent of each other, float64 [rows]."""
+        return np.asarray(self.dispersion * expected + self.quadratic * expected**2)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
@@ -82,7 +89,7 @@ class TotalError:
             number(document["common_sd"], 0.0, _LARGEST_SD),
             number(document["segment_sd"], 0.0, _LARGEST_SD),
             number(document["dispersion"], 0.0, _LARGEST),
-            number(document["power"], _LEAST_POWER, _LARGEST_POWER),
+            number(document["quadratic"], 0.0, _LARGEST),
             number(document["horizons"], 0.0, _LARGEST),
         )
 
@@ -117,10 +124,13 @@ class Totals:
     ) -> Self:
         """Fit on out-of-fold predictions.
 
-        1. *Independent users*: squared errors are averaged in up to 20 bins of the expected spend, and the power is the slope
-           of their logarithms. The dispersion makes all predicted variances together as large as the squared errors.
-        2. *Segments*: fifths of the expected spend at each cutoff stand for segments. ``segment_sd²`` is what the squares of
-           their ratios, spent over expected and over the same of the whole cutoff, exceed the variance of independent users by.
+        1. *Independent users*: squared errors are averaged in up to 20 bins of the expected spend and divided by it. A line
+           through these, neither part negative, gives both coefficients. A factor makes all predicted variances together as
+           large as the squared errors.
+        2. *Segments*: fifths of the expected spend at each cutoff stand for segments, each with its ratio of spent to expected
+           over that of the whole cutoff. ``segment_sd²`` is what the squared differences of these ratios, between cutoffs that
+           lie about a horizon apart, exceed the variance of independent users by: the predictions are calibrated on cutoffs as
+           old as that. It is averaged with an assumed value.
         3. *Common error*: that of the main horizon is the level's (:class:`bp_spark.model.level.Level`), learned from past
            weeks. For another horizon the ratios of whole cutoffs are averaged with it. It weighs as much as two horizons that
            don't overlap.
@@ -139,11 +149,10 @@ class Totals:
             label = frame[LABEL if days == main else horizon_column(LABEL, days)].to_numpy(np.float64)
             known = ~np.isnan(label)
             rows = _Rows(np.maximum(label[known], 0.0), expected[days][known], row_weights[known], cutoffs[known])
-            dispersion, power = _variance_of_users(rows)
-            segment_sd = _segment_sd(rows, dispersion, power)
             horizons = _independent(rows.cutoffs, days)
             common_sd = level_sd if days == main else _common_sd(rows, level_sd, horizons)
-            errors.append(TotalError(days, common_sd, segment_sd, dispersion, power, horizons))
+            error = TotalError(days, common_sd, 0.0, *_variance_of_users(rows), horizons)
+            errors.append(replace(error, segment_sd=_segment_sd(rows, error)))
         return cls(coverage, tuple(errors))
 
     def save(self, folder: Path) -> None:
@@ -179,40 +188,52 @@ class _Rows:
 
 
 def _variance_of_users(rows: _Rows) -> tuple[float, float]:
-    """Return dispersion and power of the variance of independent users."""
+    """Return ``dispersion`` and ``quadratic`` of the variance of independent users."""
     squares = (rows.spend - rows.expected) ** 2
     bins = quantile_bins(rows.expected, _BINS, equivalent_rows(_BIN_ROWS, rows.weights))
     weight = np.bincount(bins, rows.weights)
     mean = np.bincount(bins, rows.weights * rows.expected) / weight
-    variance = np.bincount(bins, rows.weights * squares) / weight
-    usable = (mean > 0) & (variance > 0)
-    power = _POWER
-    if usable.sum() > 1:
-        slope = np.polyfit(np.log(mean[usable]), np.log(variance[usable]), 1, w=np.sqrt(weight[usable]))[0]
-        power = float(np.clip(slope, _LEAST_POWER, _LARGEST_POWER))
-    predicted = float(rows.weights @ rows.expected**power)
-    return (float(rows.weights @ squares) / predicted if predicted > 0 else 0.0), power
+    usable = mean > 0
+    if not usable.any():
+        return 0.0, 0.0
+    ratio = np.bincount(bins, rows.weights * squares)[usable] / weight[usable] / mean[usable]
+    line = np.stack([np.ones(len(ratio)), mean[usable]], axis=1)
+    scale = np.sqrt(weight[usable])
+    coefficients, _ = nnls(line * scale[:, None], ratio * scale)
+    predicted = float(rows.weights @ (coefficients[0] * rows.expected + coefficients[1] * rows.expected**2))
+    factor = float(rows.weights @ squares) / predicted if predicted > 0 else 0.0
+    return float(coefficients[0]) * factor, float(coefficients[1]) * factor
 
 
-def _segment_sd(rows: _Rows, dispersion: float, power: float) -> float:
-    excess, weights = [], []
-    for cutoff in np.unique(rows.cutoffs):
-        at = rows.cutoffs == cutoff
-        spend, expected = rows.spend[at], rows.expected[at]
-        if not (spend.sum() > 0 and expected.sum() > 0):
-            continue
-        group = quantile_bins(expected, _SEGMENTS, 1)
-        sums = np.bincount(group, expected)
-        usable = sums > 0
-        ratio = np.bincount(group, spend)[usable] / sums[usable] / (spend.sum() / expected.sum())
-        independent = dispersion * np.bincount(group, expected**power)[usable] / sums[usable] ** 2
-        # of a group and of the rest, whose errors are of opposite sign
-        independent *= 1 - sums[usable] / sums.sum()
-        excess.append((ratio - 1) ** 2 - independent)
-        weights.append(rows.weights[at][0] / (independent + _LEAST_SD**2) ** 2)
-    if not excess:
-        return 0.0
-    return math.sqrt(max(0.0, float(np.average(np.concatenate(excess), weights=np.concatenate(weights)))))
+def _segment_sd(rows: _Rows, error: TotalError) -> float:
+    """Return ``segment_sd`` by the changes of segments between cutoffs about a horizon apart."""
+    ratios = {cutoff: _segment_ratios(rows, rows.cutoffs == cutoff, error) for cutoff in np.unique(rows.cutoffs)}
+    apart = np.timedelta64(math.ceil(_APART * error.days), "D")
+    excess, weights = [np.zeros(0)], [np.zeros(0)]
+    for (earlier, before), (later, after) in combinations(ratios.items(), 2):
+        if later - earlier >= apart and len(before[0]) == len(after[0]):
+            independent = before[1] + after[1]
+            excess.append((after[0] - before[0]) ** 2 - independent)
+            weights.append(1 / (independent + _SEGMENT_SD**2) ** 2)
+    squares, precision = np.concatenate(excess), np.concatenate(weights)
+    measured = max(0.0, float(np.average(squares, weights=precision))) if len(squares) else 0.0
+    horizons = error.horizons if len(squares) else 0.0
+    return math.sqrt((horizons * measured + _PRIOR_WEIGHT * _SEGMENT_SD**2) / (horizons + _PRIOR_WEIGHT))
+
+
+def _segment_ratios(rows: _Rows, at: np.ndarray, error: TotalError) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ratios of a cutoff's segments to the whole cutoff, and the variance of these by independent users."""
+    spend, expected = rows.spend[at], rows.expected[at]
+    if not (spend.sum() > 0 and expected.sum() > 0):
+        return np.zeros(0), np.zeros(0)
+    group = quantile_bins(expected, _SEGMENTS, 1)
+    sums = np.bincount(group, expected)
+    usable = sums > 0
+    sums = sums[usable]
+    ratio = np.bincount(group, spend)[usable] / sums / (spend.sum() / expected.sum())
+    independent = np.bincount(group, error.variance(expected))[usable] / sums**2
+    # of a segment and of the rest, whose errors are of opposite sign
+    return ratio, independent * (1 - sums / expected.sum())
 
 
 def _common_sd(rows: _Rows, level_sd: float, horizons: float) -> float:
@@ -238,9 +259,11 @@ def interval(
 ) -> tuple[float, float]:
     """Return the ends of the interval of a group's spend.
 
+    The lower end is 0 where independent users have a standard deviation above the expected spend: then nobody may come.
+
     Args:
         expected: sum of the expected spend.
-        variance: sum of ``dispersion * expected^power`` over the users.
+        variance: sum of :meth:`TotalError.variance` over the users.
         error: of the horizon.
         z: :attr:`Totals.z`.
         everyone: whether the group is the whole platform, without an error of its segment.
@@ -248,6 +271,8 @@ def interval(
     if expected <= 0:
         return 0.0, 0.0
     own = 0.0 if everyone else error.segment_sd**2
-    squared = math.log1p(variance / expected**2) + error.common_sd**2 + own
+    independent = variance / expected**2
+    squared = math.log1p(independent) + error.common_sd**2 + own
     middle, sd = math.log(expected) - squared / 2, math.sqrt(squared)
-    return math.exp(middle - z * sd), math.exp(middle + z * sd)
+    low = math.exp(middle - z * sd) if independent < 1 else 0.0
+    return low, math.exp(middle + z * sd)

@@ -230,8 +230,8 @@ TOTALS = Table(
             "double!",
             "Standard deviation of the log spend that users of one segment share beside it; not in the platform's interval",
         ),
-        ("dispersion", "double!", "Variance of a user whose expected spend is 1"),
-        ("power", "double!", "A user's variance is dispersion * expected_spend ^ power"),
+        ("dispersion", "double!", "Variance of a user, by the expected spend"),
+        ("quadratic", "double!", "Variance of a user, by the square of the expected spend; it is the sum of both"),
         (
             "horizons",
             "double!",

@@ -37,7 +37,7 @@ def sums_by_horizon(totals: Totals | None) -> dict[str, Column]:
     sums = {}
     for error in totals.errors if totals else ():
         expected = F.element_at("expected_by_horizon", F.lit(error.days))
-        variance = F.lit(error.dispersion) * F.pow(expected, F.lit(error.power))
+        variance = expected * (F.lit(error.dispersion) + F.lit(error.quadratic) * expected)
         sums[f"expected_{error.days}"] = F.sum(F.round(expected * _CENT).cast("decimal(38,0)"))
         sums[f"variance_{error.days}"] = F.sum(F.round(variance * _SQUARE).cast("decimal(38,0)"))
     return sums
@@ -108,7 +108,7 @@ def platform_totals(segments: DataFrame, totals: Totals, day: date, bundle_diges
             "common_sd": error.common_sd,
             "segment_sd": error.segment_sd,
             "dispersion": error.dispersion,
-            "power": error.power,
+            "quadratic": error.quadratic,
             "horizons": error.horizons,
             "bundle_digest": bundle_digest,
         }
