@@ -170,8 +170,11 @@ def scored(day: date, number: int, score: float, digest: str, **values: Any) -> 
     return {**row, "bundle_digest": digest, "risk_level": "low", "code_version": "test", **values}
 
 
-def promised_totals() -> list[dict[str, Any]]:
-    """Of OLD, when every user spent 10: right for all, right for A, too low for B, and of C not all users are counted."""
+def promised_totals(digest: str) -> list[dict[str, Any]]:
+    """Of OLD, when every user spent 10: right for all, right for A, too low for B, and of C not all users are counted.
+
+    Those of another bundle are all too low.
+    """
     ends = {
         ("platform", "all"): (USERS, 1.1),
         ("level", "A"): (80, 1.1),
@@ -185,10 +188,12 @@ def promised_totals() -> list[dict[str, Any]]:
             "segment": segment,
             "value": value,
             "users": users,
-            "high": 10 * users * most,
+            "high": 10 * users * most if bundle == digest else 1.0,
+            "bundle_digest": bundle,
         }
         for (segment, value), (users, most) in ends.items()
         for days in (90, 30)
+        for bundle in (digest, "another")
     ]
 
 
@@ -248,7 +253,7 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
             scored(LAST, user, score, "another"),
         ]
     lakehouse.replace(SCORES, rows_of(spark, SCORES, scores))
-    lakehouse.replace(TOTALS, rows_of(spark, TOTALS, promised_totals()))
+    lakehouse.replace(TOTALS, rows_of(spark, TOTALS, promised_totals(bundle.digest)))
     days = [
         {"user_key": f"user{user}", "day": OLD + timedelta(days=user % 90), "spend": Decimal(10)}
         for user in range(USERS)

@@ -312,7 +312,8 @@ def _errors(run: Run, scores: DataFrame, day: date) -> list[dict[str, Any]]:
     figures = metrics.evaluate(truth, predicted, low=low, high=high, p_active=p_active, promised=coverage)
     spent = np.maximum(truth, 0.0).sum()
     figures["calibration"] = predicted.sum() / spent if spent > 0 else math.nan
-    promised = _test_metrics(run, bundle_of(scores, day))
+    bundle_digest = bundle_of(scores, day)
+    promised = _test_metrics(run, bundle_digest)
     promised |= {"coverage": coverage, "calibration": 1.0}
     rank_metrics = [name for name in promised if name in ("spearman", "gini")]
     least = {name: promised[name] - config.max_rank_loss for name in rank_metrics}
@@ -333,10 +334,10 @@ def _errors(run: Run, scores: DataFrame, day: date) -> list[dict[str, Any]]:
         )
         for metric, value in figures.items()
     ]
-    return by_user + _totals_inside(run, rows, day)
+    return by_user + _totals_inside(run, rows, day, bundle_digest)
 
 
-def _totals_inside(run: Run, rows: DataFrame, day: date) -> list[dict[str, Any]]:
+def _totals_inside(run: Run, rows: DataFrame, day: date, bundle_digest: str) -> list[dict[str, Any]]:
     """Return the share of the date's totals, of the platform and of its levels, whose interval held what was spent.
 
     A level is left out if some of its users were counted elsewhere, as too few of a category or a region.
@@ -345,11 +346,13 @@ def _totals_inside(run: Run, rows: DataFrame, day: date) -> list[dict[str, Any]]
         run: the running job.
         rows: scores of the date with ``label_spend``.
         day: the date.
+        bundle_digest: of the bundle that scored it.
     """
     if not run.lakehouse.exists("totals"):
         return []
     of_horizon = (F.col("horizon_days") == run.config.labels.horizon_days) & F.col("segment").isin("platform", "level")
-    promised = rows_of_date(run.lakehouse.read("totals"), day).filter(of_horizon).collect()
+    of_bundle = F.col("bundle_digest") == bundle_digest
+    promised = rows_of_date(run.lakehouse.read("totals"), day).filter(of_horizon & of_bundle).collect()
     spend = F.sum(F.greatest("label_spend", F.lit(0.0)))
     spent = {
         row["level"]: (row["users"], row["spend"])
