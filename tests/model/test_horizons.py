@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import date, timedelta
 
 import numpy as np
 import pandas as pd
@@ -15,8 +16,10 @@ from hypothesis.extra import numpy as hnp
 from bp_spark.core.errors import BundleError
 from bp_spark.model.curve import Curve
 from bp_spark.model.horizons import EXPECTED, MIN_ROWS, NETWORK, Horizons, Ratio
+from bp_spark.model.level import Level
 
 MONEY = st.floats(0, 1e6)
+NOW = date(2024, 1, 1)
 
 
 def world(n: int, seed: int, seen: float = 1.0) -> pd.DataFrame:
@@ -131,3 +134,38 @@ def test_missing_predictions_of_the_network_are_named() -> None:
     horizons = fitted(world(3000, seed=7))
     with pytest.raises(BundleError, match="transformer_30d"):
         horizons.apply(np.ones(2), {"transformer": np.ones(2)})
+
+
+def season(*log_factors: float) -> Level:
+    """A level whose factor changes week by week from NOW on."""
+    x = tuple(7.0 * week for week in range(len(log_factors)))
+    return Level(NOW.isoformat(), 1.0, 1.0, Curve(x, log_factors), 0.05)
+
+
+def test_a_season_moves_each_horizon_by_its_own_factor_and_spend_still_does_not_fall_with_the_days() -> None:
+    ratios = (Ratio(30, EXPECTED, Curve((0.0,), (0.4,))), Ratio(180, EXPECTED, Curve((0.0,), (1.5,))))
+    horizons = Horizons(90, ratios, {30: season(0.1, 2.0), 180: season(-0.2, -2.0)})
+    spend = np.array([0.0, 10.0])
+    steady = horizons.apply(spend, {})
+    now = horizons.apply_level(steady, 1.2)
+    assert list(now) == [30, 90, 180]
+    np.testing.assert_allclose(now[30], spend * 0.4 * math.exp(0.1))
+    np.testing.assert_allclose(now[90], spend * 1.2)
+    np.testing.assert_allclose(now[180], spend * 1.5 * math.exp(-0.2))
+    later = NOW + timedelta(days=7)
+    assert horizons.factors(1.3, later) == pytest.approx({30: math.exp(2), 90: 1.3, 180: math.exp(-2)})
+    for values in horizons.apply_level(steady, 1.3, later).values():
+        np.testing.assert_allclose(values, spend * 1.3)
+    # without levels of their own all follow the main horizon
+    assert Horizons(90, ratios).factors(1.3) == {30: 1.3, 90: 1.3, 180: 1.3}
+
+
+def test_levels_come_back_from_json_and_horizons_without_any_are_written_as_before() -> None:
+    ratios = (Ratio(30, EXPECTED, Curve((0.0,), (0.4,))),)
+    assert set(Horizons(90, ratios).to_json()) == {"main", "ratios"}
+    horizons = Horizons(90, ratios, {30: season(0.1, 1 / 3)})
+    document = json.loads(json.dumps(horizons.to_json()))
+    assert Horizons.from_json(document) == horizons
+    for levels in ({"60": document["levels"]["30"]}, {"30": {}}, {"soon": document["levels"]["30"]}, [], 7):
+        with pytest.raises(BundleError):
+            Horizons.from_json(document | {"levels": levels})

@@ -172,6 +172,19 @@ def test_the_factor_is_what_was_missed_a_year_before_and_one_with_nothing_to_com
         assert unknown.evidence == 0
 
 
+def test_another_horizon_has_the_evidence_and_a_course_of_its_own() -> None:
+    weekly, _ = platform(156, season=0.5, seed=3)
+    level = fitted(weekly)
+    month = level.of_horizon(weekly, 28)
+    assert (month.evidence, month.reach, month.log_factor.x[0]) == (level.evidence, level.reach, level.log_factor.x[0])
+    assert month.factor() == level.factor() == 1.0
+    assert np.ptp(month.log_factor.y) > 0.5
+    assert month.log_factor.y != level.log_factor.y
+    assert month.as_a_year_before(130.0, 100.0).factor() == pytest.approx(1.3)
+    none = Level.fit(weekly, HORIZON_DAYS, CUTOFF_AGES, FusionConfig(season=False)).of_horizon(weekly, 28)
+    assert none.as_a_year_before(130.0, 100.0).factor() == 1.0
+
+
 def test_the_order_of_rows_changes_no_bit() -> None:
     rng = np.random.default_rng(3)
     rows = [

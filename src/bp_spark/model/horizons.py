@@ -2,13 +2,14 @@
 
 The main horizon has every member, a stack and a calibration. The spend of another horizon is a multiple of it: the ratio that
 the network predicts, calibrated on users that the network wasn't fitted on. Without a network the ratio depends on the expected
-spend alone.
+spend alone. A season moves each horizon by a factor of its own: the next month may be November, and the next half year not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from datetime import date
 from typing import Any, Self
 
 import numpy as np
@@ -19,6 +20,7 @@ from bp_spark.core.errors import BundleError
 from bp_spark.features.labels import horizon_column
 from bp_spark.model.bins import quantile_bins
 from bp_spark.model.curve import Curve, as_json, curve_from_json
+from bp_spark.model.level import Level
 from bp_spark.model.values import whole
 
 LABEL = "label_spend"
@@ -56,10 +58,12 @@ class Horizons:
     Attributes:
         main: days of the main horizon.
         ratios: of the other horizons.
+        levels: days -> factor of everyone's spend over that horizon by date. Without an entry the main horizon's holds.
     """
 
     main: int
     ratios: tuple[Ratio, ...]
+    levels: Mapping[int, Level] = field(default_factory=dict)
 
     @property
     def days(self) -> tuple[int, ...]:
@@ -122,17 +126,41 @@ class Horizons:
         for ratio in self.ratios:
             x = _curve_variable(ratio.by, ratio.days, self.main, expected, predictions)
             by_days[ratio.days] = expected * ratio.curve(x)
+        return self._not_falling(by_days)
+
+    def factors(self, main: float, on: date | None = None) -> dict[int, float]:
+        """Return days -> factor of everyone's spend over each of :attr:`days`.
+
+        Args:
+            main: that of the main horizon.
+            on: the date from which the spend counts; by default that of the fit.
+        """
+        return {days: self.levels[days].factor(on) if days in self.levels else main for days in self.days}
+
+    def apply_level(
+        self, by_days: Mapping[int, np.ndarray], main: float, on: date | None = None
+    ) -> dict[int, np.ndarray]:
+        """Multiply what :meth:`apply` returned by :meth:`factors`; spend still doesn't fall with the days."""
+        factors = self.factors(main, on)
+        return self._not_falling({days: spend * factors[days] for days, spend in by_days.items()})
+
+    def _not_falling(self, by_days: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+        bounded = dict(by_days)
         shorter = [days for days in reversed(self.days) if days < self.main]
         longer = [days for days in self.days if days > self.main]
         for chain, bound in ((shorter, np.minimum), (longer, np.maximum)):
-            nearer = expected
+            nearer = bounded[self.main]
             for days in chain:
-                by_days[days] = nearer = bound(by_days[days], nearer)
-        return {days: by_days[days] for days in self.days}
+                bounded[days] = nearer = bound(bounded[days], nearer)
+        return {days: bounded[days] for days in self.days}
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a JSON file; floats come back bit for bit."""
-        return as_json(self)
+        document = {"main": self.main, "ratios": [as_json(ratio) for ratio in self.ratios]}
+        # bundles without levels have the manifest that they had before there were any
+        return document | (
+            {"levels": {str(days): one.to_json() for days, one in self.levels.items()}} if self.levels else {}
+        )
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
@@ -142,18 +170,21 @@ class Horizons:
             BundleError: a key is missing or unknown, or a value has the wrong type or order.
         """
         try:
-            if set(document) != {field.name for field in fields(cls)}:
+            if set(document) - {"levels"} != {"main", "ratios"}:
                 raise ValueError("not the keys of horizons")
-            horizons = cls(whole(document["main"], 1, _LONGEST), tuple(map(_ratio, document["ratios"])))
-        except (KeyError, TypeError, ValueError) as error:
+            levels = {int(days): Level.from_json(level) for days, level in document.get("levels", {}).items()}
+            horizons = cls(whole(document["main"], 1, _LONGEST), tuple(map(_ratio, document["ratios"])), levels)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BundleError(f"horizons: malformed ({error!r})") from None
         if len(set(horizons.days)) < len(horizons.days):
             raise BundleError("horizons: one is there twice")
+        if not set(levels) <= set(horizons.others):
+            raise BundleError("horizons: a level is of none of them")
         return horizons
 
 
 def _ratio(document: Mapping[str, Any]) -> Ratio:
-    if set(document) != {field.name for field in fields(Ratio)} or document["by"] not in (NETWORK, EXPECTED):
+    if set(document) != {one.name for one in fields(Ratio)} or document["by"] not in (NETWORK, EXPECTED):
         raise ValueError("not a ratio")
     curve = curve_from_json(document["curve"], least=0.0)
     return Ratio(whole(document["days"], 1, _LONGEST), str(document["by"]), curve)

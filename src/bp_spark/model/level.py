@@ -61,8 +61,7 @@ _LEAST_SHIFT = 0.06
 """Least standard deviation of the log factor of a season that is assumed."""
 _LEAST_WEEKS = 26
 """Least changes from week to week that tell the noise of single weeks."""
-_OLDEST = 13
-"""Weeks of the oldest ages, whose spend stands for ages that nobody has reached."""
+_QUARTER = 13
 _MARGIN = 1.25
 """Factor by which a shift may exceed the largest shift of past weeks."""
 _BACK = 26
@@ -138,8 +137,8 @@ class WeeklySpend:
         parts = self.decomposed()
         before = _before(parts.calendar, recent)
         log_calendar = before[0] + _after(parts.calendar, horizon)[WEEKS_A_YEAR] - before[WEEKS_A_YEAR]
-        # nobody has been older: as in the oldest quarter
-        by_age = np.concatenate([parts.by_age, np.full(horizon, parts.by_age[-_OLDEST:].mean())])
+        # ages that nobody has reached are as the oldest quarter
+        by_age = np.concatenate([parts.by_age, np.full(horizon, parts.by_age[-_QUARTER:].mean())])
         age = np.arange(weeks)[:, None] + 1 + np.arange(horizon)
         total = float((parts.size[:, None] * by_age[age]).sum()) * math.exp(log_calendar)
         return total if math.isfinite(total) else None
@@ -231,6 +230,23 @@ class Level:
         usable = np.isfinite(changes)
         course = Curve(floats(7.0 * ahead[usable]), floats(changes[usable])) if usable.any() else _FLAT
         return cls(as_of, evidence, reach, course, sd_left)
+
+    def of_horizon(self, spend: WeeklySpend, horizon_days: int) -> Self:
+        """Return the level of another horizon, to be completed: the same evidence, and the course of that horizon.
+
+        Args:
+            spend: that this level was fitted on.
+            horizon_days: days of the other horizon.
+        """
+        horizon, ahead = max(1, round(horizon_days / 7)), np.array(self.log_factor.x) / 7
+        index = spend.decomposed().calendar
+        # members follow the level of about the last quarter
+        ratio = _after(index, horizon) - _before(index, _QUARTER)
+        weeks = np.clip(WEEKS_A_YEAR - np.round(ahead).astype(int), 0, len(ratio) - 1)
+        changes = self.evidence * (ratio[weeks] - ratio[min(WEEKS_A_YEAR, len(ratio) - 1)])
+        usable = np.isfinite(changes)
+        course = Curve(floats(np.array(self.log_factor.x)[usable]), floats(changes[usable])) if usable.any() else _FLAT
+        return replace(self, log_factor=course)
 
     def as_a_year_before(self, spent: float, expected: float) -> Self:
         """Return the level with the factor that the members would have needed around the same date of the year before.

@@ -146,10 +146,10 @@ class Bundle:
         except BundleError as error:
             raise BundleError(f"{self.folder}: {error}") from None
         steady = self.stack.apply_without_level(predictions)
-        by_horizon = np.stack(list(self.horizons.apply(steady["expected_spend"], predictions).values()), axis=1)
+        by_days = self.horizons.apply(steady["expected_spend"], predictions)
+        by_horizon = np.stack(list(self.horizons.apply_level(by_days, self.stack.factor(on), on).values()), axis=1)
         members = {f"member_{name}": predictions[name] for name in self.members}
-        horizons = {"expected_by_horizon": by_horizon * self.stack.factor(on)}
-        return members | self.stack.apply_level(steady, on) | horizons
+        return members | self.stack.apply_level(steady, on) | {"expected_by_horizon": by_horizon}
 
     def explain(
         self, columns: Columns, predicted: Mapping[str, np.ndarray], on: date | None = None

@@ -5,7 +5,9 @@ A score depends on nothing but the bundle, the user's features and the level of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import date
+from typing import NamedTuple
 
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
@@ -35,28 +37,60 @@ def stale_users(users: DataFrame, earlier_scores: DataFrame) -> DataFrame:
     return both.filter(~same).drop("earlier_digest")
 
 
-def carry_forward(earlier_scores: DataFrame, stale_keys: DataFrame, score_date: date, factor: float = 1.0) -> DataFrame:
+class Growth(NamedTuple):
+    """Growth of the platform's level between two scored dates.
+
+    Attributes:
+        main_days: Days of the main horizon.
+        by_horizon: Days -> factor of the spend over that horizon, the main one included.
+    """
+
+    main_days: int
+    by_horizon: Mapping[int, float]
+
+    @property
+    def main(self) -> float:
+        """Factor of the main horizon."""
+        return self.by_horizon[self.main_days]
+
+
+def carry_forward(
+    earlier_scores: DataFrame, stale_keys: DataFrame, score_date: date, growth: Growth | None = None
+) -> DataFrame:
     """Return rows of SCORES for ``score_date`` of all users whose earlier score still holds.
 
     Args:
         earlier_scores: Rows of SCORES of an earlier scoring run.
         stale_keys: ``user_key`` of the users to leave out.
         score_date: The new date.
-        factor: Growth of the platform's level since the earlier run; multiplies all money.
+        growth: Of the platform's level since the earlier run; multiplies all money. ``None``: none.
     """
     carried = earlier_scores.join(stale_keys, "user_key", "left_anti")
-    if factor != 1.0:
-        carried = carried.withColumns({name: _scaled(name, factor) for name in MONEY_COLUMNS})
+    if growth is not None and set(growth.by_horizon.values()) != {1.0}:
+        carried = carried.withColumns({name: _scaled(name, growth) for name in MONEY_COLUMNS})
     new_date = F.lit(score_date).alias("score_date")
     return carried.select("user_key", new_date, "input_digest", *PREDICTION_COLUMNS, *ORIGIN_COLUMNS)
 
 
-def _scaled(name: str, factor: float) -> Column:
+def _scaled(name: str, growth: Growth) -> Column:
     """Return one of MONEY_COLUMNS, multiplied."""
     if name == "expected_by_horizon":
-        return F.transform_values(name, lambda _, money: money * F.lit(factor))
+        return _scaled_horizons(growth)
+    factor = F.lit(growth.main)
     if name == "reasons":
-        return F.transform(
-            name, lambda reason: reason.withField("contribution", reason["contribution"] * F.lit(factor))
-        )
-    return F.col(name) * F.lit(factor)
+        return F.transform(name, lambda reason: reason.withField("contribution", reason["contribution"] * factor))
+    return F.col(name) * factor
+
+
+def _scaled_horizons(growth: Growth) -> Column:
+    """Return ``expected_by_horizon``, each horizon by its factor; spend doesn't fall with the days, as in Horizons."""
+    days = sorted(growth.by_horizon)
+    spend = {one: F.element_at("expected_by_horizon", F.lit(one)) * F.lit(growth.by_horizon[one]) for one in days}
+    shorter = [one for one in reversed(days) if one < growth.main_days]
+    longer = [one for one in days if one > growth.main_days]
+    for chain, bound in ((shorter, F.least), (longer, F.greatest)):
+        nearer = spend[growth.main_days]
+        for one in chain:
+            spend[one] = nearer = bound(spend[one], nearer)
+    scaled = F.create_map(*(part for one in days for part in (F.lit(one), spend[one])))
+    return F.when(F.col("expected_by_horizon").isNotNull(), scaled)

@@ -30,7 +30,7 @@ from bp_spark.lakehouse.tables import SCORES, SCORES_LATEST
 from bp_spark.registry.bundle import Bundle, load_promoted
 from bp_spark.report import population
 from bp_spark.scoring import prediction
-from bp_spark.scoring.carry_forward import carry_forward, stale_users
+from bp_spark.scoring.carry_forward import Growth, carry_forward, stale_users
 from bp_spark.scoring.prospects import score_prospects
 
 logger = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ class _EarlierScores(NamedTuple):
     """Scores of an earlier scoring run, and the growth of the platform's level since then."""
 
     rows: DataFrame
-    level_factor: float
+    growth: Growth
 
 
 @contextmanager
@@ -229,7 +229,7 @@ def _scored_rows(
         else:
             present = stale.filter(F.col(parquet.LOCATION_COLUMNS[0]).isNotNull())
             computed = compute(users, row_locations=parquet.in_file_order(present, len(users.inputFiles())))
-        yield computed.unionByName(carry_forward(earlier.rows, stale_keys, score_date, earlier.level_factor))
+        yield computed.unionByName(carry_forward(earlier.rows, stale_keys, score_date, earlier.growth))
 
 
 def newest_run_of(lakehouse: Lakehouse, score_date: date) -> Row | None:
@@ -278,8 +278,9 @@ def _earlier_scores(run: Run, bundle: Bundle, score_date: date) -> _EarlierScore
         return None
     by_same_code = (F.col("bundle_digest") == bundle.digest) & (F.col("code_version") == __version__)
     scores = run.lakehouse.read("scores", run.lakehouse.version("scores"))
-    factor = bundle.stack.factor(score_date) / bundle.stack.factor(newest[0])
-    return _EarlierScores(rows_of_date(scores, newest[0]).filter(by_same_code), factor)
+    now, before = (bundle.horizons.factors(bundle.stack.factor(day), day) for day in (score_date, newest[0]))
+    growth = Growth(bundle.horizon_days, {days: now[days] / before[days] for days in now})
+    return _EarlierScores(rows_of_date(scores, newest[0]).filter(by_same_code), growth)
 
 
 def _refresh_latest(run: Run, inputs: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
+from datetime import date, timedelta
 
 import numpy as np
 import pandas as pd
@@ -65,7 +65,7 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
         brackets: ``user_key, bracket``, to join to the predictions.
     """
     config = run.config
-    level, seasonal_total = fit_level(run, dates, test_date)
+    level, spend = fit_level(run, dates, test_date)
     year_before = labels.year_before(span(run.lakehouse)[0], test_date, config.labels) if level.evidence else []
     version, vocabulary, folder = prepare(run, dates, test_date, year_before)
     rows = run.lakehouse.read("training_set", version)
@@ -82,24 +82,29 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
     steady = fusion.apply_without_level(columns)
     if level.evidence:
         if year_before:
-            level = _as_a_year_before(run, level, year_before, members, fusion)
+            season = _as_a_year_before(run, level, spend, year_before, members, fusion, horizons)
         else:
+            by_days = horizons.apply(steady["expected_spend"], columns)
             # the reference is a sample of the users
-            expected_total = float(steady["expected_spend"].mean()) * users.count()
-            level = _as_last_year(run, level, seasonal_total, expected_total)
+            count = users.count()
+            totals_expected = {days: float(values.mean()) * count for days, values in by_days.items()}
+            season = _as_last_year(run, level, spend, totals_expected, horizons.main)
+        level = season.pop(horizons.main)
+        horizons = replace(horizons, levels=season)
     fusion = replace(fusion, level=level)
-    fused, by_horizon = fusion.apply_level(steady), horizons.apply(steady["expected_spend"], columns)
+    fused = fusion.apply_level(steady)
+    by_horizon = horizons.apply_level(horizons.apply(steady["expected_spend"], columns), fusion.factor())
     predictions = reference.assign(
         fused=fused["expected_spend"],
         low=fused["low"],
         high=fused["high"],
         p_active=fused["p_active"],
-        **{labels.horizon_column("fused", days): by_horizon[days] * fusion.factor() for days in horizons.others},
+        **{labels.horizon_column("fused", days): by_horizon[days] for days in horizons.others},
     )
     return Fitted(test_date, version, members, fusion, horizons, totals, predictions, history)
 
 
-def fit_level(run: Run, dates: Sequence[date], test_date: date) -> tuple[Level, float | None]:
+def fit_level(run: Run, dates: Sequence[date], test_date: date) -> tuple[Level, WeeklySpend]:
     """Fit the platform's season and trend on the weeks before the test date.
 
     Args:
@@ -108,7 +113,7 @@ def fit_level(run: Run, dates: Sequence[date], test_date: date) -> tuple[Level, 
         test_date: date from which on no spend is seen.
 
     Returns:
-        The level, and the total of the horizon by the weeks of the year before.
+        The level, and the weeks that it was fitted on.
     """
     config = run.config
     run.lakehouse.require_whole_files("user_daily")
@@ -120,40 +125,74 @@ def fit_level(run: Run, dates: Sequence[date], test_date: date) -> tuple[Level, 
         spend = WeeklySpend.of(rows, first, test_date)
         level = Level.fit(spend, config.labels.horizon_days, ages, config.fusion)
         figures["evidence"], figures["sd"] = f"{level.evidence:.2f}", f"{level.sd:.3f}"
-    return level, spend.seasonal_total(config.labels.horizon_days)
+    return level, spend
 
 
 def _as_a_year_before(
-    run: Run, level: Level, days: Sequence[date], members: Sequence[Member], fusion: CalibratedStack
-) -> Level:
-    """Complete the level by what the members miss as of dates of the year before.
+    run: Run,
+    level: Level,
+    spend: WeeklySpend,
+    days: Sequence[date],
+    members: Sequence[Member],
+    fusion: CalibratedStack,
+    horizons: Horizons,
+) -> dict[int, Level]:
+    """Complete the level by what the members miss as of dates of the year before, for each horizon.
 
     The labels of these dates fitted nothing. The users' later labels did, but one factor for all users can't memorise them.
+
+    Returns:
+        Days of the horizon -> its level. A horizon that no such date has seen whole by ``spend.end`` has the factor 1: it is
+        about a year long.
     """
     with run.stage("fit season") as figures:
-        spent = expected = 0.0
+        spent, expected = dict.fromkeys(horizons.days, 0.0), dict.fromkeys(horizons.days, 0.0)
         for day in days:
             users = predict_sample(users_of_test_date(run, day), members, run.config)
-            spent += float(users["label_spend"].clip(lower=0.0).sum())
-            expected += float(fusion.apply_without_level(fusion.inputs_from(users))["expected_spend"].sum())
-        level = level.as_a_year_before(spent, expected)
-        figures["dates"], figures["factor"] = len(days), f"{level.factor():.2f}"
-    return level
+            columns = {str(name): users[name].to_numpy() for name in users}
+            predicted = horizons.apply(fusion.apply_without_level(columns)["expected_spend"], columns)
+            for horizon, values in predicted.items():
+                # the data may reach beyond the date of the fit
+                if day + timedelta(days=horizon) <= spend.end:
+                    label = "label_spend" if horizon == horizons.main else labels.horizon_column("label_spend", horizon)
+                    spent[horizon] += float(users[label].clip(lower=0.0).sum())
+                    expected[horizon] += float(values.sum())
+        levels = {
+            horizon: _level_of(level, spend, horizon, horizons.main).as_a_year_before(spent[horizon], expected[horizon])
+            for horizon in horizons.days
+        }
+        figures["dates"] = len(days)
+        figures.update({f"factor_{horizon}_days": f"{one.factor():.2f}" for horizon, one in levels.items()})
+    return levels
 
 
-def _as_last_year(run: Run, level: Level, seasonal_total: float | None, expected_total: float) -> Level:
-    """Complete the level by the total that the weeks of the year before foretell.
+def _as_last_year(
+    run: Run, level: Level, spend: WeeklySpend, expected_totals: Mapping[int, float], main: int
+) -> dict[int, Level]:
+    """Complete the level by the totals that the weeks of the year before foretell, for each horizon.
 
     Args:
         run: the running job; this is a stage of it.
         level: assumes a season.
-        seasonal_total: of the horizon, by :meth:`bp_spark.model.level.WeeklySpend.seasonal_total`.
-        expected_total: what the members expect of the same users.
+        spend: that it was fitted on.
+        expected_totals: days of the horizon -> what the members expect of all users.
+        main: days of the main horizon.
+
+    Returns:
+        Days of the horizon -> its level.
     """
     with run.stage("fit season") as figures:
-        level = level.towards(seasonal_total or 0.0, expected_total)
-        figures["assumed"], figures["factor"] = f"{level.evidence:.2f}", f"{level.factor():.2f}"
-    return level
+        levels = {
+            horizon: _level_of(level, spend, horizon, main).towards(spend.seasonal_total(horizon) or 0.0, expected)
+            for horizon, expected in expected_totals.items()
+        }
+        figures["assumed"] = f"{level.evidence:.2f}"
+        figures.update({f"factor_{horizon}_days": f"{one.factor():.2f}" for horizon, one in levels.items()})
+    return levels
+
+
+def _level_of(level: Level, spend: WeeklySpend, horizon: int, main: int) -> Level:
+    return level if horizon == main else level.of_horizon(spend, horizon)
 
 
 def _fit_horizons(run: Run, out_of_fold: pd.DataFrame, expected: np.ndarray) -> Horizons:
