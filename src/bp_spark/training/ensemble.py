@@ -80,20 +80,19 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
     totals = _fit_totals(run, out_of_fold, expected, horizons, level.sd)
     columns = {str(name): reference[name].to_numpy() for name in reference}
     steady = fusion.apply_without_level(columns)
+    by_days = horizons.apply(steady["expected_spend"], columns)
     if level.evidence:
         if year_before:
             season = _as_a_year_before(run, level, spend, year_before, members, fusion, horizons)
         else:
-            by_days = horizons.apply(steady["expected_spend"], columns)
             # the reference is a sample of the users
             count = users.count()
-            totals_expected = {days: float(values.mean()) * count for days, values in by_days.items()}
-            season = _as_last_year(run, level, spend, totals_expected, horizons.main)
+            expected_totals = {days: float(values.mean()) * count for days, values in by_days.items()}
+            season = _as_last_year(run, level, spend, expected_totals, horizons.main)
         level = season.pop(horizons.main)
         horizons = replace(horizons, levels=season)
     fusion = replace(fusion, level=level)
-    fused = fusion.apply_level(steady)
-    by_horizon = horizons.apply_level(horizons.apply(steady["expected_spend"], columns), fusion.factor())
+    fused, by_horizon = fusion.apply_level(steady), horizons.apply_level(by_days, fusion.factor())
     predictions = reference.assign(
         fused=fused["expected_spend"],
         low=fused["low"],
