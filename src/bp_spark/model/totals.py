@@ -4,7 +4,7 @@ Users' errors aren't independent. A season, a trend or a campaign moves all user
 segment alike. So the error of a sum doesn't vanish as the group grows. The logarithm of a group's spend over its expected spend
 has the variance::
 
-    common_sd² + segment_sd² + sum(dispersion * expected + quadratic * expected²) / sum(expected)²
+    common_sd² + segment_sd² + log(1 + sum(dispersion * expected + quadratic * expected²) / sum(expected)²)
 
 The last term is that of independent users. Their variance is a quadratic function of their mean (McCullagh and Nelder 1989,
 "Generalized linear models", 9.2): orders at random add up to a variance proportional to the mean, and what the predictions
