@@ -238,16 +238,17 @@ def test_worlds_are_what_their_names_say() -> None:
 
 def test_the_figures_of_worlds_are_of_all_of_them() -> None:
     figures = dict.fromkeys(
-        ("decile_mape", "rank_loss", "mae_ratio_to_best_peer", "total_error_steady", "p_active_error"), 0.0
+        ("decile_mape", "rank_loss", "mae_ratio_to_best_peer", "total_error_steady", "p_active_error", "totals_inside"),
+        0.0,
     )
     of = {
-        "one": figures | {"total_error": -0.3, "coverage": 0.8, "above_high": 0.09},
-        "two": figures | {"total_error": 0.1, "coverage": 0.9, "above_high": 0.05},
+        "one": figures | {"total_error": -0.3, "coverage": 0.8, "above_high": 0.09, "platform_inside": 0.0},
+        "two": figures | {"total_error": 0.1, "coverage": 0.9, "above_high": 0.05, "platform_inside": 1.0},
     }
     found = worlds.summary(of)
     assert (found["total_error_worst"], found["coverage_min"], found["coverage_max"]) == (0.3, 0.8, 0.9)
     assert found["total_error_median"] == pytest.approx(0.2)
-    assert found["above_high_max"] == 0.09
+    assert (found["above_high_max"], found["platform_coverage"]) == (0.09, 0.5)
 
 
 @pytest.mark.parametrize(("test", "told"), [("assert True", True), ("assert False", False), ("pytest.skip()", False)])
