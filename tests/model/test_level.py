@@ -136,7 +136,7 @@ def test_the_effects_of_age_and_calendar_are_told_apart() -> None:
     cohorts = np.array(
         [[size[f] * by_age[f - w] * calendar[w] if f >= w else 0.0 for w in range(weeks)] for f in range(weeks)]
     )
-    parts = WeeklySpend(END, cohorts).decomposed()
+    parts = WeeklySpend(END, cohorts).decomposed
     fit = parts.size[:, None] * parts.calendar * parts.by_age[np.abs(np.subtract.outer(range(weeks), range(weeks)))]
     np.testing.assert_allclose(np.tril(fit), cohorts, rtol=1e-3, atol=1e-6)
     detrended = np.log(parts.calendar / calendar)

@@ -22,7 +22,7 @@ from pyspark.sql import functions as F
 
 from bp_spark import pipeline
 from bp_spark.core import config
-from bp_spark.core.config import Config, FeaturesConfig, FusionConfig, ProfilesConfig
+from bp_spark.core.config import Config, FeaturesConfig, ProfilesConfig
 from bp_spark.core.errors import BundleError, ConfigError, ConflictError, DataError
 from bp_spark.features.catalogue import catalogue, user_features_table
 from bp_spark.lakehouse.schema import Table
@@ -38,15 +38,13 @@ from bp_spark.lakehouse.tables import (
     USER_DAILY,
     USER_PROFILE,
 )
-from bp_spark.model.horizons import Horizons
-from bp_spark.model.members.btyd import BtydMember
-from bp_spark.model.stack import CalibratedStack
 from bp_spark.model.totals import TotalError, Totals, interval
 from bp_spark.registry import bundle as bundles
 from bp_spark.scoring.profiles.affinity import category_affinity
 from bp_spark.scoring.profiles.applications import customer_service
 from bp_spark.scoring.profiles.segments import CELL, market_segments
 from bp_spark.scoring.profiles.user_profile import user_profile
+from tests.support.harness import small_bundle
 from tests.support.rows import frame
 
 pytestmark = pytest.mark.slow
@@ -211,17 +209,7 @@ def summed_settings(folder: Path) -> Config:
 def summed(platform: Platform, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Platform:
     """The same users, scored by a bundle that knows the error of sums."""
     folder = tmp_path_factory.mktemp("summed")
-    spend = np.random.default_rng(1).gamma(2, 20, 200)
-    bundle = bundles.write(
-        folder / "bundles" / "one",
-        [BtydMember(90, 0.8, 20.0, 0.5, 3.0, 4.0, 3.0, 30.0)],
-        CalibratedStack.fit(pd.DataFrame({"btyd": spend, "label_spend": spend}), FusionConfig(members=("btyd",))),
-        Horizons(90, ()),
-        inputs={"tabular": []},
-        lineage={},
-        metrics={},
-        totals=ERRORS,
-    )
+    bundle = small_bundle(folder / "bundles" / "one", 20.0, ERRORS)
     assert bundles.load(bundle.folder).totals == ERRORS
     shutil.copytree(str(platform.settings.tables.path), folder / "lakehouse")
     settings = summed_settings(folder)
@@ -468,7 +456,7 @@ def test_totals_are_of_the_bundle_that_scored_and_of_no_other(summed: Platform, 
     (tmp_path / "copy/bundles/one/totals.json").write_text("{}")
     with pytest.raises(BundleError, match=r"totals\.json: differs from what was written"):
         pipeline.profile(summed.spark, settings)
-    # the bundle is gone: nobody knows the error of its sums
+    # without the bundle the error of its sums is unknown
     shutil.rmtree(tmp_path / "copy/bundles/one")
     pipeline.profile(summed.spark, settings)
     assert Lakehouse(summed.spark, settings.tables).read("totals").isEmpty()

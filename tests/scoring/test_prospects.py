@@ -75,7 +75,7 @@ def events() -> list[dict[str, Any]]:
         rows += [event(f"visitor{number}", days, "browse") for days in (first, first - 5, first - 15)]
         if number % 2:
             rows.append(order(f"visitor{number}", first - 18))
-    # an event on the date itself makes nobody a prospect of that date
+    # a prospect of a date has an event before it, not only on it
     return [*rows, event("tomorrow", 0, "browse")]
 
 

@@ -43,7 +43,7 @@ def as_a_year_before(monkeypatch: pytest.MonkeyPatch, days: list[date]) -> tuple
 
     def predicted(day: date, members: object, conf: object) -> pd.DataFrame:
         spent = np.array(SPEND[day])
-        # nobody could know the last one on the date of the fit where its days reach beyond
+        # spend after the date of the fit is unknown on it
         poison = 1e9 if day + timedelta(days=360) > END else 4.0
         of_longer = {"label_spend_180d": spent * 2.5, "label_spend_360d": spent * poison}
         return pd.DataFrame({"label_spend": spent, **of_longer, "trees": 50.0})

@@ -23,7 +23,7 @@ def maintain(spark: SparkSession, config: Config) -> list[dict[str, Any]]:
     kept is the table's own property ``delta.deletedFileRetentionDuration``, by default a week.
 
     Returns:
-        The stages that ran, as in ``runs``; the first says how many files of which table were joined.
+        The stages that ran, as in ``runs``. The first one counts the joined files of each table.
     """
     with recorded(spark, config, "maintain") as run:
         lakehouse = run.lakehouse

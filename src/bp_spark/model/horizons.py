@@ -7,10 +7,10 @@ spend alone. A season moves each horizon by a factor of its own: the next month 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import date
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,9 @@ NETWORK = "transformer"
 EXPECTED = "expected_spend"
 MIN_ROWS = 100
 """Rows with a complete horizon that a ratio needs at least."""
+
+Values = TypeVar("Values")
+"""Arrays, or columns of Spark."""
 
 _BINS, _BIN_ROWS = 10, 200
 _CENT = 0.01
@@ -126,7 +129,7 @@ class Horizons:
         for ratio in self.ratios:
             x = _curve_variable(ratio.by, ratio.days, self.main, expected, predictions)
             by_days[ratio.days] = expected * ratio.curve(x)
-        return self._not_falling(by_days)
+        return not_falling(by_days, self.main, np.minimum, np.maximum)
 
     def factors(self, main: float, on: date | None = None) -> dict[int, float]:
         """Return days -> factor of everyone's spend over each of :attr:`days`.
@@ -142,17 +145,8 @@ class Horizons:
     ) -> dict[int, np.ndarray]:
         """Multiply what :meth:`apply` returned by :meth:`factors`; spend still doesn't fall with the days."""
         factors = self.factors(main, on)
-        return self._not_falling({days: spend * factors[days] for days, spend in by_days.items()})
-
-    def _not_falling(self, by_days: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-        bounded = dict(by_days)
-        shorter = [days for days in reversed(self.days) if days < self.main]
-        longer = [days for days in self.days if days > self.main]
-        for chain, bound in ((shorter, np.minimum), (longer, np.maximum)):
-            nearer = bounded[self.main]
-            for days in chain:
-                bounded[days] = nearer = bound(bounded[days], nearer)
-        return {days: bounded[days] for days in self.days}
+        scaled = {days: spend * factors[days] for days, spend in by_days.items()}
+        return not_falling(scaled, self.main, np.minimum, np.maximum)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a JSON file; floats come back bit for bit."""
@@ -181,6 +175,35 @@ class Horizons:
         if not set(levels) <= set(horizons.others):
             raise BundleError("horizons: a level is of none of them")
         return horizons
+
+
+def not_falling(
+    by_days: Mapping[int, Values],
+    main: int,
+    least: Callable[[Values, Values], Values],
+    greatest: Callable[[Values, Values], Values],
+) -> dict[int, Values]:
+    """Bound the spend of each horizon by that of its neighbour on the side of the main one, the shortest first.
+
+    Args:
+        by_days: days of the horizon -> spend.
+        main: days of the main horizon, whose spend stays.
+        least: returns the smaller of two spends, row by row.
+        greatest: returns the larger.
+    """
+    bounded = dict(sorted(by_days.items()))
+    shorter = [days for days in reversed(list(bounded)) if days < main]
+    longer = [days for days in bounded if days > main]
+    for chain, bound in ((shorter, least), (longer, greatest)):
+        nearer = bounded[main]
+        for days in chain:
+            bounded[days] = nearer = bound(bounded[days], nearer)
+    return bounded
+
+
+def label_column(days: int, main: int) -> str:
+    """Return the name of the column with the spend over a horizon; that of the main one names no days."""
+    return LABEL if days == main else horizon_column(LABEL, days)
 
 
 def _ratio(document: Mapping[str, Any]) -> Ratio:

@@ -181,7 +181,7 @@ def _regressors(users: Predicted, tail: float, unit: float) -> np.ndarray:
 def upper_tails(p_active: np.ndarray, tail: float) -> np.ndarray:
     """Return each user's chance to spend more than the upper end, float64 [rows].
 
-    Nobody spends less than 0. So an interval from 0 has both tails above its upper end, and one from above 0 has a tail on each
+    Spend is never negative. So an interval from 0 has both tails above its upper end, and one from above 0 has a tail on each
     side. Between the two, the chance is that of spending nothing: then the upper end doesn't jump.
 
     Args:

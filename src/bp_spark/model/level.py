@@ -8,7 +8,7 @@ spend rises in December. The platform's weekly totals tell whether there is such
 - *Seasonal*: the level of the last weeks times the same ratio 52 weeks earlier (seasonal naive with growth; Hyndman &
   Athanasopoulos 2021, "Forecasting: Principles and Practice", 5.2).
 
-The level is the calendar's effect in :meth:`WeeklySpend.decomposed`, which allows for the falling spend of ageing cohorts.
+The level is the calendar's effect in :attr:`WeeklySpend.decomposed`, which allows for the falling spend of ageing cohorts.
 :meth:`Level.fit` makes both forecasts for each past week whose horizon is over. It then measures which share of the way from
 the steady to the seasonal forecast was right. That share is the *evidence*, if it is significant and pays. Without a season it
 is 0 and the factor is 1. From 13 to 21 months of data there is a year before, but no past week to try the seasonal forecast on.
@@ -27,6 +27,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import date
+from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -98,8 +99,9 @@ class WeeklySpend:
                 cohorts[min(first_week, weeks - 1), week] += cents
         return cls(end, cohorts / 100)
 
+    @cached_property
     def decomposed(self) -> Decomposition:
-        """Decompose the weeks' spend into effects of the users' ages and of the calendar.
+        """Effects of the users' ages and of the calendar on the spend of the weeks.
 
         The model of a cohort's spend in a week is a product: the cohort's size, an effect of its age (users come back less and
         less), and an effect of the calendar. They are fitted by maximum likelihood of a Poisson model (iterative proportional
@@ -134,10 +136,10 @@ class WeeklySpend:
         horizon, weeks, recent = max(1, round(horizon_days / 7)), len(self.cohorts), _WINDOWS[0]
         if weeks < WEEKS_A_YEAR + recent or not self.cohorts.any():
             return None
-        parts = self.decomposed()
+        parts = self.decomposed
         before = _before(parts.calendar, recent)
         log_calendar = before[0] + _after(parts.calendar, horizon)[WEEKS_A_YEAR] - before[WEEKS_A_YEAR]
-        # ages that nobody has reached are as the oldest quarter
+        # the mean of the oldest quarter stands for higher ages
         by_age = np.concatenate([parts.by_age, np.full(horizon, parts.by_age[-_QUARTER:].mean())])
         age = np.arange(weeks)[:, None] + 1 + np.arange(horizon)
         total = float((parts.size[:, None] * by_age[age]).sum()) * math.exp(log_calendar)
@@ -145,7 +147,7 @@ class WeeklySpend:
 
 
 class Decomposition(NamedTuple):
-    """Effects whose product is the spend of a cohort in a week; see :meth:`WeeklySpend.decomposed`.
+    """Effects whose product is the spend of a cohort in a week; see :attr:`WeeklySpend.decomposed`.
 
     Attributes:
         size: of cohorts, by week of the first order, float64 [weeks].
@@ -193,7 +195,7 @@ class Level:
         as_of = spend.end.isoformat()
         if not spend.cohorts.any():
             return cls(as_of, 0.0, 0.0, _FLAT, _PRIOR_SD)
-        index = spend.decomposed().calendar
+        index = spend.decomposed.calendar
         ratios = {weeks: _after(index, horizon) - _before(index, weeks) for weeks in _WINDOWS}
         steady = {weeks: _steady(ratio, cutoff_ages, conf.half_life_days) for weeks, ratio in ratios.items()}
         errors = {weeks: ratios[weeks] - steady[weeks] for weeks in _WINDOWS}
@@ -227,9 +229,7 @@ class Level:
         ahead = ahead[WEEKS_A_YEAR - ahead < len(index)]
         # Change of last year's ratio from the week of the fit to each other week, which members don't predict.
         changes = evidence * (ratios[by][WEEKS_A_YEAR - ahead] - ratios[by][WEEKS_A_YEAR])
-        usable = np.isfinite(changes)
-        course = Curve(floats(7.0 * ahead[usable]), floats(changes[usable])) if usable.any() else _FLAT
-        return cls(as_of, evidence, reach, course, sd_left)
+        return cls(as_of, evidence, reach, _course(7.0 * ahead, changes), sd_left)
 
     def of_horizon(self, spend: WeeklySpend, horizon_days: int) -> Self:
         """Return the level of another horizon, to be completed: the same evidence, and the course of that horizon.
@@ -238,15 +238,13 @@ class Level:
             spend: that this level was fitted on.
             horizon_days: days of the other horizon.
         """
-        horizon, ahead = max(1, round(horizon_days / 7)), np.array(self.log_factor.x) / 7
-        index = spend.decomposed().calendar
+        horizon, days = max(1, round(horizon_days / 7)), np.array(self.log_factor.x)
+        index = spend.decomposed.calendar
         # members follow the level of about the last quarter
         ratio = _after(index, horizon) - _before(index, _QUARTER)
-        weeks = np.clip(WEEKS_A_YEAR - np.round(ahead).astype(int), 0, len(ratio) - 1)
+        weeks = np.clip(WEEKS_A_YEAR - np.round(days / 7).astype(int), 0, len(ratio) - 1)
         changes = self.evidence * (ratio[weeks] - ratio[min(WEEKS_A_YEAR, len(ratio) - 1)])
-        usable = np.isfinite(changes)
-        course = Curve(floats(np.array(self.log_factor.x)[usable]), floats(changes[usable])) if usable.any() else _FLAT
-        return replace(self, log_factor=course)
+        return replace(self, log_factor=_course(days, changes))
 
     def as_a_year_before(self, spent: float, expected: float) -> Self:
         """Return the level with the factor that the members would have needed around the same date of the year before.
@@ -300,6 +298,12 @@ class Level:
             return cls(as_of, evidence, reach, log_factor, sd)
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(f"level: malformed ({error!r})") from None
+
+
+def _course(days: np.ndarray, changes: np.ndarray) -> Curve:
+    """Return the curve of the changes that are known, by days since the fit; flat where none is."""
+    usable = np.isfinite(changes)
+    return Curve(floats(days[usable]), floats(changes[usable])) if usable.any() else _FLAT
 
 
 def _steady(ratio: np.ndarray, ages: Sequence[int], half_life_days: float | None) -> np.ndarray:

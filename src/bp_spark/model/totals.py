@@ -27,9 +27,8 @@ from scipy.optimize import nnls
 from scipy.stats import norm
 
 from bp_spark.core.errors import BundleError
-from bp_spark.features.labels import horizon_column
 from bp_spark.model.bins import equivalent_rows, quantile_bins
-from bp_spark.model.horizons import LABEL
+from bp_spark.model.horizons import label_column
 from bp_spark.model.members.base import read_json, write_json
 from bp_spark.model.values import number, whole
 
@@ -146,7 +145,7 @@ class Totals:
         cutoffs = pd.to_datetime(frame["as_of_date"]).to_numpy()
         errors = []
         for days in sorted(expected):
-            label = frame[LABEL if days == main else horizon_column(LABEL, days)].to_numpy(np.float64)
+            label = frame[label_column(days, main)].to_numpy(np.float64)
             known = ~np.isnan(label)
             rows = _Rows(np.maximum(label[known], 0.0), expected[days][known], row_weights[known], cutoffs[known])
             horizons = _independent(rows.cutoffs, days)
@@ -259,7 +258,7 @@ def interval(
 ) -> tuple[float, float]:
     """Return the ends of the interval of a group's spend.
 
-    The lower end is 0 where independent users have a standard deviation above the expected spend: then nobody may come.
+    The lower end is 0 where the standard deviation of independent users exceeds the expected spend: so few may all stay away.
 
     Args:
         expected: sum of the expected spend.

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
+from bp_spark.model.horizons import not_falling
 from bp_spark.registry.predictions import PREDICTION_COLUMNS
 
 MONEY_COLUMNS = ("expected_spend", "low", "high", "expected_by_horizon", "base_spend", "reasons", "other_reasons")
@@ -83,14 +84,11 @@ def _scaled(name: str, growth: Growth) -> Column:
 
 
 def _scaled_horizons(growth: Growth) -> Column:
-    """Return ``expected_by_horizon``, each horizon by its factor; spend doesn't fall with the days, as in Horizons."""
-    days = sorted(growth.by_horizon)
-    spend = {one: F.element_at("expected_by_horizon", F.lit(one)) * F.lit(growth.by_horizon[one]) for one in days}
-    shorter = [one for one in reversed(days) if one < growth.main_days]
-    longer = [one for one in days if one > growth.main_days]
-    for chain, bound in ((shorter, F.least), (longer, F.greatest)):
-        nearer = spend[growth.main_days]
-        for one in chain:
-            spend[one] = nearer = bound(spend[one], nearer)
-    scaled = F.create_map(*(part for one in days for part in (F.lit(one), spend[one])))
+    """Return ``expected_by_horizon``, each horizon by its factor."""
+    spend = {
+        days: F.element_at("expected_by_horizon", F.lit(days)) * F.lit(factor)
+        for days, factor in growth.by_horizon.items()
+    }
+    bounded = not_falling(spend, growth.main_days, F.least, F.greatest)
+    scaled = F.create_map(*(part for days, column in bounded.items() for part in (F.lit(days), column)))
     return F.when(F.col("expected_by_horizon").isNotNull(), scaled)

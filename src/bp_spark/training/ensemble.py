@@ -15,7 +15,7 @@ from bp_spark.evaluation import metrics as evaluation
 from bp_spark.features import labels
 from bp_spark.ingest.clean import span
 from bp_spark.lakehouse.run import Run
-from bp_spark.model.horizons import MIN_ROWS, NETWORK, Horizons
+from bp_spark.model.horizons import MIN_ROWS, NETWORK, Horizons, label_column
 from bp_spark.model.level import Level, WeeklySpend
 from bp_spark.model.members.base import Member, predict_all
 from bp_spark.model.stack import CalibratedStack, recency_weights
@@ -153,8 +153,7 @@ def _as_a_year_before(
             for horizon, values in predicted.items():
                 # the data may reach beyond the date of the fit
                 if day + timedelta(days=horizon) <= spend.end:
-                    label = "label_spend" if horizon == horizons.main else labels.horizon_column("label_spend", horizon)
-                    spent[horizon] += float(users[label].clip(lower=0.0).sum())
+                    spent[horizon] += float(users[label_column(horizon, horizons.main)].clip(lower=0.0).sum())
                     expected[horizon] += float(values.sum())
         levels = {
             horizon: _level_of(level, spend, horizon, horizons.main).as_a_year_before(spent[horizon], expected[horizon])
@@ -213,7 +212,7 @@ def _fit_horizons(run: Run, out_of_fold: pd.DataFrame, expected: np.ndarray) -> 
 def _fit_totals(
     run: Run, out_of_fold: pd.DataFrame, expected: np.ndarray, horizons: Horizons, level_sd: float
 ) -> Totals:
-    """Fit the errors of sums; the stage says of which horizons the cutoffs tell little."""
+    """Fit the errors of sums; the stage names the horizons with too few cutoffs to measure them."""
     config = run.config.fusion
     with run.stage("fit totals") as figures:
         columns = {str(name): out_of_fold[name].to_numpy() for name in out_of_fold}
