@@ -39,8 +39,8 @@ class NightlyDagTest(unittest.TestCase):
         stage.bash_command = f"exit {code}"
         stage.execute({})
 
-    def test_airflow_takes_both_dags_and_can_store_them(self) -> None:
-        self.assertEqual(set(self.dags), {"bp_spark_nightly", "bp_spark_weekly"})
+    def test_airflow_takes_all_dags_and_can_store_them(self) -> None:
+        self.assertEqual(set(self.dags), {"bp_spark_nightly", "bp_spark_weekly", "bp_spark_maintenance"})
         for dag in self.dags.values():
             stored = DagSerialization.from_dict(DagSerialization.to_dict(dag))
             self.assertEqual(set(stored.task_dict), set(dag.task_dict))

@@ -152,7 +152,7 @@ def test_the_resources_of_the_bundle_are_of_their_types_and_an_unknown_key_is_no
     resources = document["resources"]
     assert set(resources) == {"jobs", "experiments", "registered_models"}
     jobs = resources["jobs"]
-    assert set(jobs) == {"nightly", "weekly"}
+    assert set(jobs) == {"nightly", "weekly", "maintenance"}
     for job in jobs.values():
         typed = Job.from_dict(job)
         assert [task.task_key for task in typed.tasks] == [task["task_key"] for task in job["tasks"]]
@@ -190,7 +190,7 @@ def test_only_training_has_a_cluster_of_its_own_user() -> None:
         if cluster["job_cluster_key"] == task["job_cluster_key"]
     }
     standard = DataSecurityMode.DATA_SECURITY_MODE_STANDARD.value
-    assert modes == {"night": standard, "train": DataSecurityMode.SINGLE_USER.value}
+    assert modes == {"night": standard, "train": DataSecurityMode.SINGLE_USER.value, "maintain": standard}
 
 
 def test_a_training_registers_where_the_bundle_says() -> None:
@@ -231,7 +231,7 @@ def test_the_bundle_builds_the_wheel_that_its_clusters_install(tmp_path: Path) -
 def test_the_bundle_runs_jobs_that_are_there_on_a_spark_that_fits() -> None:
     document = bundle()
     tasks = {task["task_key"]: task for job in document["resources"]["jobs"].values() for task in job["tasks"]}
-    assert set(tasks) == {"night", "train"}
+    assert set(tasks) == {"night", "train", "maintain"}
     for name, task in tasks.items():
         file = (BUNDLE.parent / task["spark_python_task"]["python_file"]).resolve()
         assert file == ROOT / f"jobs/{name}.py"

@@ -1,4 +1,4 @@
-"""Example for Airflow 3: the night, and the weekly training. Copy it to the DAGs folder and set the four constants.
+"""Example for Airflow 3: the night, the weekly training and the weekly upkeep of tables. Copy it to the DAGs folder and set the four constants.
 
 A run of the interval that ends on day D scores D, from events before it: so a night that was missed, or a backfill
 (``airflow backfill create --dag-id bp_spark_nightly --from-date ... --to-date ...``), is as of its day.
@@ -78,3 +78,11 @@ with DAG(
     **COMMON,
 ):
     Stage(job="train")
+
+with DAG(
+    dag_id="bp_spark_maintenance",
+    description="Join the small files of all tables, and delete those of old versions",
+    schedule=CronDataIntervalTimetable("0 12 * * 0", timezone=TIMEZONE),
+    **COMMON,
+):
+    Stage(job="maintain")
