@@ -32,6 +32,7 @@ from bp_spark.ingest.sources.files import FilesSource
 from bp_spark.lakehouse.tables import SCORES
 from bp_spark.registry.predictions import PREDICTION_COLUMNS
 from docs import reference
+from tests.support.browsers import CHROMIUM, HEADLESS
 
 ROOT = Path(__file__).parents[1]
 SITE_PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -119,6 +120,17 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
         assert not [address for address in loads.addresses if re.match(r"(https?:)?//", address)]
     styles = "".join(text(path) for path in site.rglob("*.css"))
     assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", styles)
+
+
+@pytest.mark.integration
+def test_the_search_finds_pages_of_a_site_that_was_opened_as_a_file(site: Path, tmp_path: Path) -> None:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here")
+    address = f"{(site / 'index.html').as_uri()}?q=quarantine"
+    command = [CHROMIUM, *HEADLESS, f"--user-data-dir={tmp_path}", "--virtual-time-budget=60000", "--dump-dom", address]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r'<a href="[^"]*/([\w-]+\.html)[^"]*" class="md-search-result__link"', shown)
+    assert {"data-engineer.html", "commands.html"} <= set(found)
 
 
 # --- links -------------------------------------------------------------------------------------------------------------

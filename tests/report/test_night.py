@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
@@ -20,10 +19,10 @@ from bp_spark.report import page
 from bp_spark.report.night.data import PageData
 from bp_spark.report.night.document import document
 from bp_spark.report.population import Prospects
+from tests.support.browsers import CHROMIUM, HEADLESS
 
 NIGHT, BEFORE = date(2024, 5, 2), date(2024, 5, 1)
 LEVELS = "ABCDE"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def stage(name: str, status: str = "done", **figures: object) -> dict[str, Any]:
@@ -274,14 +273,7 @@ def opened(file: Path, folder: Path, width: int = 1280, height: int = 2000) -> S
         pytest.skip("no Chromium on this machine (make browser installs Debian's where CI=true)")
     profile = folder / "profile"
     command = [
-        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-        *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
-        *(
-            "--host-resolver-rules=MAP * ~NOTFOUND",
-            "--enable-logging=stderr",
-            "--v=0",
-            "--allow-file-access-from-files",
-        ),
+        *(CHROMIUM, *HEADLESS, "--enable-logging=stderr", "--v=0", "--allow-file-access-from-files"),
         *(f"--user-data-dir={profile}", f"--log-net-log={profile}.json", f"--screenshot={profile}.png"),
         *(f"--window-size={width},{height}", file.as_uri()),
     ]
