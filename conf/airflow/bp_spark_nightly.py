@@ -1,4 +1,6 @@
-"""Example for Airflow 3: the night, the weekly training and the weekly upkeep of tables. Copy it to the DAGs folder and set the four constants.
+"""Example for Airflow 3: the night, the weekly training and the weekly upkeep of tables.
+
+Copy it to the DAGs folder and set the four constants.
 
 A run of the interval that ends on day D scores D, from events before it: so a night that was missed, or a backfill
 (``airflow backfill create --dag-id bp_spark_nightly --from-date ... --to-date ...``), is as of its day.
