@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import date, timedelta
 
 import numpy as np
@@ -201,12 +202,31 @@ def test_a_stray_row_of_long_ago_costs_no_more_than_eight_years() -> None:
     assert WeeklySpend.of([(2800, 2800, 5), (3, 2, 7)], date(1970, 1, 1), END).cohorts.shape == (416, 416)
 
 
+def test_the_odds_of_buying_follow_the_season_as_they_did_a_year_before() -> None:
+    p_active = np.random.default_rng(3).uniform(0.0, 1.0, 5_000)
+    for factor, power in ((1.8, 0.7), (0.6, 0.7), (1.8, 0.0)):
+        level = Level("2024-01-01", 1.0, 1.0, Curve((0.0, 7.0), (np.log(factor), 0.0)), 0.05)
+        truth = p_active * factor**power / (1 - p_active + p_active * factor**power)
+        bought = np.random.default_rng(4).uniform(size=5_000) < truth
+        learned = level.with_odds(p_active, bought)
+        assert learned.odds == pytest.approx(power, abs=0.1)
+        assert learned.log_odds(date(2024, 1, 1)) == pytest.approx(learned.odds * np.log(factor))
+        assert learned.log_odds(date(2024, 1, 8)) == 0.0, "without a season on that date nobody's odds move"
+    against = level.with_odds(p_active, np.zeros(5_000, bool))
+    assert against.odds == 0.0, "odds don't move against the season"
+    still = replace(level, log_factor=Curve((0.0,), (0.01,)))
+    assert still.with_odds(p_active, bought).odds == 0.0, "a factor near 1 tells nothing of the odds"
+
+
 def test_a_level_comes_back_from_json_bit_for_bit_and_a_broken_one_is_refused() -> None:
-    level = Level("2024-01-01", 0.7, 0.4, Curve((0.0, 7.0), (0.1, 1 / 3)), 0.06)
+    level = Level("2024-01-01", 0.7, 0.4, Curve((0.0, 7.0), (0.1, 1 / 3)), 0.06, odds=0.9)
     assert Level.from_json(level.to_json()) == level
+    before_odds = {key: value for key, value in level.to_json().items() if key != "odds"}
+    assert Level.from_json(before_odds) == replace(level, odds=0.0)
     for change in (
         {"sd": -1},
         {"evidence": 2},
+        {"odds": -1},
         {"as_of": "soon"},
         {"log_factor": {"x": [1, 1], "y": [0, 0]}},
         {"more": 1},

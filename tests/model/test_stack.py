@@ -317,15 +317,18 @@ def test_unusable_predictions_are_refused_by_name(fusion):
 # --- the platform's level ----------------------------------------------------------------------------------------------
 
 
-def test_the_level_moves_money_by_date_and_nothing_else(fusion: CalibratedStack) -> None:
+def test_the_level_moves_money_and_odds_by_date_and_nothing_else(fusion: CalibratedStack) -> None:
     predictions = members(world(500, seed=9))
-    before, rising = fusion.apply(predictions), replace(fusion, level=RISING)
+    before, rising = fusion.apply(predictions), replace(fusion, level=replace(RISING, odds=2.0))
     for on, factor in ((None, 1.0), (date(2024, 1, 1), 1.0), (date(2024, 1, 11), math.exp(0.5))):
         after = rising.apply(predictions, on)
         assert_sound(after)
         for name in OUTPUTS:
             if name in ("expected_spend", "low", "high"):
                 np.testing.assert_allclose(after[name], before[name] * factor, rtol=1e-12)
+            elif name == "p_active":
+                odds = before[name] / (1 - before[name]) * factor**2
+                np.testing.assert_allclose(after[name], odds / (1 + odds), rtol=1e-12)
             else:
                 assert (after[name] == before[name]).all(), name
 

@@ -41,7 +41,7 @@ TEXT_SIZE = 384
 SEED = 7
 
 
-RISING = Level(NIGHT.isoformat(), 1.0, 0.5, Curve((0.0, 7.0), (0.0, 0.1)), 0.05)
+RISING = Level(NIGHT.isoformat(), 1.0, 0.5, Curve((0.0, 7.0), (0.0, 0.1)), 0.05, odds=0.8)
 """Everyone's spend is expected to rise by a tenth in a week, so that scores of an earlier night have to follow."""
 
 

@@ -46,11 +46,13 @@ def as_a_year_before(monkeypatch: pytest.MonkeyPatch, days: list[date]) -> tuple
         # spend after the date of the fit is unknown on it
         poison = 1e9 if day + timedelta(days=360) > END else 4.0
         of_longer = {"label_spend_180d": spent * 2.5, "label_spend_360d": spent * poison}
-        return pd.DataFrame({"label_spend": spent, **of_longer, "trees": 50.0})
+        return pd.DataFrame({"label_spend": spent, **of_longer, "trees": 50.0, "chance": 0.4})
 
     monkeypatch.setattr(ensemble, "users_of_test_date", lambda run, day: day)
     monkeypatch.setattr(ensemble, "predict_sample", predicted)
-    stack = SimpleNamespace(apply_without_level=lambda columns: {"expected_spend": np.asarray(columns["trees"])})
+    stack = SimpleNamespace(
+        apply_without_level=lambda columns: {"expected_spend": columns["trees"], "p_active": columns["chance"]}
+    )
     horizons = Horizons(90, tuple(Ratio(days, EXPECTED, Curve((0.0,), (days / 90,))) for days in (180, 360)))
     weekly = WeeklySpend(END, np.tril(np.random.default_rng(1).uniform(1, 2, (150, 150))))
     run = _Stages()
@@ -67,7 +69,9 @@ def test_everyones_spend_is_moved_by_what_members_missed_a_year_before(monkeypat
     assert level.factor(date(2017, 12, 12)) == pytest.approx(390 / 300 * np.exp(-0.5))
     assert levels[180].factor() == pytest.approx(390 * 2.5 / 600)
     factors = {"factor_90_days": "1.30", "factor_180_days": "1.62", "factor_360_days": "1.73"}
-    assert figures == {"fit season": {"dates": 2, **factors}}
+    # of six users three bought, where 2.4 were expected: odds of 1 instead of 2 to 3
+    assert level.log_odds() == pytest.approx(np.log(3 / 2), rel=1e-3)
+    assert figures == {"fit season": {"dates": 2, "odds": "1.55", **factors}}
 
 
 def test_no_horizon_of_the_year_before_is_seen_beyond_the_date_of_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,5 +93,6 @@ def test_in_the_second_year_each_horizon_leads_towards_the_total_of_its_own_week
     levels = ensemble._as_last_year(cast(Run, run), FALLING, weekly, expected, 90)
     for level in levels.values():
         assert level.factor() == pytest.approx(1.25**0.9)
+        assert level.odds == 1.0, "a season that is assumed moves the odds as much as the spend"
     assert levels[90].log_factor.x == FALLING.log_factor.x
     assert run.figures["fit season"]["factor_30_days"] == "1.22"

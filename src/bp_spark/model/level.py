@@ -19,6 +19,10 @@ With two years of data the factor is what the members themselves miss around the
 histories were too short then. The factor goes from the members' total towards that of the weeks
 (:meth:`WeeklySpend.seasonal_total`, :meth:`Level.towards`). The error of past forecasts gives the standard deviation of the
 level. All users share that error, so intervals allow for it.
+
+A season moves how often people order, too. The odds of buying at all follow the factor by a power: the one that the members
+would have needed around the same date of the year before (:meth:`Level.with_odds`). A season that is assumed moves the odds as
+much as the spend.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from bp_spark.core.config import FusionConfig
 from bp_spark.core.errors import BundleError
 from bp_spark.features.labels import WEEKS_A_YEAR
 from bp_spark.model.curve import Curve, as_json, curve_from_json
+from bp_spark.model.odds import with_log_odds
 from bp_spark.model.values import floats, number
 
 _WINDOWS = (4, 13, 26, 52)
@@ -65,6 +70,10 @@ _LEAST_WEEKS = 26
 _QUARTER = 13
 _MARGIN = 1.25
 """Factor by which a shift may exceed the largest shift of past weeks."""
+_LEAST_MOVED = 0.05
+"""Least absolute log factor by which a power of the odds is told: what hardly moved can't be divided by."""
+_MOST_ODDS = 2.0
+"""Largest power of the odds. Orders at random have 1 where few buy, and 2 where four in five do."""
 _BACK = 26
 """Weeks before the fit for which there is a factor, too: a bundle may be judged at an earlier date."""
 
@@ -171,6 +180,7 @@ class Level:
         reach: largest absolute ``log_factor``: no season has moved the past weeks much further.
         log_factor: natural logarithm of the factor, by days since ``as_of``.
         sd: standard deviation of the log level's error.
+        odds: power by which the odds of buying follow the factor; 0: they stay.
     """
 
     as_of: str
@@ -178,6 +188,7 @@ class Level:
     reach: float
     log_factor: Curve
     sd: float
+    odds: float = 0.0
 
     @classmethod
     def fit(cls, spend: WeeklySpend, horizon_days: int, cutoff_ages: Sequence[int], conf: FusionConfig) -> Self:
@@ -264,7 +275,22 @@ class Level:
             total: :meth:`WeeklySpend.seasonal_total`.
             expected: the members' predictions of the same, without any factor.
         """
-        return self._completed(total, expected, self.evidence)
+        return replace(self._completed(total, expected, self.evidence), odds=1.0)
+
+    def with_odds(self, p_active: np.ndarray, bought: np.ndarray) -> Self:
+        """Return the level whose odds of buying are right in total around the same date of the year before.
+
+        Args:
+            p_active: the members' P(spend > 0), without any factor, float64 [rows].
+            bought: whether they spent anything, boolean [rows].
+        """
+        log_factor = math.log(self.factor())
+        if abs(log_factor) < _LEAST_MOVED:
+            return replace(self, odds=0.0)
+        # the number of buyers rises with the power, or falls with it where the season is low
+        sign, powers = math.copysign(1.0, log_factor), np.linspace(0.0, _MOST_ODDS, 201)
+        buyers = [sign * float(with_log_odds(p_active, power * log_factor).sum()) for power in powers]
+        return replace(self, odds=float(np.interp(sign * bought.sum(), buyers, powers)))
 
     def _completed(self, actual: float, expected: float, share: float) -> Self:
         if not self.evidence or actual <= 0 or expected <= 0:
@@ -278,6 +304,10 @@ class Level:
         days = 0 if on is None else (on - date.fromisoformat(self.as_of)).days
         return math.exp(float(self.log_factor(np.array(float(days)))))
 
+    def log_odds(self, on: date | None = None) -> float:
+        """Return what is added to everyone's log odds of buying from a date on, by default from ``as_of``."""
+        return self.odds * math.log(self.factor(on))
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a JSON file; floats come back bit for bit."""
         return as_json(self)
@@ -290,12 +320,13 @@ class Level:
             BundleError: a key is missing or unknown, or a value has the wrong type.
         """
         try:
-            if set(document) != {field.name for field in fields(cls)}:
+            # a level that was written before there were odds leaves them where they are
+            if set(document) | {"odds"} != {field.name for field in fields(cls)}:
                 raise ValueError("not the keys of a level")
             as_of = date.fromisoformat(document["as_of"]).isoformat()
             evidence, reach = number(document["evidence"], 0, 1), number(document["reach"], 0, _MOST)
             log_factor, sd = curve_from_json(document["log_factor"], -_MOST, _MOST), number(document["sd"], 0)
-            return cls(as_of, evidence, reach, log_factor, sd)
+            return cls(as_of, evidence, reach, log_factor, sd, number(document.get("odds", 0.0), 0, _MOST_ODDS))
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(f"level: malformed ({error!r})") from None
 

@@ -31,6 +31,7 @@ from bp_spark.model.intervals import (
     rows_needed,
 )
 from bp_spark.model.level import Level
+from bp_spark.model.odds import with_log_odds
 from bp_spark.model.values import LARGEST_LOG, floats, number, require_rising, texts
 
 LEVELS = ("E", "D", "C", "B", "A")
@@ -190,6 +191,10 @@ class CalibratedStack:
         """Return the factor of everyone's spend as of a date, by default that of the fit."""
         return 1.0 if self.level is None else self.level.factor(on)
 
+    def log_odds(self, on: date | None = None) -> float:
+        """Return what is added to everyone's log odds of buying as of a date, by default that of the fit."""
+        return 0.0 if self.level is None else self.level.log_odds(on)
+
     def apply(self, predictions: Mapping[str, np.ndarray], on: date | None = None) -> dict[str, np.ndarray]:
         """Return the :data:`OUTPUTS` for users, from the members' predictions.
 
@@ -208,12 +213,13 @@ class CalibratedStack:
         return self.apply_level(self.apply_without_level(predictions), on)
 
     def apply_level(self, predicted: Mapping[str, np.ndarray], on: date | None = None) -> dict[str, np.ndarray]:
-        """Multiply the money in what :meth:`apply_without_level` returned by the factor of a date.
+        """Multiply the money in what :meth:`apply_without_level` returned by the factor of a date, and move ``p_active``.
 
         How a user compares with others doesn't change: score, level and risk stay.
         """
         factor = self.factor(on)
-        return dict(predicted) | {name: predicted[name] * factor for name in ("expected_spend", "low", "high")}
+        moved = {name: predicted[name] * factor for name in ("expected_spend", "low", "high")}
+        return dict(predicted) | moved | {"p_active": with_log_odds(predicted["p_active"], self.log_odds(on))}
 
     def apply_without_level(self, predictions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return what :meth:`apply` does, without the level's factor."""

@@ -13,10 +13,11 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from bp_spark.model.horizons import not_falling
+from bp_spark.model.odds import with_log_odds
 from bp_spark.registry.predictions import PREDICTION_COLUMNS
 
 MONEY_COLUMNS = ("expected_spend", "low", "high", "expected_by_horizon", "base_spend", "reasons", "other_reasons")
-"""Those of PREDICTION_COLUMNS that the level of the platform moves."""
+"""Those of PREDICTION_COLUMNS that the level of the platform multiplies."""
 ORIGIN_COLUMNS = ("bundle_digest", "run_id", "features_version", "code_version", "computed_on", "scored_at")
 """Columns of SCORES that say where a score comes from. A carried score keeps their values."""
 
@@ -44,10 +45,12 @@ class Growth(NamedTuple):
     Attributes:
         main_days: Days of the main horizon.
         by_horizon: Days -> factor of the spend over that horizon, the main one included.
+        log_odds: Difference of everyone's log odds of buying.
     """
 
     main_days: int
     by_horizon: Mapping[int, float]
+    log_odds: float = 0.0
 
     @property
     def main(self) -> float:
@@ -64,11 +67,12 @@ def carry_forward(
         earlier_scores: Rows of SCORES of an earlier scoring run.
         stale_keys: ``user_key`` of the users to leave out.
         score_date: The new date.
-        growth: Of the platform's level since the earlier run; multiplies all money. ``None``: none.
+        growth: Of the platform's level since the earlier run; multiplies all money and moves ``p_active``. ``None``: none.
     """
     carried = earlier_scores.join(stale_keys, "user_key", "left_anti")
     if growth is not None and set(growth.by_horizon.values()) != {1.0}:
-        carried = carried.withColumns({name: _scaled(name, growth) for name in MONEY_COLUMNS})
+        moved = {name: _scaled(name, growth) for name in MONEY_COLUMNS}
+        carried = carried.withColumns(moved | {"p_active": with_log_odds(F.col("p_active"), growth.log_odds)})
     new_date = F.lit(score_date).alias("score_date")
     return carried.select("user_key", new_date, "input_digest", *PREDICTION_COLUMNS, *ORIGIN_COLUMNS)
 

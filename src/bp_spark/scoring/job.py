@@ -279,7 +279,8 @@ def _earlier_scores(run: Run, bundle: Bundle, score_date: date) -> _EarlierScore
     by_same_code = (F.col("bundle_digest") == bundle.digest) & (F.col("code_version") == __version__)
     scores = run.lakehouse.read("scores", run.lakehouse.version("scores"))
     now, before = (bundle.horizons.factors(bundle.stack.factor(day), day) for day in (score_date, newest[0]))
-    growth = Growth(bundle.horizon_days, {days: now[days] / before[days] for days in now})
+    log_odds = bundle.stack.log_odds(score_date) - bundle.stack.log_odds(newest[0])
+    growth = Growth(bundle.horizon_days, {days: now[days] / before[days] for days in now}, log_odds)
     return _EarlierScores(rows_of_date(scores, newest[0]).filter(by_same_code), growth)
 
 

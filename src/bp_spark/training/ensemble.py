@@ -146,10 +146,15 @@ def _as_a_year_before(
     """
     with run.stage("fit season") as figures:
         spent, expected = dict.fromkeys(horizons.days, 0.0), dict.fromkeys(horizons.days, 0.0)
+        p_active, bought = [np.empty(0)], [np.empty(0, bool)]
         for day in days:
             users = predict_sample(users_of_test_date(run, day), members, run.config)
             columns = {str(name): users[name].to_numpy() for name in users}
-            predicted = horizons.apply(fusion.apply_without_level(columns)["expected_spend"], columns)
+            steady = fusion.apply_without_level(columns)
+            predicted = horizons.apply(steady["expected_spend"], columns)
+            # the main horizon of these dates is over
+            p_active.append(steady["p_active"])
+            bought.append(columns["label_spend"] > 0)
             for horizon, values in predicted.items():
                 # the data may reach beyond the date of the fit
                 if day + timedelta(days=horizon) <= spend.end:
@@ -159,7 +164,9 @@ def _as_a_year_before(
             horizon: _level_of(level, spend, horizon, horizons.main).as_a_year_before(spent[horizon], expected[horizon])
             for horizon in horizons.days
         }
-        figures["dates"] = len(days)
+        main = levels[horizons.main].with_odds(np.concatenate(p_active), np.concatenate(bought))
+        levels[horizons.main] = main
+        figures["dates"], figures["odds"] = len(days), f"{main.odds:.2f}"
         figures.update({f"factor_{horizon}_days": f"{one.factor():.2f}" for horizon, one in levels.items()})
     return levels
 
