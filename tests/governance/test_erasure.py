@@ -25,6 +25,7 @@ from bp_spark.ingest import job, pseudonyms
 from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import (
+    COHORTS,
     GIVEN_LABELS,
     LABEL_REQUESTS,
     MARKET_SEGMENTS,
@@ -113,6 +114,9 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     lakehouse.replace(MARKET_SEGMENTS, frame(spark, MARKET_SEGMENTS, segment))
     totals = [{"score_date": date_, "segment": "platform"} for date_ in (AS_OF, TODAY - timedelta(days=500))]
     lakehouse.replace(TOTALS, frame(spark, TOTALS, *totals))
+    lakehouse.replace(
+        COHORTS, frame(spark, COHORTS, *({"score_date": row["score_date"], "users": 2} for row in totals))
+    )
     as_prospects = [{"user_key": row["user_key"], "score_date": row["score_date"], "level": "E"} for row in scored]
     lakehouse.replace(PROSPECT_SCORES, frame(spark, PROSPECT_SCORES, *as_prospects))
     labelled = [{"user_key": row["user_key"], "as_of_date": row["score_date"]} for row in scored]
@@ -230,8 +234,10 @@ def test_a_forgotten_user_is_in_no_file_and_the_nights_go_on(
     # what counted the user is not to be held against what does not
     assert lakehouse.read("market_segments").isEmpty()
     assert [row["score_date"] for row in lakehouse.read("totals").collect()] == [TODAY - timedelta(days=500)]
-    files = Path(lakehouse.location("market_segments")).glob("*.parquet")
-    assert sum(pq.read_metadata(file).num_rows for file in files) == 0
+    assert lakehouse.read("cohorts").isEmpty()
+    for name in ("market_segments", "cohorts"):
+        files = Path(lakehouse.location(name)).glob("*.parquet")
+        assert sum(pq.read_metadata(file).num_rows for file in files) == 0
     assert {row[0] for row in lakehouse.read("user_keys").select("user_id").collect()} == {STAYS, *OTHERS}
 
     # the old file isn't read again; a new one is, and night by night comes to what a rebuild gives
@@ -371,6 +377,7 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
             "prospect_features",
             "user_profile",
             "totals",
+            "cohorts",
             "given_labels",
             "label_requests",
             "raw_transactions",
@@ -387,6 +394,7 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
         "prospect_features": "2",
         "user_profile": "2",
         "totals": "1",
+        "cohorts": "1",
         "given_labels": "2",
         "label_requests": "2",
         "raw_transactions": "0",

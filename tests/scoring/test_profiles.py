@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from bp_spark.registry import bundle as bundles
 from bp_spark.scoring.profiles.affinity import category_affinity
 from bp_spark.scoring.profiles.applications import customer_service
 from bp_spark.scoring.profiles.segments import CELL, market_segments
-from bp_spark.scoring.profiles.user_profile import user_profile
+from bp_spark.scoring.profiles.user_profile import discounted_value, user_profile
 from tests.support.harness import small_bundle
 from tests.support.rows import frame
 
@@ -80,7 +81,8 @@ def feature(user: str, **more: Any) -> dict[str, Any]:
 def bought(user: str, days: int, category: str, cents: int, price: float | None = None) -> dict[str, Any]:
     log = 0.0 if price is None else float(np.log(price))
     entry = (category, cents, int(price is not None), round(log * 1e6), round((log * 1e3) ** 2))
-    return {"user_key": user, "day": ago(days), "categories": [entry]}
+    spend = Decimal(cents) / 100
+    return {"user_key": user, "day": ago(days), "orders": 1, "spend": spend, "categories": [entry]}
 
 
 def looked(user: str, days: int, kind: str, category: str | None) -> dict[str, Any]:
@@ -394,6 +396,35 @@ def test_phrases_can_be_of_another_language_and_name_only_what_is_known(platform
         config.load(overrides=["profiles.phrases.favourite='{user} likes {category}'"])
 
 
+def test_value_discounts_each_span_between_horizons_from_its_middle(platform: Platform) -> None:
+    # 25 within 30 days, 75 more within 90
+    worth = 25 / 1.1 ** (15 / 365) + 75 / 1.1 ** (60 / 365)
+    value_by_user = {user: row["value"] for user, row in platform.rows("user_profile").items()}
+    assert value_by_user == {
+        user: pytest.approx(worth * spend / 100) for user, spend in {"a": 100.0, "b": 2.0, "c": 5.0, "d": 4.0}.items()
+    }
+    means = {row["level"]: row["mean_value"] for row in platform.arrow("market_segments").to_pylist()}
+    assert means["E"] == pytest.approx(4.5 * worth / 100, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("horizons", "rate", "value"),
+    [
+        ({30: 10.0, 90: 40.0}, 0.0, 40.0),
+        ({365: 121.0}, 0.21, 110.0),
+        ({730: 0.0, 365: 0.0}, 0.1, 0.0),
+        ({}, 0.1, None),
+        (None, 0.1, None),
+    ],
+)
+def test_value_is_the_expected_spend_without_interest_and_unknown_without_horizons(
+    spark: SparkSession, horizons: dict[int, float] | None, rate: float, value: float | None
+) -> None:
+    rows = spark.createDataFrame([(horizons,)], "expected map<int,double>")
+    ((worth,),) = rows.select(discounted_value(F.col("expected"), rate)).collect()
+    assert worth == (None if value is None else pytest.approx(value))
+
+
 def test_the_service_tier_is_that_of_the_documented_table(spark: SparkSession) -> None:
     lines = re.findall(r"^\| ([A-E, ]+) \| (\w+) \| (\w+) \| (\w+) \|$", DOCS, re.MULTILINE)
     table = {
@@ -426,6 +457,7 @@ def test_totals_are_sums_of_segments_with_an_interval_for_errors_that_users_shar
     assert [(stage["stage"], stage["status"], stage["rows_out"]) for stage in summed.stages] == [
         ("profile", "done", 4),
         ("totals", "done", 12),
+        ("cohorts", "done", 3),
     ]
     rows = summed.lakehouse.read("totals").collect()
     found = {(row["segment"], row["value"], row["horizon_days"]): row for row in rows}
@@ -452,7 +484,7 @@ def test_totals_are_sums_of_segments_with_an_interval_for_errors_that_users_shar
 def test_totals_are_of_the_bundle_that_scored_and_of_no_other(summed: Platform, tmp_path: Path) -> None:
     shutil.copytree(Path(summed.settings.bundles).parent, tmp_path / "copy")
     settings = summed_settings(tmp_path / "copy")
-    assert [stage["status"] for stage in pipeline.profile(summed.spark, settings)] == ["unchanged", "unchanged"]
+    assert [stage["status"] for stage in pipeline.profile(summed.spark, settings)] == ["unchanged"] * 3
     (tmp_path / "copy/bundles/one/totals.json").write_text("{}")
     with pytest.raises(BundleError, match=r"totals\.json: differs from what was written"):
         pipeline.profile(summed.spark, settings)
@@ -547,10 +579,12 @@ def test_the_documented_queries_run_in_duckdb_and_in_spark(summed: Platform, spa
         "market_segments",
         "totals",
         "scores_latest",
+        "cohorts",
+        "cohorts",
     ]
     with duckdb.connect() as connection:
         connection.sql("CREATE SCHEMA bp")
-        for name in (*NAMES, "totals", "scores_latest"):
+        for name in (*NAMES, "totals", "scores_latest", "cohorts"):
             connection.register(f"{name}_rows", summed.arrow(name))
             connection.sql(f"CREATE VIEW bp.{name} AS SELECT * FROM {name}_rows")
         answers = [connection.sql(query).fetchall() for query in queries]
@@ -608,9 +642,11 @@ def before_writing(table: str, does: Callable[[], None], monkeypatch: pytest.Mon
 
 
 def test_profiles_are_left_alone_made_whole_and_of_one_run(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
-    (stage,) = platform.stages
+    stage, of_cohorts = platform.stages
     assert (stage["status"], stage["rows_in"], stage["rows_out"]) == ("done", 4, 4)
     assert set(stage["written"]) == set(NAMES)
+    assert (of_cohorts["stage"], set(of_cohorts["written"])) == ("cohorts", {"cohorts"})
+    assert {"scores", "user_daily"} == set(of_cohorts["read"])
     assert {"scores", "user_features", "user_daily", "events", "raw_users"} <= set(stage["read"])
     versions, spark = platform.versions(), platform.spark
 
@@ -618,8 +654,8 @@ def test_profiles_are_left_alone_made_whole_and_of_one_run(platform: Platform, m
         update = config.load(overrides=[*SETTINGS, *overrides]).profiles
         return pipeline.profile(spark, platform.settings.model_copy(update={"profiles": update}))
 
-    (again,) = profiled()
-    assert (again["status"], platform.versions()) == ("unchanged", versions)
+    assert [again["status"] for again in profiled()] == ["unchanged"] * 2
+    assert platform.versions() == versions
 
     def killed() -> None:
         raise KeyboardInterrupt

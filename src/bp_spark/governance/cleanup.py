@@ -25,6 +25,7 @@ from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import (
     CAMPAIGN_CONTACTS,
+    COHORTS,
     CONSULTATIONS,
     DELIVERIES,
     EVENTS,
@@ -57,7 +58,7 @@ def stop_other_writers(lakehouse: Lakehouse) -> dict[str, int]:
         Table -> version of the reservation under which it may be written.
     """
     of_ingest = (DELIVERIES, EVENTS, CONSULTATIONS, CAMPAIGN_CONTACTS, TEXTS, TEXT_EMBEDDINGS)
-    derived = (*of_ingest, USER_DAILY, SCORES_LATEST, PROSPECT_SCORES, MARKET_SEGMENTS, TOTALS)
+    derived = (*of_ingest, USER_DAILY, SCORES_LATEST, PROSPECT_SCORES, MARKET_SEGMENTS, TOTALS, COHORTS)
     reservations = {
         table.name: lakehouse.reserve(table, lakehouse.commit_metadata(table.name))
         for table in (*derived, LABEL_REQUESTS, GIVEN_LABELS)
@@ -130,7 +131,7 @@ def vacuum_tables(run: Run) -> None:
     lakehouse = run.lakehouse
     with run.stage("vacuum") as figures:
         scratch.clear(run.spark, run.config.tables)
-        without_user_key = ("quarantine", "texts", "text_embeddings", "market_segments", "totals")
+        without_user_key = ("quarantine", "texts", "text_embeddings", "market_segments", "totals", "cohorts")
         others = (name for name in without_user_key if lakehouse.exists(name))
         deleted_files = [lakehouse.vacuum(name) for name in (*tables_of_users(lakehouse), *others)]
         figures["tables"], figures["files"] = len(deleted_files), sum(deleted_files)

@@ -65,6 +65,7 @@ def forget(spark: SparkSession, config: Config, user_ids: Sequence[str]) -> list
             cleanup.stop_other_writers(lakehouse)
             figures["users"], figures["known"] = len(keys_by_id), len(existing_keys)
             _empty_segments_with(lakehouse, keys)
+            _empty_cohorts_with(lakehouse, keys)
             for name in cleanup.tables_of_users(lakehouse):
                 # user-days follow from events below; user_keys goes last, so that a stopped run still finds the users
                 if name not in ("user_daily", "user_keys"):
@@ -140,3 +141,11 @@ def _empty_segments_with(lakehouse: Lakehouse, keys: DataFrame) -> None:
     lakehouse.delete("market_segments", "true")
     if lakehouse.exists("totals"):
         lakehouse.delete("totals", f"score_date = DATE'{counted[0]}'")
+
+
+def _empty_cohorts_with(lakehouse: Lakehouse, keys: DataFrame) -> None:
+    """Empty ``cohorts`` if one of the users was ever scored: the difference to the next one would reveal the user."""
+    if not (lakehouse.exists("cohorts") and lakehouse.exists("scores")):
+        return
+    if not lakehouse.read("scores").join(keys, "user_key", "left_semi").isEmpty():
+        lakehouse.delete("cohorts", "true")

@@ -47,7 +47,7 @@ class PrivacyConfig(Section):
     )
     smallest_group: Positive = Field(
         10,
-        description="Least number of users that a figure may describe (k): in `market_segments`, `fairness`, a "
+        description="Least number of users that a figure may describe (k): in `market_segments`, `cohorts`, `fairness`, a "
         "category's usual price and a night's report.",
     )
     retention_days: RetentionConfig = RetentionConfig()

@@ -176,6 +176,13 @@ class ProfilesConfig(Section):
         description="Ratios of weekly spend's standard deviation to its mean, from which it is one and two points of "
         "risk.",
     )
+    discount_rate: float = Field(
+        0.10,
+        ge=0,
+        le=10,
+        description="Rate a year by which later spend counts less in `value`: 0.10 is a usual cost of capital, 0 counts all "
+        "spend alike.",
+    )
     region_segment: str | None = Field(
         None, description="Segment of `raw_users` that holds the region. Null: all users are in one."
     )

@@ -15,6 +15,7 @@ from bp_spark.lakehouse.tables.events import (
 from bp_spark.lakehouse.tables.features import CATEGORY_DAY, TOKEN, USER_DAILY
 from bp_spark.lakehouse.tables.profiles import (
     CATEGORY_AFFINITY,
+    COHORTS,
     CUSTOMER_SERVICE,
     MARKET_SEGMENTS,
     PROFILE_TABLES,
@@ -60,6 +61,7 @@ SHARED_TABLES = (
     PROSPECT_SCORES,
     *PROFILE_TABLES,
     TOTALS,
+    COHORTS,
     RUNS,
     METRICS,
     TRIALS,
@@ -79,6 +81,7 @@ __all__ = [
     "CAMPAIGN_CONTACTS",
     "CATEGORY_AFFINITY",
     "CATEGORY_DAY",
+    "COHORTS",
     "CONSULTATIONS",
     "CUSTOMER_SERVICE",
     "DELIVERIES",

@@ -51,6 +51,12 @@ USER_PROFILE = Table(
         ("low", "double!", "Lower end of the 90 % prediction interval"),
         ("high", "double!", "Upper end of the 90 % prediction interval"),
         ("p_active", "double!", "Probability of any spend in the horizon"),
+        (
+            "value",
+            "double",
+            "Expected spend over the longest horizon, later spend discounted by profiles.discount_rate a year; NULL: the "
+            "scores know no horizons",
+        ),
         ("reasons", "array<string>!", "Reasons for the expected spend in words, strongest first"),
         (
             "compared_30d",
@@ -194,6 +200,7 @@ MARKET_SEGMENTS = Table(
         ("mean_score", "double!", "Mean score of these users"),
         ("mean_expected_spend", "double!", "Mean expected spend of these users, in the platform's currency"),
         ("mean_p_active", "double!", "Mean probability of any spend in the horizon of these users"),
+        ("mean_value", "double", "Mean value of these users, as in user_profile; NULL: the scores know no horizons"),
         (
             "expected_by_horizon",
             "map<int,double>",
@@ -241,6 +248,61 @@ TOTALS = Table(
     ),
     key=("score_date", "horizon_days", "segment", "value"),
     partition_by=("score_date",),
+)
+COHORTS = Table(
+    "cohorts",
+    "Users by the month of their first purchase: what they did by age, and what they are expected to spend; no figure tells of "
+    "fewer than privacy.smallest_group users (docs/profiles.md)",
+    columns(
+        ("score_date", "date!", "Scored date; only events before this day are used"),
+        ("cohort", "date!", "First day of the month in which the users first bought"),
+        (
+            "cohort_to",
+            "date!",
+            "First day of the last such month; later than cohort where months of few users were merged",
+        ),
+        ("age", "int!", "Whole periods of 30 days since each user's own first purchase"),
+        (
+            "horizon_days",
+            "int!",
+            "0: what happened before score_date; otherwise the days from score_date on whose spend is expected",
+        ),
+        (
+            "complete",
+            "boolean!",
+            "Whether all users have lived through the period of that age; false in the newest row of a cohort, which holds all "
+            "that came since, and where spend is expected",
+        ),
+        ("days", "double!", "Days since the first purchase at the end of the row, mean of the users"),
+        ("users", "bigint!", "Users of the cohort"),
+        (
+            "active_users",
+            "bigint",
+            "Users with an order in the period; NULL: they or the others are too few, or spend is expected",
+        ),
+        ("retention", "double", "active_users over users, 0-1"),
+        ("orders", "bigint", "Orders in the period; NULL: of too few users, or spend is expected"),
+        (
+            "spend",
+            "decimal(38,2)",
+            "Spend in the period, or expected over horizon_days, in the platform's currency; NULL: of too few users",
+        ),
+        (
+            "cumulative_spend",
+            "decimal(38,2)",
+            "Spend since the first purchase to the end of the row, refunds taken off; NULL: it would tell of too few users",
+        ),
+        ("cumulative_spend_per_user", "double", "cumulative_spend over users"),
+        ("low", "double", "Lower end of the 90 % interval of cumulative_spend; NULL: it happened already"),
+        ("high", "double", "Upper end of the 90 % interval of cumulative_spend; NULL: it happened already"),
+        (
+            "variance",
+            "double",
+            "Variance of the expected spend if users were independent of each other, as in totals; add it up over cohorts",
+        ),
+        ("bundle_digest", "string!", "Digest of the model bundle that made the scores"),
+    ),
+    key=("cohort", "age", "horizon_days"),
 )
 PROFILE_TABLES = (CATEGORY_AFFINITY, USER_PROFILE, RISK_CONTROL, CUSTOMER_SERVICE, MARKET_SEGMENTS)
 """Tables that are made from the newest scores, in the order of their writes."""

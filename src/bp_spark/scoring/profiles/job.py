@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import date, timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ from bp_spark.lakehouse.run import Run, Step, recorded
 from bp_spark.lakehouse.schema import rows_of_date
 from bp_spark.lakehouse.tables import (
     CATEGORY_AFFINITY,
+    COHORTS,
     CUSTOMER_SERVICE,
     MARKET_SEGMENTS,
     PROFILE_TABLES,
@@ -32,6 +34,7 @@ from bp_spark.registry import bundle as bundles
 from bp_spark.registry import mlflow_store
 from bp_spark.scoring.profiles.affinity import category_affinity
 from bp_spark.scoring.profiles.applications import customer_service, risk_control
+from bp_spark.scoring.profiles.cohorts import cohorts
 from bp_spark.scoring.profiles.segments import market_segments
 from bp_spark.scoring.profiles.totals import platform_totals
 from bp_spark.scoring.profiles.user_profile import SPANS, user_profile
@@ -46,6 +49,7 @@ def profile(spark: SparkSession, config: Config, day: date | None = None) -> lis
     """Write the profile tables as of a scored date, each in one commit, unless their inputs are unchanged.
 
     From ``market_segments`` the rows of the date in ``totals`` are made, if the bundle that scored knows the error of sums.
+    Then ``cohorts`` is replaced.
 
     Args:
         spark: The session.
@@ -81,6 +85,7 @@ def profile(spark: SparkSession, config: Config, day: date | None = None) -> lis
             if not all(lakehouse.inputs(table.name) == inputs for table in PROFILE_TABLES):
                 step.figures.update(_write(run, versions, as_of, step, totals))
         _write_totals(run, totals, as_of, bundle_digest, inputs)
+        _write_cohorts(run, versions, as_of, totals, bundle_digest, inputs)
         return run.records
 
 
@@ -116,6 +121,20 @@ def _write_totals(run: Run, totals: Totals | None, day: date, bundle_digest: str
         else:
             rows = platform_totals(lakehouse.read("market_segments"), totals, day, bundle_digest)
         step.replace(rows, where={"score_date": [day]}, after=step.version)
+        step.figures["rows_out"] = rows.count()
+
+
+def _write_cohorts(
+    run: Run, versions: Mapping[str, int], day: date, totals: Totals | None, bundle_digest: str, inputs: str
+) -> None:
+    """Replace ``cohorts``, from the same versions of scores and user-days as the other tables."""
+    with run.step("cohorts", COHORTS, inputs) as step:
+        if step.unchanged:
+            return
+        scores, daily = (run.lakehouse.read(name, versions[name]) for name in ("scores", "user_daily"))
+        least_users = run.config.privacy.smallest_group
+        rows = cohorts(rows_of_date(scores, day), daily, day, least_users, totals, bundle_digest)
+        step.replace(rows, after=step.version)
         step.figures["rows_out"] = rows.count()
 
 

@@ -49,7 +49,7 @@ def market_segments(
         )
     top_category = F.get("interests", F.lit(0))["category"]
     # whole numbers, because their sums don't depend on the order
-    scales = {"score": 10_000, "expected_spend": 100, "p_active": 1_000_000}
+    scales = {"score": 10_000, "expected_spend": 100, "p_active": 1_000_000, "value": 100}
     sums = {name: F.sum(F.round(F.col(name) * scale).cast("decimal(28,0)")) for name, scale in scales.items()}
     sums |= sums_by_horizon(totals)
     cells = (

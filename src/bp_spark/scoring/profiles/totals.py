@@ -21,7 +21,7 @@ EVERYONE = "all"
 
 _BY_HORIZON = ("expected_by_horizon", "variance_by_horizon")
 _MONEY = "decimal(38,4)"
-_CENT, _SQUARE = 100, 10_000
+SCALES = {"expected": 100, "variance": 10_000}
 """Scales of whole numbers, whose sums don't depend on the order: money, and squares of money."""
 
 
@@ -38,16 +38,15 @@ def sums_by_horizon(totals: Totals | None) -> dict[str, Column]:
     for error in totals.errors if totals else ():
         expected = F.element_at("expected_by_horizon", F.lit(error.days))
         variance = expected * (F.lit(error.dispersion) + F.lit(error.quadratic) * expected)
-        sums[f"expected_{error.days}"] = F.sum(F.round(expected * _CENT).cast("decimal(38,0)"))
-        sums[f"variance_{error.days}"] = F.sum(F.round(variance * _SQUARE).cast("decimal(38,0)"))
+        sums[f"expected_{error.days}"] = F.sum(F.round(expected * SCALES["expected"]).cast("decimal(38,0)"))
+        sums[f"variance_{error.days}"] = F.sum(F.round(variance * SCALES["variance"]).cast("decimal(38,0)"))
     return sums
 
 
 def by_horizon(totals: Totals | None) -> dict[str, Column]:
     """Return the columns ``expected_by_horizon`` and ``variance_by_horizon`` of groups with :func:`sums_by_horizon`."""
     if totals is None:
-        return {f"{name}_by_horizon": F.lit(None) for name in ("expected", "variance")}
-    scales = {"expected": _CENT, "variance": _SQUARE}
+        return {f"{name}_by_horizon": F.lit(None) for name in SCALES}
     return {
         f"{name}_by_horizon": F.create_map(
             *(
@@ -56,7 +55,7 @@ def by_horizon(totals: Totals | None) -> dict[str, Column]:
                 for part in (F.lit(error.days), F.col(f"{name}_{error.days}").cast("double") / scale)
             )
         )
-        for name, scale in scales.items()
+        for name, scale in SCALES.items()
     }
 
 

@@ -23,6 +23,7 @@ TIER_BORDER = 0.5
 """Standard deviations of log unit price beyond which a user's price tier is not ``standard``."""
 ONE_PURCHASE_DAY, UNLIKELY = "one purchase day", "unlikely to buy"
 """Why no next purchase is expected."""
+DAYS_A_YEAR = 365
 _HIGH_RISK_POINTS, _MEDIUM_RISK_POINTS = 4, 2
 
 
@@ -68,6 +69,7 @@ def user_profile(
                     F.col("tenure"), F.col("days_since_purchase"), config.active_days, config.dormant_days
                 ),
                 "activity": _activity(config),
+                "value": discounted_value(F.col("expected_by_horizon"), config.discount_rate),
                 "interval_width": relative_width({name: F.col(name) for name in ("expected_spend", "low", "high")}),
             }
         )
@@ -75,6 +77,33 @@ def user_profile(
     return (
         rows.transform(_with_risk, config).transform(_with_next_purchase, day, config).transform(shaped, USER_PROFILE)
     )
+
+
+def discounted_value(expected_by_horizon: Column, rate: float) -> Column:
+    """Return the expected spend over the longest horizon, discounted to the score's date; NULL without a horizon.
+
+    The horizons cut the time into spans. What is expected in a span is discounted at its middle, which is the net present
+    value of customer lifetime value (Gupta and Lehmann 2003, "Customers as assets") with a span for each horizon::
+
+        sum((expected(k) - expected(k - 1)) / (1 + rate) ** (middle(k) / 365))
+
+    Args:
+        expected_by_horizon: Days -> expected spend over that many days, in the platform's currency.
+        rate: Discount rate a year.
+    """
+    horizons = F.array_sort(F.map_entries(expected_by_horizon))
+    start = F.struct(F.lit(0).alias("days"), F.lit(0.0).alias("expected"), F.lit(0.0).alias("value"))
+
+    def with_span(before: Column, horizon: Column) -> Column:
+        middle = (before["days"] + horizon["key"]) / 2
+        increment = (horizon["value"] - before["expected"]) / F.pow(F.lit(1 + rate), middle / DAYS_A_YEAR)
+        return F.struct(
+            horizon["key"].alias("days"),
+            horizon["value"].alias("expected"),
+            (before["value"] + increment).alias("value"),
+        )
+
+    return F.when(F.size(horizons) > 0, F.aggregate(horizons, start, with_span)["value"])
 
 
 def _facts(features: DataFrame) -> DataFrame:
