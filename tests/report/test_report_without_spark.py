@@ -18,7 +18,7 @@ from bp_spark.core.errors import DataError
 from bp_spark.lakehouse import without_spark
 from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.store import Lakehouse
-from bp_spark.lakehouse.tables import DRIFT, EVENTS, PROSPECT_SCORES, QUARANTINE, RUNS, SCORES, TOTALS
+from bp_spark.lakehouse.tables import COHORTS, DRIFT, EVENTS, PROSPECT_SCORES, QUARANTINE, RUNS, SCORES, TOTALS
 from bp_spark.report.job import ReportResult, report, report_without_spark
 from tests.support.rows import frame
 
@@ -65,6 +65,20 @@ def scoring(day: date) -> dict[str, Any]:
     return stage("score", 2, day, score_date=day, bundle="b" * 64, users=USERS, expected_spend=1_234.5, computed=7)
 
 
+def cohort(age: int, retention: float | None, spend: float | None) -> dict[str, Any]:
+    return {
+        "score_date": NIGHT,
+        "cohort": date(2023, 11, 1),
+        "cohort_to": date(2023, 12, 1) if age else date(2024, 2, 1),
+        "age": age,
+        "days": 30.0 * (age + 1),
+        "users": USERS,
+        "retention": retention,
+        "cumulative_spend_per_user": spend,
+        "bundle_digest": "b" * 64,
+    }
+
+
 @pytest.fixture
 def tables(spark: SparkSession, lakehouse: Lakehouse, settings: Config) -> Config:
     rows: dict[Table, list[dict[str, Any]]] = {
@@ -108,6 +122,15 @@ def tables(spark: SparkSession, lakehouse: Lakehouse, settings: Config) -> Confi
             for days in (30, 90)
             for segment, value in (("platform", "all"), ("level", "B"), ("level", "A"), ("region", "north"))
         ],
+        COHORTS: [
+            {**cohort(age=0, retention=1.0, spend=10.0), "complete": True},
+            {**cohort(age=1, retention=0.4, spend=16.0), "complete": True},
+            {**cohort(age=2, retention=None, spend=None), "complete": True},
+            cohort(age=3, retention=0.1, spend=1_234.5),
+            {**cohort(age=3, retention=None, spend=1_300.0), "horizon_days": 90, "low": 30_000.0, "high": 40_000.0},
+            {**cohort(age=0, retention=1.0, spend=5.0), "cohort": date(2024, 2, 1)},
+            {**cohort(age=0, retention=1.0, spend=98.7), "bundle_digest": "c" * 64},
+        ],
         DRIFT: [
             {
                 "score_date": NIGHT,
@@ -139,6 +162,13 @@ def test_the_page_is_that_of_spark(spark: SparkSession, tables: Config, tmp_path
     totals = re.findall(r"90,000</td><td>81,000 to 108,000", text(without))
     # of the platform and two levels; one region alone is the platform, and another bundle's rows are not this night's
     assert len(totals) == 3
+    # a share, a withheld one, and the spend so far; nothing that isn't complete has a share
+    assert re.findall(r"2023-11 to 2023-12</th><td>60</td><td>1,234.50</td>(.*?)</tr>", text(without)) == [
+        '<td><span class="heat" style="--part:60%">40%</span></td><td>*</td>'
+    ]
+    assert "2024-02</th><td>60</td><td>5.00</td><td></td><td></td>" in text(without)
+    assert "98.70" not in text(without)
+    assert "Spend of a user since the first purchase" in text(without)
     keys = ["level", "bin", "risk_level"]
     figures = [result.levels.sort_values(keys).reset_index(drop=True) for result in (without, by_spark)]
     assert (figures[0][[*keys, "users"]] == figures[1][[*keys, "users"]]).all(axis=None)

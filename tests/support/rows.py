@@ -16,7 +16,7 @@ DAY = date(2024, 3, 10)
 def frame(spark: SparkSession, table: Table, *rows: dict[str, Any]) -> DataFrame:
     """Rows of a table from some of their values; of the others those that can't be NULL are zero or empty."""
     empty: dict[str, Any] = {"double": 0.0, "date": DAY, "timestamp": datetime(2024, 3, 10, tzinfo=UTC), "string": ""}
-    empty["decimal(18,2)"] = Decimal(0)
+    empty |= {"decimal(18,2)": Decimal(0), "boolean": False}
 
     def nothing(kind: str, nullable: bool) -> Any:
         return None if nullable else [] if kind.startswith("array") else empty.get(kind, 0)

@@ -14,7 +14,7 @@ from bp_spark.core.config import Config, digest
 from bp_spark.core.errors import BundleError, DataError
 from bp_spark.features import catalogue
 from bp_spark.lakehouse.run import recorded
-from bp_spark.lakehouse.tables import DRIFT, FAIRNESS, TOTALS
+from bp_spark.lakehouse.tables import COHORTS, DRIFT, FAIRNESS, TOTALS
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry import decisions
 from bp_spark.report.night.data import PageData
@@ -116,7 +116,7 @@ def _page_data(reader: NightReader, config: Config, scoring_runs: Rows, scoring_
     stages = reader.stages(scoring_run, max(earlier_starts, default=None))
     ingest_ids = [stage["figures"].get("ingest_id") for stage in stages if stage["stage"] == "ingest"]
     watched = {table.name: reader.rows_of(table, score_date) for table in (DRIFT, FAIRNESS)}
-    totals = reader.rows_of(TOTALS, score_date)
+    totals, cohorts = (_of_bundle(reader.rows_of(one, score_date), scoring_run["bundle"]) for one in (TOTALS, COHORTS))
     features = catalogue.catalogue(config.features).features
     return PageData(
         score_date=score_date,
@@ -136,9 +136,14 @@ def _page_data(reader: NightReader, config: Config, scoring_runs: Rows, scoring_
         model=_model(config, scoring_run["bundle"]),
         metrics=reader.metrics(scoring_run["bundle"]),
         prospects=reader.prospects(score_date),
-        totals=totals[totals["bundle_digest"] == scoring_run["bundle"]] if len(totals) else totals,
+        totals=totals,
+        cohorts=cohorts,
         watched={name: rows for name, rows in watched.items() if len(rows)},
     )
+
+
+def _of_bundle(rows: pd.DataFrame, bundle_digest: str) -> pd.DataFrame:
+    return rows[rows["bundle_digest"] == bundle_digest] if len(rows) else rows
 
 
 def _history(scoring_runs: Rows, distribution: pd.DataFrame, score_date: date) -> pd.DataFrame:

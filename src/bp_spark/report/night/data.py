@@ -36,6 +36,7 @@ class PageData:
         metrics: Rows of METRICS of the bundle.
         prospects: Sums over the prospects; ``None`` where none was scored.
         totals: Rows of TOTALS of the date and the bundle; none where the bundle knows no error of sums.
+        cohorts: Rows of COHORTS of the date and the bundle; none where the table holds another date.
         watched: ``drift`` and ``fairness``, where there are such tables: their rows of the date.
     """
 
@@ -55,6 +56,7 @@ class PageData:
     metrics: pd.DataFrame
     prospects: Prospects | None = None
     totals: pd.DataFrame = field(default_factory=pd.DataFrame)
+    cohorts: pd.DataFrame = field(default_factory=pd.DataFrame)
     watched: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     @property
