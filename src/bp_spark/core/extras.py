@@ -15,6 +15,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "spark": ("pyspark", "py4j", "delta"),
     "train": ("petastorm", "optuna", "peft", "tensorboard"),
     "duckdb": ("duckdb",),
+    "market": ("statsforecast",),
 }
 """Extra -> modules that it brings and that the code needs."""
 
@@ -29,9 +30,15 @@ def require(extra: str, purpose: str) -> None:
     Raises:
         PlatformError: a module of the extra is missing.
     """
+    error = lacking(extra, purpose)
+    if error is not None:
+        raise error
+
+
+def lacking(extra: str, purpose: str) -> PlatformError | None:
+    """Return the error of :func:`require`, for work that goes on without the extra; ``None`` if it is installed."""
     missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
-    if missing:
-        raise _error(extra, f"{purpose} needs {', '.join(missing)}")
+    return _error(extra, f"{purpose} needs {', '.join(missing)}") if missing else None
 
 
 def explain(error: ModuleNotFoundError) -> PlatformError | None:

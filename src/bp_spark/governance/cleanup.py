@@ -31,6 +31,7 @@ from bp_spark.lakehouse.tables import (
     EVENTS,
     GIVEN_LABELS,
     LABEL_REQUESTS,
+    MARKET_FORECAST,
     MARKET_SEGMENTS,
     PROFILE_TABLES,
     PROSPECT_SCORES,
@@ -58,7 +59,8 @@ def stop_other_writers(lakehouse: Lakehouse) -> dict[str, int]:
         Table -> version of the reservation under which it may be written.
     """
     of_ingest = (DELIVERIES, EVENTS, CONSULTATIONS, CAMPAIGN_CONTACTS, TEXTS, TEXT_EMBEDDINGS)
-    derived = (*of_ingest, USER_DAILY, SCORES_LATEST, PROSPECT_SCORES, MARKET_SEGMENTS, TOTALS, COHORTS)
+    of_dates = (SCORES_LATEST, PROSPECT_SCORES, MARKET_SEGMENTS, TOTALS, COHORTS, MARKET_FORECAST)
+    derived = (*of_ingest, USER_DAILY, *of_dates)
     reservations = {
         table.name: lakehouse.reserve(table, lakehouse.commit_metadata(table.name))
         for table in (*derived, LABEL_REQUESTS, GIVEN_LABELS)
@@ -131,7 +133,8 @@ def vacuum_tables(run: Run) -> None:
     lakehouse = run.lakehouse
     with run.stage("vacuum") as figures:
         scratch.clear(run.spark, run.config.tables)
-        without_user_key = ("quarantine", "texts", "text_embeddings", "market_segments", "totals", "cohorts")
+        groups = ("market_segments", "totals", "cohorts", "market_forecast")
+        without_user_key = ("quarantine", "texts", "text_embeddings", *groups)
         others = (name for name in without_user_key if lakehouse.exists(name))
         deleted_files = [lakehouse.vacuum(name) for name in (*tables_of_users(lakehouse), *others)]
         figures["tables"], figures["files"] = len(deleted_files), sum(deleted_files)

@@ -131,7 +131,7 @@ def _unknown_users(positions: Sequence[int], given_ids: int) -> UnknownUserError
 def _empty_segments_with(lakehouse: Lakehouse, keys: DataFrame) -> None:
     """Empty ``market_segments`` if it counts one of the users: the difference to the next one would reveal the user.
 
-    What was added up from it for ``totals`` goes, too.
+    What was added up for ``totals`` and ``market_forecast`` of the same date goes, too.
     """
     if not (lakehouse.exists("market_segments") and lakehouse.exists("user_profile")):
         return
@@ -139,8 +139,9 @@ def _empty_segments_with(lakehouse: Lakehouse, keys: DataFrame) -> None:
     if counted is None:
         return
     lakehouse.delete("market_segments", "true")
-    if lakehouse.exists("totals"):
-        lakehouse.delete("totals", f"score_date = DATE'{counted[0]}'")
+    for name in ("totals", "market_forecast"):
+        if lakehouse.exists(name):
+            lakehouse.delete(name, f"score_date = DATE'{counted[0]}'")
 
 
 def _empty_cohorts_with(lakehouse: Lakehouse, keys: DataFrame) -> None:

@@ -26,7 +26,10 @@ ROW_DAYS: Mapping[str, Mapping[str, str]] = {
     "features": dict.fromkeys(("user_features", "prospect_features"), "as_of_date"),
     "training": dict.fromkeys(("training_set", "pretraining_set", "label_requests", "given_labels"), "as_of_date"),
     "scores": dict.fromkeys(
-        ("scores", "scores_latest", "prospect_scores", *(table.name for table in PROFILE_TABLES), "totals", "cohorts"),
+        (
+            *("scores", "scores_latest", "prospect_scores", "totals", "cohorts", "market_forecast"),
+            *(table.name for table in PROFILE_TABLES),
+        ),
         "score_date",
     ),
 }

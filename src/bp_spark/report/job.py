@@ -14,7 +14,7 @@ from bp_spark.core.config import Config, digest
 from bp_spark.core.errors import BundleError, DataError
 from bp_spark.features import catalogue
 from bp_spark.lakehouse.run import recorded
-from bp_spark.lakehouse.tables import COHORTS, DRIFT, FAIRNESS, TOTALS
+from bp_spark.lakehouse.tables import COHORTS, DRIFT, FAIRNESS, MARKET_FORECAST, TOTALS
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry import decisions
 from bp_spark.report.night.data import PageData
@@ -138,6 +138,7 @@ def _page_data(reader: NightReader, config: Config, scoring_runs: Rows, scoring_
         prospects=reader.prospects(score_date),
         totals=totals,
         cohorts=cohorts,
+        market=reader.rows_of(MARKET_FORECAST, score_date),
         watched={name: rows for name, rows in watched.items() if len(rows)},
     )
 

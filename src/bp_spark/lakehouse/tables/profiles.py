@@ -304,5 +304,62 @@ COHORTS = Table(
     ),
     key=("cohort", "age", "horizon_days"),
 )
+MARKET_FORECAST = Table(
+    "market_forecast",
+    "Weekly revenue, orders and buyers of the platform and its categories, and revenue of its levels: 13 weeks to come with "
+    "intervals, and 26 weeks of the past (docs/profiles.md)",
+    columns(
+        ("score_date", "date!", "Scored date; only events before this day are used"),
+        ("segment", "string!", "platform, category or level"),
+        (
+            "value",
+            "string!",
+            "Broadest level of the category path, or level; all: the whole platform; none: no category; other: all other "
+            "categories",
+        ),
+        (
+            "measure",
+            "string!",
+            "revenue: money paid minus refunds, in the platform's currency; orders; buyers: users with an order",
+        ),
+        ("week_start", "date!", "First of the week's 7 days; weeks begin on the weekday of score_date"),
+        ("weeks_ahead", "int!", "1 to 13: weeks from score_date on; 0: the week before it; below 0: earlier weeks"),
+        ("actual", "double", "What happened, in weeks of the past; NULL: to come"),
+        ("expected", "double", "Forecast; NULL: a week of the past"),
+        ("low", "double", "Lower end of the 90 % prediction interval of the week"),
+        ("high", "double", "Upper end of the 90 % prediction interval of the week"),
+        (
+            "method",
+            "string",
+            "window average (8 weeks), AutoETS, AutoTheta, seasonal naive (52 weeks) or MSTL; of a level: shape of the "
+            "platform",
+        ),
+        ("baseline", "string", "naive: the last week goes on; seasonal naive: the weeks of the year before come again"),
+        (
+            "mase",
+            "double",
+            "Mean absolute scaled error of the backtest, by the method that was chosen at each origin; NULL: not backtested",
+        ),
+        ("mase_baseline", "double", "The same of the baseline, at the same origins"),
+        ("mase_vs_naive", "double", "mase over mase_baseline; below 1 the forecasts were better"),
+        ("origins", "int", "Number of past weeks from which the backtest forecast"),
+        ("history_weeks", "int", "Weeks of history that the forecast is made from"),
+        (
+            "users_expected",
+            "double",
+            "Platform's revenue: expected spend of all users together by totals, over users_days days",
+        ),
+        ("users_days", "int", "Days of users_expected, from score_date on"),
+        ("gap", "double", "Platform's revenue: the forecast of these days over users_expected, minus 1"),
+        (
+            "new_buyer_share",
+            "double",
+            "Platform's revenue: share of the past 13 weeks' revenue that came from users with their first order in them; "
+            "users_expected has nobody like them",
+        ),
+    ),
+    key=("score_date", "segment", "value", "measure", "week_start"),
+    partition_by=("score_date",),
+)
 PROFILE_TABLES = (CATEGORY_AFFINITY, USER_PROFILE, RISK_CONTROL, CUSTOMER_SERVICE, MARKET_SEGMENTS)
 """Tables that are made from the newest scores, in the order of their writes."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib import dates
+from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from bp_spark.ingest.pseudonyms import withheld
@@ -106,6 +107,31 @@ def spend(data: PageData) -> Chart:
         if bundles[position] != bundles[position - 1]:
             axes.axvline(history["score_date"].iloc[position], color=FAINT, linestyle=":")
     page.label(axes, "", f"{data.currency}, {data.model['horizon_days']} days")
+    _time_axis(axes)
+    return page.chart(drawn)
+
+
+def weeks(data: PageData, platform: pd.DataFrame) -> Chart:
+    """Draw the weekly revenue of the platform, past and to come, with the interval of the weeks to come.
+
+    Args:
+        data: Data of the page.
+        platform: Rows of MARKET_FORECAST of the platform's revenue, in order.
+    """
+    drawn, (axes,) = page.canvas(width=6.5, height=3.0)
+    starts = pd.to_datetime(platform["week_start"])
+    to_come = platform["weeks_ahead"] > 0
+    axes.plot(starts[~to_come], platform.loc[~to_come, "actual"], color=SERIES[0], label="actual")
+    axes.plot(starts[to_come], platform.loc[to_come, "expected"], color=SERIES[1], label="forecast")
+    ends = (platform.loc[to_come, name] for name in ("low", "high"))
+    axes.fill_between(starts[to_come], *ends, color=SERIES[1], alpha=0.2, linewidth=0, label="90 % interval")
+    page.label(axes, "", f"{data.currency} a week")
+    _time_axis(axes)
+    page.legend(axes, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    return page.chart(drawn)
+
+
+def _time_axis(axes: Axes) -> None:
     # matplotlib gives these two no types
     make_locator: Any = dates.AutoDateLocator
     make_formatter: Any = dates.ConciseDateFormatter
@@ -114,7 +140,6 @@ def spend(data: PageData) -> Chart:
     axes.xaxis.set_major_formatter(make_formatter(locator))
     axes.yaxis.set_major_formatter(FuncFormatter(short))
     axes.margins(y=0.25)
-    return page.chart(drawn)
 
 
 def reasons(top: pd.DataFrame, users: int) -> Chart:

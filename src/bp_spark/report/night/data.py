@@ -37,6 +37,7 @@ class PageData:
         prospects: Sums over the prospects; ``None`` where none was scored.
         totals: Rows of TOTALS of the date and the bundle; none where the bundle knows no error of sums.
         cohorts: Rows of COHORTS of the date and the bundle; none where the table holds another date.
+        market: Rows of MARKET_FORECAST of the date; none where nothing was forecast.
         watched: ``drift`` and ``fairness``, where there are such tables: their rows of the date.
     """
 
@@ -57,6 +58,7 @@ class PageData:
     prospects: Prospects | None = None
     totals: pd.DataFrame = field(default_factory=pd.DataFrame)
     cohorts: pd.DataFrame = field(default_factory=pd.DataFrame)
+    market: pd.DataFrame = field(default_factory=pd.DataFrame)
     watched: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bp_spark.core.version import __version__
 from bp_spark.report import page
-from bp_spark.report.night import cohorts, formats, sections
+from bp_spark.report.night import cohorts, formats, market, sections
 from bp_spark.report.night.data import PageData
 from bp_spark.report.page import Markup, Section
 
@@ -15,6 +15,7 @@ def document(data: PageData) -> str:
         Section("Scores and levels", sections.population(data)),
         Section("Expected spend", sections.spend(data)),
         *([Section("Cohorts", cohorts.section(data))] if len(data.cohorts) else []),
+        *([Section("Weeks to come", market.weeks(data))] if not data.market.empty else []),
         Section("Reasons", sections.reasons(data)),
         Section("Data quality", sections.quality(data)),
         *(

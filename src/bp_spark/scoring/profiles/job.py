@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from bp_spark.core import extras
 from bp_spark.core.config import Config, digest
 from bp_spark.core.errors import BundleError, DataError
 from bp_spark.core.session import persisted
@@ -23,6 +26,7 @@ from bp_spark.lakehouse.tables import (
     CATEGORY_AFFINITY,
     COHORTS,
     CUSTOMER_SERVICE,
+    MARKET_FORECAST,
     MARKET_SEGMENTS,
     PROFILE_TABLES,
     RISK_CONTROL,
@@ -35,14 +39,18 @@ from bp_spark.registry import mlflow_store
 from bp_spark.scoring.profiles.affinity import category_affinity
 from bp_spark.scoring.profiles.applications import customer_service, risk_control
 from bp_spark.scoring.profiles.cohorts import cohorts
+from bp_spark.scoring.profiles.market import market_forecast
 from bp_spark.scoring.profiles.segments import market_segments
 from bp_spark.scoring.profiles.totals import platform_totals
 from bp_spark.scoring.profiles.user_profile import SPANS, user_profile
+from bp_spark.scoring.profiles.weekly_history import weekly_history
 from bp_spark.training.backtest import brackets
 
 NEARBY_DAYS = 7
 """Days by which a scored date may miss the wanted one of SPANS."""
 _INPUT_TABLES = ("scores", "user_features", "user_daily", "events")
+
+logger = logging.getLogger(__name__)
 
 
 def profile(spark: SparkSession, config: Config, day: date | None = None) -> list[dict[str, Any]]:
@@ -50,6 +58,7 @@ def profile(spark: SparkSession, config: Config, day: date | None = None) -> lis
 
     From ``market_segments`` the rows of the date in ``totals`` are made, if the bundle that scored knows the error of sums.
     Then ``cohorts`` is replaced.
+    Where the extra ``market`` is installed, the weeks to come are forecast in ``market_forecast``.
 
     Args:
         spark: The session.
@@ -86,6 +95,7 @@ def profile(spark: SparkSession, config: Config, day: date | None = None) -> lis
                 step.figures.update(_write(run, versions, as_of, step, totals))
         _write_totals(run, totals, as_of, bundle_digest, inputs)
         _write_cohorts(run, versions, as_of, totals, bundle_digest, inputs)
+        _write_market_forecast(run, versions, totals, as_of, inputs)
         return run.records
 
 
@@ -136,6 +146,29 @@ def _write_cohorts(
         rows = cohorts(rows_of_date(scores, day), daily, day, least_users, totals, bundle_digest)
         step.replace(rows, after=step.version)
         step.figures["rows_out"] = rows.count()
+
+
+def _write_market_forecast(run: Run, versions: dict[str, int], totals: Totals | None, day: date, inputs: str) -> None:
+    """Write the date's rows of ``market_forecast``, unless its library is missing or the history is too short."""
+    lacking = extras.lacking("market", "the market forecast")
+    if lacking is not None:
+        logger.info("there is no market forecast: %s", lacking)
+        return
+    lakehouse = run.lakehouse
+    with run.step("market", MARKET_FORECAST, inputs, score_date=str(day)) as step:
+        if step.unchanged:
+            return
+        daily, events = (lakehouse.read(name, versions[name]) for name in ("user_daily", "events"))
+        history = weekly_history(daily, events, day, run.config.privacy.smallest_group)
+        if history.missing:
+            step.figures["missing"] = history.missing
+            logger.info("there is no market forecast: %s", history.missing)
+        if history.missing and not lakehouse.exists(MARKET_FORECAST.name):
+            return
+        promised = rows_of_date(lakehouse.read("totals"), day).toPandas() if totals is not None else pd.DataFrame()
+        rows, gap = market_forecast(run.spark, history, promised, day)
+        step.replace(rows, where={"score_date": [day]}, after=step.version)
+        step.figures |= {"rows_out": rows.count(), **(asdict(gap) if gap else {})}
 
 
 def _write(run: Run, versions: dict[str, int], day: date, step: Step, totals: Totals | None) -> dict[str, object]:
