@@ -65,7 +65,7 @@ def forget(spark: SparkSession, config: Config, user_ids: Sequence[str]) -> list
             cleanup.stop_other_writers(lakehouse)
             figures["users"], figures["known"] = len(keys_by_id), len(existing_keys)
             _empty_segments_with(lakehouse, keys)
-            _empty_cohorts_with(lakehouse, keys)
+            _empty_history_with(lakehouse, keys)
             for name in cleanup.tables_of_users(lakehouse):
                 # user-days follow from events below; user_keys goes last, so that a stopped run still finds the users
                 if name not in ("user_daily", "user_keys"):
@@ -139,14 +139,18 @@ def _empty_segments_with(lakehouse: Lakehouse, keys: DataFrame) -> None:
     if counted is None:
         return
     lakehouse.delete("market_segments", "true")
-    for name in ("totals", "market_forecast"):
-        if lakehouse.exists(name):
-            lakehouse.delete(name, f"score_date = DATE'{counted[0]}'")
+    if lakehouse.exists("totals"):
+        lakehouse.delete("totals", f"score_date = DATE'{counted[0]}'")
 
 
-def _empty_cohorts_with(lakehouse: Lakehouse, keys: DataFrame) -> None:
-    """Empty ``cohorts`` if one of the users was ever scored: the difference to the next one would reveal the user."""
-    if not (lakehouse.exists("cohorts") and lakehouse.exists("scores")):
+def _empty_history_with(lakehouse: Lakehouse, keys: DataFrame) -> None:
+    """Empty ``cohorts`` and ``market_forecast`` if one of the users was ever scored.
+
+    Both tell of the past, so that the next ones would differ from these by what the user did.
+    """
+    names = [name for name in ("cohorts", "market_forecast") if lakehouse.exists(name)]
+    if not (names and lakehouse.exists("scores")):
         return
     if not lakehouse.read("scores").join(keys, "user_key", "left_semi").isEmpty():
-        lakehouse.delete("cohorts", "true")
+        for name in names:
+            lakehouse.delete(name, "true")

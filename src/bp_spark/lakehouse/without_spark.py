@@ -108,12 +108,14 @@ def _table(config: TablesConfig, name: str) -> DeltaTable:
 def rows_where(config: TablesConfig, table: Table, **values: Any) -> list[dict[str, Any]]:
     """Return a table's rows that have these values in these columns, or all, with all columns that are declared today.
 
+    A list of values stands for any of them.
+
     Raises:
         MissingTableError: the local table does not exist.
         UnreadableError: delta-rs can't read the table.
     """
     stored = dataset(config, table.name)
-    conditions = [pc.field(name) == value for name, value in values.items()]
+    conditions = [pc.field(name).isin(value if isinstance(value, list) else [value]) for name, value in values.items()]
     wanted = reduce(operator.and_, conditions) if conditions else None
     try:
         found = stored.to_table(filter=wanted).to_pylist(maps_as_pydicts="strict")

@@ -116,7 +116,10 @@ def _page_data(reader: NightReader, config: Config, scoring_runs: Rows, scoring_
     stages = reader.stages(scoring_run, max(earlier_starts, default=None))
     ingest_ids = [stage["figures"].get("ingest_id") for stage in stages if stage["stage"] == "ingest"]
     watched = {table.name: reader.rows_of(table, score_date) for table in (DRIFT, FAIRNESS)}
-    totals, cohorts = (_of_bundle(reader.rows_of(one, score_date), scoring_run["bundle"]) for one in (TOTALS, COHORTS))
+    # written every few nights
+    since = config.profiles.history_every_days - 1
+    market = reader.rows_of(MARKET_FORECAST, score_date, since)
+    cohorts = _of_bundle(reader.rows_of(COHORTS, score_date, since), scoring_run["bundle"])
     features = catalogue.catalogue(config.features).features
     return PageData(
         score_date=score_date,
@@ -136,9 +139,9 @@ def _page_data(reader: NightReader, config: Config, scoring_runs: Rows, scoring_
         model=_model(config, scoring_run["bundle"]),
         metrics=reader.metrics(scoring_run["bundle"]),
         prospects=reader.prospects(score_date),
-        totals=totals,
+        totals=_of_bundle(reader.rows_of(TOTALS, score_date), scoring_run["bundle"]),
         cohorts=cohorts,
-        market=reader.rows_of(MARKET_FORECAST, score_date),
+        market=market,
         watched={name: rows for name, rows in watched.items() if len(rows)},
     )
 

@@ -183,6 +183,12 @@ class ProfilesConfig(Section):
         description="Rate a year by which later spend counts less in `value`: 0.10 is a usual cost of capital, 0 counts all "
         "spend alike.",
     )
+    history_every_days: int = Field(
+        7,
+        ge=1,
+        description="Days from one `cohorts` and `market_forecast` to the next. Both read all events, and move little "
+        "in a night. 1: every night.",
+    )
     region_segment: str | None = Field(
         None, description="Segment of `raw_users` that holds the region. Null: all users are in one."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from typing import Any, Protocol
 
 import pandas as pd
@@ -69,11 +69,27 @@ class NightReader(Protocol):
     def prospects(self, score_date: date) -> Prospects | None:
         """Return :func:`bp_spark.report.population.prospects_of` of a date."""
 
-    def rows_of(self, table: Table, score_date: date) -> pd.DataFrame:
-        """Return a date's rows of a table of figures; none without the table."""
+    def rows_of(self, table: Table, score_date: date, days_before: int = 0) -> pd.DataFrame:
+        """Return a date's rows of a table of figures; none without the table.
+
+        Args:
+            table: declaration of the table.
+            score_date: the date.
+            days_before: where the date has no rows, those of the newest of so many days before it are returned.
+        """
 
     def currency(self) -> str | None:
         """Return the currency that events are in, if their cleaning recorded it."""
+
+
+def days_up_to(day: date, days_before: int) -> list[date]:
+    """Return a date and so many days before it."""
+    return [day - timedelta(days=days) for days in range(days_before + 1)]
+
+
+def of_newest_date(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the newest ``score_date``."""
+    return rows[rows["score_date"] == rows["score_date"].max()].reset_index(drop=True) if len(rows) else rows
 
 
 class SparkReader:
@@ -156,11 +172,12 @@ class SparkReader:
         """See :meth:`NightReader.prospects`."""
         return population.prospects_of(self.lakehouse, score_date)
 
-    def rows_of(self, table: Table, score_date: date) -> pd.DataFrame:
+    def rows_of(self, table: Table, score_date: date, days_before: int = 0) -> pd.DataFrame:
         """See :meth:`NightReader.rows_of`."""
         if not self.lakehouse.exists(table.name):
             return pd.DataFrame()
-        return rows_of_date(read_as_declared(self.lakehouse, table), score_date).toPandas()
+        of_dates = F.col("score_date").isin(days_up_to(score_date, days_before))
+        return of_newest_date(read_as_declared(self.lakehouse, table).filter(of_dates).toPandas())
 
     def currency(self) -> str | None:
         """See :meth:`NightReader.currency`."""

@@ -17,7 +17,7 @@ from bp_spark.lakehouse import without_spark
 from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.tables import METRICS, RUNS
 from bp_spark.report.night.data import FRESH_DAYS
-from bp_spark.report.night.reader import MAX_STAGES, REPORT, Rows
+from bp_spark.report.night.reader import MAX_STAGES, REPORT, Rows, days_up_to, of_newest_date
 from bp_spark.report.population import BIN, GONE, NEW, Prospects
 
 _MOST_GROUPS = 1_000_000
@@ -134,9 +134,9 @@ class DuckdbReader:
         users, purchases, spend = sums.iloc[0]
         return Prospects(int(users), purchases, spend) if users else None
 
-    def rows_of(self, table: Table, score_date: date) -> pd.DataFrame:
+    def rows_of(self, table: Table, score_date: date, days_before: int = 0) -> pd.DataFrame:
         """See :meth:`NightReader.rows_of`."""
-        return self._rows(table, score_date=score_date)
+        return of_newest_date(self._rows(table, score_date=days_up_to(score_date, days_before)))
 
     def currency(self) -> str | None:
         """See :meth:`NightReader.currency`."""

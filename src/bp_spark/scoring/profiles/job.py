@@ -22,6 +22,7 @@ from bp_spark.evaluation.job import bundle_of
 from bp_spark.features.catalogue import catalogue
 from bp_spark.lakehouse.run import Run, Step, recorded
 from bp_spark.lakehouse.schema import rows_of_date
+from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import (
     CATEGORY_AFFINITY,
     COHORTS,
@@ -57,8 +58,9 @@ def profile(spark: SparkSession, config: Config, day: date | None = None) -> lis
     """Write the profile tables as of a scored date, each in one commit, unless their inputs are unchanged.
 
     From ``market_segments`` the rows of the date in ``totals`` are made, if the bundle that scored knows the error of sums.
-    Then ``cohorts`` is replaced.
-    Where the extra ``market`` is installed, the weeks to come are forecast in ``market_forecast``.
+    Every few dates (``profiles.history_every_days``) ``cohorts`` is replaced, and the weeks to come are forecast in
+    ``market_forecast``, if the extra ``market`` is installed. So they are for another bundle or other settings, and after
+    users were forgotten.
 
     Args:
         spark: The session.
@@ -94,9 +96,21 @@ def profile(spark: SparkSession, config: Config, day: date | None = None) -> lis
             if not all(lakehouse.inputs(table.name) == inputs for table in PROFILE_TABLES):
                 step.figures.update(_write(run, versions, as_of, step, totals))
         _write_totals(run, totals, as_of, bundle_digest, inputs)
+        every = config.profiles.history_every_days
+        if every > 1:
+            # all events make these tables, so that an input of each night is none of theirs
+            span = as_of.toordinal() // every
+            inputs = digest(
+                __version__, config.profiles, config.privacy.smallest_group, span, bundle_digest, _forgotten(lakehouse)
+            )
         _write_cohorts(run, versions, as_of, totals, bundle_digest, inputs)
         _write_market_forecast(run, versions, totals, as_of, inputs)
         return run.records
+
+
+def _forgotten(lakehouse: Lakehouse) -> int:
+    """Return the version of the list of forgotten users; -1 without one."""
+    return lakehouse.version("forgotten") if lakehouse.exists("forgotten") else -1
 
 
 def _newest_date(scores: DataFrame) -> date:
