@@ -14,7 +14,7 @@ unexport PYTHONPATH PYTHONHOME SPARK_HOME SPARK_CONF_DIR PYSPARK_PYTHON PYSPARK_
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-spark40 test-thorough check-integrations bench-suite faults bench-files bench-data bench-score bench-training bench-pretraining bench-labels bench-ablation bench-sizes bench-gpu bench-stack bench-worlds bench-everyone bench-house bench-look notebooks browser lint format lock audit sbom clean check-airflow docs reference
+.PHONY: help install demo test test-fast test-spark40 test-thorough check-integrations bench-suite faults bench-files bench-data bench-score bench-training bench-pretraining bench-labels bench-ablation bench-sizes bench-gpu bench-stack bench-worlds bench-everyone bench-house bench-look bench-decisions notebooks browser lint format lock audit sbom clean check-airflow docs reference
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -109,6 +109,9 @@ bench-worlds: install ## how right the money is on shops of all kinds, goes on w
 
 bench-everyone: install ## whether everyone has a score, and how right first purchases are: JSON lines to standard output
 	$(BIN)/python -m bench.everyone
+
+bench-decisions: demo ## false alarms of A/A tests on real spend, and users that the score saves: JSON lines to standard output
+	$(BIN)/python -m bench.decisions
 
 bench-house: install ## lines, packages, circles of imports, settings described once: JSON to standard output
 	$(BIN)/python -m bench.house

@@ -244,7 +244,7 @@ def commands() -> str:
         "`init` and `settings` take none.",
         _table(["option before the command", "what it does"], [_option(parameter) for parameter in group.params]),
     ]
-    for name, command in group.commands.items():
+    for name, command in _subcommands(group):
         purpose, _, example = (command.help or "").partition("Example: ")
         parts += [f"## {name}", _unwrapped(purpose)]
         if example:
@@ -255,6 +255,15 @@ def commands() -> str:
         parameters = [p for p in command.params if p.name not in ("overrides", "config_file")]
         parts += [_table(["argument or option", "what it is"], [_option(p) for p in parameters])] if parameters else []
     return _page(parts)
+
+
+def _subcommands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each command with its name, as ``experiment read`` for one of a group."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _subcommands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
 
 
 def _option(parameter: Any) -> list[str]:

@@ -203,12 +203,21 @@ def check_command(words: list[str]) -> None:
         assert all(f'"{word}"' in known for word in arguments if word.startswith("--"))
 
 
+def command_of(words: list[str]) -> tuple[Any, list[str]]:
+    """Return the command that the first words name, and the words that follow; a group where they name no command of it."""
+    command = COMMANDS.commands[words[0]]
+    words = words[1:]
+    if words and words[0] in getattr(command, "commands", {}):
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
 def parse(arguments: list[str]) -> None:
     """Parse the command line and load its settings; nothing runs."""
     while arguments[0].startswith("-"):
         arguments = arguments[2:]
-    command = COMMANDS.commands[arguments[0]]
-    parameters = command.make_context(arguments[0], arguments[1:]).params
+    command, arguments = command_of(arguments)
+    parameters = command.make_context(command.name, arguments).params
     overrides = parameters.get("overrides") or ()
     assert all(OVERRIDE.fullmatch(override) for override in overrides), overrides
     file = parameters.get("config_file")
@@ -235,8 +244,8 @@ def test_commands_options_and_settings_in_the_text_exist(page: Path) -> None:
             section = dotted[1] in Config.model_fields and isinstance(getattr(Config(), dotted[1]), config.Section)
             in_module = (ROOT / f"src/bp_spark/{dotted[1]}.py").exists() and dotted[2] in module_names(dotted[1])
             assert not section or code in keys or in_module or dotted[2] in ("py", "md", "yaml"), code
-        if code.startswith("bp-spark ") and (named := re.match(r"bp-spark ([a-z][a-z-]+)(?: |$)", code)):
-            command = COMMANDS.commands[named[1]]
+        if re.match(r"bp-spark [a-z][a-z-]+(?: |$)", code):
+            command, _ = command_of(code.split()[1:])
             options = {option for parameter in command.params for option in parameter.opts}
             assert set(re.findall(r"(?<!\S)\[?(--[a-z-]+)", code)) <= options, code
         if made := re.match(r"make ([a-z-]+)$", code):

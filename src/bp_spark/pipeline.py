@@ -5,6 +5,12 @@ whose inputs are unchanged is skipped. Every stage leaves a row in ``runs``.
 """
 
 from bp_spark.evaluation.job import DriftResult, FairnessResult, check_drift, fairness
+from bp_spark.experiments.assign import AssignResult
+from bp_spark.experiments.assign import assign as assign_experiment
+from bp_spark.experiments.read import ReadResult
+from bp_spark.experiments.read import read as read_experiment
+from bp_spark.experiments.size import SizeResult
+from bp_spark.experiments.size import size as size_experiment
 from bp_spark.features.job import featurize, replay_quarantine
 from bp_spark.governance.erasure import forget
 from bp_spark.governance.key_rotation import rotate_keys
@@ -23,17 +29,21 @@ from bp_spark.training.job import TrainResult, train
 from bp_spark.training.search import SearchResult, search
 
 __all__ = [
+    "AssignResult",
     "BacktestResult",
     "DriftResult",
     "FairnessResult",
+    "ReadResult",
     "ReportResult",
     "Reproduction",
     "ScoreResult",
     "SearchResult",
     "SelectResult",
+    "SizeResult",
     "TrainResult",
     "adapt_language",
     "add_labels",
+    "assign_experiment",
     "backtest",
     "check_drift",
     "fairness",
@@ -42,6 +52,7 @@ __all__ = [
     "maintain",
     "profile",
     "quarantine_by_rule",
+    "read_experiment",
     "replay_quarantine",
     "report",
     "reproduce",
@@ -50,6 +61,7 @@ __all__ = [
     "score",
     "search",
     "select_labels",
+    "size_experiment",
     "train",
     "what_if",
 ]

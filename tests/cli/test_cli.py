@@ -56,10 +56,13 @@ def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.Compl
         "features",
         "doctor",
         "demo",
+        "experiment size",
+        "experiment assign",
+        "experiment read",
     ],
 )
 def test_help_teaches_each_command(command: str) -> None:
-    result = CliRunner().invoke(app.app, [command, "--help"])
+    result = CliRunner().invoke(app.app, [*command.split(), "--help"])
     assert result.exit_code == 0
     assert "KEY=VALUE" in result.output
 

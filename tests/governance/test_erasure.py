@@ -26,6 +26,8 @@ from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import (
     COHORTS,
+    EXPERIMENT_RESULTS,
+    EXPERIMENTS,
     GIVEN_LABELS,
     LABEL_REQUESTS,
     MARKET_SEGMENTS,
@@ -119,6 +121,13 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     )
     as_prospects = [{"user_key": row["user_key"], "score_date": row["score_date"], "level": "E"} for row in scored]
     lakehouse.replace(PROSPECT_SCORES, frame(spark, PROSPECT_SCORES, *as_prospects))
+    drawn = [
+        {"experiment": name, "user_key": row["user_key"], "score_date": row["score_date"]}
+        for row, name in zip(scored, ("both", "old", "both", "other"), strict=True)
+    ]
+    lakehouse.replace(EXPERIMENTS, frame(spark, EXPERIMENTS, *drawn))
+    results = [{"experiment": name, "days": 30, "score_date": AS_OF} for name in ("both", "other")]
+    lakehouse.replace(EXPERIMENT_RESULTS, frame(spark, EXPERIMENT_RESULTS, *results))
     labelled = [{"user_key": row["user_key"], "as_of_date": row["score_date"]} for row in scored]
     for table in (LABEL_REQUESTS, GIVEN_LABELS, PROSPECT_FEATURES):
         lakehouse.replace(table, frame(spark, table, *labelled))
@@ -229,12 +238,14 @@ def test_a_forgotten_user_is_in_no_file_and_the_nights_go_on(
     assert [folder.name for folder in (tables / "work").iterdir()] == ["fresh"]
     assert {row["text"] for row in lakehouse.read("texts").collect()} == {*ids} - {"only mine"}
     of_prospects = ("prospect_scores", "prospect_features")
-    for name in ("scores", "user_profile", "label_requests", "given_labels", *of_prospects, *CONTACT_TABLES):
+    of_scores = ("scores", "user_profile", "experiments")
+    for name in (*of_scores, "label_requests", "given_labels", *of_prospects, *CONTACT_TABLES):
         assert {row[0] for row in lakehouse.read(name).select("user_key").collect()} == {SECRET.key_of(STAYS)}
     # what counted the user is not to be held against what does not
     assert lakehouse.read("market_segments").isEmpty()
     assert [row["score_date"] for row in lakehouse.read("totals").collect()] == [TODAY - timedelta(days=500)]
     assert lakehouse.read("cohorts").isEmpty()
+    assert [row["experiment"] for row in lakehouse.read("experiment_results").collect()] == ["other"]
     for name in ("market_segments", "cohorts"):
         files = Path(lakehouse.location(name)).glob("*.parquet")
         assert sum(pq.read_metadata(file).num_rows for file in files) == 0
@@ -308,13 +319,14 @@ def test_rotated_keys_are_in_no_file_and_known_events_stay_known(
         "user_daily",
         "scores",
         "prospect_scores",
+        "experiments",
         "given_labels",
         *CONTACT_TABLES,
         "quarantine",
     }
     assert lakehouse.read("label_requests").isEmpty()
     assert lakehouse.read("prospect_features").isEmpty()
-    assert [lakehouse.read(name).count() for name in ("given_labels", "prospect_scores")] == [4, 4]
+    assert [lakehouse.read(name).count() for name in ("given_labels", "prospect_scores", "experiments")] == [4, 4, 4]
     assert len(before) == 4
     assert scored() == before
     write_night(tmp_path / "files", 1, transactions=[line(STAYS, 5), line(STAYS, 2)])
@@ -376,6 +388,7 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
             "prospect_scores",
             "prospect_features",
             "user_profile",
+            "experiments",
             "totals",
             "cohorts",
             "given_labels",
@@ -393,6 +406,7 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
         "prospect_scores": "2",
         "prospect_features": "2",
         "user_profile": "2",
+        "experiments": "2",
         "totals": "1",
         "cohorts": "1",
         "given_labels": "2",

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from bp_spark.cli import data, governance, look, model, nights, render
+from bp_spark.cli import data, experiments, governance, look, model, nights, render
 from bp_spark.core import disk, extras, logs
 from bp_spark.core.errors import BpSparkError
 from bp_spark.core.logs import LogFormat
@@ -69,6 +69,7 @@ app = typer.Typer(
 for command_function in COMMANDS:
     # a pattern without quotes is many words; init says so
     app.command(context_settings={"allow_extra_args": command_function is data.init})(command_function)
+app.add_typer(experiments.app)
 
 
 def _show_version(asked: bool) -> None:

@@ -29,6 +29,8 @@ from bp_spark.lakehouse.tables import (
     CONSULTATIONS,
     DELIVERIES,
     EVENTS,
+    EXPERIMENT_RESULTS,
+    EXPERIMENTS,
     GIVEN_LABELS,
     LABEL_REQUESTS,
     MARKET_FORECAST,
@@ -63,7 +65,7 @@ def stop_other_writers(lakehouse: Lakehouse) -> dict[str, int]:
     derived = (*of_ingest, USER_DAILY, *of_dates)
     reservations = {
         table.name: lakehouse.reserve(table, lakehouse.commit_metadata(table.name))
-        for table in (*derived, LABEL_REQUESTS, GIVEN_LABELS)
+        for table in (*derived, LABEL_REQUESTS, GIVEN_LABELS, EXPERIMENTS, EXPERIMENT_RESULTS)
         if lakehouse.exists(table.name)
     }
     for table in (*RAW_TABLES, USER_KEYS):
@@ -133,7 +135,7 @@ def vacuum_tables(run: Run) -> None:
     lakehouse = run.lakehouse
     with run.stage("vacuum") as figures:
         scratch.clear(run.spark, run.config.tables)
-        groups = ("market_segments", "totals", "cohorts", "market_forecast")
+        groups = ("market_segments", "totals", "cohorts", "market_forecast", "experiment_results")
         without_user_key = ("quarantine", "texts", "text_embeddings", *groups)
         others = (name for name in without_user_key if lakehouse.exists(name))
         deleted_files = [lakehouse.vacuum(name) for name in (*tables_of_users(lakehouse), *others)]

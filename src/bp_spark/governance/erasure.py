@@ -19,6 +19,7 @@ from bp_spark.governance import cleanup
 from bp_spark.governance.retention import delete_expired_rows
 from bp_spark.ingest import pseudonyms
 from bp_spark.ingest.job import require_same_secret
+from bp_spark.lakehouse import sql
 from bp_spark.lakehouse.run import recorded
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import FORGOTTEN
@@ -66,6 +67,7 @@ def forget(spark: SparkSession, config: Config, user_ids: Sequence[str]) -> list
             figures["users"], figures["known"] = len(keys_by_id), len(existing_keys)
             _empty_segments_with(lakehouse, keys)
             _empty_history_with(lakehouse, keys)
+            _delete_results_with(lakehouse, keys)
             for name in cleanup.tables_of_users(lakehouse):
                 # user-days follow from events below; user_keys goes last, so that a stopped run still finds the users
                 if name not in ("user_daily", "user_keys"):
@@ -154,3 +156,13 @@ def _empty_history_with(lakehouse: Lakehouse, keys: DataFrame) -> None:
     if not lakehouse.read("scores").join(keys, "user_key", "left_semi").isEmpty():
         for name in names:
             lakehouse.delete(name, "true")
+
+
+def _delete_results_with(lakehouse: Lakehouse, keys: DataFrame) -> None:
+    """Delete the results of experiments with one of the users: the difference to the next ones would reveal the user."""
+    if not (lakehouse.exists("experiments") and lakehouse.exists("experiment_results")):
+        return
+    users = lakehouse.read("experiments").join(keys, "user_key", "left_semi")
+    names = [row[0] for row in users.select("experiment").distinct().collect()]
+    if names:
+        lakehouse.delete("experiment_results", sql.one_of("experiment", names))

@@ -27,7 +27,7 @@ ROW_DAYS: Mapping[str, Mapping[str, str]] = {
     "training": dict.fromkeys(("training_set", "pretraining_set", "label_requests", "given_labels"), "as_of_date"),
     "scores": dict.fromkeys(
         (
-            *("scores", "scores_latest", "prospect_scores", "totals", "cohorts", "market_forecast"),
+            *("scores", "scores_latest", "prospect_scores", "totals", "cohorts", "market_forecast", "experiments"),
             *(table.name for table in PROFILE_TABLES),
         ),
         "score_date",

@@ -28,7 +28,9 @@ class RetentionConfig(Section):
         description="Rows of `training_set` and `pretraining_set`, requested labels and their answers, from their "
         "as-of date on.",
     )
-    scores: Positive | None = Field(None, description="Scores and the profiles made from them, from their date on.")
+    scores: Positive | None = Field(
+        None, description="Scores, the profiles made from them, and users of experiments, from their date on."
+    )
 
 
 class PrivacyConfig(Section):
@@ -47,7 +49,7 @@ class PrivacyConfig(Section):
     )
     smallest_group: Positive = Field(
         10,
-        description="Least number of users that a figure may describe (k): in `market_segments`, `cohorts`, `fairness`, a "
-        "category's usual price and a night's report.",
+        description="Least number of users that a figure may describe (k): in `market_segments`, `cohorts`, `market_forecast`, "
+        "`fairness`, a category's usual price, the groups of an experiment and a night's report.",
     )
     retention_days: RetentionConfig = RetentionConfig()

@@ -12,6 +12,7 @@ from bp_spark.lakehouse.tables.events import (
     TEXTS,
     USER_KEYS,
 )
+from bp_spark.lakehouse.tables.experiments import EXPERIMENT_RESULTS, EXPERIMENTS
 from bp_spark.lakehouse.tables.features import CATEGORY_DAY, TOKEN, USER_DAILY
 from bp_spark.lakehouse.tables.profiles import (
     CATEGORY_AFFINITY,
@@ -64,6 +65,8 @@ SHARED_TABLES = (
     TOTALS,
     COHORTS,
     MARKET_FORECAST,
+    EXPERIMENTS,
+    EXPERIMENT_RESULTS,
     RUNS,
     METRICS,
     TRIALS,
@@ -90,6 +93,8 @@ __all__ = [
     "DRIFT",
     "DRIFT_REFERENCE",
     "EVENTS",
+    "EXPERIMENTS",
+    "EXPERIMENT_RESULTS",
     "FAIRNESS",
     "FORGOTTEN",
     "GIVEN_LABELS",

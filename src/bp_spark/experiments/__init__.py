@@ -1,0 +1,1 @@
+"""Experiments: users drawn into groups, how many of them it takes, and what came of it."""
