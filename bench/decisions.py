@@ -8,6 +8,7 @@ both halves spent since. Each should raise a false alarm in 5 of 100 cases.
 
 - ``aa.false_alarms``: share of them whose p-value is below 0.05, with the score of that day as covariate.
 - ``aa.false_alarms_unadjusted``: the same of plain means.
+- ``aa.effect_covered``: share of them whose interval holds an effect of 10 % that is put into the treatment group.
 - ``aa.users_saved``: share of the variance that the score takes out, and so of the users; the mean of all.
 - ``aa.false_alarms_small``, ``aa.users_saved_small``: the same among the 200 users with the smallest keys.
 - ``aa.cdnow_*``: the same in another shop, whose users bought seldom. The covariate is what they spent before.
@@ -27,13 +28,14 @@ from deltalake import DeltaTable
 
 from bench import say
 from bp_spark.experiments.assignment import CONTROL, TREATMENT, borders, point
-from bp_spark.experiments.estimate import Moments, adjusted, compare, lines, unadjusted
+from bp_spark.experiments.estimate import Comparison, Moments, adjusted, compare, lines, unadjusted
 
 LAKEHOUSE = "demo/lakehouse/bp"
 DAYS = 90
 EXPERIMENTS = 1_000
 ALPHA = 0.05
 SMALL = 200
+EFFECT = 0.1
 CDNOW_DATE = date(1997, 7, 1)
 """All its users first bought in the three months before April; a year of spend follows."""
 
@@ -69,7 +71,7 @@ def aa_cdnow(file: Path) -> dict[str, float]:
 
 
 def aa_tests(users: Sequence[str], expected: np.ndarray, spend: np.ndarray) -> dict[str, float]:
-    """Return false alarms, adjusted and not, and the share of users saved, over EXPERIMENTS splits.
+    """Return false alarms, adjusted and not, the coverage of an effect, and the share of users saved, over EXPERIMENTS splits.
 
     Args:
         users: keys.
@@ -78,26 +80,34 @@ def aa_tests(users: Sequence[str], expected: np.ndarray, spend: np.ndarray) -> d
     """
     x, y = np.round(expected * 100), np.round(spend * 100)
     border = borders({CONTROL: 0.5, TREATMENT: 0.5})[CONTROL]
-    p_values, saved = [], []
+    p_values, saved, covered = [], [], []
     for number in range(EXPERIMENTS):
         name = f"aa-{number}"
         is_control = np.array([point(name, user) < border for user in users])
-        members = {CONTROL: is_control, TREATMENT: ~is_control}
-        groups = {group: _moments(x[of], y[of]) for group, of in members.items()}
-        means = {
-            group: adjusted(line, float(line.squared_influence(x[members[group]], y[members[group]]).sum()))
-            for group, line in lines(groups).items()
-        }
-        with_score = compare(means[CONTROL], means[TREATMENT])
-        plain = compare(*(unadjusted(groups[group]) for group in (CONTROL, TREATMENT)))
+        with_score, plain = _compared(x, y, is_control)
         p_values.append((with_score.p_value, plain.p_value))
         saved.append(1 - (with_score.standard_error / plain.standard_error) ** 2)
+        treated, _ = _compared(x, np.where(is_control, y, np.round(y * (1 + EFFECT))), is_control)
+        covered.append(treated.relative_low <= EFFECT <= treated.relative_high)
     alarms = (np.array(p_values) < ALPHA).mean(axis=0)
     return {
         "false_alarms": float(alarms[0]),
         "false_alarms_unadjusted": float(alarms[1]),
+        "effect_covered": float(np.mean(covered)),
         "users_saved": float(np.mean(saved)),
     }
+
+
+def _compared(x: np.ndarray, y: np.ndarray, is_control: np.ndarray) -> tuple[Comparison, Comparison]:
+    """Return the adjusted and the unadjusted comparison of two groups."""
+    members = {CONTROL: is_control, TREATMENT: ~is_control}
+    groups = {group: _moments(x[of], y[of]) for group, of in members.items()}
+    means = {
+        group: adjusted(line, float(line.squared_influence(x[members[group]], y[members[group]]).sum()))
+        for group, line in lines(groups).items()
+    }
+    plain = (unadjusted(groups[group]) for group in (CONTROL, TREATMENT))
+    return compare(means[CONTROL], means[TREATMENT]), compare(*plain)
 
 
 def _moments(x: np.ndarray, y: np.ndarray) -> Moments:

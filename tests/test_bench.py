@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
 
-from bench import Usage, ablation, data, gpu, house, labelling, sizes, stack, suite, worlds
+from bench import Usage, ablation, data, decisions, gpu, house, labelling, sizes, stack, suite, worlds
 from bench.duckdb_peer import MACROS, dialect
 from bp_spark.core import config
 from bp_spark.features.aggregates import SEQUENCE_COLUMNS
@@ -267,3 +267,15 @@ def test_no_package_imports_in_a_circle_and_each_setting_is_described_once() -> 
     assert figures["import_cycles"] == 0
     assert figures["settings_with_one_description"] == figures["settings"] > 170
     assert figures["source_lines"] > 10 * figures["largest_module_lines"]
+
+
+def test_splits_without_a_treatment_seldom_alarm_and_a_covariate_saves_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decisions, "EXPERIMENTS", 100)
+    rng = np.random.default_rng(5)
+    expected = rng.lognormal(3.0, 0.7, 300)
+    found = decisions.aa_tests([f"u{n}" for n in range(300)], expected, expected * rng.gamma(4.0, 0.25, 300))
+    assert found["false_alarms"] < 0.15
+    assert found["effect_covered"] > 0.85
+    assert 0.3 < found["users_saved"] < 0.9
+    apart = decisions.aa_tests([f"u{n}" for n in range(300)], expected, rng.lognormal(3.0, 0.7, 300))
+    assert apart["users_saved"] < 0.1
