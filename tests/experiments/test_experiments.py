@@ -23,6 +23,7 @@ from bp_spark.cli import app, common
 from bp_spark.core import config
 from bp_spark.core.config import Config
 from bp_spark.core.errors import ConfigError, DataError
+from bp_spark.experiments import size
 from bp_spark.experiments.assignment import POINTS, Definition, borders, draw, parse_groups, point
 from bp_spark.experiments.estimate import Plan
 from bp_spark.experiments.size import SCORE, SPEND_BEFORE
@@ -347,6 +348,21 @@ def test_without_such_a_score_the_spend_before_stands_in_for_it(spark: SparkSess
         pipeline.size_experiment(spark, platform, 0.1, Plan(), days=50, where="frequency > 1")
     with pytest.raises(DataError, match="must reach back"):
         pipeline.size_experiment(spark, platform, 0.1, Plan(), days=60)
+
+
+@pytest.mark.parametrize(("test_date", "is_warned"), [(after(1), True), (DAY, False)])
+def test_a_bundle_that_has_seen_the_spend_is_warned_of(
+    spark: SparkSession,
+    platform: Config,
+    test_date: date,
+    is_warned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(size.bundles, "find", lambda root, digest: Path(root))
+    monkeypatch.setattr(size.manifests, "read", lambda *_: {"lineage": {"test_date": str(test_date)}})
+    pipeline.size_experiment(spark, platform, 0.1, Plan(), days=DAYS)
+    assert ("has learned from spend up to" in caplog.text) == is_warned
 
 
 # --- command and queries -------------------------------------------------------------------------------------------------
