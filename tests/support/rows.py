@@ -25,7 +25,8 @@ def frame(spark: SparkSession, table: Table, *rows: dict[str, Any]) -> DataFrame
 def write_without_spark(lakehouse: Path, table: Table, *rows: dict[str, Any], mode: Any = "overwrite") -> None:
     """Write such rows to a table by path, in milliseconds; the month of a table that has one is left out."""
     arrow = pa.Table.from_pylist(_whole(table, rows), schema=to_arrow_schema(table.schema))
-    write_deltalake(lakehouse / "bp" / table.name, arrow, mode=mode)
+    partitions = [column for column in table.partition_by if column in arrow.column_names]
+    write_deltalake(lakehouse / "bp" / table.name, arrow, mode=mode, partition_by=partitions or None)
 
 
 def _whole(table: Table, rows: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:
