@@ -18,4 +18,5 @@ def with_log_odds(probability: Probability, more: float) -> Probability:
     """
     if more == 0:  # to the last bit
         return probability
-    return probability / (probability + (1.0 - probability) * math.exp(-more))
+    moved: Probability = probability / (probability + (1.0 - probability) * math.exp(-more))
+    return moved

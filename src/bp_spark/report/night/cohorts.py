@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import date
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,7 +50,7 @@ def _retention(data: PageData) -> Markup:
     largest = shown["retention"].max()
     rows = [
         [
-            _months(cohort),
+            _months(cohort["cohort"], cohort["cohort_to"]),
             f"{cohort['users']:,}",
             f"{cohort['cumulative_spend_per_user']:,.2f}",
             *(_share(by_cell, (cohort["cohort"], age), largest) for age in ages),
@@ -74,9 +73,8 @@ def _share(by_cell: Mapping[tuple[date, int], float], cell: tuple[date, int], la
     return Markup(f'<span class="heat" style="--part:{part:.0f}%">{share:.0%}</span>')
 
 
-def _months(cohort: Mapping[str, Any]) -> str:
-    first, last = (f"{cohort[name]:%Y-%m}" for name in ("cohort", "cohort_to"))
-    return first if first == last else f"{first} to {last}"
+def _months(first: date, last: date) -> str:
+    return f"{first:%Y-%m}" if first == last else f"{first:%Y-%m} to {last:%Y-%m}"
 
 
 def _curves(cohorts: pd.DataFrame) -> list[pd.DataFrame]:
@@ -93,7 +91,8 @@ def _spend(data: PageData, cohorts: list[pd.DataFrame]) -> Chart:
         spent = rows[rows["horizon_days"] == 0]
         # the expected part begins where the spend ends
         ahead = rows[(rows["horizon_days"] > 0) | (rows["days"] == spent["days"].max())]
-        axes.plot(spent["days"], spent["cumulative_spend_per_user"], color=colour, label=_months(rows.iloc[0]))
+        months = _months(*rows[["cohort", "cohort_to"]].iloc[0])
+        axes.plot(spent["days"], spent["cumulative_spend_per_user"], color=colour, label=months)
         axes.plot(ahead["days"], ahead["cumulative_spend_per_user"], color=colour, linestyle="--")
         low, high = (
             (ahead[name] / ahead["users"]).fillna(ahead["cumulative_spend_per_user"]) for name in ("low", "high")
