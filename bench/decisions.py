@@ -12,6 +12,8 @@ both halves spent since. Each should raise a false alarm in 5 of 100 cases.
 - ``aa.users_saved``: share of the variance that the score takes out, and so of the users; the mean of all.
 - ``aa.false_alarms_small``, ``aa.users_saved_small``: the same among the 200 users with the smallest keys.
 - ``aa.cdnow_*``: the same in another shop, whose users bought seldom. The covariate is what they spent before.
+
+And the ``market.*`` of :mod:`bench.decisions_market`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,10 @@ import pandas as pd
 from deltalake import DeltaTable
 
 from bench import say
+from bench.decisions_market import market
+from bp_spark.core import config
+from bp_spark.core.config import DEMO_FILE
+from bp_spark.core.session import get_session
 from bp_spark.experiments.assignment import CONTROL, TREATMENT, borders, point
 from bp_spark.experiments.estimate import Comparison, Moments, adjusted, compare, lines, unadjusted
 
@@ -123,6 +129,10 @@ def main(arguments: Sequence[str]) -> None:
     figures = aa(options.lakehouse)
     if options.cdnow:
         figures |= aa_cdnow(options.cdnow)
+    settings = config.load(DEMO_FILE, [f"tables.path={Path(options.lakehouse).absolute().parent}"])
+    spark = get_session(settings, "bp-spark bench", ())
+    figures |= market(spark, settings)
+    spark.stop()
     for figure, value in figures.items():
         say(figure, value)
 

@@ -92,13 +92,13 @@ def test_packages_other_than_the_pins_are_named(settings: Config, monkeypatch: p
 
 
 def test_only_the_extras_that_are_installed_are_asked_for(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    requirements = ["pandas>=2", "bp-spark[spark,train,duckdb]; extra == 'demo'", "pyspark>=4; extra == 'spark'"]
+    requirements = ["pandas>=2", "bp-spark[spark,train,duckdb,market]; extra == 'demo'", "pyspark>=4; extra == 'spark'"]
     absent = ["not-there>=1; extra == 'train'", "nor-there>=1; extra == 'demo'"]
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: requirements + absent)
     finding = doctor.pins(settings)
     assert finding.status == "ok"
     assert finding.detail.startswith("all 2 that")
-    assert finding.detail.endswith("without the extras train, duckdb, demo")
+    assert finding.detail.endswith("without the extras train, duckdb, market, demo")
     # an extra is checked as soon as one of its packages is installed
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: [*requirements, *absent, "optuna; extra == 'train'"])
     assert doctor.pins(settings).detail == "not-there is missing"

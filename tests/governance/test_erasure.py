@@ -30,6 +30,7 @@ from bp_spark.lakehouse.tables import (
     EXPERIMENTS,
     GIVEN_LABELS,
     LABEL_REQUESTS,
+    MARKET_FORECAST,
     MARKET_SEGMENTS,
     PROSPECT_FEATURES,
     PROSPECT_SCORES,
@@ -115,7 +116,8 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     segment = {"score_date": AS_OF, "level": "E", "category": "none", "region": "all", "users": 2}
     lakehouse.replace(MARKET_SEGMENTS, frame(spark, MARKET_SEGMENTS, segment))
     totals = [{"score_date": date_, "segment": "platform"} for date_ in (AS_OF, TODAY - timedelta(days=500))]
-    lakehouse.replace(TOTALS, frame(spark, TOTALS, *totals))
+    for table in (TOTALS, MARKET_FORECAST):
+        lakehouse.replace(table, frame(spark, table, *totals))
     lakehouse.replace(
         COHORTS, frame(spark, COHORTS, *({"score_date": row["score_date"], "users": 2} for row in totals))
     )
@@ -244,9 +246,9 @@ def test_a_forgotten_user_is_in_no_file_and_the_nights_go_on(
     # what counted the user is not to be held against what does not
     assert lakehouse.read("market_segments").isEmpty()
     assert [row["score_date"] for row in lakehouse.read("totals").collect()] == [TODAY - timedelta(days=500)]
-    assert lakehouse.read("cohorts").isEmpty()
     assert [row["experiment"] for row in lakehouse.read("experiment_results").collect()] == ["other"]
-    for name in ("market_segments", "cohorts"):
+    for name in ("market_segments", "cohorts", "market_forecast"):
+        assert lakehouse.read(name).isEmpty()
         files = Path(lakehouse.location(name)).glob("*.parquet")
         assert sum(pq.read_metadata(file).num_rows for file in files) == 0
     assert {row[0] for row in lakehouse.read("user_keys").select("user_id").collect()} == {STAYS, *OTHERS}
@@ -391,6 +393,7 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
             "experiments",
             "totals",
             "cohorts",
+            "market_forecast",
             "given_labels",
             "label_requests",
             "raw_transactions",
@@ -409,6 +412,7 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
         "experiments": "2",
         "totals": "1",
         "cohorts": "1",
+        "market_forecast": "1",
         "given_labels": "2",
         "label_requests": "2",
         "raw_transactions": "0",

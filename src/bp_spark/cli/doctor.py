@@ -36,7 +36,7 @@ from bp_spark.ingest import pseudonyms, texts
 from bp_spark.registry import signing
 
 PACKAGE = "bp-spark"
-EXTRAS = ("spark", "train", "duckdb", "demo")
+EXTRAS = ("spark", "train", "duckdb", "market", "demo")
 """Extras whose packages are checked; ``dev`` is left to developers."""
 PYTHONS = ((3, 11), (3, 13))
 """The oldest and the newest Python that the lock files are resolved for."""

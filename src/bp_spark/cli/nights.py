@@ -123,9 +123,9 @@ def profile(
 ) -> None:
     """Write the profiles of all users, and the tables made from them, as of a scored date; or show one user's.
 
-    The tables are user_profile, category_affinity, risk_control, customer_service, market_segments, totals and cohorts. score
-    writes them, too. Use this command after a change of the settings profiles, or for another date. A table whose
-    inputs are unchanged stays as it is.
+    The tables are user_profile, category_affinity, risk_control, customer_service, market_segments, totals, cohorts and
+    market_forecast. score writes them, too. Use this command after a change of the settings profiles, or for another
+    date. A table whose inputs are unchanged stays as it is.
 
     With --user or --key the command shows what the tables say of one user: score, expected spend, reasons, trend,
     risk, activity, next purchase, interests, talking points, and contacts with the shop. --user finds the key by

@@ -123,7 +123,7 @@ def weeks(data: PageData, platform: pd.DataFrame) -> Chart:
     to_come = platform["weeks_ahead"] > 0
     axes.plot(starts[~to_come], platform.loc[~to_come, "actual"], color=SERIES[0], label="actual")
     axes.plot(starts[to_come], platform.loc[to_come, "expected"], color=SERIES[1], label="forecast")
-    low, high = (platform.loc[to_come, name] for name in ("low", "high"))
+    low, high = platform.loc[to_come, "low"], platform.loc[to_come, "high"]
     axes.fill_between(starts[to_come], low, high, color=SERIES[1], alpha=0.2, linewidth=0, label="90 % interval")
     page.label(axes, "", f"{data.currency} a week")
     _time_axis(axes)

@@ -164,7 +164,7 @@ def _write_cohorts(
 
 def _write_market_forecast(run: Run, versions: dict[str, int], totals: Totals | None, day: date, inputs: str) -> None:
     """Write the date's rows of ``market_forecast``, unless its library is missing or the history is too short."""
-    lacking = extras.lacking("market", "the market forecast")
+    lacking = extras.lacking("market", "it")
     if lacking is not None:
         logger.info("there is no market forecast: %s", lacking)
         return

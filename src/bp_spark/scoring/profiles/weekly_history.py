@@ -6,8 +6,10 @@ Weeks are spans of seven days that end the day before the scored date.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
+from itertools import pairwise
 
 import pandas as pd
 from pyspark.sql import Column, DataFrame
@@ -67,13 +69,13 @@ def weekly_history(daily: DataFrame, events: DataFrame, day: date, least_users: 
         least_users: Least users of a group.
     """
     seen = daily.filter(F.col("day") < F.lit(day))
-    first, last = seen.agg(F.min("day"), F.max("day")).collect()[0]
-    if last is None:
+    days = sorted(row[0] for row in seen.select("day").distinct().collect())
+    if not days:
         return _no_history("there is no event before the date")
-    behind = math.ceil(((day - last).days - 1) / 7)
+    behind = _weeks_behind(days, day)
     if behind > MOST_WEEKS_BEHIND:
-        return _no_history(f"the newest event is of {last}")
-    weeks = _Weeks(day, behind, min((day - first).days // 7, LONGEST), least_users)
+        return _no_history(f"the newest event is of {days[-1]}")
+    weeks = _Weeks(day, behind, min((day - days[0]).days // 7, LONGEST), least_users)
     platform = weeks.of_platform(seen)
     series = weeks.series(platform, PLATFORM, EVERYONE)
     if series.empty:
@@ -87,6 +89,21 @@ def weekly_history(daily: DataFrame, events: DataFrame, day: date, least_users: 
     )
     all_series = pd.concat([series, *of_categories], ignore_index=True)
     return History(all_series, behind, _new_buyer_share(seen, day))
+
+
+def _weeks_behind(days: Sequence[date], day: date) -> int:
+    """Return how many of the newest weeks the data don't cover whole.
+
+    A pause before the date that is no longer than one of the 26 weeks before is the shop's, as a Sunday may be; what is longer
+    is missing.
+
+    Args:
+        days: Days with an event, in order.
+        day: The date.
+    """
+    recent = [one for one in days if one >= days[-1] - timedelta(weeks=PAST_WEEKS)]
+    usual = max(((later - earlier).days - 1 for earlier, later in pairwise(recent)), default=0)
+    return math.ceil(max(0, (day - days[-1]).days - 1 - usual) / 7)
 
 
 def _no_history(missing: str) -> History:
