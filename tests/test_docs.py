@@ -133,6 +133,11 @@ def test_the_search_finds_pages_of_a_site_that_was_opened_as_a_file(site: Path, 
     assert {"data-engineer.html", "commands.html"} <= set(found)
 
 
+@pytest.mark.parametrize("block", blocks("sql"))
+def test_sql_can_be_read_without_scrolling(block: Block) -> None:
+    assert [line for line in block.code.splitlines() if len(line) > 80] == []
+
+
 # --- links -------------------------------------------------------------------------------------------------------------
 
 

@@ -468,7 +468,7 @@ def test_totals_are_sums_of_segments_with_an_interval_for_errors_that_users_shar
     assert [(stage["stage"], stage["status"], stage["rows_out"]) for stage in summed.stages] == [
         ("profile", "done", 4),
         ("totals", "done", 12),
-        ("cohorts", "done", 3),
+        ("cohorts", "done", 9),
         ("market", "done", 9 * 39 + 2 * 13),
     ]
     rows = summed.lakehouse.read("totals").collect()
@@ -522,7 +522,7 @@ def test_what_all_events_make_is_made_anew_every_seven_days_and_after_a_user_was
 def test_totals_are_of_the_bundle_that_scored_and_of_no_other(summed: Platform, tmp_path: Path) -> None:
     shutil.copytree(Path(summed.settings.bundles).parent, tmp_path / "copy")
     settings = summed_settings(tmp_path / "copy")
-    assert [stage["status"] for stage in pipeline.profile(summed.spark, settings)] == ["unchanged"] * 3
+    assert [stage["status"] for stage in pipeline.profile(summed.spark, settings)] == ["unchanged"] * 4
     (tmp_path / "copy/bundles/one/totals.json").write_text("{}")
     with pytest.raises(BundleError, match=r"totals\.json: differs from what was written"):
         pipeline.profile(summed.spark, settings)
@@ -636,10 +636,10 @@ def test_the_documented_queries_run_in_duckdb_and_in_spark(summed: Platform, spa
     assert ("high", "C", 1, 2.0, 0.0) in answers[2]
     of_premium = interval(5.0, 3.0 * 5.0, ERRORS.errors[1], 1.645)
     assert answers[6] == [(1, 5.0, pytest.approx(of_premium[0]), pytest.approx(of_premium[1]))]
-    assert [row[1] for row in answers[7]][:26] == [40.0] * 26
-    assert [row[2] for row in answers[7]][26:] == [40.0] * 13
+    assert [row[1] for row in answers[9]][:26] == [40.0] * 26
+    assert [row[2] for row in answers[9]][26:] == [40.0] * 13
     # the users' side expects 111 in 90 days
-    assert answers[8] == [(90, 111.0, pytest.approx(40 * 90 / 7 / 111 - 1), 0.0)]
+    assert answers[10] == [(90, 111.0, pytest.approx(40 * 90 / 7 / 111 - 1), 0.0)]
     summed.lakehouse.register(TABLE_NAMES)
     try:
         counts = [len(spark.sql(query).collect()) for query in queries]

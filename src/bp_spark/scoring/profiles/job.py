@@ -83,14 +83,8 @@ def profile(spark: SparkSession, config: Config, day: date | None = None) -> lis
         as_of = day or _newest_date(scores)
         bundle_digest = bundle_of(scores, as_of)
         totals = _errors_of_sums(config, bundle_digest)
-        inputs = digest(
-            __version__,
-            config.profiles,
-            config.privacy.smallest_group,
-            as_of,
-            sorted(versions.items()),
-            totals and asdict(totals),
-        )
+        how = (__version__, config.profiles, config.privacy.smallest_group, totals and asdict(totals))
+        inputs = digest(*how, as_of, sorted(versions.items()))
         with run.step("profile", MARKET_SEGMENTS, inputs, score_date=str(as_of)) as step:
             step.figures["score_date"] = as_of
             if not all(lakehouse.inputs(table.name) == inputs for table in PROFILE_TABLES):
@@ -98,11 +92,8 @@ def profile(spark: SparkSession, config: Config, day: date | None = None) -> lis
         _write_totals(run, totals, as_of, bundle_digest, inputs)
         every = config.profiles.history_every_days
         if every > 1:
-            # all events make these tables, so that an input of each night is none of theirs
-            span = as_of.toordinal() // every
-            inputs = digest(
-                __version__, config.profiles, config.privacy.smallest_group, span, bundle_digest, _forgotten(lakehouse)
-            )
+            # all events make these tables, so that what is new of a night counts for little
+            inputs = digest(*how, as_of.toordinal() // every, bundle_digest, _forgotten(lakehouse))
         _write_cohorts(run, versions, as_of, totals, bundle_digest, inputs)
         _write_market_forecast(run, versions, totals, as_of, inputs)
         return run.records
@@ -169,7 +160,7 @@ def _write_market_forecast(run: Run, versions: dict[str, int], totals: Totals | 
         logger.info("there is no market forecast: %s", lacking)
         return
     lakehouse = run.lakehouse
-    with run.step("market", MARKET_FORECAST, inputs, score_date=str(day)) as step:
+    with run.step("market", MARKET_FORECAST, inputs) as step:
         if step.unchanged:
             return
         daily, events = (lakehouse.read(name, versions[name]) for name in ("user_daily", "events"))
