@@ -18,7 +18,17 @@ from bp_spark.core.errors import DataError
 from bp_spark.lakehouse import without_spark
 from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.store import Lakehouse
-from bp_spark.lakehouse.tables import COHORTS, DRIFT, EVENTS, PROSPECT_SCORES, QUARANTINE, RUNS, SCORES, TOTALS
+from bp_spark.lakehouse.tables import (
+    COHORTS,
+    DRIFT,
+    EVENTS,
+    MARKET_FORECAST,
+    PROSPECT_SCORES,
+    QUARANTINE,
+    RUNS,
+    SCORES,
+    TOTALS,
+)
 from bp_spark.report.job import ReportResult, report, report_without_spark
 from tests.support.rows import frame
 
@@ -131,6 +141,30 @@ def tables(spark: SparkSession, lakehouse: Lakehouse, settings: Config) -> Confi
             {**cohort(age=0, retention=1.0, spend=5.0), "cohort": date(2024, 2, 1)},
             {**cohort(age=0, retention=1.0, spend=98.7), "bundle_digest": "c" * 64},
         ],
+        MARKET_FORECAST: [
+            {
+                "score_date": NIGHT,
+                "segment": segment,
+                "value": value,
+                "measure": "revenue",
+                "weeks_ahead": week,
+                "week_start": NIGHT + timedelta(weeks=week - 1),
+                **(
+                    {"actual": 700.0}
+                    if week < 1
+                    else {
+                        "expected": 721.0,
+                        "low": 600.0,
+                        "high": 800.0 + week,
+                        "method": "AutoETS",
+                        "mase_vs_naive": 0.9,
+                    }
+                ),
+                **({"users_expected": 8_000.0, "users_days": 90, "gap": 0.25} if segment == "platform" else {}),
+            }
+            for segment, value in (("platform", "all"), ("category", "Food"), ("level", "B"))
+            for week in range(-25 if segment != "level" else 1, 14)
+        ],
         DRIFT: [
             {
                 "score_date": NIGHT,
@@ -159,6 +193,10 @@ def test_the_page_is_that_of_spark(spark: SparkSession, tables: Config, tmp_path
     assert "2024-03-09" in text(without)
     assert "rule 1" in text(without)
     assert "12 prospects: 3 first purchases and 30 " in text(without)
+    # what the weeks forecast beside the sum over users, and each series beside its past
+    assert re.search(r">90</th><td>10,000</td><td>8,000</td><td>\+25\.0%</td><td>–<", text(without))
+    weeks = re.findall(r"<td>721</td><td>(.*?)</td><td>600 to 801</td><td>600 to 813</td>", text(without))
+    assert weeks == ["+3.0%", "+3.0%", "–"]
     totals = re.findall(r"90,000</td><td>81,000 to 108,000", text(without))
     # of the platform and two levels; one region alone is the platform, and another bundle's rows are not this night's
     assert len(totals) == 3

@@ -21,7 +21,7 @@ def weeks(data: PageData) -> list[Markup]:
     """Return the chart of the platform's weekly revenue, the gap to its users' expected spend, and the forecasts."""
     ordered = data.market.sort_values("weeks_ahead")
     platform = ordered[(ordered["segment"] == "platform") & (ordered["measure"] == _REVENUE)]
-    caption = "The newest weeks and the 13 weeks from the night on."
+    caption = f"The newest weeks and the 13 weeks from {ordered['score_date'].iloc[0]} on."
     return [
         page.figures([page.figure(charts.weeks(data, platform), "Revenue of the platform by week", caption)]),
         *_gap(data, platform),
