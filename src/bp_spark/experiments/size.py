@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from datetime import date, timedelta
-from pathlib import Path
 from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark.core.config import Config
-from bp_spark.core.errors import BundleError, ConfigError, DataError
+from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.evaluation.job import bundle_of
 from bp_spark.experiments import spend
 from bp_spark.experiments.assignment import EVERYONE, scored_users
@@ -20,9 +19,8 @@ from bp_spark.experiments.estimate import Moments, Plan
 from bp_spark.features import labels
 from bp_spark.ingest.clean import span
 from bp_spark.lakehouse.run import Run, recorded
-from bp_spark.registry import bundle as bundles
 from bp_spark.registry import manifest as manifests
-from bp_spark.registry import mlflow_store
+from bp_spark.registry.publishing import folder_here
 
 SCORE, SPEND_BEFORE = "score", "spend of the days before"
 """What stands in for the covariate."""
@@ -192,17 +190,14 @@ def _spend_before(run: Run, days: int) -> tuple[date, DataFrame]:
 def _warn_if_seen(run: Run, day: date) -> None:
     """Warn if the bundle that scored a date has learned from spend after it: its scores are too good then."""
     digest = bundle_of(run.lakehouse.read("scores"), day)
-    for root in (Path(run.config.bundles), Path(run.config.training.work_dir) / mlflow_store.FETCHED):
-        try:
-            folder = bundles.find(root, digest)
-            lineage = manifests.read(folder / manifests.MANIFEST, None)["lineage"]
-        except BundleError:
-            continue
-        seen_until = date.fromisoformat(lineage.get("test_date", "2000-01-01"))
-        if seen_until > day:
-            message = (
-                "scores of %s are of a bundle that has learned from spend up to %s: the correlation is higher than a new "
-                "experiment will have"
-            )
-            logger.warning(message, day, seen_until, extra={"fields": {"score_date": str(day)}})
+    folder = folder_here(run.config, digest)
+    if folder is None:
         return
+    lineage = manifests.read(folder / manifests.MANIFEST, None)["lineage"]
+    seen_until = date.fromisoformat(lineage.get("test_date", "2000-01-01"))
+    if seen_until > day:
+        message = (
+            "scores of %s are of a bundle that has learned from spend up to %s: the correlation is higher than a new "
+            "experiment will have"
+        )
+        logger.warning(message, day, seen_until, extra={"fields": {"score_date": str(day)}})

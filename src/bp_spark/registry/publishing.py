@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bp_spark.core.config import Config, TrackingConfig
@@ -23,6 +24,7 @@ from bp_spark.registry.bundle import Bundle
 from bp_spark.registry.logged_model import log_model
 from bp_spark.registry.mlflow_store import (
     DIGEST_TAG,
+    FETCHED,
     active_run,
     connected,
     experiment_id,
@@ -51,6 +53,16 @@ class Published:
 
     version: str
     promoted: str | None
+
+
+def folder_here(config: Config, digest: str) -> Path | None:
+    """Return the folder of a bundle that was trained here or fetched from the registry; ``None`` if it isn't here any more."""
+    for root in (Path(config.bundles), Path(config.training.work_dir) / FETCHED):
+        try:
+            return bundles.find(root, digest)
+        except BundleError:
+            continue
+    return None
 
 
 def publish(

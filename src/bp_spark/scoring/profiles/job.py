@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import date, timedelta
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,7 +14,7 @@ from pyspark.sql import functions as F
 
 from bp_spark.core import extras
 from bp_spark.core.config import Config, digest
-from bp_spark.core.errors import BundleError, DataError
+from bp_spark.core.errors import DataError
 from bp_spark.core.session import persisted
 from bp_spark.core.version import __version__
 from bp_spark.evaluation.job import bundle_of
@@ -36,7 +35,7 @@ from bp_spark.lakehouse.tables import (
 )
 from bp_spark.model.totals import Totals
 from bp_spark.registry import bundle as bundles
-from bp_spark.registry import mlflow_store
+from bp_spark.registry.publishing import folder_here
 from bp_spark.scoring.profiles.affinity import category_affinity
 from bp_spark.scoring.profiles.applications import customer_service, risk_control
 from bp_spark.scoring.profiles.cohorts import cohorts
@@ -114,13 +113,8 @@ def _newest_date(scores: DataFrame) -> date:
 
 def _errors_of_sums(config: Config, bundle_digest: str) -> Totals | None:
     """Return the errors of sums of the bundle that scored; ``None`` if it knows none, or isn't here any more."""
-    for root in (Path(config.bundles), Path(config.training.work_dir) / mlflow_store.FETCHED):
-        try:
-            folder = bundles.find(root, bundle_digest)
-        except BundleError:
-            continue
-        return bundles.totals_of(folder)
-    return None
+    folder = folder_here(config, bundle_digest)
+    return bundles.totals_of(folder) if folder else None
 
 
 def _write_totals(run: Run, totals: Totals | None, day: date, bundle_digest: str, inputs: str) -> None:

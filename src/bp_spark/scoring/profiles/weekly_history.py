@@ -139,7 +139,7 @@ class _Weeks:
         """Return ``week, cents, orders, buyers, users`` of all users, a row a week."""
         bought = daily.filter(self.within("day") & ((F.col("orders") > 0) | (F.col("spend") != 0)))
         by_user = bought.groupBy("user_key", self.of("day").alias("week")).agg(
-            F.sum(F.round(F.col("spend") * 100).cast(_CENTS)).alias("cents"), F.sum("orders").alias("orders")
+            F.sum(cents("spend").cast(_CENTS)).alias("cents"), F.sum("orders").alias("orders")
         )
         return _by_week(by_user).toPandas()
 
@@ -233,7 +233,7 @@ def _by_week(by_user: DataFrame, *more: str) -> DataFrame:
 def _new_buyer_share(daily: DataFrame, day: date) -> float:
     """Return :attr:`History.new_buyer_share`."""
     recent = F.col("day") >= F.lit(day - timedelta(days=DAYS))
-    spent = F.coalesce(F.sum(F.when(recent, F.round(F.col("spend") * 100).cast(_CENTS))), F.lit(0))
+    spent = F.coalesce(F.sum(F.when(recent, cents("spend").cast(_CENTS))), F.lit(0))
     first_order = F.min(F.when(F.col("orders") > 0, F.col("day")))
     users = daily.groupBy("user_key").agg(first_order.alias("first"), spent.alias("cents"))
     is_new = F.col("first") >= F.lit(day - timedelta(days=DAYS))
