@@ -359,7 +359,7 @@ def test_a_bundle_that_has_seen_the_spend_is_warned_of(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(size.bundles, "find", lambda root, digest: Path(root))
+    monkeypatch.setattr(size, "folder_here", lambda config, digest: Path())
     monkeypatch.setattr(size.manifests, "read", lambda *_: {"lineage": {"test_date": str(test_date)}})
     pipeline.size_experiment(spark, platform, 0.1, Plan(), days=DAYS)
     assert ("has learned from spend up to" in caplog.text) == is_warned
