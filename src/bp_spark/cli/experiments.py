@@ -48,7 +48,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 def size(
     effect: Annotated[float, typer.Option(help="Relative difference of mean spend to be seen, as 0.02 for 2 %.")],
     power: Annotated[float, typer.Option(help="Probability to see that difference if it is there.")] = 0.8,
-    alpha: Annotated[float, typer.Option(help="Probability of a false alarm if there is none.")] = 0.05,
+    alpha: Annotated[
+        float, typer.Option(help="Probability of a false alarm where the treatment has no effect.")
+    ] = 0.05,
     share: ShareOption = 0.5,
     days: DaysOption = None,
     date: Annotated[
@@ -64,8 +66,8 @@ def size(
 ) -> None:
     """Say how many users an experiment on mean spend takes, with and without the score as covariate.
 
-    The spread of spend, and how well the score foresaw it, are those of a past scored date whose days are over. If there is
-    none, spend of as many days before stands in for the score.
+    The command takes the spread of spend, and its correlation with the score, from a past scored date whose days are over.
+    Without such a date, the spend of as many days before is the covariate.
 
     Example: bp-spark experiment size --effect 0.02 --where "level IN ('A', 'B')"
     """

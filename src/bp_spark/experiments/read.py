@@ -35,7 +35,6 @@ from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.tables import EXPERIMENT_RESULTS, EXPERIMENTS
 
 ADJUSTED, UNADJUSTED = "adjusted", "unadjusted"
-_CENT = 100
 
 logger = logging.getLogger(__name__)
 
@@ -169,9 +168,9 @@ def _figures(comparison: Comparison, control: Mean, group: Mean) -> dict[str, fl
         for name in ("relative", "relative_low", "relative_high")
     }
     return {
-        "mean_spend": group.value / _CENT,
-        "control_mean_spend": control.value / _CENT,
-        **{name: getattr(comparison, name) / _CENT for name in money},
+        "mean_spend": group.value / spend.CENT,
+        "control_mean_spend": control.value / spend.CENT,
+        **{name: getattr(comparison, name) / spend.CENT for name in money},
         **relative,
         "p_value": comparison.p_value,
     }

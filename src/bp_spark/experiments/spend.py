@@ -11,7 +11,8 @@ from pyspark.sql import functions as F
 from bp_spark.experiments.estimate import Line, Moments
 from bp_spark.features import labels
 
-_CENT = 100
+CENT = 100
+"""Spend is added up in whole numbers of this part of the currency."""
 _WHOLE = "decimal(38,0)"
 _SUMS = ("x", "y", "xx", "xy", "yy")
 
@@ -66,4 +67,4 @@ def robust_variances(rows: DataFrame, by: str, lines: Mapping[str, Line]) -> dic
 
 
 def _cents(money: Column) -> Column:
-    return F.round(money * _CENT).cast("decimal(18,0)")
+    return F.round(money * CENT).cast("decimal(18,0)")

@@ -133,7 +133,7 @@ def _unknown_users(positions: Sequence[int], given_ids: int) -> UnknownUserError
 def _empty_segments_with(lakehouse: Lakehouse, keys: DataFrame) -> None:
     """Empty ``market_segments`` if it counts one of the users: the difference to the next one would reveal the user.
 
-    What was added up for ``totals`` and ``market_forecast`` of the same date goes, too.
+    What was added up from it for ``totals`` goes, too.
     """
     if not (lakehouse.exists("market_segments") and lakehouse.exists("user_profile")):
         return

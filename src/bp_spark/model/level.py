@@ -71,7 +71,7 @@ _QUARTER = 13
 _MARGIN = 1.25
 """Factor by which a shift may exceed the largest shift of past weeks."""
 _LEAST_MOVED = 0.05
-"""Least absolute log factor by which a power of the odds is told: what hardly moved can't be divided by."""
+"""Least absolute log factor that a power of the odds is learned from. The power divides by it, so a smaller one gives noise."""
 _MOST_ODDS = 2.0
 """Largest power of the odds. Orders at random have 1 where few buy, and 2 where four in five do."""
 _BACK = 26

@@ -355,7 +355,7 @@ MARKET_FORECAST = Table(
             "new_buyer_share",
             "double",
             "Platform's revenue: share of the past 13 weeks' revenue that came from users with their first order in them; "
-            "users_expected has nobody like them",
+            "users_expected leaves out users who first buy after score_date",
         ),
     ),
     key=("score_date", "segment", "value", "measure", "week_start"),

@@ -55,7 +55,7 @@ class Cells:
     def published(self, users: int, least_users: int) -> list[Published]:
         """Return the figures by age, the youngest first.
 
-        Each figure tells of nobody or of at least ``least_users`` users, and so does each difference of two figures:
+        No figure tells of 1 to ``least_users - 1`` users, and neither does the difference of two figures:
 
         * ``active_users`` is withheld where the active users or the others are few.
         * ``orders`` is withheld where the active users are few.

@@ -90,11 +90,11 @@ def profile(spark: SparkSession, config: Config, day: date | None = None) -> lis
                 step.figures.update(_write(run, versions, as_of, step, totals))
         _write_totals(run, totals, as_of, bundle_digest, inputs)
         every = config.profiles.history_every_days
-        if every > 1:
-            # all events make these tables, so that what is new of a night counts for little
-            inputs = digest(*how, as_of.toordinal() // every, bundle_digest, _forgotten(lakehouse))
-        _write_cohorts(run, versions, as_of, totals, bundle_digest, inputs)
-        _write_market_forecast(run, versions, totals, as_of, inputs)
+        # made of all events, these tables are the same for several dates, whatever a night adds
+        of_span = digest(*how, as_of.toordinal() // every, bundle_digest, _forgotten(lakehouse))
+        of_history = of_span if every > 1 else inputs
+        _write_cohorts(run, versions, as_of, totals, bundle_digest, of_history)
+        _write_market_forecast(run, versions, totals, as_of, of_history)
         return run.records
 
 

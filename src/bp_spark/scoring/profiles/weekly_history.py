@@ -183,7 +183,7 @@ class _Weeks:
         rows = (
             by_week.groupBy("category")
             .agg(F.min("users").alias("users"), F.sum("cents").alias("cents"), F.count(F.lit(1)).alias("weeks"))
-            # merged rows are named so; more than half of the weeks, because a forecast of nothing helps nobody
+            # OTHER is the name of merged rows; a category that sells in less than half of the weeks gets no forecast
             .filter((F.col("users") >= self.least_users) & (F.col("category") != OTHER) & (F.col("cents") > 0))
             .filter(F.col("weeks") * 2 > min(PAST_WEEKS, self.oldest - self.behind))
             .orderBy(F.desc("cents"), "category")
