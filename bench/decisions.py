@@ -1,7 +1,7 @@
 """What decisions rest on, measured on real spend: ``python -m bench.decisions [--lakehouse FOLDER] [--cdnow FILE]``.
 
 In: the lakehouse of ``make demo``, and the file ``CDNOW_master.txt`` of the package ``lifetimes`` if it is at hand. Out: a line
-of JSON a figure on standard output. Nothing is written.
+of JSON a figure on standard output. Nothing stays written.
 
 A/A tests: 1,000 experiments without a treatment split real users by the hash of ``bp-spark experiment assign`` and compare what
 both halves spent since. Each should raise a false alarm in 5 of 100 cases.
@@ -13,13 +13,14 @@ both halves spent since. Each should raise a false alarm in 5 of 100 cases.
 - ``aa.false_alarms_small``, ``aa.users_saved_small``: the same among the 200 users with the smallest keys.
 - ``aa.cdnow_*``: the same in another shop, whose users bought seldom. The covariate is what they spent before.
 
-And the ``market.*`` of :mod:`bench.decisions_market`.
+And the figures of :mod:`bench.decisions_market`, :mod:`bench.decisions_totals` and :mod:`bench.decisions_refunds`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import date, timedelta
 from pathlib import Path
@@ -30,6 +31,8 @@ from deltalake import DeltaTable
 
 from bench import say
 from bench.decisions_market import market
+from bench.decisions_refunds import refunds
+from bench.decisions_totals import totals
 from bp_spark.core import config
 from bp_spark.core.config import DEMO_FILE
 from bp_spark.core.session import get_session
@@ -132,6 +135,9 @@ def main(arguments: Sequence[str]) -> None:
     settings = config.load(DEMO_FILE, [f"tables.path={Path(options.lakehouse).absolute().parent}"])
     spark = get_session(settings, "bp-spark bench", ())
     figures |= market(spark, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        figures |= totals(spark, Path(options.lakehouse).absolute(), Path(folder) / "totals")
+        figures |= refunds(spark, Path(folder) / "refunds")
     spark.stop()
     for figure, value in figures.items():
         say(figure, value)

@@ -84,7 +84,9 @@ class Checkout:
         report = self.root / "report.xml"
         report.unlink(missing_ok=True)
         options = ("-q", "-p", "no:cacheprovider", f"--junitxml={report}", "-o", "addopts=", "-m", "not integration")
-        variables = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        # with a PYTHONPATH of the source, the unbroken one would win
+        left_out = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
+        variables = {name: value for name, value in os.environ.items() if name not in left_out}
         try:
             done = subprocess.run(
                 (str(self.python), "-m", "pytest", *options, *tests),

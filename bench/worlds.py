@@ -232,12 +232,12 @@ def figures(spark: SparkSession, settings: Config, test_date: date) -> dict[str,
         "mae_ratio_to_best_peer": own["mae"] / float(maes["value"].min()),
         "evidence": level.evidence if level else 0.0,
         "level_sd": level.sd if level else 0.0,
-        **_totals_inside(fitted, users),
+        **totals_inside(fitted, users),
         "seconds": time.monotonic() - started,
     }
 
 
-def _totals_inside(fitted: Fitted, users: pd.DataFrame) -> dict[str, float]:
+def totals_inside(fitted: Fitted, users: pd.DataFrame) -> dict[str, float]:
     """Whether the platform's total lies in its interval, and the share of such totals, its levels included."""
     error = next(error for error in fitted.totals.errors if error.days == fitted.horizons.main)
     rows = pd.DataFrame(

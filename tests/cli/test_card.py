@@ -48,6 +48,7 @@ def profile(user_key: str, **more: Any) -> dict[str, Any]:
         "usual_order_value": 60.0,
         "risk_level": "medium",
         "risk_points": 2,
+        "expected_refund_share": 0.125,
         "next_purchase_days": 4.4,
         "next_purchase_on": date(2024, 3, 14),
     }
@@ -65,7 +66,20 @@ TABLES: dict[str, list[dict[str, Any]]] = {
     ],
     # an older date, as after a profile that was stopped
     "customer_service": [
-        {"user_key": ANNA, "score_date": BEFORE, "service_tier": "premier", "talking_points": [{"text": "Old news"}]}
+        {
+            "user_key": ANNA,
+            "score_date": BEFORE,
+            "service_tier": "premier",
+            "proposal": "Old news",
+            "talking_points": [{"text": "Old news"}],
+        },
+        {
+            "user_key": ANNA,
+            "score_date": DAY,
+            "service_tier": "standard",
+            "proposal": "An own courier",
+            "talking_points": [],
+        },
     ],
     # of a user who bought since, the profile counts
     "prospect_scores": [
@@ -96,7 +110,7 @@ TABLES: dict[str, list[dict[str, Any]]] = {
             "channel": "chat",
             "topic": topic,
             "solved": solved,
-            "text": "not shown",
+            "text": "Does\nsize 9 fit? " + 40 * "Please. " if solved is False else "not shown",
         }
         for number, key, topic, solved in (
             (1, ANNA, "first", True),
@@ -157,7 +171,10 @@ def test_a_card_says_what_the_tables_say_of_that_user_alone(tables: Path) -> Non
         "about 2024-03-14, in 4 days",
         "60.00 a purchase day, every 7.5 days, 12 purchase days so far",
         "Food>Tea (60%)",
+        "12.5% of what is paid",
+        "An own courier",
         "2024-03-05: chat, newest, solved",
+        "2024-03-02: Does size 9 fit? Please.",
         "and 1 earlier",
     ):
         assert text in result.output
@@ -181,6 +198,8 @@ def test_a_user_without_a_purchase_has_a_card_of_the_newest_score(tables: Path) 
 def test_what_users_wrote_makes_no_line_of_its_own_and_commands_no_terminal(tables: Path) -> None:
     lines = show(tables, "--key", ANNA).output.splitlines()
     assert any("2024-03-02: chat, size risk low, not solved" in line for line in lines)
+    question = next(line for line in lines if "2024-03-02: Does size 9 fit?" in line)
+    assert question.count("Please.") < 20
     assert any(r"2024-03-04: chat, \x1b[31mred" in line for line in lines)
 
 

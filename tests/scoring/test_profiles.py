@@ -24,7 +24,7 @@ from pyspark.sql import functions as F
 
 from bp_spark import pipeline
 from bp_spark.core import config
-from bp_spark.core.config import Config, FeaturesConfig, ProfilesConfig
+from bp_spark.core.config import Config, FeaturesConfig, PhrasesConfig, ProfilesConfig
 from bp_spark.core.errors import BundleError, ConfigError, ConflictError, DataError
 from bp_spark.features.catalogue import catalogue, user_features_table
 from bp_spark.lakehouse.schema import Table
@@ -41,6 +41,7 @@ from bp_spark.lakehouse.tables import (
     USER_DAILY,
     USER_PROFILE,
 )
+from bp_spark.model.refunds import Refunds
 from bp_spark.model.totals import TotalError, Totals, interval
 from bp_spark.registry import bundle as bundles
 from bp_spark.scoring.profiles.affinity import category_affinity
@@ -55,7 +56,7 @@ pytestmark = pytest.mark.slow
 DAY = date(2024, 3, 10)
 DOCS = (Path(__file__).parents[2] / "docs/profiles.md").read_text(encoding="utf-8")
 SETTINGS = [
-    "features.windows=[30]",
+    "features.windows=[30, 365]",
     "profiles.window_days=100",
     "profiles.half_life_days=10",
     "privacy.smallest_group=2",
@@ -63,7 +64,8 @@ SETTINGS = [
 ]
 NAMES = [table.name for table in PROFILE_TABLES]
 ERRORS = Totals(0.9, (TotalError(30, 0.1, 0.2, 2.0, 0.5, 4.0), TotalError(90, 0.05, 0.1, 3.0, 0.0, 2.0)))
-CATALOGUE = catalogue(FeaturesConfig(windows=(30,)))
+REFUNDS = Refunds(0.05, 100.0)
+CATALOGUE = catalogue(FeaturesConfig(windows=(30, 365)))
 
 
 def ago(days: int) -> date:
@@ -157,6 +159,7 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
                 tenure_days=60.0,
                 gap_mean_days=20.0,
                 monetary_value=24.0,
+                spend_365d=70.0,
                 refund_share_365d=0.3,
                 weekly_spend_variation=3.3,
             ),
@@ -169,6 +172,7 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
                 price_tier_365d=0.5,
                 gap_mean_days=30.0,
                 monetary_value=7.0,
+                spend_365d=475.0,
                 refund_share_365d=0.05,
                 low_ratings_365d=0.6,
             ),
@@ -213,8 +217,9 @@ def summed_settings(folder: Path) -> Config:
 def summed(platform: Platform, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Platform:
     """The same users, scored by a bundle that knows the error of sums."""
     folder = tmp_path_factory.mktemp("summed")
-    bundle = small_bundle(folder / "bundles" / "one", 20.0, ERRORS)
+    bundle = small_bundle(folder / "bundles" / "one", 20.0, ERRORS, REFUNDS)
     assert bundles.load(bundle.folder).totals == ERRORS
+    assert bundles.load(bundle.folder).refunds == REFUNDS
     shutil.copytree(str(platform.settings.tables.path), folder / "lakehouse")
     settings = summed_settings(folder)
     lakehouse = Lakehouse(spark, settings.tables)
@@ -248,6 +253,18 @@ def test_an_interest_is_a_mean_of_recent_shares_of_purchases_and_clicks(platform
     assert interests == pytest.approx(wanted)
     assert [each["category"] for each in found["b"]["interests"]] == ["Food > Dairy"]
     assert found["c"]["interests"] == found["d"]["interests"] == []
+
+
+def test_refunds_to_come_are_the_users_own_as_far_as_the_money_of_a_year_tells(
+    platform: Platform, summed: Platform
+) -> None:
+    # a twentieth on this platform, which weighs as much as 100 of a user's money: b paid 100 and c 500
+    wanted = {"a": 0.05, "b": (5 + 30) / 200, "c": 0.05, "d": 0.05}
+    for name in ("user_profile", "risk_control"):
+        found = {user: row["expected_refund_share"] for user, row in summed.rows(name).items()}
+        assert found == pytest.approx(wanted, abs=1e-4)
+    # the other platform's bundle is gone
+    assert {row["expected_refund_share"] for row in platform.rows("user_profile").values()} == {None}
 
 
 def test_a_category_is_recommended_by_affinity_and_by_what_the_user_can_afford(platform: Platform) -> None:
@@ -452,10 +469,14 @@ def test_the_service_tier_is_that_of_the_documented_table(spark: SparkSession) -
         for level, activity in table
         for risk in ("low", "high")
     ]
-    rows = customer_service(frame(spark, USER_PROFILE, *users), ProfilesConfig()).collect()
+    phrases = PhrasesConfig(care_preferred="An own courier.")
+    rows = customer_service(frame(spark, USER_PROFILE, *users), ProfilesConfig(phrases=phrases)).collect()
     for row in rows:
         tier = table[row["level"], row["activity"]]
-        assert row["service_tier"] == (lowered[tier] if row["risk_level"] == "high" else tier), row["user_key"]
+        wanted = lowered[tier] if row["risk_level"] == "high" else tier
+        assert row["service_tier"] == wanted, row["user_key"]
+        assert row["proposal"] == getattr(phrases, f"care_{wanted}")
+    assert "An own courier." in {row["proposal"] for row in rows}
     assert len(rows) == 30
 
 

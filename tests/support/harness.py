@@ -31,6 +31,7 @@ from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import SHARED_TABLES
 from bp_spark.model.horizons import Horizons
 from bp_spark.model.members.btyd import FEATURES, BtydMember
+from bp_spark.model.refunds import Refunds
 from bp_spark.model.stack import CalibratedStack
 from bp_spark.model.totals import Totals
 from bp_spark.registry import bundle as bundles
@@ -153,14 +154,22 @@ class World:
         return Platform(folder / "platform")
 
 
-def small_bundle(folder: Path, alpha: float, totals: Totals | None = None) -> Bundle:
+def small_bundle(folder: Path, alpha: float, totals: Totals | None = None, refunds: Refunds | None = None) -> Bundle:
     """A bundle of the purchase process alone: no library to load in a worker."""
     rng = np.random.default_rng(1)
     frame = pd.DataFrame({"btyd": rng.gamma(2, 20, 500), "label_spend": rng.gamma(2, 20, 500)})
     member = BtydMember(90, 0.8, alpha, 0.5, 3.0, 4.0, 3.0, 30.0)
     fusion = CalibratedStack.fit(frame, FusionConfig(members=("btyd",)))
     return bundles.write(
-        folder, [member], fusion, Horizons(90, ()), inputs={"tabular": FEATURES}, lineage={}, metrics={}, totals=totals
+        folder,
+        [member],
+        fusion,
+        Horizons(90, ()),
+        inputs={"tabular": FEATURES},
+        lineage={},
+        metrics={},
+        totals=totals,
+        refunds=refunds,
     )
 
 

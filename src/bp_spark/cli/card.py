@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 from bp_spark.core.errors import DataError, MissingTableError
@@ -25,6 +26,8 @@ from bp_spark.lakehouse.tables import (
 
 NEWEST_CONTACTS = 3
 """Contacts and consultations that are named; the others are counted."""
+MOST_TEXT = 120
+"""Characters that are shown of a question that nobody has answered."""
 
 Row = Mapping[str, Any]
 Fact = tuple[str, Sequence[str]]
@@ -107,6 +110,7 @@ def facts(card: Card) -> list[tuple[str, str]]:
         ("chance of a first purchase" if is_prospect else "chance of any spend", [f"{profile['p_active']:.0%}"]),
         *(_of_prospect(profile) if is_prospect else _of_buyer(card)),
         ("campaigns", _newest(card.contacts, _contact)),
+        ("open questions", [_question(row) for row in card.consultations if row["solved"] is False]),
         ("consultations", _newest(card.consultations, _consultation)),
     ]
     # a line break in a value would look like a line of its own
@@ -133,6 +137,7 @@ def _of_buyer(card: Card) -> list[Fact]:
         ("usual order", _usual_order(profile)),
         ("interests", [f"{interest['category']} ({interest['weight']:.0%})" for interest in profile["interests"]]),
         ("prices", [profile["price_tier"]] if profile["price_tier"] else []),
+        ("refunds to come", _refunds(profile)),
         *_service(card.service),
     ]
 
@@ -190,11 +195,23 @@ def _usual_order(profile: Row) -> list[str]:
     return [", ".join(texts)] if texts else []
 
 
+def _refunds(profile: Row) -> list[str]:
+    # tables from before there were any haven't the column
+    share = profile.get("expected_refund_share")
+    return [] if share is None else [f"{share:.1%} of what is paid"]
+
+
 def _service(service: Row | None) -> list[Fact]:
     if service is None:
         return []
     points = [point["text"] for point in service["talking_points"]]
-    return [("service tier", [service["service_tier"]]), ("talking points", points)]
+    # likewise
+    proposal = service.get("proposal")
+    return [
+        ("service tier", [service["service_tier"]]),
+        ("propose", [proposal] if proposal else []),
+        ("talking points", points),
+    ]
 
 
 def _newest(rows: Sequence[Row], in_words: Callable[[Row], str]) -> list[str]:
@@ -210,3 +227,8 @@ def _contact(row: Row) -> str:
 def _consultation(row: Row) -> str:
     solved = {True: "solved", False: "not solved"}.get(row["solved"])
     return f"{row['event_date']}: " + ", ".join(part for part in (row["channel"], row["topic"], solved) if part)
+
+
+def _question(row: Row) -> str:
+    asked = row["text"] or row["topic"] or row["channel"] or ""
+    return f"{row['event_date']}: {shorten(asked, MOST_TEXT, placeholder=' …')}"

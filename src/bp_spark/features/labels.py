@@ -23,7 +23,7 @@ from bp_spark.core.errors import DataError
 from bp_spark.features import definition
 from bp_spark.features.aggregates import SEQUENCE_COLUMNS
 from bp_spark.features.catalogue import user_features_table
-from bp_spark.features.user_daily import first_order_day
+from bp_spark.features.user_daily import cents, first_order_day
 from bp_spark.lakehouse.schema import Column as TableColumn
 from bp_spark.lakehouse.schema import Table
 
@@ -139,15 +139,28 @@ def _spend(daily: DataFrame, as_of: Sequence[date], horizons: Mapping[str, int],
         horizons: column -> days of its horizon.
         until: the first day that is not seen; ``None`` sees all days.
     """
+    return sums_ahead(daily, as_of, {name: ("spend", days) for name, days in horizons.items()}, until)
+
+
+def sums_ahead(
+    daily: DataFrame, as_of: Sequence[date], sums: Mapping[str, tuple[str, int]], until: date | None
+) -> DataFrame:
+    """Return ``user_key, as_of_date`` and sums of money from each date on; no row without an event in the longest horizon.
+
+    Args:
+        daily: USER_DAILY.
+        as_of: the first days of the horizons.
+        sums: column -> the column of money to add up, and the days of its horizon. NULL without an event in that horizon.
+        until: the first day that is not seen; ``None`` sees all days.
+    """
     dates = F.array(*(F.lit(day) for day in sorted(set(as_of))))
     age = F.datediff("day", "as_of_date")
-    cents = F.round(F.col("spend").cast("double") * 100).cast("long")
     seen = daily if until is None else daily.filter(F.col("day") < F.lit(until))
     return (
         seen.withColumn("as_of_date", F.explode(F.filter(dates, lambda d: d <= F.col("day"))))
-        .filter(age < max(horizons.values()))
+        .filter(age < max(days for _, days in sums.values()))
         .groupBy(*KEY)
-        .agg(*((F.sum(F.when(age < days, cents)) / 100).alias(name) for name, days in horizons.items()))
+        .agg(*((F.sum(F.when(age < days, cents(money))) / 100).alias(name) for name, (money, days) in sums.items()))
     )
 
 

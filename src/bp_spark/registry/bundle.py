@@ -35,6 +35,8 @@ from bp_spark.model.members.base import Member, predict_all
 from bp_spark.model.members.files import load_member
 from bp_spark.model.prospects import FILE as PROSPECTS
 from bp_spark.model.prospects import ProspectModel
+from bp_spark.model.refunds import FILE as REFUNDS
+from bp_spark.model.refunds import Refunds
 from bp_spark.model.stack import CalibratedStack
 from bp_spark.model.totals import FILE as TOTALS
 from bp_spark.model.totals import Totals
@@ -62,6 +64,7 @@ class Bundle:
         explanation: takes predictions apart; ``None`` in a bundle that gives no reasons.
         prospects: predicts first purchases; ``None`` in a bundle that scores buyers alone.
         totals: errors of sums of users; ``None`` in a bundle from before there were any.
+        refunds: predicts refunds; ``None`` in a bundle whose training knew too few.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Bundle:
         explanation: Explanation | None,
         prospects: ProspectModel | None = None,
         totals: Totals | None = None,
+        refunds: Refunds | None = None,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
@@ -83,6 +87,7 @@ class Bundle:
         self.explanation = explanation
         self.prospects = prospects
         self.totals = totals
+        self.refunds = refunds
 
     @property
     def digest(self) -> str:
@@ -184,6 +189,7 @@ def write(
     explanation: Explanation | None = None,
     prospects: ProspectModel | None = None,
     totals: Totals | None = None,
+    refunds: Refunds | None = None,
     private_key: Ed25519PrivateKey | None = None,
 ) -> Bundle:
     """Write a bundle as a whole or not at all.
@@ -199,6 +205,7 @@ def write(
         explanation: takes its predictions apart; without one the bundle gives no reasons.
         prospects: predicts first purchases; without one the bundle scores buyers alone.
         totals: errors of sums of users; without them no total gets an interval.
+        refunds: predicts refunds to come; without it no user gets a share.
         private_key: signs the bundle; without one it is unsigned.
 
     Raises:
@@ -213,14 +220,9 @@ def write(
         draft = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
         draft.mkdir()
         try:
-            for member in members:
-                member.save(draft)
-            if explanation is not None:
-                explanation.save(draft)
-            if prospects is not None:
-                prospects.save(draft)
-            if totals is not None:
-                totals.save(draft)
+            for part in (*members, explanation, prospects, totals, refunds):
+                if part is not None:
+                    part.save(draft)
             manifest = manifests.seal(
                 {
                     "format": manifests.FORMAT,
@@ -252,7 +254,7 @@ def write(
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
-    return Bundle(folder, manifest, members, stack, horizons, explanation, prospects, totals)
+    return Bundle(folder, manifest, members, stack, horizons, explanation, prospects, totals, refunds)
 
 
 def _require_writable(folder: Path, names: Sequence[str], stack: CalibratedStack) -> None:
@@ -286,8 +288,8 @@ def load(folder: str | Path, public_key: Ed25519PublicKey | None = None) -> Bund
         public_key: checks its signature; without one it may be unsigned.
 
     Raises:
-        BundleError: it is no bundle, of another format or not signed by the key, or a file is missing, added, changed or
-            cut short. The message names the file.
+        BundleError: it is no bundle, of another format or not signed by the key, or a file is missing, added or changed. The
+            message names the file.
     """
     folder = Path(folder)
     manifest = manifests.read(folder / MANIFEST, public_key)
@@ -308,9 +310,11 @@ def load(folder: str | Path, public_key: Ed25519PublicKey | None = None) -> Bund
         except BundleError as error:
             raise BundleError(f"{folder / MANIFEST}: {error}") from None
     # the list of files says whether there are these: bundles from before there were any have the same manifest
-    prospects = ProspectModel.load(folder) if PROSPECTS in manifest["files"] else None
-    totals = Totals.load(folder) if TOTALS in manifest["files"] else None
-    return Bundle(folder, manifest, members, stack, horizons, explanation, prospects, totals)
+    files = manifest["files"]
+    prospects = ProspectModel.load(folder) if PROSPECTS in files else None
+    totals = Totals.load(folder) if TOTALS in files else None
+    refunds = Refunds.load(folder) if REFUNDS in files else None
+    return Bundle(folder, manifest, members, stack, horizons, explanation, prospects, totals, refunds)
 
 
 def load_promoted(settings: Config, address: str | Path | None = None) -> Bundle:
@@ -341,26 +345,21 @@ def load_promoted(settings: Config, address: str | Path | None = None) -> Bundle
     return verified(address or current(settings.bundles))
 
 
-def totals_of(folder: Path) -> Totals | None:
-    """Read from a bundle nothing but its errors of sums, which is a matter of milliseconds; ``None`` without them.
+def profiling_parts(folder: Path) -> tuple[Totals | None, Refunds | None]:
+    """Read what profiles need of a bundle, which is a matter of milliseconds; ``None`` for what it hasn't.
 
     Raises:
         BundleError: manifest or file are not as they were written.
     """
-    listed = manifests.read(folder / MANIFEST, None)["files"].get(TOTALS)
-    if listed is None:
-        return None
-    manifests.require_file(folder / TOTALS, listed)
-    return Totals.load(folder)
+    files = manifests.read(folder / MANIFEST, None)["files"]
+    for name in {TOTALS, REFUNDS} & set(files):
+        manifests.require_file(folder / name, files[name])
+    return Totals.load(folder) if TOTALS in files else None, Refunds.load(folder) if REFUNDS in files else None
 
 
 @dataclass(frozen=True)
 class Promoted:
-    """What ``bundles/current`` said at a moment.
-
-    Attributes:
-        name: of the promoted bundle, usable or not; ``None`` where none was promoted.
-    """
+    """What ``bundles/current`` said at a moment: the name of the promoted bundle, usable or not; ``None`` without one."""
 
     name: str | None
 

@@ -35,6 +35,7 @@ from bp_spark.training.dataset import collect_sample
 from bp_spark.training.ensemble import Fitted, fit_as_of, metrics_of
 from bp_spark.training.promote import decide, decide_refit, enter_registry, promote
 from bp_spark.training.prospects import fit_prospects
+from bp_spark.training.refunds import fit_refunds
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _write_bundle(run: Run, fitted: Fitted, metrics: pd.DataFrame, judged: Bundl
     """
     lakehouse, config, test_date = run.lakehouse, run.config, fitted.test_date
     explanation, agreement = fit_explanation(run, fitted)
-    prospects = fit_prospects(run, test_date)
+    prospects, refunds = fit_prospects(run, test_date), fit_refunds(run, test_date)
     inputs: dict[str, Sequence[str]] = {"tabular": features.catalogue(config.features).names}
     if "transformer" in fitted.names:
         inputs["history"] = [column.name for column in SEQUENCE_COLUMNS]
@@ -177,6 +178,7 @@ def _write_bundle(run: Run, fitted: Fitted, metrics: pd.DataFrame, judged: Bundl
             explanation=explanation,
             prospects=prospects,
             totals=fitted.totals,
+            refunds=refunds,
             private_key=signing.private_key(config.signing),
         )
         figures["digest"] = bundle.digest

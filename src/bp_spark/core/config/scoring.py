@@ -96,6 +96,21 @@ class PhrasesConfig(Section):
     budget: str = Field(
         "Buys in the lower price range: speak of value for money.", description="Talking point: the lower price tier."
     )
+    care_premier: str = Field(
+        "Express delivery at no charge, and one person to turn to.",
+        description="Delivery and care to propose to users of the tier premier.",
+    )
+    care_preferred: str = Field(
+        "A delivery window of the user's choice.",
+        description="Delivery and care to propose to users of the tier preferred.",
+    )
+    care_win_back: str = Field(
+        "Ask what was missing; no delivery charge on the next order.",
+        description="Delivery and care to propose to users of the tier win_back.",
+    )
+    care_standard: str = Field(
+        "Standard delivery.", description="Delivery and care to propose to users of the tier standard."
+    )
     risk_interval: str = Field(
         "What the user will spend is uncertain: the interval is {value} times the expected spend wide.",
         description="Reason of risk: a wide interval.",

@@ -104,6 +104,9 @@ class SyntheticConfig(Section):
     refund_rate: Fraction = Field(
         0.03, description="Share of order lines that are paid back 1-14 days later, within the period."
     )
+    refund_spread: float = Field(
+        0.0, ge=0, le=3, description="Standard deviation of the logarithm of users' own shares; 0: all alike."
+    )
     chinese_share: float = Field(
         0.5, ge=0, le=1, description="Share of users who write in Chinese, and of items with a Chinese title."
     )

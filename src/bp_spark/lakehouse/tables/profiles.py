@@ -108,6 +108,12 @@ USER_PROFILE = Table(
         ("usual_gap_days", "double", "Mean days between purchase days; NULL: fewer than two purchase days"),
         ("usual_order_value", "double", "Mean spend of a purchase day, in the platform's currency"),
         ("refund_share", "double", "Money paid back over money paid, 365 days; NULL: nothing was paid"),
+        (
+            "expected_refund_share",
+            "double",
+            "Share of the money paid in the bundle's horizon that is expected to be paid back in it; NULL: the bundle knows "
+            "too few refunds",
+        ),
         ("discount_share", "double", "Reductions over undiscounted spend, 90 days; NULL: no spend"),
         ("low_rating_share", "double", "Share of ratings of 2 or less, 365 days; NULL: no rating"),
         (
@@ -158,6 +164,7 @@ RISK_CONTROL = Table(
         ("expected_spend", "double!", "Expected spend over the bundle's horizon, in the platform's currency"),
         ("low", "double!", "Lower end of the 90 % prediction interval"),
         ("p_active", "double!", "Probability of any spend in the horizon"),
+        ("expected_refund_share", "double", "As in user_profile"),
     ),
     key=("user_key",),
 )
@@ -168,6 +175,7 @@ CUSTOMER_SERVICE = Table(
         ("user_key", "string!", "User"),
         ("score_date", "date!", "Scored date; only events before this day are used"),
         ("service_tier", "string!", "premier, preferred, standard or win_back, by level, activity and risk"),
+        ("proposal", "string!", "Delivery and care to propose to users of the tier (profiles.phrases.care_...)"),
         (
             "talking_points",
             "array<struct<topic:string,text:string>>!",

@@ -9,6 +9,7 @@ from bp_spark.core.config import PhrasesConfig, ProfilesConfig
 from bp_spark.lakehouse.tables import CUSTOMER_SERVICE, RISK_CONTROL
 from bp_spark.scoring.profiles.columns import filled, shaped
 
+SERVICE_TIERS = ("premier", "preferred", "win_back", "standard")
 TALKING_POINTS = 3
 """Most talking points of a user."""
 LOW_RATINGS, OFFERS, OVERDUE, SOON = 0.5, 0.3, 2.0, 14.0
@@ -46,10 +47,13 @@ def customer_service(profile: DataFrame, config: ProfilesConfig) -> DataFrame:
         .otherwise("standard")
     )
     lowered_tier = F.when(tier == "premier", "preferred").otherwise("standard")
+    service_tier = F.when(is_risky, lowered_tier).otherwise(tier)
+    proposals = [F.when(service_tier == each, F.lit(getattr(config.phrases, f"care_{each}"))) for each in SERVICE_TIERS]
     points = F.filter(F.array(*_talking_points(config.phrases)), lambda point: point.isNotNull())
     rows = profile.withColumns(
         {
-            "service_tier": F.when(is_risky, lowered_tier).otherwise(tier),
+            "service_tier": service_tier,
+            "proposal": F.coalesce(*proposals),
             "talking_points": F.slice(points, 1, TALKING_POINTS),
         }
     )

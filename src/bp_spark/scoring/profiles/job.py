@@ -33,6 +33,7 @@ from bp_spark.lakehouse.tables import (
     TOTALS,
     USER_PROFILE,
 )
+from bp_spark.model.refunds import Refunds
 from bp_spark.model.totals import Totals
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry.publishing import folder_here
@@ -81,13 +82,13 @@ def profile(spark: SparkSession, config: Config, day: date | None = None) -> lis
         scores = lakehouse.read("scores", versions["scores"])
         as_of = day or _newest_date(scores)
         bundle_digest = bundle_of(scores, as_of)
-        totals = _errors_of_sums(config, bundle_digest)
+        totals, refunds = _parts_of_bundle(config, bundle_digest)
         how = (__version__, config.profiles, config.privacy.smallest_group, totals and asdict(totals))
-        inputs = digest(*how, as_of, sorted(versions.items()))
+        inputs = digest(*how, refunds and asdict(refunds), as_of, sorted(versions.items()))
         with run.step("profile", MARKET_SEGMENTS, inputs, score_date=str(as_of)) as step:
             step.figures["score_date"] = as_of
             if not all(lakehouse.inputs(table.name) == inputs for table in PROFILE_TABLES):
-                step.figures.update(_write(run, versions, as_of, step, totals))
+                step.figures.update(_write(run, versions, as_of, step, totals, refunds))
         _write_totals(run, totals, as_of, bundle_digest, inputs)
         every = config.profiles.history_every_days
         # made of all events, these tables are the same for several dates, whatever a night adds
@@ -111,10 +112,10 @@ def _newest_date(scores: DataFrame) -> date:
     return newest
 
 
-def _errors_of_sums(config: Config, bundle_digest: str) -> Totals | None:
-    """Return the errors of sums of the bundle that scored; ``None`` if it knows none, or isn't here any more."""
+def _parts_of_bundle(config: Config, bundle_digest: str) -> tuple[Totals | None, Refunds | None]:
+    """Return errors of sums and refunds to come of the bundle that scored; ``None`` if it has none, or isn't here any more."""
     folder = folder_here(config, bundle_digest)
-    return bundles.totals_of(folder) if folder else None
+    return bundles.profiling_parts(folder) if folder else (None, None)
 
 
 def _write_totals(run: Run, totals: Totals | None, day: date, bundle_digest: str, inputs: str) -> None:
@@ -170,7 +171,9 @@ def _write_market_forecast(run: Run, versions: dict[str, int], totals: Totals | 
         step.figures |= {"rows_out": rows.count(), **(asdict(gap) if gap else {})}
 
 
-def _write(run: Run, versions: dict[str, int], day: date, step: Step, totals: Totals | None) -> dict[str, object]:
+def _write(
+    run: Run, versions: dict[str, int], day: date, step: Step, totals: Totals | None, refunds: Refunds | None
+) -> dict[str, object]:
     """Write the five tables, that of the step last, and return the figures of the stage."""
     lakehouse, config = run.lakehouse, run.config.profiles
     least_users = run.config.privacy.smallest_group
@@ -190,7 +193,7 @@ def _write(run: Run, versions: dict[str, int], day: date, step: Step, totals: To
     version = lakehouse.replace(CATEGORY_AFFINITY, affinity, after=reservation, **commit)
     affinity = lakehouse.read("category_affinity", version)
     earlier = {span: compared for span in SPANS if (compared := _compared_scores(tables["scores"], day, span))}
-    rows = user_profile(scores, earlier, features, affinity, day, config, catalogue(run.config.features))
+    rows = user_profile(scores, earlier, features, affinity, day, config, catalogue(run.config.features), refunds)
     version = lakehouse.replace(USER_PROFILE, rows, after=reservation, **commit)
     profiles = lakehouse.read("user_profile", version)
     lakehouse.replace(RISK_CONTROL, risk_control(profiles, config), after=reservation, **commit)

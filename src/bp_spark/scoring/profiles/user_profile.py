@@ -11,8 +11,10 @@ from pyspark.sql import functions as F
 
 from bp_spark.core.config import ProfilesConfig
 from bp_spark.features.catalogue import Catalogue
+from bp_spark.features.refunds import knows_past, past_year
 from bp_spark.features.stages import buyer_stage
 from bp_spark.lakehouse.tables import RISK_REASON, USER_PROFILE
+from bp_spark.model.refunds import Refunds
 from bp_spark.model.stack import relative_width
 from bp_spark.scoring.profiles.columns import as_double, as_long, shaped
 from bp_spark.scoring.reasons import in_words
@@ -35,6 +37,7 @@ def user_profile(
     day: date,
     config: ProfilesConfig,
     catalogue: Catalogue,
+    refunds: Refunds | None = None,
 ) -> DataFrame:
     """Return one profile for each score of ``day``.
 
@@ -50,13 +53,14 @@ def user_profile(
         day: The date.
         config: Settings of the profiles.
         catalogue: Names the features in reasons.
+        refunds: Predicts refunds to come; without it they are NULL.
 
     Returns:
         Rows of USER_PROFILE.
     """
     rows = (
         scores.withColumnRenamed("risk_level", "interval_risk")
-        .join(_facts(features), "user_key", "left")
+        .join(_facts(features, refunds), "user_key", "left")
         .join(_top_interests(affinity, config.interests), "user_key", "left")
         .transform(lambda df: reduce(lambda one, span: _with_trend(one, span, earlier.get(span), config), SPANS, df))
         .withColumns(
@@ -106,7 +110,7 @@ def discounted_value(expected_by_horizon: Column, rate: float) -> Column:
     return F.when(F.size(horizons) > 0, F.aggregate(horizons, start, with_span)["value"])
 
 
-def _facts(features: DataFrame) -> DataFrame:
+def _facts(features: DataFrame, refunds: Refunds | None) -> DataFrame:
     """Return facts from the features as of the as-of date, not as of the last tick of the user's clock."""
     # days without events that the user's clock has not counted yet
     silent_days = F.datediff("as_of_date", "seen_on")
@@ -119,6 +123,7 @@ def _facts(features: DataFrame) -> DataFrame:
         "usual_gap_days": F.round(as_double("gap_mean_days"), 1),
         "usual_order_value": F.round(as_double("monetary_value"), 2),
         "refund_share": F.round(as_double("refund_share_365d"), 4),
+        "expected_refund_share": _expected_refund_share(features, refunds),
         "discount_share": F.round(as_double("discount_share_90d"), 4),
         "low_rating_share": F.round(as_double("low_ratings_365d"), 4),
         "spend_volatility": F.round(as_double("weekly_spend_variation"), 4),
@@ -127,6 +132,12 @@ def _facts(features: DataFrame) -> DataFrame:
     repeats = F.sum(F.col("purchase_days") - 1)
     population = facts.agg(F.try_divide(F.sum("tenure"), repeats).cast("double").alias("population_gap"))
     return facts.crossJoin(F.broadcast(population))
+
+
+def _expected_refund_share(features: DataFrame, refunds: Refunds | None) -> Column:
+    if refunds is None or not knows_past(features.columns):
+        return F.lit(None).cast("double")
+    return F.round(refunds.share_of(*past_year()), 4)
 
 
 def _top_interests(affinity: DataFrame, most: int) -> DataFrame:

@@ -57,7 +57,9 @@ def transactions(lines: DataFrame, config: SyntheticConfig) -> DataFrame:
     """Return a row per order line, and one per refund on a later day."""
     key = ("id", "visit", "line")
     delay = 1 + whole(uniform(config, "refund delay", *key) * 14)
-    is_refunded = uniform(config, "refund", *key) < config.refund_rate
+    spread = config.refund_spread
+    own_rate = config.refund_rate * F.exp(spread * normal(config, "refunds", "id") - spread**2 / 2)
+    is_refunded = uniform(config, "refund", *key) < own_rate
     worth = F.get(F.lit(np.array(cny_rates(config))), whole(F.col("day") / RATE_DAYS))
     to_currency = F.when(F.col("cny"), 1 / worth).otherwise(1.0)
     is_refund = F.col("after") > 0
