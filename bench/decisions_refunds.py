@@ -5,7 +5,7 @@ from each other (``synthetic.refund_spread``). The model is fitted as of a date,
 
 - ``refund.auc``: chance that a user with a refund has a larger product of expected share and money of the past year than one
   without, among those who paid; ``refund.auc_past_refunds``: the same of the refunds of the past year.
-- ``refund.error_vs_platform``: squared error of refunds, each over the money paid, by that of one share for all, as it came to be.
+- ``refund.error_vs_platform``: squared error of refunds, each over the money paid, by that of the platform's share for all.
 - ``refund.error_vs_past_share``: the same by that of the user's share of the past year, and of the platform's where nothing was
   paid.
 - ``refund.calibration``: expected over real refunds of those who paid; ``refund.calibration_top``: the same of the tenth with

@@ -54,6 +54,7 @@ def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.Compl
         "rotate-keys",
         "retain",
         "features",
+        "dbt-sources",
         "doctor",
         "demo",
         "experiment size",

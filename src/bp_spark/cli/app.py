@@ -47,6 +47,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     model.adapt_language,
     data.generate,
     look.features,
+    look.dbt_sources,
     look.sql,
     nights.demo,
     look.doctor,

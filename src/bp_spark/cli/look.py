@@ -137,6 +137,18 @@ def features(overrides: Overrides = None, config_file: ConfigOption = None) -> N
     )
 
 
+def dbt_sources(overrides: Overrides = None, config_file: ConfigOption = None) -> None:
+    """Print the tables as sources of dbt: what analysts read, with comments, tests and freshness.
+
+    Tables by path are read by dbt-duckdb, those of a metastore by the adapter of Spark or Databricks.
+
+    Example: bp-spark dbt-sources > models/bp_sources.yml
+    """
+    from bp_spark.cli import dbt
+
+    print(dbt.sources(common.load_settings(config_file, overrides)), end="")
+
+
 def sql(
     query: Annotated[str, typer.Argument(help="SQL query; tables are named namespace.table, as in bp.scores_latest.")],
     overrides: Overrides = None,
