@@ -79,12 +79,14 @@ def refund_metrics(model: Refunds, frame: pd.DataFrame) -> dict[str, float]:
     """Return figures of users whom the model has not seen; NaN where they can't be computed.
 
     Returns:
-        ``auc`` of a refund in the horizon among those who paid in it; ``calibration``, expected over real refunds of these.
+        ``auc`` of a refund in the horizon among those who paid in it, by the share of the past year's money; ``calibration``,
+        expected over real refunds of these.
     """
     buyers = frame[frame["later_paid"] > 0]
-    share = model.share_of(buyers["paid"].to_numpy(), buyers["refunded"].to_numpy())
+    paid = buyers["paid"].to_numpy()
+    share = model.share_of(paid, buyers["refunded"].to_numpy())
     came = float(buyers["later_refunded"].sum())
     return {
-        "auc": auc(buyers["later_refunded"].to_numpy() > 0, share),
+        "auc": auc(buyers["later_refunded"].to_numpy() > 0, share * paid),
         "calibration": float(share @ buyers["later_paid"].to_numpy()) / came if came > 0 else float("nan"),
     }
