@@ -335,7 +335,7 @@ class Peer:
                         field('ts', instant(ts)), number_field('rating', rating), number_field('dwell_s', dwell_s),
                         field('own_text', own_text))"""
         money = ", ".join(
-            f"({name} * rate)::DECIMAL(18, 2) AS {name}" for name in ("amount", "discount", "coupon_discount")
+            f"({name} * rate)::DECIMAL(18, 2) AS {name}" for name in ("amount", "discount", "coupon_discount", "cost")
         )
         logs = f"""
             SELECT 'purchase' AS kind, user_key, ts, order_id, line_id, item_id, quantity, {money},
@@ -357,7 +357,7 @@ class Peer:
             f"{name} DESC"
             for name in (
                 *("ingest_id", "delivery", "item_id", "ts", "quantity", "amount", "discount", "coupon_discount"),
-                *("rating", "dwell_s", "own_text", "category", "item_text_id"),
+                *("rating", "dwell_s", "own_text", "cost", "category", "item_text_id"),
             )
         )
         write = "regexp_replace(delivery, 'part-\\d+-([0-9a-f-]{36})[^/]*$', '\\1')"
@@ -365,12 +365,12 @@ class Peer:
             CREATE TABLE events AS
             SELECT sha256(identity || '/' || occurrence) AS event_id, user_key, ts, ts::DATE AS event_date, kind, order_id,
                    item_id, category, CASE WHEN own_text IS NULL THEN item_text_id ELSE text_id END AS text_id, amount,
-                   quantity, discount, coupon_discount, rating, dwell_s,
+                   quantity, discount, coupon_discount, cost, rating, dwell_s,
                    min(ingest_id) OVER (PARTITION BY identity, occurrence) AS ingest_id,
                    row_number() OVER (PARTITION BY identity, occurrence ORDER BY {newest}) AS copy
             FROM (
                 SELECT *, CASE WHEN line_id IS NOT NULL THEN 0 ELSE row_number() OVER (
-                              PARTITION BY identity, ingest_id, {write} ORDER BY ts) END AS occurrence
+                              PARTITION BY identity, ingest_id, {write} ORDER BY ts, cost) END AS occurrence
                 FROM (
                     SELECT *, sha256('{{' || CASE WHEN line_id IS NULL THEN {by_content} ELSE {by_line} END || '}}') AS identity
                     FROM ({logs})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from bp_spark.core.config import CleaningConfig
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.ingest import cleaning, identity
 from bp_spark.ingest.clean import first_to_clean, require_balance
+from bp_spark.lakehouse.tables import EVENTS
 from tests.support.histories import raw_frame, sorted_rows
 
 CONFIG = config.load().cleaning
@@ -48,7 +50,7 @@ def kept(spark: SparkSession, *batches: DataFrame, table: str = "raw_transaction
     for batch in batches[1:]:
         rows = rows.unionByName(batch)
     found = cleaning.events(cleaning.validate({table: rows}, {}, CONFIG)).filter("copy = 1")
-    return [row.asDict() for row in found.orderBy("ts", "amount").collect()]
+    return [row.asDict() for row in found.orderBy("ts", "amount", "cost").collect()]
 
 
 def numbered(*changes: dict[str, Any], base: dict[str, Any] = GOOD) -> list[dict[str, Any]]:
@@ -70,6 +72,8 @@ def test_each_broken_rule_is_named(spark: SparkSession) -> None:
         "quantity is not a finite number": {"quantity": "NaN"},
         "discount is negative": {"discount": "-0.01"},
         "coupon_discount is negative": {"coupon_discount": "-1"},
+        "cost is beyond 1e+06": {"cost": "1000000.01"},
+        "cost is negative": {"cost": "-3"},
         "quantity is negative, amount is not": {"quantity": "-2"},
     }
     assert reasons(spark, "raw_transactions", *numbered(*cases.values())) == list(cases)
@@ -89,7 +93,7 @@ def test_a_time_may_be_a_little_ahead_and_is_held_against_the_time_of_a_replay(s
 
 
 def test_a_refund_gives_back_units_and_reductions(spark: SparkSession) -> None:
-    refund = {"quantity": "-2", "amount": "-9.90", "discount": "-1", "coupon_discount": "-1"}
+    refund = {"quantity": "-2", "amount": "-9.90", "discount": "-1", "coupon_discount": "-1", "cost": "-6"}
     exchange = {"quantity": "-1", "amount": "0"}
     fee = {"quantity": "1", "amount": "-3"}
     assert reasons(spark, "raw_transactions", *numbered(refund, exchange, fee)) == [None, None, None]
@@ -191,6 +195,26 @@ def test_a_third_equal_line_in_a_later_delivery_is_new(spark: SparkSession) -> N
     assert len(kept(spark, first, more)) == 3
 
 
+def test_a_cost_that_is_told_later_corrects_the_same_event(spark: SparkSession) -> None:
+    before = raw_frame(spark, "raw_transactions", GOOD)
+    first, second = {**GOOD, "cost": "4.00"}, {**GOOD, "cost": "3.00"}
+    after = raw_frame(spark, "raw_transactions", first, second, ingest_id=2)
+    (known,) = kept(spark, before)
+    cheap, dear = kept(spark, before, after)
+    # the second equal line is one more scan of the article, and the lower cost is always that of the first
+    assert (known["cost"], cheap["cost"], dear["cost"]) == (None, Decimal("3.00"), Decimal("4.00"))
+    assert known["event_id"] in {cheap["event_id"], dear["event_id"]}
+    costs = {row["event_id"]: row["cost"] for row in kept(spark, raw_frame(spark, "raw_transactions", second, first))}
+    assert costs == {event["event_id"]: event["cost"] for event in (cheap, dear)}
+    events = cleaning.events(cleaning.validate({"raw_transactions": after}, {}, CONFIG)).filter("copy = 1")
+    stored = cleaning.events(cleaning.validate({"raw_transactions": before}, {}, CONFIG)).filter("copy = 1")
+    states = identity.add_state(events, stored.select(*EVENTS.schema.names))
+    assert {row["event_id"]: row["state"] for row in states.collect()} == {
+        known["event_id"]: identity.CHANGED,
+        **{event_id: identity.NEW for event_id in costs if event_id != known["event_id"]},
+    }
+
+
 def test_a_line_with_an_identity_is_corrected_by_its_newest_delivery(spark: SparkSession) -> None:
     first = raw_frame(spark, "raw_transactions", {**GOOD, "line_id": "1", "amount": "9.90"})
     fixed = raw_frame(spark, "raw_transactions", {**GOOD, "line_id": "1", "amount": "8.00"}, ingest_id=2)
@@ -231,14 +255,14 @@ def test_amounts_are_converted_by_the_newest_rate_of_their_day(spark: SparkSessi
     )
     rows = numbered(
         {"currency": "CNY", "ts": "2024-02-01 00:00:00"},
-        {"currency": "CNY", "discount": "1.00"},
+        {"currency": "CNY", "discount": "1.00", "cost": "4.00"},
         {"currency": "CNY", "ts": "2023-12-31 23:59:59"},
         {"currency": None},
     )
     found = judged(spark, "raw_transactions", *rows, raw_rates=rates)
     events = cleaning.events(found).orderBy("ts", "amount").collect()
     assert [float(event["amount"]) for event in events] == [0.99, 1.98, 9.9]
-    assert float(events[1]["discount"]) == 0.2
+    assert (float(events[1]["discount"]), float(events[1]["cost"])) == (0.2, 0.8)
     assert [row["rule"] for row in cleaning.quarantine(found).collect()] == ["currency has no rate"]
 
 

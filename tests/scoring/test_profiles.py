@@ -46,6 +46,7 @@ from bp_spark.model.totals import TotalError, Totals, interval
 from bp_spark.registry import bundle as bundles
 from bp_spark.scoring.profiles.affinity import category_affinity
 from bp_spark.scoring.profiles.applications import customer_service
+from bp_spark.scoring.profiles.margins import with_margin_share
 from bp_spark.scoring.profiles.segments import CELL, market_segments
 from bp_spark.scoring.profiles.user_profile import discounted_value, user_profile
 from tests.support.harness import small_bundle
@@ -267,6 +268,43 @@ def test_refunds_to_come_are_the_users_own_as_far_as_the_money_of_a_year_tells(
     assert {row["expected_refund_share"] for row in platform.rows("user_profile").values()} == {None}
 
 
+def test_margins_are_the_users_own_as_far_as_the_year_tells(platform: Platform, spark: SparkSession) -> None:
+    def line(user: str, days: int, amount: int, cost: int | None) -> dict[str, Any]:
+        row = {"user_key": user, "event_date": ago(days), "kind": "purchase", "amount": Decimal(amount)}
+        return {**row, "cost": None if cost is None else Decimal(cost)}
+
+    events = frame(
+        spark,
+        EVENTS,
+        *(line("a", 10, 100, 60), line("a", 9, -20, -12), line("b", 365, 20, 18)),
+        # of unknown cost, too old, not yet known, and of a user whose refunds leave nothing
+        *(line("c", 10, 50, None), line("c", 366, 50, 1), line("c", 0, 50, 1), line("d", 5, -30, -1)),
+    )
+    users = platform.lakehouse.read("scores").filter(f"score_date = '{DAY}'").select("user_key")
+    # the mean user spent 50, of which 17 were left
+    wanted = {"a": (17 + 32) / (50 + 80), "b": (17 + 2) / (50 + 20), "c": 0.34, "d": 0.34}
+    found = with_margin_share(users, events, DAY).collect()
+    assert {row["user_key"]: row["margin_share"] for row in found} == pytest.approx(wanted)
+    of_no_cost = events.withColumn("cost", F.lit(None).cast("decimal(18,2)")), events.drop("cost")
+    for rows in of_no_cost:
+        assert {row["margin_share"] for row in with_margin_share(users, rows, DAY).collect()} == {None}
+    read, features = platform.lakehouse.read, f"as_of_date = '{DAY}'"
+    profiles = user_profile(
+        read("scores").filter(f"score_date = '{DAY}'"),
+        {},
+        read("user_features").filter(features),
+        read("category_affinity"),
+        events,
+        DAY,
+        ProfilesConfig(),
+        CATALOGUE,
+    )
+    expected = {row["user_key"]: row["expected_margin"] for row in profiles.collect()}
+    assert expected == pytest.approx(
+        {user: wanted[user] * spend for user, spend in zip("abcd", (100, 2, 5, 4), strict=True)}
+    )
+
+
 def test_a_category_is_recommended_by_affinity_and_by_what_the_user_can_afford(platform: Platform) -> None:
     rows = {(row["user_key"], row["category"]): row for row in platform.arrow("category_affinity").to_pylist()}
     assert {user for user, _ in rows} == {"a", "b"}
@@ -322,7 +360,8 @@ def test_without_earlier_scores_there_is_no_trend(platform: Platform) -> None:
     read = platform.lakehouse.read
     scores = read("scores").filter(f"score_date = '{DAY}'")
     features = read("user_features").filter(f"as_of_date = '{DAY}'")
-    alone = user_profile(scores, {}, features, read("category_affinity"), DAY, ProfilesConfig(), CATALOGUE)
+    tables = features, read("category_affinity"), read("events")
+    alone = user_profile(scores, {}, *tables, DAY, ProfilesConfig(), CATALOGUE)
     trends = alone.select("compared_30d", "score_change_30d", "trend_30d", "compared_90d", "trend_90d").distinct()
     assert [tuple(row) for row in trends.collect()] == [(None,) * 5]
 
@@ -339,6 +378,7 @@ def test_why_so_much_is_expected_is_told_in_words(platform: Platform) -> None:
         {},
         features,
         read("category_affinity"),
+        read("events"),
         DAY,
         ProfilesConfig(),
         CATALOGUE,

@@ -21,7 +21,7 @@ from bp_spark.ingest.identity import CHANGED, KNOWN, MOVED, NEW, add_state, move
 from bp_spark.ingest.sources import source_digests
 from bp_spark.ingest.texts_job import add_texts, replace_texts
 from bp_spark.lakehouse.run import Run, Step
-from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.store import Lakehouse, read_as_declared
 from bp_spark.lakehouse.tables import EVENTS, QUARANTINE, RAW_TABLES
 
 _RULES_SHOWN = 3
@@ -44,7 +44,7 @@ def clean(run: Run, rebuild: bool) -> None:
     """
     lakehouse, config = run.lakehouse, run.config.cleaning
     all_kept = run.config.privacy.retention_days.raw is None
-    raw = {table.name: lakehouse.read(table.name) for table in RAW_TABLES if lakehouse.exists(table.name)}
+    raw = {table.name: read_as_declared(lakehouse, table) for table in RAW_TABLES if lakehouse.exists(table.name)}
     with run.step("clean", EVENTS) as step:
         files = entries(lakehouse)
         last = max((row["ingest_id"] for row in files), default=0)

@@ -38,7 +38,7 @@ ACTIONS = ("browse", "click", "cart", "favourite", "coupon")
 LOGS = tuple(table.name for table in RAW_LOGS)
 MONEY = "decimal(18,2)"
 
-_AMOUNTS = ("amount", "discount", "coupon_discount")
+_AMOUNTS = ("amount", "discount", "coupon_discount", "cost")
 _JSON = {"timestampFormat": "yyyy-MM-dd'T'HH:mm:ss.SSSSSSXXX"}
 _RAW = {table.name: table for table in (*RAW_LOGS, *RAW_CONTACTS)}
 
@@ -94,7 +94,7 @@ def rules(table: str, config: CleaningConfig, now: Column | None = None) -> Sequ
         return absent_or(column, converted <= config.max_amount, f"is beyond {config.max_amount:g}")
 
     def not_negative(column: str) -> Rule:
-        # a refund takes the reduction back
+        # a refund takes the reduction back, and goods
         return absent_or(column, (F.col(column) >= 0) | (F.col("amount") < 0), "is negative")
 
     known_item = (
@@ -114,9 +114,11 @@ def rules(table: str, config: CleaningConfig, now: Column | None = None) -> Sequ
             plausible("amount"),
             plausible("discount"),
             plausible("coupon_discount"),
+            plausible("cost"),
             finite("quantity"),
             not_negative("discount"),
             not_negative("coupon_discount"),
+            not_negative("cost"),
             absent_or("quantity", (F.col("quantity") >= 0) | (F.col("amount") <= 0), "is negative, amount is not"),
             *free_line,
             *known_item,

@@ -26,7 +26,10 @@ NEW, CHANGED, KNOWN, MOVED = "new", "changed", "known", "moved"
 """States of an event, by :func:`add_state` and :func:`moved_away`."""
 
 CONTENT = ("item_id", "instant", "quantity", "amount", "discount", "coupon_discount", "rating", "dwell_s", "own_text")
-"""Columns that identify a row without a line, beside user, kind and order."""
+"""Columns that identify a row without a line, beside user, kind and order.
+
+What it cost the shop is none of them: a platform that learns it later corrects its lines.
+"""
 
 _MOVES_S = 12 * 3600
 """Seconds that the time of a line may move over midnight."""
@@ -66,10 +69,11 @@ def identified(rows: DataFrame) -> DataFrame:
         F.when(F.col("snapshot") | has_line, F.lit("")).otherwise(_write_of("delivery")),
     ]
     # Spark sorts for this window, and the two of a line that follow need no other order; so do the two of an event
-    same_write = Window.partitionBy("place", "identity", "superseded", *write).orderBy("ts", "ingest_id", "delivery")
+    delivered_first = ("ts", "ingest_id", "delivery", "cost")
+    same_write = Window.partitionBy("place", "identity", "superseded", *write).orderBy(*delivered_first)
     same_line = Window.partitionBy("place")
-    content = [F.desc(name) for name in CONTENT]
-    newest = [F.desc("live"), F.desc("ingest_id"), F.desc("delivery"), *content, F.desc("category"), F.desc("text_id")]
+    content = [F.desc(name) for name in (*CONTENT, "cost", "category", "text_id")]
+    newest = [F.desc("live"), F.desc("ingest_id"), F.desc("delivery"), *content]
     event = ("place", "identity", "occurrence")
     # few lines have two days; only their deliveries are held against each other
     delivered = F.struct(*_DELIVERED)

@@ -433,9 +433,9 @@ class Lakehouse(CommitLog):
 
 def read_as_declared(lakehouse: Lakehouse, table: Table) -> DataFrame:
     """Return a table with all columns that are declared today; rows from before a column existed hold NULL in it."""
-    # made of Python's rows, it would start Python workers
-    no_rows = lakehouse.spark.range(0).select(*map(typed_null, table.schema.fields))
-    return no_rows.unionByName(lakehouse.read(table.name), allowMissingColumns=True)
+    rows = lakehouse.read(table.name)
+    declared = [F.col(f.name) if f.name in rows.columns else typed_null(f) for f in table.schema]
+    return rows.select(*declared, *(name for name in rows.columns if name not in table.schema.names))
 
 
 @contextmanager

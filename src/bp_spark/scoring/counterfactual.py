@@ -19,7 +19,7 @@ from bp_spark.core.config import Config, FeaturesConfig
 from bp_spark.core.errors import DataError
 from bp_spark.features import catalogue, user_daily
 from bp_spark.ingest.texts import model_digest
-from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.store import Lakehouse, read_as_declared
 from bp_spark.lakehouse.tables import EVENTS
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry.bundle import Bundle
@@ -77,7 +77,7 @@ def what_if(
     after = before
     if change is not None:
         embeddings = lakehouse.read("text_embeddings").filter(F.col("model_digest") == model_digest(config.texts))
-        tables = lakehouse.read("events"), lakehouse.read("user_daily"), lakehouse.read("texts"), embeddings
+        tables = read_as_declared(lakehouse, EVENTS), lakehouse.read("user_daily"), lakehouse.read("texts"), embeddings
         after = counterfactual_features(*tables, user_key, score_date, change, config.features).toPandas()
     if changed_features:
         after = with_features(after, changed_features)
@@ -101,7 +101,8 @@ def one_more_order(at: datetime, times: float = 1.0) -> Change:
         last_order = orders.agg(F.max_by("order_id", F.struct("ts", "order_id")).alias("order_id")).filter(
             "order_id IS NOT NULL"
         )
-        scaled = {name: F.col(name) * F.lit(times) for name in ("amount", "quantity", "discount", "coupon_discount")}
+        sums = ("amount", "quantity", "discount", "coupon_discount", "cost")
+        scaled = {name: F.col(name) * F.lit(times) for name in sums}
         added = orders.join(last_order, "order_id", "left_semi").withColumns(
             {
                 "event_id": F.concat(F.lit("imagined-"), F.col("event_id")),

@@ -257,7 +257,7 @@ class TableMapping(Section):
 class OrdersMapping(TableMapping):
     """Where order lines come from."""
 
-    per_order: tuple[Literal["amount", "discount", "coupon_discount"], ...] = ()
+    per_order: tuple[Literal["amount", "discount", "coupon_discount", "cost"], ...] = ()
     """Columns that hold the order's total on each of its lines."""
 
     @property

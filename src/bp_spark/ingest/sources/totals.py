@@ -12,7 +12,7 @@ from pyspark.sql import functions as F
 from bp_spark.ingest.sources.contract import text_map
 
 _ORDER = ("delivery", "user_id", "order_id")
-_LINE = ("line_id", "item_id", "ts", "quantity", "amount", "discount", "coupon_discount", "currency")
+_LINE = ("line_id", "item_id", "ts", "quantity", "amount", "discount", "coupon_discount", "currency", "cost")
 _MONEY = "decimal(18,2)"
 
 

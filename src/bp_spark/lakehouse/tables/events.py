@@ -63,6 +63,7 @@ EVENTS = Table(
         ("quantity", "double", "Units of a purchase"),
         ("discount", "decimal(18,2)", "Reduction already taken off the amount"),
         ("coupon_discount", "decimal(18,2)", "Part of the reduction that came from coupons"),
+        ("cost", "decimal(18,2)", "What a purchase cost the shop, in the platform's currency; NULL: unknown"),
         ("rating", "double", "Rating of a review"),
         ("dwell_s", "double", "Seconds of a browse, if measured"),
         ("ingest_id", "bigint!", "First ingest that brought the event"),

@@ -57,6 +57,12 @@ USER_PROFILE = Table(
             "Expected spend over the longest horizon, later spend discounted by profiles.discount_rate a year; NULL: the "
             "scores know no horizons",
         ),
+        (
+            "expected_margin",
+            "double",
+            "Part of the expected spend that is left once the goods are paid, in currency; NULL: no cost is known",
+        ),
+        ("margin_share", "double", "The same as a share of the expected spend, by the margins of the past year"),
         ("reasons", "array<string>!", "Reasons for the expected spend in words, strongest first"),
         (
             "compared_30d",

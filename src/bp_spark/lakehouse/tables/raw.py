@@ -25,6 +25,11 @@ RAW_TRANSACTIONS = Table(
         ("amount", "decimal(18,2)", "Money paid for the line after discounts; negative for a refund"),
         ("discount", "decimal(18,2)", "Price reduction already taken off the amount"),
         ("coupon_discount", "decimal(18,2)", "Part of the reductions that came from coupons"),
+        (
+            "cost",
+            "decimal(18,2)",
+            "What the line cost the shop, in the currency of the amount; negative for goods that came back",
+        ),
         ("currency", "string", "ISO 4217 code"),
         *_DELIVERED,
         *_INGESTED,

@@ -193,7 +193,8 @@ def _write(
     version = lakehouse.replace(CATEGORY_AFFINITY, affinity, after=reservation, **commit)
     affinity = lakehouse.read("category_affinity", version)
     earlier = {span: compared for span in SPANS if (compared := _compared_scores(tables["scores"], day, span))}
-    rows = user_profile(scores, earlier, features, affinity, day, config, catalogue(run.config.features), refunds)
+    names = catalogue(run.config.features)
+    rows = user_profile(scores, earlier, features, affinity, tables["events"], day, config, names, refunds)
     version = lakehouse.replace(USER_PROFILE, rows, after=reservation, **commit)
     profiles = lakehouse.read("user_profile", version)
     lakehouse.replace(RISK_CONTROL, risk_control(profiles, config), after=reservation, **commit)

@@ -17,6 +17,7 @@ from bp_spark.lakehouse.tables import RISK_REASON, USER_PROFILE
 from bp_spark.model.refunds import Refunds
 from bp_spark.model.stack import relative_width
 from bp_spark.scoring.profiles.columns import as_double, as_long, shaped
+from bp_spark.scoring.profiles.margins import with_margin_share
 from bp_spark.scoring.reasons import in_words
 
 SPANS = (30, 90)
@@ -34,6 +35,7 @@ def user_profile(
     earlier: Mapping[int, tuple[date, DataFrame]],
     features: DataFrame,
     affinity: DataFrame,
+    events: DataFrame,
     day: date,
     config: ProfilesConfig,
     catalogue: Catalogue,
@@ -50,6 +52,7 @@ def user_profile(
         earlier: Days of SPANS -> the date with which the score is compared, and rows of SCORES of that date.
         features: Rows of ``user_features`` of ``day``.
         affinity: CATEGORY_AFFINITY of ``day``.
+        events: EVENTS, for margins.
         day: The date.
         config: Settings of the profiles.
         catalogue: Names the features in reasons.
@@ -62,6 +65,7 @@ def user_profile(
         scores.withColumnRenamed("risk_level", "interval_risk")
         .join(_facts(features, refunds), "user_key", "left")
         .join(_top_interests(affinity, config.interests), "user_key", "left")
+        .transform(with_margin_share, events, day)
         .transform(lambda df: reduce(lambda one, span: _with_trend(one, span, earlier.get(span), config), SPANS, df))
         .withColumns(
             {
@@ -73,6 +77,7 @@ def user_profile(
                     F.col("tenure"), F.col("days_since_purchase"), config.active_days, config.dormant_days
                 ),
                 "activity": _activity(config),
+                "expected_margin": F.col("expected_spend") * F.col("margin_share"),
                 "value": discounted_value(F.col("expected_by_horizon"), config.discount_rate),
                 "interval_width": relative_width({name: F.col(name) for name in ("expected_spend", "low", "high")}),
             }
