@@ -94,6 +94,29 @@ def test_a_night_whose_rows_do_not_balance_is_judged_again_until_they_do(
     assert [amount for _, amount in spend(spark, settings)] == [*[10.0] * earlier, 20.0]
 
 
+def test_tables_from_before_there_were_costs_are_gone_on_with(
+    spark: SparkSession, tmp_path: Path, night: Callable[..., dict[str, dict[str, Any]]]
+) -> None:
+    settings = settings_of(tmp_path, "orders/*.csv", "csv", ", cost: {column: line}")
+    write(tmp_path / "orders/1.csv", "u1,o1,,2024-05-01 10:00:00,10.00", "u2,o2,,2024-05-01 11:00:00,a lot")
+    night(settings)
+    lakehouse = Lakehouse(spark, settings.tables)
+    for name in ("raw_transactions", "events"):
+        older = lakehouse.read(name).drop("cost").localCheckpoint()
+        writer = older.write.format("delta").mode("overwrite").option("overwriteSchema", "true")
+        writer.partitionBy("ingest_id" if name == "raw_transactions" else "month").save(lakehouse.location(name))
+    # a day with an event that is known, and one that comes with its cost
+    write(tmp_path / "orders/2.csv", "u1,o1,,2024-05-01 10:00:00,10.00", "u3,o3,12.00,2024-05-01 12:00:00,30.00")
+    figures = night(settings)["clean"]
+    assert (figures["events"], figures["duplicates"], figures["quarantine"]) == ("1", "1", "0")
+    costs = [(float(row["amount"]), row["cost"]) for row in lakehouse.read("events").orderBy("amount").collect()]
+    assert costs == [(10.0, None), (30.0, Decimal(12))]
+    # all anew from raw rows of which some have no such column
+    night(settings, rebuild=True)
+    again = [(float(row["amount"]), row["cost"]) for row in lakehouse.read("events").orderBy("amount").collect()]
+    assert again == costs
+
+
 def test_a_file_that_comes_again_supersedes_its_days_and_a_touched_one_brings_nothing(
     spark: SparkSession, tmp_path: Path, night: Callable[..., dict[str, dict[str, Any]]]
 ) -> None:

@@ -80,6 +80,7 @@ def random_events(seed: int, users: int = 12, days: int = 120, around: date = AS
                     "quantity": float(rng.integers(0, 5)) if purchase else None,
                     "discount": round(float(rng.random()), 2) if purchase and rng.random() < 0.5 else None,
                     "coupon_discount": 0.1 if purchase and rng.random() < 0.2 else None,
+                    "cost": None,
                     "rating": float(rng.integers(1, 6)) if kind == "review" else None,
                     "dwell_s": float(rng.random() * 100) if kind == "browse" and rng.random() < 0.7 else None,
                     "ingest_id": 1,
