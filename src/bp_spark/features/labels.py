@@ -143,7 +143,7 @@ def _spend(daily: DataFrame, as_of: Sequence[date], horizons: Mapping[str, int],
 
 
 def sums_ahead(
-    daily: DataFrame, as_of: Sequence[date], sums: Mapping[str, tuple[str, int]], until: date | None
+    daily: DataFrame, as_of: Sequence[date], sums: Mapping[str, tuple[str, int]], until: date | None = None
 ) -> DataFrame:
     """Return ``user_key, as_of_date`` and sums of money from each date on; no row without an event in the longest horizon.
 

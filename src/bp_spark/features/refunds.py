@@ -32,9 +32,7 @@ def past_year() -> tuple[Column, Column]:
     return paid, paid * share
 
 
-def with_horizon(
-    users: DataFrame, daily: DataFrame, as_of: Sequence[date], horizon_days: int, until: date | None = None
-) -> DataFrame:
+def with_horizon(users: DataFrame, daily: DataFrame, as_of: Sequence[date], horizon_days: int) -> DataFrame:
     """Return the money of users before their as-of date and from it on.
 
     Args:
@@ -42,7 +40,6 @@ def with_horizon(
         daily: USER_DAILY.
         as_of: Their dates.
         horizon_days: Days from the date on.
-        until: The first day that is not seen; ``None`` sees all days.
 
     Returns:
         ``user_key, as_of_date``; ``paid`` and ``refunded`` of :func:`past_year`; ``later_paid`` and ``later_refunded``, the
@@ -51,7 +48,7 @@ def with_horizon(
     sums = {"net": ("spend", horizon_days), "back": ("refunds", horizon_days)}
     later_refunded = F.coalesce("back", F.lit(0.0))
     paid, refunded = past_year()
-    return users.join(sums_ahead(daily, as_of, sums, until), [*KEY], "left").select(
+    return users.join(sums_ahead(daily, as_of, sums), KEY, "left").select(
         *KEY,
         paid.alias("paid"),
         refunded.alias("refunded"),

@@ -60,9 +60,8 @@ def collect_refunds(run: Run, test_date: date) -> pd.DataFrame:
     config, lakehouse = run.config, run.lakehouse
     dates = labels.cutoffs(span(lakehouse)[0], test_date, config.labels)
     users = lakehouse.read("user_features").filter(F.col("as_of_date").isin(*dates)).select(*labels.KEY, *PAST)
-    rows = with_horizon(
-        sample(users, config), lakehouse.read("user_daily"), dates, config.labels.horizon_days, test_date
-    )
+    # all of these horizons end by the test date
+    rows = with_horizon(sample(users, config), lakehouse.read("user_daily"), dates, config.labels.horizon_days)
     is_holdout = labels.fold(config.labels) == labels.HOLDOUT
     frame: pd.DataFrame = rows.withColumn("is_holdout", is_holdout).toArrow().to_pandas()
     return frame
