@@ -16,6 +16,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "train": ("petastorm", "optuna", "peft", "tensorboard"),
     "duckdb": ("duckdb",),
     "market": ("statsforecast",),
+    "openlineage": ("openlineage",),
 }
 """Extra -> modules that it brings and that the code needs."""
 

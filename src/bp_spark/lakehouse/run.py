@@ -15,11 +15,12 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, Row, SparkSession
 
-from bp_spark.core import logs, scratch
+from bp_spark.core import extras, logs, scratch
 from bp_spark.core.config import Config, TablesConfig, digest
 from bp_spark.core.errors import BpSparkError
 from bp_spark.core.spark_errors import translate
 from bp_spark.core.version import __version__
+from bp_spark.lakehouse import openlineage
 from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import RUNS
@@ -280,10 +281,12 @@ class Run:
         )
 
     def close(self) -> None:
-        """Write the stages to ``runs``."""
+        """Write the stages to ``runs``, and send them to OpenLineage where that is asked for."""
         if self.records:
             rows = self.spark.createDataFrame(self.records, RUNS.schema)
             Lakehouse(self.spark, self.config.tables).append(RUNS, rows)
+        if self.config.tracking.openlineage:
+            openlineage.send(self.records, self.config.tables)
 
     def _record(
         self,
@@ -334,7 +337,12 @@ def recorded(spark: SparkSession, config: Config, job: str) -> Iterator[Run]:
     """Yield a run whose stages are written to ``runs`` when the block ends.
 
     An error of the block is raised in preference to an error of that write.
+
+    Raises:
+        PlatformError: ``tracking.openlineage`` is set, and its extra is not installed.
     """
+    if config.tracking.openlineage:
+        extras.require("openlineage", "tracking.openlineage")
     run = Run(spark, config, job)
     try:
         with logs.each_warning_once(), translate(), scratch.opened(spark, config.tables):

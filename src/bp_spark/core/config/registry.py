@@ -17,7 +17,7 @@ def _unreserved(alias: str) -> str:
 
 
 class TrackingConfig(Section):
-    """The registry of bundles and the record of trainings and trials, in MLflow."""
+    """The registry of bundles and the record of trainings and trials, in MLflow; events for OpenLineage."""
 
     uri: str | None = Field(
         "sqlite:///tracking/mlflow.db",
@@ -39,6 +39,11 @@ class TrackingConfig(Section):
         "tracking/artifacts",
         description="Folder of the bundles of a SQLite store, fixed by the experiment's first run. A server has its "
         "own place.",
+    )
+    openlineage: bool = Field(
+        False,
+        description="Whether each run sends what its stages read and wrote as events of OpenLineage, to where "
+        "`OPENLINEAGE_URL` or `openlineage.yml` say. It takes the extra `openlineage`.",
     )
 
 
