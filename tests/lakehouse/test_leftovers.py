@@ -176,6 +176,7 @@ def test_a_file_that_a_job_writes_after_the_fence_and_commits_after_the_clean_up
 
     beside_the_fence(write)
     grown.vacuum("things")
+    assert fresh.exists()
     added = {
         "path": str(fresh.relative_to(folder)),
         "partitionValues": {"kind": "plain"},
