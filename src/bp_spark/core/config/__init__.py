@@ -34,6 +34,7 @@ from bp_spark.core.config.model import (
     TreesConfig,
 )
 from bp_spark.core.config.prospects import ProspectsConfig
+from bp_spark.core.config.recommendations import RecommendationsConfig
 from bp_spark.core.config.registry import SigningConfig, TrackingConfig
 from bp_spark.core.config.scoring import (
     FILLED_IN,
@@ -89,6 +90,7 @@ __all__ = [
     "PrivacyConfig",
     "ProfilesConfig",
     "ProspectsConfig",
+    "RecommendationsConfig",
     "RetentionConfig",
     "ScoringConfig",
     "SearchConfig",

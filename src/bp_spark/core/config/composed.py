@@ -13,6 +13,7 @@ from bp_spark.core.config.features import FeaturesConfig, LabelsConfig
 from bp_spark.core.config.governance import PrivacyConfig
 from bp_spark.core.config.model import FusionConfig, LinearConfig, NetworkConfig, TreesConfig
 from bp_spark.core.config.prospects import ProspectsConfig
+from bp_spark.core.config.recommendations import RecommendationsConfig
 from bp_spark.core.config.registry import SigningConfig, TrackingConfig
 from bp_spark.core.config.scoring import LabellingConfig, ProfilesConfig, ScoringConfig
 from bp_spark.core.config.sources import CleaningConfig, SourceConfig, SyntheticConfig, TextsConfig
@@ -40,6 +41,7 @@ class Config(Section):
     scoring: ScoringConfig = ScoringConfig()
     prospects: ProspectsConfig = ProspectsConfig()
     profiles: ProfilesConfig = ProfilesConfig()
+    recommendations: RecommendationsConfig = RecommendationsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     drift: DriftConfig = DriftConfig()
     fairness: FairnessConfig = FairnessConfig()

@@ -43,6 +43,7 @@ from bp_spark.lakehouse.tables.raw import (
     RAW_TRANSACTIONS,
     RAW_USERS,
 )
+from bp_spark.lakehouse.tables.recommendations import RECOMMENDATIONS
 from bp_spark.lakehouse.tables.scores import GIVEN_LABELS, LABEL_REQUESTS, SCORES, SCORES_LATEST
 
 SHARED_TABLES = (
@@ -65,6 +66,7 @@ SHARED_TABLES = (
     TOTALS,
     COHORTS,
     MARKET_FORECAST,
+    RECOMMENDATIONS,
     EXPERIMENTS,
     EXPERIMENT_RESULTS,
     RUNS,
@@ -121,6 +123,7 @@ __all__ = [
     "RAW_TABLES",
     "RAW_TRANSACTIONS",
     "RAW_USERS",
+    "RECOMMENDATIONS",
     "RISK_CONTROL",
     "RISK_REASON",
     "RUNS",

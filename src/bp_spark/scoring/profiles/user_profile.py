@@ -72,7 +72,7 @@ def user_profile(
                 "score_date": F.lit(day),
                 "reasons": in_words(F.col("reasons"), catalogue),
                 "interests": F.coalesce("interests", F.array().cast(USER_PROFILE.schema["interests"].dataType)),
-                "price_tier": _price_tier(),
+                "price_tier": price_tier(F.col("price_position")),
                 "stage": buyer_stage(
                     F.col("tenure"), F.col("days_since_purchase"), config.active_days, config.dormant_days
                 ),
@@ -175,8 +175,8 @@ def _with_trend(
     )
 
 
-def _price_tier() -> Column:
-    position = F.col("price_position")
+def price_tier(position: Column) -> Column:
+    """Return budget, standard or premium by standard deviations of log prices within their category; NULL stays NULL."""
     tier = F.when(position >= TIER_BORDER, "premium").when(position <= -TIER_BORDER, "budget")
     return tier.when(position.isNotNull(), "standard")
 
