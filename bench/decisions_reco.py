@@ -46,7 +46,9 @@ def reco(spark: SparkSession, settings: Config) -> dict[str, float]:
     users = scored_users({"scores": scores}, newest)
     found = pd.concat([of_date(events, users, day, settings) for day in (newest - STEP, newest)])
     means = found.groupby("method").mean(numeric_only=True)
-    own, again = (found[found["method"] == method].set_index(["day", "user_key"])["ndcg"] for method in (OWN, "buy_again"))
+    own, again = (
+        found[found["method"] == method].set_index(["day", "user_key"])["ndcg"] for method in (OWN, "buy_again")
+    )
     gain = own - again
     figures = {
         "reco.ndcg": float(means.loc[OWN, "ndcg"]),

@@ -1,4 +1,4 @@
-"""A whole night in one session: new deliveries, features, scores, profiles, drift, and the page about it."""
+"""A whole night in one session: new deliveries, features, scores, profiles, recommendations, drift, and the page about it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from bp_spark.core.config import Config
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import RUNS
 from bp_spark.pipeline import DriftResult, ReportResult, ScoreResult
+from bp_spark.recommend.job import is_due
 
-STEPS = ("featurize", "score", "profile", "drift", "report")
-"""What a night does, in order; each is a job of its own in ``runs``."""
+STEPS = ("featurize", "score", "profile", "recommend", "drift", "report")
+"""What a night does, in order; each is a job of its own in ``runs``. Not every night has to recommend."""
 _NIGHTS = 5
 """Runs of a step whose median tells how long it will take."""
 _IN_MINUTES = 100
@@ -55,7 +56,7 @@ def night(
     strict: bool = False,
     page: str | Path | None = None,
 ) -> NightResult:
-    """Run a night: ingest and featurize, score, profile, check for drift, and write the page.
+    """Run a night: ingest and featurize, score, profile, recommend where it is due, check for drift, and write the page.
 
     A step whose inputs are unchanged writes nothing. So a night that was stopped goes on where it was when it is run again.
 
@@ -72,13 +73,19 @@ def night(
         ConfigError: a setting doesn't fit the stored tables.
         DataError: the source breaks the raw contract, or the date lies before the data.
     """
-    progress = _Progress(day, seconds_of_last_runs(Lakehouse(spark, config.tables)))
+    lakehouse = Lakehouse(spark, config.tables)
+    steps = [step for step in STEPS if step != "recommend" or is_due(lakehouse, config, day)]
+    progress = _Progress(day, steps, seconds_of_last_runs(lakehouse))
     stages = progress.step("featurize", lambda: pipeline.featurize(spark, config, [day], strict=strict))
     scored = progress.step("score", lambda: pipeline.score(spark, config, day, bundle))
     profiles = progress.step("profile", lambda: pipeline.profile(spark, config, day))
+    recommended = []
+    if "recommend" in steps:
+        recommended = progress.step("recommend", lambda: pipeline.recommend(spark, config, day))
     drift = progress.step("drift", lambda: pipeline.check_drift(spark, config, day))
     report = progress.step("report", lambda: pipeline.report(spark, config, day, page))
-    return NightResult(scored, drift, report, [*stages, *scored.stages, *profiles, *drift.stages, *report.stages])
+    all_stages = [*stages, *scored.stages, *profiles, *recommended, *drift.stages, *report.stages]
+    return NightResult(scored, drift, report, all_stages)
 
 
 def seconds_of_last_runs(lakehouse: Lakehouse) -> dict[str, float]:
@@ -103,15 +110,21 @@ def seconds_of_last_runs(lakehouse: Lakehouse) -> dict[str, float]:
 class _Progress:
     """Lines of the log that tell which step of a night begins, and how long the rest takes by the last nights."""
 
-    def __init__(self, day: date, usual: Mapping[str, float]) -> None:
-        self._day, self._usual = day, usual
+    def __init__(self, day: date, steps: Sequence[str], usual: Mapping[str, float]) -> None:
+        self._day, self._steps, self._usual = day, steps, usual
 
     def step(self, name: str, run: Callable[[], T]) -> T:
-        place = STEPS.index(name)
-        left = time_left(STEPS[place:], self._usual)
+        place = self._steps.index(name)
+        left = time_left(self._steps[place:], self._usual)
         fields = {"night": str(self._day), "step": name}
         logger.info(
-            "night %s, step %d of %d: %s%s", self._day, place + 1, len(STEPS), name, left, extra={"fields": fields}
+            "night %s, step %d of %d: %s%s",
+            self._day,
+            place + 1,
+            len(self._steps),
+            name,
+            left,
+            extra={"fields": fields},
         )
         return run()
 

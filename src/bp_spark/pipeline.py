@@ -17,6 +17,7 @@ from bp_spark.governance.key_rotation import rotate_keys
 from bp_spark.governance.maintenance import maintain
 from bp_spark.governance.retention import retain
 from bp_spark.ingest.quarantine import quarantine_by_rule
+from bp_spark.recommend.job import recommend
 from bp_spark.report.job import ReportResult, report
 from bp_spark.scoring.active_learning.job import SelectResult, add_labels, select_labels
 from bp_spark.scoring.counterfactual import what_if
@@ -53,6 +54,7 @@ __all__ = [
     "profile",
     "quarantine_by_rule",
     "read_experiment",
+    "recommend",
     "replay_quarantine",
     "report",
     "reproduce",

@@ -156,7 +156,7 @@ class Shop:
         return pipeline.score(self.spark, self.settings, _day(score_date), bundle, full)
 
     def night(self, day: Day, *, strict: bool = False) -> NightResult:
-        """Run a whole night: `featurize`, `score`, `profile`, the check for drift, and `report`.
+        """Run a whole night: `featurize`, `score`, `profile`, `recommend` where it is due, the check for drift, and `report`.
 
         A step whose inputs are unchanged writes nothing. Run a night that was stopped again, and it goes on where it was.
 
@@ -201,6 +201,29 @@ class Shop:
         from bp_spark import pipeline
 
         return pipeline.profile(self.spark, self.settings, None if score_date is None else _day(score_date))
+
+    def recommend(self, score_date: Day) -> list[dict[str, Any]]:
+        """Write the items that each scored user is likely to buy, with the reason, into `recommendations`.
+
+        Args:
+            score_date: A scored date.
+
+        Returns:
+            The stages that ran.
+
+        Raises:
+            DataError: The date has not been scored.
+
+        Example:
+            ```python
+            shop.recommend("2024-10-01")
+            shop.table("recommendations").filter("rank <= 3").show()
+            ```
+        """
+        extras.require("spark", "recommend")
+        from bp_spark import pipeline
+
+        return pipeline.recommend(self.spark, self.settings, _day(score_date))
 
     def report(self, score_date: Day, output: str | Path | None = None) -> ReportResult:
         """Write the page of a night, one HTML file without any user in it.

@@ -32,6 +32,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     model.select_labels,
     model.add_labels,
     nights.profile,
+    nights.recommend,
     nights.drift,
     nights.fairness,
     nights.report,

@@ -19,6 +19,7 @@ from bp_spark.lakehouse.tables import (
     CUSTOMER_SERVICE,
     PROSPECT_FEATURES,
     PROSPECT_SCORES,
+    RECOMMENDATIONS,
     RISK_CONTROL,
     SCORES,
     USER_PROFILE,
@@ -28,6 +29,8 @@ NEWEST_CONTACTS = 3
 """Contacts and consultations that are named; the others are counted."""
 MOST_TEXT = 120
 """Characters that are shown of a question that nobody has answered."""
+SHOWN_ITEMS = 5
+"""Recommended items that are named."""
 
 Row = Mapping[str, Any]
 Fact = tuple[str, Sequence[str]]
@@ -45,6 +48,7 @@ class Card:
         service: Row of ``customer_service``, if there is one.
         contacts: Rows of ``campaign_contacts``, newest first.
         consultations: Rows of ``consultations``, newest first.
+        recommendations: Rows of ``recommendations`` of the newest date, best first.
     """
 
     profile: Row
@@ -53,6 +57,7 @@ class Card:
     service: Row | None
     contacts: Sequence[Row]
     consultations: Sequence[Row]
+    recommendations: Sequence[Row] = ()
 
 
 def read(rows_where: Callable[..., list[dict[str, Any]]], user_key: str) -> Card:
@@ -95,7 +100,13 @@ def read(rows_where: Callable[..., list[dict[str, Any]]], user_key: str) -> Card
         service=of_date(CUSTOMER_SERVICE),
         contacts=sorted(rows(CAMPAIGN_CONTACTS), key=lambda row: (row["first_day"], row["contact_id"]), reverse=True),
         consultations=sorted(rows(CONSULTATIONS), key=lambda row: (row["ts"], row["consultation_id"]), reverse=True),
+        recommendations=_of_newest_date(rows(RECOMMENDATIONS)),
     )
+
+
+def _of_newest_date(recommendations: Sequence[Row]) -> list[Row]:
+    newest = max((row["score_date"] for row in recommendations), default=None)
+    return sorted((row for row in recommendations if row["score_date"] == newest), key=lambda row: row["rank"])
 
 
 def facts(card: Card) -> list[tuple[str, str]]:
@@ -109,6 +120,7 @@ def facts(card: Card) -> list[tuple[str, str]]:
         ("expected spend", _expected_spend(card)),
         ("chance of a first purchase" if is_prospect else "chance of any spend", [f"{profile['p_active']:.0%}"]),
         *(_of_prospect(profile) if is_prospect else _of_buyer(card)),
+        ("recommendations", [_recommendation(row) for row in card.recommendations[:SHOWN_ITEMS]]),
         ("campaigns", _newest(card.contacts, _contact)),
         ("open questions", [_question(row) for row in card.consultations if row["solved"] is False]),
         ("consultations", _newest(card.consultations, _consultation)),
@@ -232,3 +244,8 @@ def _consultation(row: Row) -> str:
 def _question(row: Row) -> str:
     asked = row["text"] or row["topic"] or row["channel"] or ""
     return f"{row['event_date']}: {shorten(asked, MOST_TEXT, placeholder=' …')}"
+
+
+def _recommendation(row: Row) -> str:
+    price = "" if row["price"] is None else f", about {row['price']:,.2f}"
+    return f"{row['item_id']}: {row['reason'].replace('_', ' ')}, {row['score']:.0%} within 28 days{price}"

@@ -1,4 +1,4 @@
-"""Commands of a night: all of it at once, or score, profile, check, report; and the demo, which runs the whole line."""
+"""Commands of a night: all of it at once, or score, profile, recommend, check, report; and the demo, which runs the whole line."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def night(
     ] = None,
     config_file: ConfigOption = None,
 ) -> None:
-    """Run a whole night in one session: featurize, score, profile, drift, report.
+    """Run a whole night in one session: featurize, score, profile, recommend, drift, report.
 
-    The log says which step begins, and how long the rest took on the last nights. A step whose inputs are unchanged
+    Recommendations are made every few nights (recommendations.every_days). The log says which step begins, and how long the rest took on the last nights. A step whose inputs are unchanged
     writes nothing: run a night that was stopped again, and it goes on where it was. A broken drift threshold is a warning
     here, and the scores stay.
 
@@ -128,8 +128,8 @@ def profile(
     date. A table whose inputs are unchanged stays as it is.
 
     With --user or --key the command shows what the tables say of one user: score, expected spend, reasons, trend,
-    risk, activity, next purchase, interests, talking points, and contacts with the shop. --user finds the key by
-    privacy.secret. The command ends with code 3 if that user has no profile.
+    risk, activity, next purchase, interests, recommendations, talking points, and contacts with the shop. --user finds
+    the key by privacy.secret. The command ends with code 3 if that user has no profile.
 
     Example: bp-spark profile profiles.region_segment=region privacy.smallest_group=20, then bp-spark profile --user
     1042
@@ -159,6 +159,27 @@ def _show_profile(settings: Config, user_id: str | None, user_key: str | None) -
         user_key = pseudonyms.load_secret(settings.privacy.secret).key_of(user_id)
     found = card.read(queries.rows_where(settings, "profile"), user_key or "")
     render.show(render.facts_table(f"user {name} on {found.profile['score_date']}", card.facts(found)))
+
+
+def recommend(
+    date: Annotated[str, typer.Option(help="Scored date YYYY-MM-DD.")],
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Choose the items that each scored user is likely to buy, with the reason, into the table recommendations.
+
+    Users of scores and prospect_scores of the date get up to ten items: what they buy again, what they looked at, what
+    users alike take, and what users of their level buy most. night runs this every recommendations.every_days. Only
+    that date of the table is replaced, and nothing is written if its inputs are unchanged.
+
+    Example: bp-spark recommend --date 2017-10-03
+    """
+    settings = common.load_settings(config_file, overrides)
+    day = config.parse_date(date)
+    from bp_spark import pipeline
+
+    stages = pipeline.recommend(common.start_session(settings, "recommend"), settings, day)
+    render.show(render.stage_table("recommend", stages))
 
 
 def drift(

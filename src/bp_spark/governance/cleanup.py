@@ -39,6 +39,7 @@ from bp_spark.lakehouse.tables import (
     PROSPECT_SCORES,
     QUARANTINE,
     RAW_TABLES,
+    RECOMMENDATIONS,
     SCORES_LATEST,
     TABLE_NAMES,
     TEXT_EMBEDDINGS,
@@ -61,7 +62,7 @@ def stop_other_writers(lakehouse: Lakehouse) -> dict[str, int]:
         Table -> version of the reservation under which it may be written.
     """
     of_ingest = (DELIVERIES, EVENTS, CONSULTATIONS, CAMPAIGN_CONTACTS, TEXTS, TEXT_EMBEDDINGS)
-    of_dates = (SCORES_LATEST, PROSPECT_SCORES, MARKET_SEGMENTS, TOTALS, COHORTS, MARKET_FORECAST)
+    of_dates = (SCORES_LATEST, PROSPECT_SCORES, MARKET_SEGMENTS, TOTALS, COHORTS, MARKET_FORECAST, RECOMMENDATIONS)
     derived = (*of_ingest, USER_DAILY, *of_dates)
     reservations = {
         table.name: lakehouse.reserve(table, lakehouse.commit_metadata(table.name))

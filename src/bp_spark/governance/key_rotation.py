@@ -33,12 +33,15 @@ from bp_spark.lakehouse.tables import (
     PROFILE_TABLES,
     PROSPECT_SCORES,
     RAW_TABLES,
+    RECOMMENDATIONS,
     SCORES,
     SCORES_LATEST,
     USER_DAILY,
     USER_KEYS,
 )
 
+OF_SCORES = (SCORES, SCORES_LATEST, PROSPECT_SCORES, RECOMMENDATIONS, EXPERIMENTS)
+"""Tables that get the new keys, though no raw row makes them."""
 PROVEN_KEYS = 1_000
 """Old keys that the proof looks for after a rotation."""
 
@@ -46,7 +49,7 @@ PROVEN_KEYS = 1_000
 def rotate_keys(spark: SparkSession, config: Config, to: str) -> list[dict[str, Any]]:
     """Give every user a new key, made with another secret, and erase the files that hold the old ones.
 
-    Raw rows, scores, experiments and survey labels get the new keys. A key is part of an event's identity, so events, contacts
+    Raw rows, scores, recommendations, experiments and survey labels get the new keys. A key is part of an event's identity, so events, contacts
     and what follows from them are derived from the raw rows again. Features, training sets, profiles and label requests are
     emptied: ``featurize``, ``train``, ``profile`` and ``select-labels`` make them again. A hash of the key decides holdout and
     folds, so both change: train again.
@@ -125,7 +128,7 @@ def _rekey(
         F.col("user_key").alias("_old"), pseudonyms.user_key(F.col("user_id"), new_secret).alias("_new")
     )
     with persisted(old_and_new) as keys:
-        for table in (*RAW_TABLES, SCORES, SCORES_LATEST, PROSPECT_SCORES, EXPERIMENTS, GIVEN_LABELS):
+        for table in (*RAW_TABLES, *OF_SCORES, GIVEN_LABELS):
             if not lakehouse.exists(table.name) or "user_key" not in table.schema.names:
                 continue
             rows = lakehouse.read(table.name)
@@ -148,8 +151,7 @@ def _require_keys_of_users(lakehouse: Lakehouse, users: DataFrame) -> None:
         DataError: Some rows have another key.
     """
     contacts = (CONSULTATIONS, CAMPAIGN_CONTACTS)
-    of_scores = (SCORES, SCORES_LATEST, PROSPECT_SCORES, EXPERIMENTS)
-    tables = (*RAW_TABLES, EVENTS, *contacts, USER_DAILY, *of_scores, GIVEN_LABELS)
+    tables = (*RAW_TABLES, EVENTS, *contacts, USER_DAILY, *OF_SCORES, GIVEN_LABELS)
     keys = [
         lakehouse.read(table.name).select(F.lit(table.name).alias("table"), "user_key").filter("user_key IS NOT NULL")
         for table in tables

@@ -28,6 +28,7 @@ ROW_DAYS: Mapping[str, Mapping[str, str]] = {
     "scores": dict.fromkeys(
         (
             *("scores", "scores_latest", "prospect_scores", "totals", "cohorts", "market_forecast", "experiments"),
+            "recommendations",
             *(table.name for table in PROFILE_TABLES),
         ),
         "score_date",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import date, timedelta
 
 from pyspark.sql import Column, DataFrame, Window
@@ -12,6 +13,7 @@ from pyspark.sql import functions as F
 from bp_spark.core.config import RecommendationsConfig
 from bp_spark.core.session import persisted
 from bp_spark.recommend import factors
+from bp_spark.recommend.factors import Factors
 from bp_spark.recommend.history import PRIOR_REPEATS, History, history, pairs_of, users_of, weight
 
 _OF_PAIR = ("purchase_days", "first_day", "last_day", "bought", "intent", "viewed", "days_28", "days_84")
@@ -28,8 +30,8 @@ def candidates(
 ) -> Iterator[DataFrame]:
     """Yield the candidates of each user.
 
-    An item is a candidate if somebody bought it in the last ``item_days``, and the user didn't in the last ``rest_days``. An item
-    that fewer than ``least_users`` users bought is one for these users only: it could tell of them.
+    An item is a candidate if somebody bought it in the last ``item_days``, and the user didn't in the last ``rest_days``.
+    An item that fewer than ``least_users`` users bought is one for these users only: it could tell of them.
 
     Args:
         events: EVENTS; days before ``day`` are read.
@@ -45,45 +47,44 @@ def candidates(
         ``level_share`` of the level's users who bought the item (0: not among the items that they buy most), and ``is_alike``:
         whether users alike propose it.
     """
-    with (
-        persisted(pairs_of(events, day, config)) as pairs,
-        persisted(users_of(events, day, config)) as buyers,
-    ):
-        past = history(pairs, buyers, day, least_users)
-        with persisted(past.items) as items:
-            whole = History(day, pairs, items, past.users)
-            common = items.filter((F.col("buyers") >= least_users) & _is_sold(day, config)).select("item_id")
-            with persisted(_candidates(whole, levels, users, common, config, least_users)) as rows:
-                yield rows
+    with ExitStack() as stack:
+
+        def once(df: DataFrame) -> DataFrame:
+            return stack.enter_context(persisted(df))
+
+        pairs = once(pairs_of(events, day, config))
+        past = history(pairs, users_of(events, day, config), day, least_users)
+        past = replace(past, items=once(past.items), users=once(past.users))
+        common = once(past.items.filter((F.col("buyers") >= least_users) & _is_sold(day, config)).select("item_id"))
+        alike = factors.fit(
+            pairs.join(common, "item_id", "left_semi").select(
+                "user_key", "item_id", F.log1p(2 * weight()).alias("rating")
+            ),
+            once(factors.dense_ids(pairs, "user_key", "user_id")),
+            once(factors.dense_ids(common, "item_id", "item_number")),
+            config,
+        )
+        popular = _popular(past, levels, common, config.candidates, least_users)
+        proposed = _proposed(pairs, users, popular, alike, config)
+        rows = _eligible(proposed, past, users, config, least_users)
+        yield once(rows.withColumn("preference", F.lit(0.0)) if alike is None else alike.with_preference(rows))
 
 
-def _candidates(
-    past: History,
-    levels: DataFrame,
-    users: DataFrame,
-    common: DataFrame,
-    config: RecommendationsConfig,
-    least_users: int,
+def _proposed(
+    pairs: DataFrame, users: DataFrame, popular: DataFrame, alike: Factors | None, config: RecommendationsConfig
 ) -> DataFrame:
-    user_ids = factors.dense_ids(past.pairs, "user_key", "user_id")
-    item_ids = factors.dense_ids(common, "item_id", "item_number")
-    ratings = past.pairs.join(common, "item_id", "left_semi").select(
-        "user_key", "item_id", F.log1p(2 * weight()).alias("rating")
-    )
-    fitted = factors.fit(ratings.filter("rating > 0"), user_ids, item_ids, config)
-    own = _own(past.pairs.join(users.select("user_key"), "user_key", "left_semi"), config.own_candidates)
-    sources = [own.withColumns({"level_share": F.lit(0.0), "is_alike": F.lit(False)})]
-    popular = _popular(past, levels, common, config.candidates, least_users)
+    """Return the items of all sources, one row for each user and item, with what any of them knows."""
+    keys = users.select("user_key")
+    own = _own(pairs.join(keys, "user_key", "left_semi"), config.own_candidates)
     of_level = users.select("user_key", "level").join(F.broadcast(popular), "level").drop("level")
-    sources.append(of_level.withColumn("is_alike", F.lit(False)))
-    if fitted is not None:
-        alike = fitted.best_items(users.select("user_key"), config.candidates)
-        sources.append(alike.withColumns({"level_share": F.lit(0.0), "is_alike": F.lit(True)}))
-    rows = _merged(sources)
-    eligible = _eligible(rows, past, users, config, least_users)
-    if fitted is None:
-        return eligible.withColumn("preference", F.lit(0.0))
-    return fitted.with_preference(eligible)
+    no_share, no, yes = F.lit(0.0).alias("level_share"), F.lit(False).alias("is_alike"), F.lit(True).alias("is_alike")
+    rows = own.select("*", no_share, no).unionByName(of_level.select("*", no), allowMissingColumns=True)
+    if alike is not None:
+        best = alike.best_items(keys, config.candidates).select("*", no_share, yes)
+        rows = rows.unionByName(best, allowMissingColumns=True)
+    columns = (*_OF_PAIR, "level_share", "is_alike")
+    merged = rows.groupBy("user_key", "item_id").agg(*(F.max(name).alias(name) for name in columns))
+    return merged.fillna(0, [name for name in _OF_PAIR if not name.endswith("_day")])
 
 
 def _is_sold(day: date, config: RecommendationsConfig) -> Column:
@@ -116,16 +117,6 @@ def _popular(past: History, levels: DataFrame, common: DataFrame, most: int, lea
         .join(F.broadcast(sizes), "level")
         .select("level", "item_id", (F.col("level_buyers") / F.col("level_users")).alias("level_share"))
     )
-
-
-def _merged(sources: list[DataFrame]) -> DataFrame:
-    """Return one row for each user and item of several sources, with what any of them knows."""
-    rows = sources[0]
-    for source in sources[1:]:
-        rows = rows.unionByName(source, allowMissingColumns=True)
-    columns = (*_OF_PAIR, "level_share", "is_alike")
-    merged = rows.groupBy("user_key", "item_id").agg(*(F.max(name).alias(name) for name in columns))
-    return merged.fillna(0, [name for name in _OF_PAIR if not name.endswith("_day")])
 
 
 def _eligible(

@@ -28,11 +28,11 @@ class History:
 
     Attributes:
         day: The date.
-        pairs: ``user_key, item_id, purchase_days, first_day, last_day, bought, intent, viewed, days_28, days_84``, a row for each
-            user and item. ``bought, intent, viewed`` are sums of weights that halve with age.
-        items: ``item_id, buyers, buyers_28, repeat_share, interval, sold_on, price, price_position``, a row an item. ``price`` is
-            the geometric mean of unit prices. ``interval`` is in days, ``price_position`` in standard deviations of the log
-            prices of the category. NULL stands for what fewer than ``least_users`` users would tell.
+        pairs: ``user_key, item_id, purchase_days, first_day, last_day, bought, intent, viewed, days_28, days_84``, a row
+            for each user and item. ``bought, intent, viewed`` are sums of weights that halve with age.
+        items: ``item_id, buyers, buyers_28, repeat_share, interval, sold_on, price, price_position``, a row an item.
+            ``price`` is the geometric mean of unit prices. ``interval`` is in days, ``price_position`` in standard
+            deviations of the log prices of the category. NULL stands for what fewer than ``least_users`` users would tell.
         users: ``user_key, user_days, user_days_28, user_span, order_value, user_position``, a row a buyer.
     """
 

@@ -62,7 +62,9 @@ def recommend(spark: SparkSession, config: Config, day: date) -> list[dict[str, 
                 persisted(recommended(choice, ranking, day, config.recommendations)) as rows,
             ):
                 step.replace(rows, where={"score_date": [day]}, after=step.version)
-                counts = rows.agg(F.count(F.lit(1)), F.count_distinct("user_key"), F.count_distinct("item_id")).collect()[0]
+                counts = rows.agg(
+                    F.count(F.lit(1)), F.count_distinct("user_key"), F.count_distinct("item_id")
+                ).collect()[0]
             step.figures |= dict(zip(("rows_out", "users", "items"), counts, strict=True))
         return run.records
 
@@ -95,9 +97,7 @@ def scored_users(tables: Mapping[str, DataFrame], day: date) -> DataFrame:
     return users
 
 
-def learned(
-    events: DataFrame, users: DataFrame, day: date, config: RecommendationsConfig, least_users: int
-) -> Ranking:
+def learned(events: DataFrame, users: DataFrame, day: date, config: RecommendationsConfig, least_users: int) -> Ranking:
     """Return the ranking, learned from candidates of 28 days before and from what was bought since.
 
     Args:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date, timedelta
-from types import MappingProxyType
 
 import numpy as np
 from pyspark.sql import Column, DataFrame, Window
@@ -30,7 +29,6 @@ LEAST_PURCHASES = 200
 """Purchased candidates, and others, that the ranking needs to learn from."""
 BUY_AGAIN, LOOKED_AT, SIMILAR_USERS, POPULAR = "buy_again", "looked_at", "similar_users", "popular_in_level"
 """Reasons."""
-MEASURED: Mapping[str, float] = MappingProxyType({})
 _ITERATIONS = 300
 _DIGITS = 4
 """Digits of a coefficient: the sums of ALS come in any order, and their last bits are no knowledge."""
@@ -183,4 +181,28 @@ def _reason() -> Column:
     )
 
 
-MEASURED_RANKING = Ranking(0.0, MEASURED)
+# of the Complete Journey, 28 days before 2017-10-03; it has neither carts nor views, so that their coefficients are assumptions
+MEASURED_RANKING = Ranking(
+    -4.79,
+    {
+        "is_bought": 0.87,
+        "purchase_days": 0.94,
+        "bought": 0.35,
+        "days_28": 0.40,
+        "days_84": 0.16,
+        "overdue": -0.45,
+        "early": 0.45,
+        "share_of_days": 0.20,
+        "visit_rate": 0.09,
+        "user_days_28": 0.22,
+        "intent": 1.0,
+        "viewed": 0.3,
+        "trend": 0.28,
+        "repeat_share": 1.10,
+        "preference": 0.21,
+        "affordability": 0.95,
+        "off_tier_new": -0.24,
+        "preference_new": 2.69,
+    },
+)
+"""Coefficients for a platform with too little history to learn from."""

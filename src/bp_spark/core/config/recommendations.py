@@ -24,7 +24,9 @@ class RecommendationsConfig(Section):
         90, description="An item that nobody bought in so many days is taken to be sold no more, and isn't recommended."
     )
     rest_days: int = Field(
-        1, ge=0, description="An item that the user bought in so many days before the date isn't recommended to that user."
+        1,
+        ge=0,
+        description="An item that the user bought in so many days before the date isn't recommended to that user.",
     )
     candidates: Positive = Field(
         20,
@@ -32,7 +34,8 @@ class RecommendationsConfig(Section):
         "them and the user's own items.",
     )
     own_candidates: Positive = Field(
-        100, description="Items a user that the user bought or looked at before, those with most weight, to choose among."
+        100,
+        description="Items a user that the user bought or looked at before, those with most weight, to choose among.",
     )
     learning_users: Positive = Field(
         2_000, description="Users, chosen by a hash, whose purchases of the last 28 days the ranking learns from."

@@ -10,7 +10,11 @@ RECOMMENDATIONS = Table(
         ("score_date", "date!", "Scored date; only events before this day are used"),
         ("rank", "int!", "Rank by score among the user's items, from 1"),
         ("item_id", "string!", "Item, as in events"),
-        ("score", "double!", "Probability that the user buys the item in the next 28 days, as learned from the last 28 days"),
+        (
+            "score",
+            "double!",
+            "Probability that the user buys the item in the next 28 days, as learned from the last 28 days",
+        ),
         (
             "reason",
             "string!",

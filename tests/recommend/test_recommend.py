@@ -1,0 +1,247 @@
+"""Recommendations of a toy shop: whose items, in which order, and what is never recommended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import date, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyspark.sql import Row, SparkSession
+from pyspark.sql import functions as F
+
+from bp_spark import pipeline
+from bp_spark.core.config import Config, RecommendationsConfig
+from bp_spark.core.errors import DataError
+from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.tables import EVENTS, PROSPECT_SCORES, RECOMMENDATIONS, SCORES
+from bp_spark.recommend import ranking
+from bp_spark.recommend.candidates import candidates
+from bp_spark.recommend.factors import dense_ids
+from bp_spark.recommend.history import history, pairs_of, users_of
+from bp_spark.recommend.job import is_due, learned
+from bp_spark.recommend.ranking import MEASURED_RANKING, recommended
+from tests.support.rows import frame, write_without_spark
+
+DAY = date(2024, 3, 10)
+K = 3
+SETTINGS = RecommendationsConfig(rank=4, iterations=2, candidates=4, items=4)
+MILK, TEA, SOAP = [f"u{n}" for n in range(6)], ["u0", "u1", "u2", "u3"], ["u4", "u5"]
+
+
+def done(user: str, item: str, days_before: int, amount: int = 2, kind: str = "purchase") -> dict[str, Any]:
+    return {
+        "user_key": user,
+        "event_date": DAY - timedelta(days=days_before),
+        "kind": kind,
+        "item_id": item,
+        "category": "Food",
+        "amount": Decimal(amount) if kind == "purchase" else None,
+        "quantity": 1.0,
+    }
+
+
+def shop() -> list[dict[str, Any]]:
+    """Milk is bought each week by six users, tea by four of them every four weeks, and soap by two."""
+    weekly = [done(user, "milk", days) for user in MILK for days in range(7, 100, 7)]
+    monthly = [done(user, "tea", days, 8) for user in TEA for days in (10, 38, 66)]
+    return [*weekly, *monthly, *(done(user, "soap", days) for user in SOAP for days in (20, 40))]
+
+
+def users(*names: str, budget: float | None = None) -> list[tuple[str, str, float | None]]:
+    return [(name, "A", budget) for name in names]
+
+
+EVERYONE = users(*MILK, "new")
+
+
+def choice(
+    spark: SparkSession,
+    lines: Sequence[Mapping[str, Any]],
+    chosen: Sequence[tuple[str, str, float | None]] = EVERYONE,
+    config: RecommendationsConfig = SETTINGS,
+) -> dict[str, dict[str, Row]]:
+    """User -> item -> candidate."""
+    of_users = spark.createDataFrame(list(chosen), "user_key string, level string, budget double")
+    levels = spark.createDataFrame([row[:2] for row in EVERYONE], "user_key string, level string")
+    with candidates(frame(spark, EVENTS, *map(dict, lines)), levels, of_users, DAY, config, K) as rows:
+        found: dict[str, dict[str, Row]] = {row[0]: {} for row in chosen}
+        for row in rows.collect():
+            assert row["item_id"] not in found[row["user_key"]]
+            found[row["user_key"]][row["item_id"]] = row
+        return found
+
+
+@pytest.fixture(scope="module")
+def plain(spark: SparkSession) -> dict[str, dict[str, Row]]:
+    return choice(spark, shop())
+
+
+def test_keys_are_numbered_without_a_gap(spark: SparkSession) -> None:
+    keys = spark.range(500).select(F.format_string("key %d", "id").alias("user_key"))
+    numbered = dense_ids(keys.unionByName(keys), "user_key", "user_id").collect()
+    assert sorted(row["user_id"] for row in numbered) == list(range(500))
+    assert len({row["user_key"] for row in numbered}) == 500
+
+
+def test_a_pair_has_its_days_and_an_item_its_interval_and_price_if_enough_users_tell_of_it(spark: SparkSession) -> None:
+    events = frame(spark, EVENTS, *shop(), done("u0", "tea", 10, 8), done("u0", "tea", 5, -8))
+    pairs = pairs_of(events, DAY, SETTINGS)
+    past = history(pairs, users_of(events, DAY, SETTINGS), DAY, K)
+    tea = pairs.filter("user_key = 'u0' AND item_id = 'tea'").collect()[0]
+    # two lines of a day are one purchase, and a refund is none
+    assert (tea["purchase_days"], tea["days_28"], tea["days_84"]) == (3, 1, 3)
+    weights = [0.5 ** (days / 60) for days in (10, 38, 66)]
+    assert tea["bought"] == pytest.approx(sum(weights), abs=1e-5)
+    items = {row["item_id"]: row for row in past.items.collect()}
+    assert (items["tea"]["interval"], items["milk"]["interval"]) == (28.0, 7.0)
+    assert (items["tea"]["price"], items["tea"]["buyers"]) == (pytest.approx(8.0), 4)
+    assert items["tea"]["price_position"] > 0 > items["milk"]["price_position"]
+    # two users bought soap: neither its price nor its interval of 20 days is shown
+    assert items["soap"]["price"] is None
+    assert items["soap"]["interval"] < 20
+    u4 = past.users.filter("user_key = 'u4'").collect()[0]
+    assert (u4["user_days"], u4["user_days_28"], u4["user_span"]) == (16, 5, 98)
+    assert u4["order_value"] == pytest.approx(2.0)
+
+
+def test_an_interval_is_the_users_own_beside_the_items(plain: dict[str, dict[str, Row]]) -> None:
+    # two repeats of 28 days, and two at the item's 28
+    assert plain["u0"]["tea"]["usual_interval"] == pytest.approx(28.0)
+    assert plain["u0"]["tea"]["days_since_bought"] == 10
+    assert plain["u4"]["tea"]["usual_interval"] is None
+
+
+def test_an_item_of_few_users_is_recommended_to_these_alone(
+    spark: SparkSession, plain: dict[str, dict[str, Row]]
+) -> None:
+    assert {user for user, items in plain.items() if "soap" in items} == set(SOAP)
+    # who looked at it is another user, too
+    looked = choice(spark, [*shop(), done("u0", "soap", 3, kind="cart")])
+    assert {user for user, items in looked.items() if "soap" in items} == set(SOAP)
+    with_third = choice(spark, [*shop(), done("u3", "soap", 20)])
+    assert "soap" in with_third["new"]
+
+
+def test_a_user_without_a_purchase_gets_what_the_level_buys(plain: dict[str, dict[str, Row]]) -> None:
+    assert set(plain["new"]) == {"milk", "tea"}
+    assert plain["new"]["milk"]["level_share"] == pytest.approx(6 / 7)
+    assert plain["new"]["milk"]["preference"] == 0.0
+
+
+def test_what_the_user_just_bought_and_what_nobody_buys_any_more_is_left_out(spark: SparkSession) -> None:
+    old = [done(user, "coal", days) for user in MILK for days in (91, 98)]
+    found = choice(spark, [*shop(), done("u0", "milk", 1), done("u1", "milk", 2), *old])
+    assert "milk" not in found["u0"]
+    assert "milk" in found["u1"]
+    assert not any("coal" in items for items in found.values())
+    assert "coal" in choice(spark, [*shop(), *old], config=SETTINGS.model_copy(update={"item_days": 91}))["u0"]
+
+
+def test_an_item_that_costs_more_than_the_user_will_spend_is_recommended_only_if_bought_before(
+    spark: SparkSession,
+) -> None:
+    found = choice(spark, shop(), users("u0", "u4", budget=5.0))
+    assert "tea" in found["u0"]
+    assert "tea" not in found["u4"]
+    assert "tea" in choice(spark, shop(), users("u4", budget=9.0))["u4"]
+
+
+def ranked(
+    spark: SparkSession, lines: Sequence[Mapping[str, Any]], config: RecommendationsConfig = SETTINGS
+) -> list[Row]:
+    events = frame(spark, EVENTS, *map(dict, lines))
+    of_users = spark.createDataFrame(EVERYONE, "user_key string, level string, budget double")
+    levels = of_users.select("user_key", "level")
+    found = learned(events, levels, DAY, config, K)
+    with candidates(events, levels, of_users, DAY, config, K) as rows:
+        return recommended(rows, found, DAY, config).orderBy("user_key", "rank").collect()
+
+
+def test_events_on_the_date_or_later_change_nothing(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    # so few purchases are enough to learn from
+    monkeypatch.setattr(ranking, "LEAST_PURCHASES", 2)
+    later = [done(user, item, -days, 500) for days in (0, 1, 20) for user in MILK for item in ("milk", "cake", "tea")]
+    before = ranked(spark, shop())
+    assert before
+    assert ranked(spark, [*shop(), *later, done("u4", "tea", 0, kind="cart")]) == before
+
+
+def test_the_ranking_learns_at_a_past_date_what_users_bought_since(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = frame(spark, EVENTS, *shop())
+    levels = spark.createDataFrame([row[:2] for row in EVERYONE], "user_key string, level string")
+    assert learned(events, levels, DAY, SETTINGS, K) == MEASURED_RANKING
+    monkeypatch.setattr(ranking, "LEAST_PURCHASES", 2)
+    found = learned(events, levels, DAY, SETTINGS, K)
+    # of 6 users x milk, 4 x tea, and soap of two who bought it 40 days ago; tea for the two who never bought it
+    assert (found.candidates, found.purchases) == (14, 12)
+    # those of the past that was learned from see nothing of the 28 days
+    bought_more = [done(user, "milk", days) for user in MILK for days in range(1, 28)]
+    same = learned(frame(spark, EVENTS, *shop(), *bought_more), levels, DAY, SETTINGS, K)
+    assert same == found
+
+
+def test_rows_have_rank_and_reason_and_no_more_than_asked_for(spark: SparkSession) -> None:
+    rows = ranked(spark, [*shop(), done("u4", "tea", 3, kind="favourite")], SETTINGS.model_copy(update={"items": 2}))
+    by_user: dict[str, list[Row]] = {}
+    for row in rows:
+        by_user.setdefault(row["user_key"], []).append(row)
+    assert set(by_user) == {*MILK, "new"}
+    for of_user in by_user.values():
+        assert [row["rank"] for row in of_user] == list(range(1, len(of_user) + 1))
+        assert len(of_user) <= 2
+        scores = [row["score"] for row in of_user]
+        assert scores == sorted(scores, reverse=True)
+        assert all(0 < score < 1 for score in scores)
+    milk = by_user["u0"][0]
+    assert (milk["item_id"], milk["reason"], milk["times_bought"], milk["days_since_bought"]) == (
+        "milk",
+        "buy_again",
+        14,
+        7,
+    )
+    assert (milk["price"], milk["price_tier"]) == (pytest.approx(2.0), "standard")
+    assert {row["reason"] for row in by_user["new"]} == {"popular_in_level"}
+    reasons = {
+        row["item_id"]: row["reason"]
+        for row in ranked(spark, [*shop(), done("u4", "tea", 3, kind="favourite")])
+        if row["user_key"] == "u4"
+    }
+    assert reasons == {"milk": "buy_again", "soap": "buy_again", "tea": "looked_at"}
+
+
+@pytest.fixture
+def scored(settings: Config, tmp_path: Path) -> Config:
+    folder = tmp_path / "lakehouse"
+    shown = [{"user_key": user, "score_date": DAY, "level": "A", "high": 100.0} for user in MILK]
+    write_without_spark(folder, SCORES, *shown, {**shown[0], "score_date": DAY - timedelta(days=1)})
+    write_without_spark(folder, PROSPECT_SCORES, {"user_key": "new", "score_date": DAY, "level": "A", "high": 5.0})
+    write_without_spark(folder, EVENTS, *shop())
+    changed = {"recommendations": SETTINGS, "privacy": settings.privacy.model_copy(update={"smallest_group": K})}
+    return settings.model_copy(update=changed)
+
+
+def test_the_job_writes_a_date_once_and_a_night_every_few_days(spark: SparkSession, scored: Config) -> None:
+    lakehouse = Lakehouse(spark, scored.tables)
+    assert is_due(lakehouse, scored, DAY)
+    (stage,) = pipeline.recommend(spark, scored, DAY)
+    assert (stage["status"], stage["figures"]["users"], stage["figures"]["candidates"]) == ("done", "7", "0")
+    rows = lakehouse.read(RECOMMENDATIONS.name).collect()
+    assert {row["user_key"] for row in rows} == {*MILK, "new"}
+    assert len(rows) == stage["rows_out"]
+    # a prospect whose expected spend is at most 5
+    assert [row["item_id"] for row in rows if row["user_key"] == "new"] == ["milk"]
+    (again,) = pipeline.recommend(spark, scored, DAY)
+    assert (again["status"], again["written"]) == ("unchanged", {})
+    # the night that is run again asks again; the next ones rest
+    dates = [DAY + timedelta(days=days) for days in (-1, 0, 1, 6, 7)]
+    assert [is_due(lakehouse, scored, day) for day in dates] == [True, True, False, False, True]
+    never = scored.model_copy(update={"recommendations": SETTINGS.model_copy(update={"every_days": None})})
+    assert not is_due(lakehouse, never, DAY + timedelta(days=7))
+    with pytest.raises(DataError, match="scores: holds no rows of 2024-03-11; run score for it"):
+        pipeline.recommend(spark, scored, DAY + timedelta(days=1))
+    assert lakehouse.read(RECOMMENDATIONS.name).count() == len(rows)
