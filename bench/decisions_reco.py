@@ -1,8 +1,8 @@
 """How right recommendations are: a part of :mod:`bench.decisions`.
 
 In: the demo's tables. Out: a line of JSON a figure on standard output. At the scored date and 56 days before it, users get ten
-items from events before the date. What they bought in the 28 days from the date on is the truth. Means are over users who bought
-something then.
+items from events before the date. What they bought in the 28 days from the date on is the truth. Means are over users who
+bought something then.
 
 - ``reco.ndcg``, ``reco.recall``: NDCG@10 and recall@10.
 - ``reco.ndcg_vs_popularity``: NDCG@10 over that of the ten items that most users bought in the last 28 days.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -22,12 +22,12 @@ from bp_spark.recommend.candidates import candidates
 from bp_spark.recommend.factors import dense_ids
 from bp_spark.recommend.history import history, pairs_of, users_of
 from bp_spark.recommend.job import is_due, learned
-from bp_spark.recommend.ranking import MEASURED_RANKING, recommended
+from bp_spark.recommend.ranking import Ranking, recommended
 from tests.support.rows import frame, write_without_spark
 
 DAY = date(2024, 3, 10)
 K = 3
-SETTINGS = RecommendationsConfig(rank=4, iterations=2, candidates=4, items=4)
+SETTINGS = RecommendationsConfig(rank=4, iterations=2, candidates=4, items=2)
 MILK, TEA, SOAP = [f"u{n}" for n in range(6)], ["u0", "u1", "u2", "u3"], ["u4", "u5"]
 
 
@@ -61,12 +61,11 @@ def choice(
     spark: SparkSession,
     lines: Sequence[Mapping[str, Any]],
     chosen: Sequence[tuple[str, str, float | None]] = EVERYONE,
-    config: RecommendationsConfig = SETTINGS,
 ) -> dict[str, dict[str, Row]]:
     """User -> item -> candidate."""
     of_users = spark.createDataFrame(list(chosen), "user_key string, level string, budget double")
     levels = spark.createDataFrame([row[:2] for row in EVERYONE], "user_key string, level string")
-    with candidates(frame(spark, EVENTS, *map(dict, lines)), levels, of_users, DAY, config, K) as rows:
+    with candidates(frame(spark, EVENTS, *map(dict, lines)), levels, of_users, DAY, SETTINGS, K) as rows:
         found: dict[str, dict[str, Row]] = {row[0]: {} for row in chosen}
         for row in rows.collect():
             assert row["item_id"] not in found[row["user_key"]]
@@ -115,14 +114,13 @@ def test_an_interval_is_the_users_own_beside_the_items(plain: dict[str, dict[str
 
 
 def test_an_item_of_few_users_is_recommended_to_these_alone(
-    spark: SparkSession, plain: dict[str, dict[str, Row]]
+    plain: dict[str, dict[str, Row]], changed: dict[str, dict[str, Row]]
 ) -> None:
-    assert {user for user, items in plain.items() if "soap" in items} == set(SOAP)
-    # who looked at it is another user, too
-    looked = choice(spark, [*shop(), done("u0", "soap", 3, kind="cart")])
-    assert {user for user, items in looked.items() if "soap" in items} == set(SOAP)
-    with_third = choice(spark, [*shop(), done("u3", "soap", 20)])
-    assert "soap" in with_third["new"]
+    # in the other shop u0 put it into the cart, and is another user still
+    for found in (plain, changed):
+        assert {user for user, items in found.items() if "soap" in items} == set(SOAP)
+    # three bought nails
+    assert "nails" in changed["new"]
 
 
 def test_a_user_without_a_purchase_gets_what_the_level_buys(plain: dict[str, dict[str, Row]]) -> None:
@@ -131,87 +129,105 @@ def test_a_user_without_a_purchase_gets_what_the_level_buys(plain: dict[str, dic
     assert plain["new"]["milk"]["preference"] == 0.0
 
 
-def test_what_the_user_just_bought_and_what_nobody_buys_any_more_is_left_out(spark: SparkSession) -> None:
-    old = [done(user, "coal", days) for user in MILK for days in (91, 98)]
-    found = choice(spark, [*shop(), done("u0", "milk", 1), done("u1", "milk", 2), *old])
-    assert "milk" not in found["u0"]
-    assert "milk" in found["u1"]
-    assert not any("coal" in items for items in found.values())
-    assert "coal" in choice(spark, [*shop(), *old], config=SETTINGS.model_copy(update={"item_days": 91}))["u0"]
+@pytest.fixture(scope="module")
+def changed(spark: SparkSession) -> dict[str, dict[str, Row]]:
+    """A shop where some just bought milk, coal was last sold 91 days ago, and some users will spend little."""
+    lines = [
+        *shop(),
+        *(done(user, "coal", days) for user in MILK for days in (91, 98)),
+        *(done(user, "wood", days) for user in MILK for days in (90, 98)),
+        *(done(user, "nails", 20) for user in MILK[:3]),
+        done("u0", "soap", 3, kind="cart"),
+        done("u0", "milk", 1),
+        done("u1", "milk", 2),
+    ]
+    return choice(spark, lines, [*users("u0", "u4", "new", budget=5.0), *users("u1", "u5", budget=9.0)])
+
+
+def test_what_the_user_just_bought_and_what_nobody_buys_any_more_is_left_out(
+    changed: dict[str, dict[str, Row]],
+) -> None:
+    assert "milk" not in changed["u0"]
+    assert "milk" in changed["u1"]
+    assert all("wood" in items and "coal" not in items for user, items in changed.items() if user != "new")
 
 
 def test_an_item_that_costs_more_than_the_user_will_spend_is_recommended_only_if_bought_before(
-    spark: SparkSession,
+    changed: dict[str, dict[str, Row]],
 ) -> None:
-    found = choice(spark, shop(), users("u0", "u4", budget=5.0))
-    assert "tea" in found["u0"]
-    assert "tea" not in found["u4"]
-    assert "tea" in choice(spark, shop(), users("u4", budget=9.0))["u4"]
+    # tea costs 8; u0 and u1 bought it before
+    assert {user for user, items in changed.items() if "tea" in items} == {"u0", "u1", "u5"}
 
 
-def ranked(
-    spark: SparkSession, lines: Sequence[Mapping[str, Any]], config: RecommendationsConfig = SETTINGS
-) -> list[Row]:
+def ranked(spark: SparkSession, lines: Sequence[Mapping[str, Any]]) -> tuple[Ranking, list[Row]]:
     events = frame(spark, EVENTS, *map(dict, lines))
     of_users = spark.createDataFrame(EVERYONE, "user_key string, level string, budget double")
     levels = of_users.select("user_key", "level")
-    found = learned(events, levels, DAY, config, K)
-    with candidates(events, levels, of_users, DAY, config, K) as rows:
-        return recommended(rows, found, DAY, config).orderBy("user_key", "rank").collect()
+    found = learned(events, levels, DAY, SETTINGS, K)
+    with candidates(events, levels, of_users, DAY, SETTINGS, K) as rows:
+        return found, recommended(rows, found, DAY, SETTINGS).orderBy("user_key", "rank").collect()
 
 
-def test_events_on_the_date_or_later_change_nothing(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    # so few purchases are enough to learn from
-    monkeypatch.setattr(ranking, "LEAST_PURCHASES", 2)
+@pytest.fixture(scope="module", autouse=True)
+def few_purchases_are_enough() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ranking, "LEAST_PURCHASES", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def of_shop(spark: SparkSession) -> tuple[Ranking, list[Row]]:
+    return ranked(spark, [*shop(), done("u4", "tea", 3, kind="favourite")])
+
+
+def test_events_on_the_date_or_later_change_nothing(spark: SparkSession, of_shop: tuple[Ranking, list[Row]]) -> None:
     later = [done(user, item, -days, 500) for days in (0, 1, 20) for user in MILK for item in ("milk", "cake", "tea")]
-    before = ranked(spark, shop())
-    assert before
-    assert ranked(spark, [*shop(), *later, done("u4", "tea", 0, kind="cart")]) == before
+    favourites = [done("u4", "tea", days, kind="favourite") for days in (3, 0)]
+    assert ranked(spark, [*shop(), *later, *favourites]) == of_shop
 
 
 def test_the_ranking_learns_at_a_past_date_what_users_bought_since(
-    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+    spark: SparkSession, of_shop: tuple[Ranking, list[Row]]
 ) -> None:
-    events = frame(spark, EVENTS, *shop())
-    levels = spark.createDataFrame([row[:2] for row in EVERYONE], "user_key string, level string")
-    assert learned(events, levels, DAY, SETTINGS, K) == MEASURED_RANKING
-    monkeypatch.setattr(ranking, "LEAST_PURCHASES", 2)
-    found = learned(events, levels, DAY, SETTINGS, K)
-    # of 6 users x milk, 4 x tea, and soap of two who bought it 40 days ago; tea for the two who never bought it
+    found, _ = of_shop
+    # milk of six users, tea of four and soap of two; the other two could have had tea
     assert (found.candidates, found.purchases) == (14, 12)
-    # those of the past that was learned from see nothing of the 28 days
-    bought_more = [done(user, "milk", days) for user in MILK for days in range(1, 28)]
-    same = learned(frame(spark, EVENTS, *shop(), *bought_more), levels, DAY, SETTINGS, K)
-    assert same == found
+    # the candidates of 28 days before see nothing of what came then
+    more = [done(user, "milk", days) for user in MILK for days in range(1, 28)]
+    levels = spark.createDataFrame([row[:2] for row in EVERYONE], "user_key string, level string")
+    assert learned(frame(spark, EVENTS, *shop(), *more), levels, DAY, SETTINGS, K) == found
 
 
-def test_rows_have_rank_and_reason_and_no_more_than_asked_for(spark: SparkSession) -> None:
-    rows = ranked(spark, [*shop(), done("u4", "tea", 3, kind="favourite")], SETTINGS.model_copy(update={"items": 2}))
+def test_rows_have_rank_and_reason_and_no_more_than_asked_for(of_shop: tuple[Ranking, list[Row]]) -> None:
     by_user: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in of_shop[1]:
         by_user.setdefault(row["user_key"], []).append(row)
     assert set(by_user) == {*MILK, "new"}
     for of_user in by_user.values():
         assert [row["rank"] for row in of_user] == list(range(1, len(of_user) + 1))
-        assert len(of_user) <= 2
+        assert len(of_user) <= SETTINGS.items
         scores = [row["score"] for row in of_user]
         assert scores == sorted(scores, reverse=True)
-        assert all(0 < score < 1 for score in scores)
-    milk = by_user["u0"][0]
-    assert (milk["item_id"], milk["reason"], milk["times_bought"], milk["days_since_bought"]) == (
-        "milk",
-        "buy_again",
-        14,
-        7,
-    )
-    assert (milk["price"], milk["price_tier"]) == (pytest.approx(2.0), "standard")
+        assert all(0 <= score <= 1 for score in scores)
+    # u4 has three candidates
+    assert len(by_user["u4"]) == 2
+    milk = next(row for row in by_user["u0"] if row["item_id"] == "milk")
+    assert (milk["reason"], milk["times_bought"], milk["days_since_bought"]) == ("buy_again", 14, 7)
+    assert (milk["price"], milk["price_tier"], milk["usual_interval_days"]) == (pytest.approx(2.0), "standard", 7.0)
     assert {row["reason"] for row in by_user["new"]} == {"popular_in_level"}
-    reasons = {
-        row["item_id"]: row["reason"]
-        for row in ranked(spark, [*shop(), done("u4", "tea", 3, kind="favourite")])
-        if row["user_key"] == "u4"
-    }
-    assert reasons == {"milk": "buy_again", "soap": "buy_again", "tea": "looked_at"}
+
+
+def test_a_reason_is_what_the_user_did_before_what_others_do(spark: SparkSession) -> None:
+    proposed = [
+        (1, 1.0, 1.0, True),
+        (0, 1.0, 0.0, True),
+        (0, 0.0, 1.0, True),
+        (0, 0.0, 0.0, True),
+        (0, 0.0, 0.0, False),
+    ]
+    rows = spark.createDataFrame(proposed, "purchase_days long, intent double, viewed double, is_alike boolean")
+    reasons = [row[0] for row in rows.select(ranking.reason()).collect()]
+    assert reasons == ["buy_again", "looked_at", "looked_at", "similar_users", "popular_in_level"]
 
 
 @pytest.fixture
@@ -225,11 +241,15 @@ def scored(settings: Config, tmp_path: Path) -> Config:
     return settings.model_copy(update=changed)
 
 
-def test_the_job_writes_a_date_once_and_a_night_every_few_days(spark: SparkSession, scored: Config) -> None:
+def test_the_job_writes_a_date_once_and_a_night_every_few_days(
+    spark: SparkSession, scored: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # so few purchases are too few to learn from, and the measured ranking is taken
+    monkeypatch.setattr(ranking, "LEAST_PURCHASES", 200)
     lakehouse = Lakehouse(spark, scored.tables)
     assert is_due(lakehouse, scored, DAY)
     (stage,) = pipeline.recommend(spark, scored, DAY)
-    assert (stage["status"], stage["figures"]["users"], stage["figures"]["candidates"]) == ("done", "7", "0")
+    assert (stage["status"], stage["figures"]["users"], stage["figures"]["purchases"]) == ("done", "7", "0")
     rows = lakehouse.read(RECOMMENDATIONS.name).collect()
     assert {row["user_key"] for row in rows} == {*MILK, "new"}
     assert len(rows) == stage["rows_out"]

@@ -1,4 +1,4 @@
-"""Commands of a night: all of it at once, or score, profile, recommend, check, report; and the demo, which runs the whole line."""
+"""Commands of a night, all of it at once or step by step; and the demo, which runs the whole line."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def night(
 ) -> None:
     """Run a whole night in one session: featurize, score, profile, recommend, drift, report.
 
-    Recommendations are made every few nights (recommendations.every_days). The log says which step begins, and how long the rest took on the last nights. A step whose inputs are unchanged
-    writes nothing: run a night that was stopped again, and it goes on where it was. A broken drift threshold is a warning
-    here, and the scores stay.
+    Recommendations are made every few nights (recommendations.every_days). The log says which step begins, and how long
+    the rest took on the last nights. A step whose inputs are unchanged writes nothing: run a night that was stopped
+    again, and it goes on where it was. A broken drift threshold is a warning here, and the scores stay.
 
     Example: bp-spark night --date 2017-10-03
     """

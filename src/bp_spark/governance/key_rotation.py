@@ -49,10 +49,10 @@ PROVEN_KEYS = 1_000
 def rotate_keys(spark: SparkSession, config: Config, to: str) -> list[dict[str, Any]]:
     """Give every user a new key, made with another secret, and erase the files that hold the old ones.
 
-    Raw rows, scores, recommendations, experiments and survey labels get the new keys. A key is part of an event's identity, so events, contacts
-    and what follows from them are derived from the raw rows again. Features, training sets, profiles and label requests are
-    emptied: ``featurize``, ``train``, ``profile`` and ``select-labels`` make them again. A hash of the key decides holdout and
-    folds, so both change: train again.
+    Raw rows, scores, recommendations, experiments and survey labels get the new keys. A key is part of an event's identity,
+    so events, contacts and what follows from them are derived from the raw rows again. Features, training sets, profiles and
+    label requests are emptied: ``featurize``, ``train``, ``profile`` and ``select-labels`` make them again. A hash of the key
+    decides holdout and folds, so both change: train again.
 
     Args:
         spark: The session.

@@ -157,7 +157,7 @@ def recommended(candidates: DataFrame, ranking: Ranking, day: date, config: Reco
     best_first = Window.partitionBy("user_key").orderBy(F.desc("score"), "item_id")
     values = {
         "score_date": F.lit(day),
-        "reason": _reason(),
+        "reason": reason(),
         "price_tier": price_tier(F.col("price_position")),
         "affordability": affordability(),
         "times_bought": F.col("purchase_days"),
@@ -172,7 +172,8 @@ def recommended(candidates: DataFrame, ranking: Ranking, day: date, config: Reco
     return shaped(ranked, RECOMMENDATIONS)
 
 
-def _reason() -> Column:
+def reason() -> Column:
+    """Return why a candidate is one: what the user did comes before what others do."""
     return (
         F.when(F.col("purchase_days") > 0, BUY_AGAIN)
         .when(F.col("intent") + F.col("viewed") > 0, LOOKED_AT)

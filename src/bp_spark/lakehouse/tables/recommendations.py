@@ -31,7 +31,7 @@ RECOMMENDATIONS = Table(
         (
             "affordability",
             "double",
-            "0-1: order / (order + price) of the user's mean spend of a purchase day and the item's price; NULL: one is unknown",
+            "0-1: order / (order + price) of the user's mean spend of a purchase day and the price; NULL: one is unknown",
         ),
         ("times_bought", "int!", "Days on which the user bought the item, within recommendations.window_days"),
         ("days_since_bought", "int", "Days since the user last bought it; NULL: never in that time"),
