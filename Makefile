@@ -110,7 +110,7 @@ bench-worlds: install ## how right the money is on shops of all kinds, goes on w
 bench-everyone: install ## whether everyone has a score, and how right first purchases are: JSON lines to standard output
 	$(BIN)/python -m bench.everyone
 
-bench-decisions: demo ## false alarms of A/A tests, users that the score saves, errors of weekly forecasts: JSON lines to standard output
+bench-decisions: demo ## false alarms of A/A tests, users that the score saves, errors of weekly forecasts, recommendations: JSON lines to standard output
 	$(BIN)/python -m bench.decisions
 
 bench-house: install ## lines, packages, circles of imports, settings described once: JSON to standard output

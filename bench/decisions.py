@@ -13,7 +13,8 @@ both halves spent since. Each should raise a false alarm in 5 of 100 cases.
 - ``aa.false_alarms_small``, ``aa.users_saved_small``: the same among the 200 users with the smallest keys.
 - ``aa.cdnow_*``: the same in another shop, whose users bought seldom. The covariate is what they spent before.
 
-And the figures of :mod:`bench.decisions_market`, :mod:`bench.decisions_totals` and :mod:`bench.decisions_refunds`.
+And the figures of :mod:`bench.decisions_market`, :mod:`bench.decisions_reco`, :mod:`bench.decisions_totals` and
+:mod:`bench.decisions_refunds`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from deltalake import DeltaTable
 
 from bench import say
 from bench.decisions_market import market
+from bench.decisions_reco import reco
 from bench.decisions_refunds import refunds
 from bench.decisions_totals import totals
 from bp_spark.core import config
@@ -135,6 +137,7 @@ def main(arguments: Sequence[str]) -> None:
     settings = config.load(DEMO_FILE, [f"tables.path={Path(options.lakehouse).absolute().parent}"])
     spark = get_session(settings, "bp-spark bench", ())
     figures |= market(spark, settings)
+    figures |= reco(spark, settings)
     with tempfile.TemporaryDirectory() as folder:
         figures |= totals(spark, Path(options.lakehouse).absolute(), Path(folder) / "totals")
         figures |= refunds(spark, Path(folder) / "refunds")

@@ -101,6 +101,23 @@ TABLES: dict[str, list[dict[str, Any]]] = {
             (ANNA, BEFORE, 777.0),
         )
     ],
+    "recommendations": [
+        {
+            "user_key": key,
+            "score_date": day,
+            "rank": rank,
+            "item_id": item,
+            "score": 0.42,
+            "reason": "buy_again",
+            "price": price,
+        }
+        for key, day, rank, item, price in (
+            (ANNA, DAY, 2, "tea-2", None),
+            (ANNA, DAY, 1, "tea-1", 3.5),
+            (ANNA, BEFORE, 1, "old news", 1.0),
+            (BEN, DAY, 1, "Ben's", 1.0),
+        )
+    ],
     "consultations": [
         {
             "consultation_id": f"c{number}",
@@ -172,13 +189,15 @@ def test_a_card_says_what_the_tables_say_of_that_user_alone(tables: Path) -> Non
         "60.00 a purchase day, every 7.5 days, 12 purchase days so far",
         "Food>Tea (60%)",
         "12.5% of what is paid",
+        "tea-1: buy again, 42% within 28 days, about 3.50",
+        "tea-2: buy again, 42% within 28 days",
         "An own courier",
         "2024-03-05: chat, newest, solved",
         "2024-03-02: Does size 9 fit? Please.",
         "and 1 earlier",
     ):
         assert text in result.output
-    for text in (BEN, "Ben's", "666", "777", "2.00 in", "Old news", "not shown", "first", "campaigns"):
+    for text in (BEN, "Ben's", "666", "777", "2.00 in", "Old news", "old news", "not shown", "first", "campaigns"):
         assert text not in result.output
 
 

@@ -34,6 +34,7 @@ from bp_spark.lakehouse.tables import (
     MARKET_SEGMENTS,
     PROSPECT_FEATURES,
     PROSPECT_SCORES,
+    RECOMMENDATIONS,
     SCORES,
     TOTALS,
     USER_PROFILE,
@@ -123,6 +124,8 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     )
     as_prospects = [{"user_key": row["user_key"], "score_date": row["score_date"], "level": "E"} for row in scored]
     lakehouse.replace(PROSPECT_SCORES, frame(spark, PROSPECT_SCORES, *as_prospects))
+    items = [{"user_key": row["user_key"], "score_date": row["score_date"], "rank": 1} for row in scored]
+    lakehouse.replace(RECOMMENDATIONS, frame(spark, RECOMMENDATIONS, *items))
     drawn = [
         {"experiment": name, "user_key": row["user_key"], "score_date": row["score_date"]}
         for row, name in zip(scored, ("both", "old", "both", "other"), strict=True)
@@ -240,7 +243,7 @@ def test_a_forgotten_user_is_in_no_file_and_the_nights_go_on(
     assert [folder.name for folder in (tables / "work").iterdir()] == ["fresh"]
     assert {row["text"] for row in lakehouse.read("texts").collect()} == {*ids} - {"only mine"}
     of_prospects = ("prospect_scores", "prospect_features")
-    of_scores = ("scores", "user_profile", "experiments")
+    of_scores = ("scores", "user_profile", "recommendations", "experiments")
     for name in (*of_scores, "label_requests", "given_labels", *of_prospects, *CONTACT_TABLES):
         assert {row[0] for row in lakehouse.read(name).select("user_key").collect()} == {SECRET.key_of(STAYS)}
     # what counted the user is not to be held against what does not
@@ -321,6 +324,7 @@ def test_rotated_keys_are_in_no_file_and_known_events_stay_known(
         "user_daily",
         "scores",
         "prospect_scores",
+        "recommendations",
         "experiments",
         "given_labels",
         *CONTACT_TABLES,
@@ -328,7 +332,8 @@ def test_rotated_keys_are_in_no_file_and_known_events_stay_known(
     }
     assert lakehouse.read("label_requests").isEmpty()
     assert lakehouse.read("prospect_features").isEmpty()
-    assert [lakehouse.read(name).count() for name in ("given_labels", "prospect_scores", "experiments")] == [4, 4, 4]
+    of_users = ("given_labels", "prospect_scores", "recommendations", "experiments")
+    assert [lakehouse.read(name).count() for name in of_users] == [4, 4, 4, 4]
     assert len(before) == 4
     assert scored() == before
     write_night(tmp_path / "files", 1, transactions=[line(STAYS, 5), line(STAYS, 2)])
@@ -394,6 +399,7 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
             "totals",
             "cohorts",
             "market_forecast",
+            "recommendations",
             "given_labels",
             "label_requests",
             "raw_transactions",
@@ -413,6 +419,7 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
         "totals": "1",
         "cohorts": "1",
         "market_forecast": "1",
+        "recommendations": "2",
         "given_labels": "2",
         "label_requests": "2",
         "raw_transactions": "0",

@@ -262,6 +262,6 @@ def test_the_job_writes_a_date_once_and_a_night_every_few_days(
     assert [is_due(lakehouse, scored, day) for day in dates] == [True, True, False, False, True]
     never = scored.model_copy(update={"recommendations": SETTINGS.model_copy(update={"every_days": None})})
     assert not is_due(lakehouse, never, DAY + timedelta(days=7))
-    with pytest.raises(DataError, match="scores: holds no rows of 2024-03-11; run score for it"):
+    with pytest.raises(DataError, match=r"scores\.score_date: holds no rows of 2024-03-11; run score for it"):
         pipeline.recommend(spark, scored, DAY + timedelta(days=1))
     assert lakehouse.read(RECOMMENDATIONS.name).count() == len(rows)

@@ -816,13 +816,13 @@ def test_a_bare_order_log_gives_the_features_that_the_whole_source_gives(line: L
 def test_a_night_run_again_goes_through_its_steps_and_writes_no_score(
     line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    names = ("events", "user_features", "scores", "scores_latest", "user_profile")
+    names = ("events", "user_features", "scores", "scores_latest", "user_profile", "recommendations")
     first = whole_night.night(line.spark, line.config, TEST_DATE, page=tmp_path / "first.html")
     versions = _versions(line.lakehouse, *names)
     with caplog.at_level("INFO", whole_night.logger.name):
         result = whole_night.night(line.spark, line.config, TEST_DATE, page=tmp_path / "night.html")
     said = [record.getMessage() for record in caplog.records if record.name == whole_night.logger.name]
-    assert [words.split(":")[0] for words in said] == [f"night {TEST_DATE}, step {n} of 5" for n in range(1, 6)]
+    assert [words.split(":")[0] for words in said] == [f"night {TEST_DATE}, step {n} of 6" for n in range(1, 7)]
     assert [words.split(": ")[1].split(",")[0] for words in said] == list(whole_night.STEPS)
     assert all("by the last nights" in words for words in said)
     assert (result.scored.users, result.scored.written) == (first.scored.users, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from datetime import date, timedelta
 from typing import Any
@@ -10,7 +11,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from bp_spark.core.config import Config, RecommendationsConfig, digest
-from bp_spark.core.session import persisted
+from bp_spark.core.errors import PlatformError
+from bp_spark.core.session import is_connect, persisted
 from bp_spark.core.version import __version__
 from bp_spark.evaluation.job import bundle_of
 from bp_spark.lakehouse.run import recorded
@@ -21,6 +23,8 @@ from bp_spark.recommend.candidates import candidates
 from bp_spark.recommend.ranking import LEARN_DAYS, Ranking, bought_between, learn, recommended
 
 _HASHES = 1_000_000
+
+logger = logging.getLogger(__name__)
 
 
 def recommend(spark: SparkSession, config: Config, day: date) -> list[dict[str, Any]]:
@@ -38,8 +42,13 @@ def recommend(spark: SparkSession, config: Config, day: date) -> list[dict[str, 
 
     Raises:
         DataError: The date has no scores.
+        PlatformError: The session is one of Spark Connect.
         ConflictError: Another run wrote the table meanwhile.
     """
+    if is_connect(spark):
+        raise PlatformError(
+            "recommend needs a classic session, not Spark Connect: Spark's ML library fits ALS in the driver"
+        )
     with recorded(spark, config, "recommend") as run:
         lakehouse = run.lakehouse
         with run.step("recommend", RECOMMENDATIONS, score_date=str(day)) as step:
@@ -70,9 +79,15 @@ def recommend(spark: SparkSession, config: Config, day: date) -> list[dict[str, 
 
 
 def is_due(lakehouse: Lakehouse, config: Config, day: date) -> bool:
-    """Return whether a night has to make recommendations: there are none of the last ``recommendations.every_days``."""
+    """Return whether a night has to make recommendations: there are none of the last ``recommendations.every_days``.
+
+    In a session of Spark Connect, which can't, they never are.
+    """
     every = config.recommendations.every_days
     if every is None:
+        return False
+    if is_connect(lakehouse.spark):
+        logger.info("there are no recommendations: a session of Spark Connect can't make them")
         return False
     newest = lakehouse.commit_metadata(RECOMMENDATIONS.name).get("score_date")
     # a night that is run again asks again, and finds its inputs unchanged

@@ -50,6 +50,6 @@ class PrivacyConfig(Section):
     smallest_group: Positive = Field(
         10,
         description="Least number of users that a figure may describe (k): in `market_segments`, `cohorts`, `market_forecast`, "
-        "`fairness`, a category's usual price, the groups of an experiment and a night's report.",
+        "`fairness`, a category's usual price, a recommended item, the groups of an experiment and a night's report.",
     )
     retention_days: RetentionConfig = RetentionConfig()
