@@ -20,14 +20,13 @@ from bp_spark.lakehouse.tables import EVENTS, PROSPECT_SCORES, RECOMMENDATIONS, 
 from bp_spark.recommend import ranking
 from bp_spark.recommend.candidates import candidates
 from bp_spark.recommend.factors import dense_ids
-from bp_spark.recommend.history import history, pairs_of, users_of
 from bp_spark.recommend.job import is_due, learned
 from bp_spark.recommend.ranking import Ranking, recommended
 from tests.support.rows import frame, write_without_spark
 
 DAY = date(2024, 3, 10)
 K = 3
-SETTINGS = RecommendationsConfig(rank=4, iterations=2, candidates=4, items=2)
+SETTINGS = RecommendationsConfig(rank=2, iterations=1, candidates=4, items=2)
 MILK, TEA, SOAP = [f"u{n}" for n in range(6)], ["u0", "u1", "u2", "u3"], ["u4", "u5"]
 
 
@@ -75,7 +74,7 @@ def choice(
 
 @pytest.fixture(scope="module")
 def plain(spark: SparkSession) -> dict[str, dict[str, Row]]:
-    return choice(spark, shop())
+    return choice(spark, [*shop(), done("u0", "tea", 10, 8), done("u0", "tea", 5, -8)])
 
 
 def test_keys_are_numbered_without_a_gap(spark: SparkSession) -> None:
@@ -85,31 +84,26 @@ def test_keys_are_numbered_without_a_gap(spark: SparkSession) -> None:
     assert len({row["user_key"] for row in numbered}) == 500
 
 
-def test_a_pair_has_its_days_and_an_item_its_interval_and_price_if_enough_users_tell_of_it(spark: SparkSession) -> None:
-    events = frame(spark, EVENTS, *shop(), done("u0", "tea", 10, 8), done("u0", "tea", 5, -8))
-    pairs = pairs_of(events, DAY, SETTINGS)
-    past = history(pairs, users_of(events, DAY, SETTINGS), DAY, K)
-    tea = pairs.filter("user_key = 'u0' AND item_id = 'tea'").collect()[0]
+def test_a_pair_has_its_days_and_an_item_its_interval_and_price_if_enough_users_tell_of_it(
+    plain: dict[str, dict[str, Row]],
+) -> None:
+    tea, milk, soap = plain["u0"]["tea"], plain["u0"]["milk"], plain["u4"]["soap"]
     # two lines of a day are one purchase, and a refund is none
-    assert (tea["purchase_days"], tea["days_28"], tea["days_84"]) == (3, 1, 3)
-    weights = [0.5 ** (days / 60) for days in (10, 38, 66)]
-    assert tea["bought"] == pytest.approx(sum(weights), abs=1e-5)
-    items = {row["item_id"]: row for row in past.items.collect()}
-    assert (items["tea"]["interval"], items["milk"]["interval"]) == (28.0, 7.0)
-    assert (items["tea"]["price"], items["tea"]["buyers"]) == (pytest.approx(8.0), 4)
-    assert items["tea"]["price_position"] > 0 > items["milk"]["price_position"]
-    # two users bought soap: neither its price nor its interval of 20 days is shown
-    assert items["soap"]["price"] is None
-    assert items["soap"]["interval"] < 20
-    u4 = past.users.filter("user_key = 'u4'").collect()[0]
-    assert (u4["user_days"], u4["user_days_28"], u4["user_span"]) == (16, 5, 98)
-    assert u4["order_value"] == pytest.approx(2.0)
+    assert (tea["purchase_days"], tea["days_28"], tea["days_84"], tea["days_since_bought"]) == (3, 1, 3, 10)
+    assert tea["bought"] == pytest.approx(sum(0.5 ** (days / 60) for days in (10, 38, 66)), abs=1e-5)
+    assert (tea["interval"], milk["interval"]) == (28.0, 7.0)
+    assert (tea["price"], tea["buyers"]) == (pytest.approx(8.0), 4)
+    assert tea["price_position"] > 0 > milk["price_position"]
+    # two users bought soap: neither its price nor its interval of 20 days is told
+    assert soap["price"] is None
+    assert soap["interval"] < 20
+    assert (soap["user_days"], soap["user_days_28"], soap["user_span"]) == (16, 5, 98)
+    assert soap["order_value"] == pytest.approx(2.0)
 
 
 def test_an_interval_is_the_users_own_beside_the_items(plain: dict[str, dict[str, Row]]) -> None:
     # two repeats of 28 days, and two at the item's 28
     assert plain["u0"]["tea"]["usual_interval"] == pytest.approx(28.0)
-    assert plain["u0"]["tea"]["days_since_bought"] == 10
     assert plain["u4"]["tea"]["usual_interval"] is None
 
 
@@ -235,7 +229,11 @@ def scored(settings: Config, tmp_path: Path) -> Config:
     folder = tmp_path / "lakehouse"
     shown = [{"user_key": user, "score_date": DAY, "level": "A", "high": 100.0} for user in MILK]
     write_without_spark(folder, SCORES, *shown, {**shown[0], "score_date": DAY - timedelta(days=1)})
-    write_without_spark(folder, PROSPECT_SCORES, {"user_key": "new", "score_date": DAY, "level": "A", "high": 5.0})
+    write_without_spark(
+        folder,
+        PROSPECT_SCORES,
+        {"user_key": "new", "score_date": DAY, "level": "A", "high": 0.1, "expected_spend": 0.1, "p_active": 0.02},
+    )
     write_without_spark(folder, EVENTS, *shop())
     changed = {"recommendations": SETTINGS, "privacy": settings.privacy.model_copy(update={"smallest_group": K})}
     return settings.model_copy(update=changed)
@@ -253,7 +251,7 @@ def test_the_job_writes_a_date_once_and_a_night_every_few_days(
     rows = lakehouse.read(RECOMMENDATIONS.name).collect()
     assert {row["user_key"] for row in rows} == {*MILK, "new"}
     assert len(rows) == stage["rows_out"]
-    # a prospect whose expected spend is at most 5
+    # a prospect who will hardly buy, and would spend 5
     assert [row["item_id"] for row in rows if row["user_key"] == "new"] == ["milk"]
     (again,) = pipeline.recommend(spark, scored, DAY)
     assert (again["status"], again["written"]) == ("unchanged", {})

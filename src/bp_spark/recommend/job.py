@@ -95,14 +95,18 @@ def is_due(lakehouse: Lakehouse, config: Config, day: date) -> bool:
 
 
 def scored_users(tables: Mapping[str, DataFrame], day: date) -> DataFrame:
-    """Return ``user_key, level, budget`` of the users of a date; the budget is the upper end of the expected spend.
+    """Return ``user_key, level, budget`` of the users of a date.
+
+    The budget is the upper end of the expected spend, or the expected spend of a user who buys at all, where that is more: the
+    upper end is near 0 for users who will hardly buy.
 
     Args:
         tables: SCORES by its name, and PROSPECT_SCORES if there is such a table.
         day: A scored date.
     """
+    if_active = F.try_divide("expected_spend", "p_active")
     scored = [
-        rows_of_date(tables[table.name], day).select("user_key", "level", F.col("high").alias("budget"))
+        rows_of_date(tables[table.name], day).select("user_key", "level", F.greatest("high", if_active).alias("budget"))
         for table in (SCORES, PROSPECT_SCORES)
         if table.name in tables
     ]
