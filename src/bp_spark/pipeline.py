@@ -7,6 +7,7 @@ whose inputs are unchanged is skipped. Every stage leaves a row in ``runs``.
 from bp_spark.evaluation.job import DriftResult, FairnessResult, check_drift, fairness
 from bp_spark.experiments.assign import AssignResult
 from bp_spark.experiments.assign import assign as assign_experiment
+from bp_spark.experiments.campaign import CampaignResult, campaign_effect
 from bp_spark.experiments.read import ReadResult
 from bp_spark.experiments.read import read as read_experiment
 from bp_spark.experiments.size import SizeResult
@@ -32,6 +33,7 @@ from bp_spark.training.search import SearchResult, search
 __all__ = [
     "AssignResult",
     "BacktestResult",
+    "CampaignResult",
     "DriftResult",
     "FairnessResult",
     "ReadResult",
@@ -46,6 +48,7 @@ __all__ = [
     "add_labels",
     "assign_experiment",
     "backtest",
+    "campaign_effect",
     "check_drift",
     "fairness",
     "featurize",

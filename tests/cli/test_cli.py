@@ -60,6 +60,7 @@ def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.Compl
         "experiment size",
         "experiment assign",
         "experiment read",
+        "campaign-effect",
     ],
 )
 def test_help_teaches_each_command(command: str) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from bp_spark.cli import data, experiments, governance, look, model, nights, render
+from bp_spark.cli import data, effects, experiments, governance, look, model, nights, render
 from bp_spark.core import disk, extras, logs
 from bp_spark.core.errors import BpSparkError
 from bp_spark.core.logs import LogFormat
@@ -36,6 +36,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     nights.drift,
     nights.fairness,
     nights.report,
+    effects.campaign_effect,
     look.explain_run,
     look.explain_score,
     look.reproduce,

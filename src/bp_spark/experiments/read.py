@@ -81,7 +81,7 @@ def read(spark: SparkSession, config: Config, name: str, days: int | None = None
         if definition is None:
             raise DataError(EXPERIMENTS.name, f"holds no user of {name}; run experiment assign", column="experiment")
         read_days = definition.days if days is None else days
-        _require_over(run, definition.day, read_days)
+        require_over(run, definition.day, read_days)
         with run.step("read", EXPERIMENT_RESULTS, experiment=name, days=str(read_days)) as step:
             # after the step has looked at its table: users who are forgotten meanwhile are gone here, or the write is refused
             versions = (lakehouse.version("user_daily"), lakehouse.version(EXPERIMENTS.name))
@@ -99,8 +99,17 @@ def read(spark: SparkSession, config: Config, name: str, days: int | None = None
         return ReadResult(definition, rows, warnings, run.records)
 
 
-def _require_over(run: Run, day: date, days: int) -> None:
-    """Require an event after the last day of the span; without one, that day may not be whole."""
+def require_over(run: Run, day: date, days: int) -> None:
+    """Require an event after the last day of the span; without one, that day may not be whole.
+
+    Args:
+        run: the run that reads.
+        day: first day of the span.
+        days: number of its days.
+
+    Raises:
+        DataError: the span is not over.
+    """
     _, last = span(run.lakehouse)
     end = day + timedelta(days=days)
     if last < end:

@@ -187,17 +187,26 @@ def _spend_before(run: Run, days: int) -> tuple[date, DataFrame]:
     return day, rows.select("user_key", "expected_spend")
 
 
+def seen_until(config: Config, digest: str) -> date | None:
+    """Return the first day whose spend a bundle has not learned from; ``None`` if the bundle isn't here.
+
+    Args:
+        config: all settings.
+        digest: of the bundle.
+    """
+    folder = folder_here(config, digest)
+    if folder is None:
+        return None
+    lineage = manifests.read(folder / manifests.MANIFEST, None)["lineage"]
+    return date.fromisoformat(lineage.get("test_date", "2000-01-01"))
+
+
 def _warn_if_seen(run: Run, day: date) -> None:
     """Warn if the bundle that scored a date has learned from spend after it: its scores are too good then."""
-    digest = bundle_of(run.lakehouse.read("scores"), day)
-    folder = folder_here(run.config, digest)
-    if folder is None:
-        return
-    lineage = manifests.read(folder / manifests.MANIFEST, None)["lineage"]
-    seen_until = date.fromisoformat(lineage.get("test_date", "2000-01-01"))
-    if seen_until > day:
+    known_until = seen_until(run.config, bundle_of(run.lakehouse.read("scores"), day))
+    if known_until is not None and known_until > day:
         message = (
             "scores of %s are of a bundle that has learned from spend up to %s: the correlation is higher than a new "
             "experiment will have"
         )
-        logger.warning(message, day, seen_until, extra={"fields": {"score_date": str(day)}})
+        logger.warning(message, day, known_until, extra={"fields": {"score_date": str(day)}})
