@@ -13,8 +13,8 @@ both halves spent since. Each should raise a false alarm in 5 of 100 cases.
 - ``aa.false_alarms_small``, ``aa.users_saved_small``: the same among the 200 users with the smallest keys.
 - ``aa.cdnow_*``: the same in another shop, whose users bought seldom. The covariate is what they spent before.
 
-And the figures of :mod:`bench.decisions_market`, :mod:`bench.decisions_reco`, :mod:`bench.decisions_totals` and
-:mod:`bench.decisions_refunds`.
+And the figures of :mod:`bench.decisions_market`, :mod:`bench.decisions_reco`, :mod:`bench.decisions_effects`,
+:mod:`bench.decisions_totals` and :mod:`bench.decisions_refunds`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import pandas as pd
 from deltalake import DeltaTable
 
 from bench import say
+from bench.decisions_effects import effects
 from bench.decisions_market import market
 from bench.decisions_reco import reco
 from bench.decisions_refunds import refunds
@@ -138,6 +139,7 @@ def main(arguments: Sequence[str]) -> None:
     spark = get_session(settings, "bp-spark bench", ())
     figures |= market(spark, settings)
     figures |= reco(spark, settings)
+    figures |= effects(spark, settings)
     with tempfile.TemporaryDirectory() as folder:
         figures |= totals(spark, Path(options.lakehouse).absolute(), Path(folder) / "totals")
         figures |= refunds(spark, Path(folder) / "refunds")

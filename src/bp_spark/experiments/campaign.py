@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
-from threadpoolctl import threadpool_limits
 
 from bp_spark.core.config import Config
 from bp_spark.core.errors import ConfigError, DataError
@@ -138,18 +137,17 @@ def campaign_effect(spark: SparkSession, config: Config, campaign: str, days: in
         require_over(run, first_day, window_days)
         windows: list[Window] = []
         capped, later, sampled = None, (0.0, 0.0), 1.0
-        with threadpool_limits(limits=1):
-            for day in _dates(run, first_day, window_days):
-                score_date, rows = _users(run, contacts, campaign, day, window_days)
-                with persisted(rows) as users:
-                    sample, shares = _sample(users)
-                    if sample is None:
-                        break
-                    windows.append(Window(day, day != first_day, score_date, effect(sample)))
-                    if day == first_day:
-                        later, sampled = _later_shares(users, contacts, campaign, day, window_days), shares
-                        cap = float(np.quantile(sample.y, CAP))
-                        capped = effect(replace(sample, y=np.minimum(sample.y, cap)))
+        for day in _dates(run, first_day, window_days):
+            score_date, rows = _users(run, contacts, campaign, day, window_days)
+            with persisted(rows) as users:
+                sample, shares = _sample(users)
+                if sample is None:
+                    break
+                windows.append(Window(day, day != first_day, score_date, effect(sample)))
+                if day == first_day:
+                    later, sampled = _later_shares(users, contacts, campaign, day, window_days), shares
+                    cap = float(np.quantile(sample.y, CAP))
+                    capped = effect(replace(sample, y=np.minimum(sample.y, cap)))
         window, placebos = (windows[0], windows[1:]) if windows else (None, [])
         reasons = [*_reasons_of_contacts(facts), *_reasons(window, placebos)]
         figures["campaign"], figures["first_day"], figures["users"] = campaign, first_day, facts["users"]

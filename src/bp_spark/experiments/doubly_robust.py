@@ -19,6 +19,7 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from bp_spark.experiments.estimate import Comparison, Mean, compare
 
@@ -28,6 +29,8 @@ HIGHEST_PROPENSITY = 0.95
 _PENALTIES = (1.0, 10.0, 100.0, 1_000.0)
 _MOST_ODDS = 1e6
 _SEED = 7
+_UNKNOWN = np.float32(-1)
+"""What trees see of an unknown covariate; counts and days are never below 0."""
 
 
 @dataclass(frozen=True)
@@ -118,16 +121,24 @@ def effect(sample: Sample) -> Effect:
 
 def fit(sample: Sample) -> Nuisances:
     """Return the cross-fitted expected spend and odds of treatment of each user."""
+    # one thread: the same sums in the same order, and no threads that wait for each other on a busy machine
+    with threadpool_limits(limits=1):
+        return _fit(sample)
+
+
+def _fit(sample: Sample) -> Nuisances:
     expected, odds = np.empty(len(sample.y)), np.empty(len(sample.y))
     linear_x = linear_inputs(sample.x)
+    # trees refuse a covariate that is unknown for all users of a fold
+    tree_x = np.where(np.isnan(sample.x), _UNKNOWN, sample.x)
     for number in range(FOLDS):
         held_out = sample.fold == number
         if not held_out.any():
             continue
         others = ~held_out & ~sample.treated
-        of_trees = _trees().fit(sample.x[others], sample.y[others])
+        of_trees = _trees().fit(tree_x[others], sample.y[others])
         of_lines = _ridge().fit(linear_x[others], sample.y[others])
-        predictions = (of_trees.predict(sample.x[held_out]), of_lines.predict(linear_x[held_out]))
+        predictions = (of_trees.predict(tree_x[held_out]), of_lines.predict(linear_x[held_out]))
         expected[held_out] = np.mean(predictions, axis=0)
         propensity = _logistic().fit(linear_x[~held_out], sample.treated[~held_out])
         odds[held_out] = np.exp(propensity.decision_function(linear_x[held_out]))
