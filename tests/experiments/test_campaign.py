@@ -250,7 +250,8 @@ def test_the_command_shows_the_answer_and_never_calls_it_causal(
     spark: SparkSession, platform: Config, found: Callable[[str], CampaignResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(common, "start_session", lambda *_: spark)
-    monkeypatch.setattr(pipeline, "campaign_effect", lambda *words: found(words[2]))
+    results = {name: found(name) for name in ("works", "on-luck")}
+    monkeypatch.setattr(pipeline, "campaign_effect", lambda *words: results[words[2]])
 
     def run(*words: str) -> str:
         result = CliRunner().invoke(app.app, ["campaign-effect", *words, f"tables.path={platform.tables.path}"])
