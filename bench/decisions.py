@@ -14,7 +14,7 @@ both halves spent since. Each should raise a false alarm in 5 of 100 cases.
 - ``aa.cdnow_*``: the same in another shop, whose users bought seldom. The covariate is what they spent before.
 
 And the figures of :mod:`bench.decisions_market`, :mod:`bench.decisions_reco`, :mod:`bench.decisions_effects`,
-:mod:`bench.decisions_totals` and :mod:`bench.decisions_refunds`.
+:mod:`bench.decisions_uplift`, :mod:`bench.decisions_totals` and :mod:`bench.decisions_refunds`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from bench.decisions_market import market
 from bench.decisions_reco import reco
 from bench.decisions_refunds import refunds
 from bench.decisions_totals import totals
+from bench.decisions_uplift import uplift
 from bp_spark.core import config
 from bp_spark.core.config import DEMO_FILE
 from bp_spark.core.session import get_session
@@ -140,6 +141,7 @@ def main(arguments: Sequence[str]) -> None:
     figures |= market(spark, settings)
     figures |= reco(spark, settings)
     figures |= effects(spark, settings)
+    figures |= uplift(spark, settings)
     with tempfile.TemporaryDirectory() as folder:
         figures |= totals(spark, Path(options.lakehouse).absolute(), Path(folder) / "totals")
         figures |= refunds(spark, Path(folder) / "refunds")

@@ -20,9 +20,10 @@ from pyspark.sql import functions as F
 from scipy import stats
 
 from bp_spark.core.config import Config
-from bp_spark.experiments.campaign import LEAST_COMPARABLE, LEAST_USERS
+from bp_spark.experiments.campaign import LEAST_COMPARABLE
 from bp_spark.experiments.covariates import covariates
-from bp_spark.experiments.doubly_robust import FOLDS, Effect, Sample, estimate, fit
+from bp_spark.experiments.doubly_robust import Effect, estimate, fit
+from bp_spark.experiments.sample import FOLDS, LEAST_USERS, Sample
 from bp_spark.features import labels
 from bp_spark.lakehouse.store import Lakehouse
 

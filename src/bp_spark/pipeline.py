@@ -12,6 +12,8 @@ from bp_spark.experiments.read import ReadResult
 from bp_spark.experiments.read import read as read_experiment
 from bp_spark.experiments.size import SizeResult
 from bp_spark.experiments.size import size as size_experiment
+from bp_spark.experiments.uplift import UpliftResult
+from bp_spark.experiments.uplift import uplift as uplift_experiment
 from bp_spark.features.job import featurize, replay_quarantine
 from bp_spark.governance.erasure import forget
 from bp_spark.governance.key_rotation import rotate_keys
@@ -44,6 +46,7 @@ __all__ = [
     "SelectResult",
     "SizeResult",
     "TrainResult",
+    "UpliftResult",
     "adapt_language",
     "add_labels",
     "assign_experiment",
@@ -68,5 +71,6 @@ __all__ = [
     "select_labels",
     "size_experiment",
     "train",
+    "uplift_experiment",
     "what_if",
 ]

@@ -60,6 +60,7 @@ def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.Compl
         "experiment size",
         "experiment assign",
         "experiment read",
+        "experiment uplift",
         "campaign-effect",
     ],
 )

@@ -23,7 +23,8 @@ from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.experiments import campaign
 from bp_spark.experiments.campaign import CANNOT_TELL, MORE, NO_DIFFERENCE, CampaignResult
 from bp_spark.experiments.covariates import covariates, other_contacts
-from bp_spark.experiments.doubly_robust import Effect, Sample, effect
+from bp_spark.experiments.doubly_robust import Effect, effect
+from bp_spark.experiments.sample import Sample
 from bp_spark.lakehouse.tables import CAMPAIGN_CONTACTS, EVENTS, USER_DAILY
 from tests.support.rows import frame, write_without_spark
 

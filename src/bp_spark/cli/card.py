@@ -208,7 +208,7 @@ def _usual_order(profile: Row) -> list[str]:
 
 
 def _refunds(profile: Row) -> list[str]:
-    # tables from before there were any haven't the column
+    # a table from before there were any hasn't the column
     share = profile.get("expected_refund_share")
     return [] if share is None else [f"{share:.1%} of what is paid"]
 
@@ -217,7 +217,7 @@ def _service(service: Row | None) -> list[Fact]:
     if service is None:
         return []
     points = [point["text"] for point in service["talking_points"]]
-    # likewise
+    # nor has that of an older night
     proposal = service.get("proposal")
     return [
         ("service tier", [service["service_tier"]]),

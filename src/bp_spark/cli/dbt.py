@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import yaml
 
 from bp_spark.core.config import Config
-from bp_spark.core.stores import folder_of
+from bp_spark.core.stores import folder_of, without_hadoop_names
 from bp_spark.features.catalogue import user_features_table
 from bp_spark.lakehouse.schema import Column, Table
 from bp_spark.lakehouse.tables import (
@@ -36,7 +35,7 @@ def sources(settings: Config) -> str:
     """
     where = settings.tables
     catalog, _, schema = where.namespace.rpartition(".")
-    folder = None if where.path is None else re.sub("^s3a:", "s3:", folder_of(where.path, where.namespace))
+    folder = None if where.path is None else without_hadoop_names(folder_of(where.path, where.namespace))
     tables = [table for table in SHARED_TABLES if table not in _LEFT_OUT]
     tables.append(user_features_table(settings.features))
     source = {

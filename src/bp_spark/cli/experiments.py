@@ -1,9 +1,10 @@
-"""Commands for experiments: how many users they take, who is in which group, what came of it."""
+"""Commands for experiments: how many users they take, who is in which group, what came of it, and who gained most."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from bp_spark.cli.common import ConfigOption, Overrides
 from bp_spark.core import config, extras
 
 if TYPE_CHECKING:
+    from bp_spark.experiments.learners import Tenth
     from bp_spark.pipeline import SizeResult
 
 logger = logging.getLogger(__name__)
@@ -187,6 +189,68 @@ def read(
             narrower = 1 - (1 - row["variance_saved"]) ** 0.5
             saved = f"{row['variance_saved']:.0%} fewer users would do as well as all of them unadjusted"
             render.show(f"{row['group']}: the score makes the interval {narrower:.0%} narrower: {saved}.")
+
+
+@app.command()
+def uplift(
+    name: NameArgument,
+    group: Annotated[
+        str | None, typer.Option(help="Treated group, where there are several.", show_default=False)
+    ] = None,
+    days: Annotated[
+        int | None,
+        typer.Option(min=1, help="Days of spend to compare; by default those that were planned.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+    overrides: Overrides = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Say whether some users gained more from the treatment than others, and who: whom to treat next time.
+
+    Users are ranked by what the treatment is expected to add to their spend, by models that have not seen them (X-learner).
+    The random groups then tell what it added to each tenth. Where the ranking isn't surely better than a random order, the
+    command says so. Nothing is written.
+
+    Example: bp-spark experiment uplift spring-mail
+    """
+    settings = common.load_settings(config_file, overrides)
+    extras.require("spark", "an experiment")
+    from bp_spark import pipeline
+
+    session = common.start_session(settings, "experiment uplift")
+    result = pipeline.uplift_experiment(session, settings, name, group, days)
+    if as_json:
+        values = {**asdict(result), "sure": result.qini.is_sure}
+        # users are for the Python API: a terminal's record is no place for them
+        del values["ranking"]
+        _print_json(values)
+        return
+    columns = ["tenth by uplift", "users", "predicted", "gained", "95 % interval", "spend without it"]
+    rows = [[f"{number}", *_tenth_cells(tenth)] for number, tenth in enumerate(result.tenths, 1)]
+    title = f"{name}, {result.group}: spend of {result.days} days from {result.first_day}"
+    render.show(render.rows_table(columns, rows, title=title))
+    qini = result.qini
+    words = f"Qini coefficient {qini.coefficient:,.3f}, 95 % interval {qini.low:,.3f} to {qini.high:,.3f}"
+    t_learner = result.qini_t_learner
+    render.show(
+        f"{words}; by the T-learner {t_learner.coefficient:,.3f} ({t_learner.low:,.3f} to {t_learner.high:,.3f})."
+    )
+    if not qini.is_sure:
+        render.show("No users surely gain more than others: treat all of them or none, by `experiment read`.")
+        return
+    render.show("Treat the first tenths. What tells them from the others, by what was known before:")
+    told = [[covariate, f"{first:,.2f}", f"{others:,.2f}"] for covariate, first, others in result.separating]
+    render.show(render.rows_table(["covariate", "mean of the first tenth", "of the others"], told))
+
+
+def _tenth_cells(tenth: Tenth) -> list[str]:
+    return [
+        f"{tenth.users:,}",
+        f"{tenth.predicted:+,.2f}",
+        f"{tenth.gain:+,.2f}",
+        f"{tenth.low:+,.2f} to {tenth.high:+,.2f}",
+        "–" if math.isnan(tenth.mean_spend) else f"{tenth.mean_spend:,.2f}",
+    ]
 
 
 def _size_facts(result: SizeResult) -> list[tuple[str, Any]]:

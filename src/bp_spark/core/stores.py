@@ -22,7 +22,7 @@ def file_system(address: str) -> tuple[Any, str]:
     """
     if "://" not in address:
         return fs.LocalFileSystem(), address.removeprefix("file:")
-    address = re.sub("^s3[an]:", "s3:", address)
+    address = without_hadoop_names(address)
     store = urlsplit(os.environ.get("AWS_ENDPOINT_URL", ""))
     if address.startswith("s3:") and store.netloc:
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
@@ -30,6 +30,15 @@ def file_system(address: str) -> tuple[Any, str]:
         return s3, address.removeprefix("s3://")
     system, path = fs.FileSystem.from_uri(address)
     return system, path
+
+
+def without_hadoop_names(address: str) -> str:
+    """Return an address as others than Hadoop spell it.
+
+    >>> without_hadoop_names("s3a://lake/shop")
+    's3://lake/shop'
+    """
+    return re.sub("^s3[an]:", "s3:", address)
 
 
 def folder_of(path: str, namespace: str) -> str:

@@ -23,8 +23,9 @@ from bp_spark.core.session import persisted
 from bp_spark.evaluation.job import bundle_of
 from bp_spark.experiments.assignment import with_covariate
 from bp_spark.experiments.covariates import covariates, later_contacts, other_contacts
-from bp_spark.experiments.doubly_robust import FOLDS, Effect, Sample, effect
+from bp_spark.experiments.doubly_robust import Effect, effect
 from bp_spark.experiments.read import require_over
+from bp_spark.experiments.sample import LEAST_USERS, collect_sample
 from bp_spark.experiments.size import seen_until
 from bp_spark.features import labels
 from bp_spark.ingest.clean import span
@@ -34,8 +35,6 @@ from bp_spark.lakehouse.tables import CAMPAIGN_CONTACTS
 
 MORE, LESS, NO_DIFFERENCE, CANNOT_TELL = "more", "less", "no difference seen", "can't tell"
 """The answers."""
-LEAST_USERS = 50
-"""Treated users, and weighted others, below which no interval is trusted: spend has a long tail."""
 LEAST_COMPARABLE = 0.9
 """Share of the treated users who must have comparable others."""
 HISTORY_DAYS = 28
@@ -44,13 +43,10 @@ PLACEBOS = 3
 """Most windows before the campaign that are tested."""
 WAVE_DAYS, MOST_LATER = 7, 0.05
 """A campaign begins within so many days for all of its users but such a share."""
-MOST_TREATED, MOST_OTHERS = 50_000, 150_000
-"""Users who come to the driver at most; beyond, a random sample by a hash of the user."""
 SCORE_DAYS = 7
 """Days that a score may be older than the date."""
 CAP = 0.99
 """Quantile of spend at which the second estimate caps it."""
-_SHARES = 1_000_000
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +136,7 @@ def campaign_effect(spark: SparkSession, config: Config, campaign: str, days: in
         for day in _dates(run, first_day, window_days):
             score_date, rows = _users(run, contacts, campaign, day, window_days)
             with persisted(rows) as users:
-                sample, shares = _sample(users)
+                sample, shares = collect_sample(users)
                 if sample is None:
                     break
                 windows.append(Window(day, day != first_day, score_date, effect(sample)))
@@ -257,29 +253,6 @@ def _scores(run: Run, day: date, days: int) -> tuple[date | None, DataFrame | No
         return None, None
     expected = with_covariate(rows_of_date(scores, found), days, run.config.labels.horizon_days)
     return found, expected.select("user_key", F.col("expected_spend").cast("float").alias("expected_spend"))
-
-
-def _sample(users: DataFrame) -> tuple[Sample | None, float]:
-    """Return at most so many users as the driver may hold, and the share of the others; ``None`` where there are too few."""
-    counts = {row["treated"]: row["count"] for row in users.groupBy("treated").count().collect()}
-    if min(counts.get(True, 0), counts.get(False, 0)) < LEAST_USERS:
-        return None, 1.0
-    shares = {True: min(1.0, MOST_TREATED / counts[True]), False: min(1.0, MOST_OTHERS / counts[False])}
-    # the point that samples must be another than that of folds
-    point = F.pmod(F.xxhash64("user_key", F.lit("sample")), F.lit(_SHARES))
-    border = F.when(F.col("treated"), round(shares[True] * _SHARES)).otherwise(round(shares[False] * _SHARES))
-    kept = users.filter(point < border).withColumn("fold", F.pmod(F.xxhash64("user_key"), F.lit(FOLDS)))
-    # in one order, so that the same users give the same bits
-    rows = kept.toPandas().sort_values("user_key")
-    names = [name for name in users.columns if name not in ("user_key", "treated", "spent")]
-    sample = Sample(
-        x=rows[names].to_numpy(np.float32),
-        y=rows["spent"].to_numpy(np.float64),
-        treated=rows["treated"].to_numpy(bool),
-        fold=rows["fold"].to_numpy(np.int64),
-        odds_factor=shares[False] / shares[True],
-    )
-    return sample, shares[False]
 
 
 def _later_shares(users: DataFrame, contacts: DataFrame, campaign: str, day: date, days: int) -> tuple[float, float]:

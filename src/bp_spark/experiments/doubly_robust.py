@@ -22,8 +22,8 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from bp_spark.experiments.estimate import Comparison, Mean, compare
+from bp_spark.experiments.sample import FOLDS, Sample
 
-FOLDS = 5
 HIGHEST_PROPENSITY = 0.95
 """Treated users above it have no comparable others, and are trimmed (Crump et al. 2009 trim both ends for the mean of all)."""
 _PENALTIES = (1.0, 10.0, 100.0, 1_000.0)
@@ -31,25 +31,6 @@ _MOST_ODDS = 1e6
 _SEED = 7
 _UNKNOWN = np.float32(-1)
 """What trees see of an unknown covariate; counts and days are never below 0."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Users of one date.
-
-    Attributes:
-        x: what was known of each user before the date, float32 of shape (users, covariates); NaN where unknown.
-        y: spend from the date on, float64 of shape (users,).
-        treated: whether the user was treated, bool of shape (users,).
-        fold: 0 to :data:`FOLDS` - 1 of each user; a hash of the user, so that it depends on no order.
-        odds_factor: what turns the odds of treatment in the sample into those among all users; 1 where all users are there.
-    """
-
-    x: np.ndarray
-    y: np.ndarray
-    treated: np.ndarray
-    fold: np.ndarray
-    odds_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -129,14 +110,13 @@ def fit(sample: Sample) -> Nuisances:
 def _fit(sample: Sample) -> Nuisances:
     expected, odds = np.empty(len(sample.y)), np.empty(len(sample.y))
     linear_x = linear_inputs(sample.x)
-    # trees refuse a covariate that is unknown for all users of a fold
-    tree_x = np.where(np.isnan(sample.x), _UNKNOWN, sample.x)
+    tree_x = tree_inputs(sample.x)
     for number in range(FOLDS):
         held_out = sample.fold == number
         if not held_out.any():
             continue
         others = ~held_out & ~sample.treated
-        of_trees = _trees().fit(tree_x[others], sample.y[others])
+        of_trees = trees().fit(tree_x[others], sample.y[others])
         of_lines = _ridge().fit(linear_x[others], sample.y[others])
         predictions = (of_trees.predict(tree_x[held_out]), of_lines.predict(linear_x[held_out]))
         expected[held_out] = np.mean(predictions, axis=0)
@@ -181,6 +161,15 @@ def estimate(sample: Sample, nuisances: Nuisances) -> Effect:
     return Effect(comparison, treated_mean, expected_mean, naive, int(treated.sum()), int(others.sum()), overlap)
 
 
+def tree_inputs(x: np.ndarray) -> np.ndarray:
+    """Return covariates for trees, which refuse one that is unknown for all users of a fold.
+
+    Args:
+        x: float32 of shape (users, covariates); NaN where unknown.
+    """
+    return np.where(np.isnan(x), _UNKNOWN, x)
+
+
 def linear_inputs(x: np.ndarray) -> np.ndarray:
     """Return covariates for linear models: as they are and their signed logarithms; the unknown as mean, with a flag.
 
@@ -204,7 +193,8 @@ def _imbalance(x: np.ndarray, treated: np.ndarray, others: np.ndarray, share: np
     return float(np.abs(apart[usable] / spread[usable]).max(initial=0.0))
 
 
-def _trees() -> HistGradientBoostingRegressor:
+def trees() -> HistGradientBoostingRegressor:
+    """Return boosted trees of few leaves, not fitted: samples are small beside the noise of spend."""
     return HistGradientBoostingRegressor(
         max_iter=60,
         learning_rate=0.08,

@@ -8,7 +8,6 @@ has a row of a table, or a setting.
 from __future__ import annotations
 
 import logging
-import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from bp_spark.core.config import TablesConfig
-from bp_spark.core.stores import folder_of
+from bp_spark.core.stores import folder_of, without_hadoop_names
 from bp_spark.core.version import __version__
 from bp_spark.lakehouse.tables import SHARED_TABLES
 
@@ -101,7 +100,7 @@ def name_of(table: str, tables: TablesConfig) -> tuple[str, str]:
     """
     if tables.path is None:
         return NAMESPACE, f"{tables.namespace}.{table}"
-    folder = re.sub("^s3a:", "s3:", folder_of(tables.path, tables.namespace))
+    folder = without_hadoop_names(folder_of(tables.path, tables.namespace))
     parts = urlsplit(folder)
     if not parts.scheme:
         return "file", f"{folder}/{table}"

@@ -1,12 +1,7 @@
 """Refunds to come: the share of what a user pays that will be paid back, by the user's own past and that of the platform.
 
-Few users have returned enough to be told by their own share. It is a credibility estimate (Bühlmann and Straub 1970,
-"Glaubwürdigkeit für Schadensätze")::
-
-    (prior_paid * share + refunded) / (prior_paid + paid)
-
-``paid`` and ``refunded`` are the user's money of a year, and ``share`` is the platform's: it weighs as much as ``prior_paid``
-of the user's money.
+Few users have returned enough to be judged by their own share of the past year. So it is a credibility estimate
+(:func:`bp_spark.model.credibility.credible_share`), in which the platform's share weighs as much as some of the user's money.
 """
 
 from __future__ import annotations
@@ -14,12 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 
 from bp_spark.core.errors import BundleError
+from bp_spark.model.credibility import Money, credible_share
 from bp_spark.model.members.base import read_json, write_json
 from bp_spark.model.values import number
 
@@ -30,9 +26,6 @@ LEAST_USERS = 100
 _LEAST_PRIOR, _MOST_PRIOR = 1e-2, 1e4
 """Bounds of ``prior_paid``, by the mean money of a user."""
 _LARGEST = 1e15
-
-Money = TypeVar("Money", bound=Any)
-"""An array, or a column of Spark."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +86,7 @@ class Refunds:
             paid: money paid in the year before, before refunds; 0 for users who paid nothing.
             refunded: what of it was paid back, at most ``paid``.
         """
-        share: Money = (refunded + self.prior_paid * self.share) / (paid + self.prior_paid)
-        return share
+        return credible_share(refunded, paid, self.share, self.prior_paid)
 
     def save(self, folder: Path) -> None:
         """Write the file into an existing folder."""

@@ -8,6 +8,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from bp_spark.features.user_daily import cents
+from bp_spark.model.credibility import credible_share
 
 DAYS = 365
 """Days before the date whose purchases count."""
@@ -16,12 +17,9 @@ DAYS = 365
 def with_margin_share(users: DataFrame, events: DataFrame, day: date) -> DataFrame:
     """Add ``margin_share``: the share of the user's spend that is left once the goods are paid.
 
-    Few lines tell little about a user. So the share is a credibility estimate (Bühlmann and Straub 1970, "Glaubwürdigkeit für
-    Schadensätze"), in which the platform's share weighs as much as the spend of a mean user::
-
-        (mean_spend * platform_share + margin) / (mean_spend + spend)
-
-    Refunds take off spend, and goods that came back cost. Only lines with a known cost count.
+    Few lines tell little about a user. So the share is a credibility estimate
+    (:func:`bp_spark.model.credibility.credible_share`), in which the platform's share weighs as much as the spend of a mean
+    user. Refunds take off spend, and goods that came back cost. Only lines with a known cost count.
 
     Args:
         users: Rows with ``user_key``, each user once.
@@ -41,6 +39,6 @@ def with_margin_share(users: DataFrame, events: DataFrame, day: date) -> DataFra
     total = F.sum("known_spend")
     platform = own.agg((total / F.count(F.lit(1))).alias("mean_spend"), (F.sum("margin") / total).alias("share"))
     known_spend, known_margin = (F.coalesce(name, F.lit(0)) for name in ("known_spend", "margin"))
-    share = (F.col("mean_spend") * F.col("share") + known_margin) / (F.col("mean_spend") + known_spend)
+    share = credible_share(known_margin, known_spend, F.col("share"), F.col("mean_spend"))
     joined = users.join(own, "user_key", "left").crossJoin(F.broadcast(platform))
     return joined.withColumn("margin_share", share).drop("known_spend", "margin", "mean_spend", "share")
