@@ -20,7 +20,7 @@ from pyspark.sql import functions as F
 
 from bp_spark.core.config import Config
 from bp_spark.experiments.covariates import covariates
-from bp_spark.experiments.learners import TENTHS, fit, qini
+from bp_spark.experiments.learners import TENTHS, judge, qini
 from bp_spark.experiments.sample import FOLDS, Sample
 from bp_spark.features import labels
 from bp_spark.lakehouse.store import Lakehouse
@@ -47,12 +47,12 @@ def uplift(spark: SparkSession, settings: Config) -> dict[str, float]:
     for number in range(CAMPAIGNS):
         treated = np.random.default_rng(number).random(len(spend)) < 0.5
         for gain in (planted, np.zeros(len(spend)), np.full(len(spend), planted.mean())):
-            fitted = fit(replace(nobody, y=spend + treated * gain, treated=treated))
-            is_sure = qini(fitted.x_learner, fitted.gain).is_sure
-            (found if gain is planted else false).append(is_sure)
+            judged = judge(replace(nobody, y=spend + treated * gain, treated=treated))
+            (found if gain is planted else false).append(qini(judged, judged.x_learner).is_sure)
             if gain is planted:
-                best = np.argsort(-fitted.x_learner)[: len(spend) // TENTHS]
-                first.append(planted[best].mean() / planted.mean())
+                of_judged = planted[judged.users]
+                best = np.argsort(-judged.x_learner)[: len(of_judged) // TENTHS]
+                first.append(of_judged[best].mean() / of_judged.mean())
     return {
         "uplift.qini_found": float(np.mean(found)),
         "uplift.qini_false": float(np.mean(false)),

@@ -9,6 +9,10 @@ largest predicted uplift first. Its coefficient is the area between that curve a
 ``g`` of each user whose mean is the effect on any group of users, it is a mean of ``g`` with weights that fall with the rank
 (Yadlowsky, Fleming, Shah, Brunskill and Wager 2025, "Evaluating treatment prioritization rules via rank-weighted average
 treatment effects").
+
+Rankings are judged one fold after the other, by models of the folds before it. Were each fold ranked by models of all others,
+every fold would have a part in the ranking of the others: intervals of their sum held no effect in 86 instead of 95 of 100
+worlds without one.
 """
 
 from __future__ import annotations
@@ -21,22 +25,27 @@ from threadpoolctl import threadpool_limits
 from bp_spark.experiments.doubly_robust import tree_inputs, trees
 from bp_spark.experiments.sample import FOLDS, Sample
 
-_RESAMPLES = 500
-_SEED = 7
 TENTHS = 10
+_FIRST_JUDGED = 2
+"""The folds before it are only learned from: 40 % of the users, so that the first models aren't too poor."""
+_Z = 1.96
 
 
 @dataclass(frozen=True)
-class Uplift:
-    """What models say of each user of a random experiment, by models that have not seen the user.
+class Judged:
+    """Users of the folds in which rankings are judged, ranked by models of the folds before.
 
     Attributes:
-        t_learner: predicted effect of the treatment on the spend, shape (users,).
+        users: positions in the sample, shape (judged,).
+        fold: fold of each, shape (judged,).
+        t_learner: predicted effect of the treatment on the spend, shape (judged,).
         x_learner: the same by the X-learner.
-        gain: doubly robust score of each user, shape (users,): its mean over any users that are chosen by what was known
-            before is the effect on them, whatever the models are.
+        gain: doubly robust score, shape (judged,): its mean over any users that are chosen by what was known before is the
+            effect on them, whatever the models are.
     """
 
+    users: np.ndarray
+    fold: np.ndarray
     t_learner: np.ndarray
     x_learner: np.ndarray
     gain: np.ndarray
@@ -48,7 +57,7 @@ class Qini:
 
     Attributes:
         coefficient: mean gain of a user over the curve, less that of a random order; 0 for a ranking that knows nothing.
-        low: lower end of its 95 % interval, by resampling users.
+        low: lower end of its 95 % interval.
         high: upper end.
     """
 
@@ -83,96 +92,128 @@ class Tenth:
     mean_spend: float
 
 
-def fit(sample: Sample) -> Uplift:
-    """Fit both learners, cross-fitted, on users who were drawn at random.
+def judge(sample: Sample) -> Judged:
+    """Rank the users of each fold from the third on by models of the folds before it.
 
     Args:
-        sample: users; each fold needs users of both groups outside of it.
+        sample: users who were drawn at random; the first two folds need users of both groups.
     """
-    # one thread: the same sums in the same order, and no threads that wait for each other on a busy machine
-    with threadpool_limits(limits=1):
-        return _fit(sample)
+    parts = []
+    for number in range(_FIRST_JUDGED, FOLDS):
+        users = np.flatnonzero(sample.fold == number)
+        if len(users):
+            parts.append((users, np.full(len(users), number), *_predicted(sample, sample.fold < number, users)))
+    users, fold, t_learner, x_learner, gain = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Judged(users, fold, t_learner, x_learner, gain)
 
 
-def _fit(sample: Sample) -> Uplift:
+def rank(sample: Sample) -> np.ndarray:
+    """Return the uplift of each user by the X-learner, float64 of shape (users,), by models that have not seen the user."""
+    predicted = np.empty(len(sample.y))
+    for number in range(FOLDS):
+        users = np.flatnonzero(sample.fold == number)
+        if len(users):
+            predicted[users] = _predicted(sample, sample.fold != number, users)[1]
+    return predicted
+
+
+def _predicted(sample: Sample, known: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what models of known users say of others: T-learner, X-learner and gain, shape (users,) each.
+
+    Args:
+        sample: all users.
+        known: whether a user is learned from, bool of shape (all users,).
+        users: positions of the others.
+    """
     x, y, treated = tree_inputs(sample.x), sample.y, sample.treated
     # drawn at random: the same for all users
     share = float(treated.mean())
-    t_learner, x_learner, gain = (np.empty(len(y)) for _ in range(3))
-    for number in range(FOLDS):
-        held_out = sample.fold == number
-        if not held_out.any():
-            continue
-        of_treated, of_control = ~held_out & treated, ~held_out & ~treated
+    of_treated, of_control = known & treated, known & ~treated
+    # one thread: the same sums in the same order, and no threads that wait for each other on a busy machine
+    with threadpool_limits(limits=1):
         with_it = trees().fit(x[of_treated], y[of_treated])
         without = trees().fit(x[of_control], y[of_control])
         gained = trees().fit(x[of_treated], y[of_treated] - without.predict(x[of_treated]))
         missed = trees().fit(x[of_control], with_it.predict(x[of_control]) - y[of_control])
-        of_users = x[held_out]
-        expected_with, expected_without = with_it.predict(of_users), without.predict(of_users)
-        t_learner[held_out] = expected_with - expected_without
-        x_learner[held_out] = share * missed.predict(of_users) + (1 - share) * gained.predict(of_users)
-        left = np.where(
-            treated[held_out],
-            (y[held_out] - expected_with) / share,
-            -(y[held_out] - expected_without) / (1 - share),
-        )
-        gain[held_out] = expected_with - expected_without + left
-    return Uplift(t_learner, x_learner, gain)
+        others = x[users]
+        expected_with, expected_without = with_it.predict(others), without.predict(others)
+        x_learner = share * missed.predict(others) + (1 - share) * gained.predict(others)
+    t_learner = expected_with - expected_without
+    surprise = np.where(
+        treated[users], (y[users] - expected_with) / share, -(y[users] - expected_without) / (1 - share)
+    )
+    return t_learner, x_learner, t_learner + surprise
 
 
-def qini(ranked_by: np.ndarray, gain: np.ndarray) -> Qini:
+def qini(judged: Judged, ranked_by: np.ndarray) -> Qini:
     """Return the Qini coefficient of a ranking, with its 95 % interval.
 
     Args:
-        ranked_by: predicted uplift, shape (users,); the largest is treated first. Equal ones are in the order of the users.
-        gain: :attr:`Uplift.gain` of the same users.
+        judged: users of the judged folds.
+        ranked_by: predicted uplift of each; the largest of a fold is treated first.
     """
-    ordered = gain[np.argsort(-ranked_by, kind="stable")]
-    random = np.random.default_rng(_SEED)
-    ones = np.ones(len(ordered))
-    resampled = [_coefficient(ordered, random.poisson(1.0, len(ordered))) for _ in range(_RESAMPLES)]
-    low, high = np.quantile(resampled, (0.025, 0.975))
-    return Qini(_coefficient(ordered, ones), float(low), float(high))
+    coefficient, variance = 0.0, 0.0
+    for of_fold in _folds(judged):
+        gain = judged.gain[of_fold]
+        # ranks add up to nothing, so that a gain of all users adds nothing
+        terms = (0.5 - _places(ranked_by[of_fold])) * (gain - gain.mean())
+        share = len(gain) / len(judged.gain)
+        coefficient += share * float(terms.mean())
+        variance += share**2 * float(terms.var()) / len(terms)
+    error = _Z * variance**0.5
+    return Qini(coefficient, coefficient - error, coefficient + error)
 
 
-def _coefficient(ordered: np.ndarray, times: np.ndarray) -> float:
-    """Return the coefficient where each user counts so many times."""
-    total = max(float(times.sum()), 1.0)
-    rank = (np.cumsum(times) - times / 2) / total
-    return float(times @ ((0.5 - rank) * ordered)) / total
+def tenths(sample: Sample, judged: Judged) -> list[Tenth]:
+    """Return the tenths of the judged users by the X-learner, that with the largest uplift first."""
+    place = np.empty(len(judged.users))
+    for of_fold in _folds(judged):
+        place[of_fold] = _places(judged.x_learner[of_fold])
+    number = np.minimum((place * TENTHS).astype(int), TENTHS - 1)
+    return [_tenth(sample, judged, number == each) for each in range(TENTHS) if (number == each).any()]
 
 
-def tenths(sample: Sample, ranked_by: np.ndarray, gain: np.ndarray) -> list[Tenth]:
-    """Return the tenths of the users by predicted uplift, that with the largest first."""
-    found = []
-    for users in np.array_split(np.argsort(-ranked_by, kind="stable"), TENTHS):
-        mean, error = float(gain[users].mean()), float(gain[users].std(ddof=1)) / len(users) ** 0.5
-        control = users[~sample.treated[users]]
-        found.append(
-            Tenth(
-                users=len(users),
-                predicted=float(ranked_by[users].mean()),
-                gain=mean,
-                low=mean - 1.96 * error,
-                high=mean + 1.96 * error,
-                mean_spend=float(sample.y[control].mean()) if len(control) else float("nan"),
-            )
-        )
-    return found
+def _tenth(sample: Sample, judged: Judged, chosen: np.ndarray) -> Tenth:
+    gain, users = judged.gain[chosen], judged.users[chosen]
+    mean, error = float(gain.mean()), _Z * float(gain.std()) / len(gain) ** 0.5
+    control = users[~sample.treated[users]]
+    return Tenth(
+        users=len(users),
+        predicted=float(judged.x_learner[chosen].mean()),
+        gain=mean,
+        low=mean - error,
+        high=mean + error,
+        mean_spend=float(sample.y[control].mean()) if len(control) else float("nan"),
+    )
+
+
+def _folds(judged: Judged) -> list[np.ndarray]:
+    return [np.flatnonzero(judged.fold == number) for number in np.unique(judged.fold)]
+
+
+def _places(ranked_by: np.ndarray) -> np.ndarray:
+    """Return the place of each user in the order, 0 to 1; equal ones are in the order of the users."""
+    places = np.empty(len(ranked_by))
+    places[np.argsort(-ranked_by, kind="stable")] = (np.arange(len(ranked_by)) + 0.5) / len(ranked_by)
+    return places
 
 
 def separating(
-    sample: Sample, ranked_by: np.ndarray, names: list[str], most: int = 5
+    sample: Sample, predicted: np.ndarray, names: list[str], most: int = 5
 ) -> list[tuple[str, float, float]]:
     """Return the covariates that differ most between the tenth with the largest uplift and all others.
+
+    Args:
+        sample: users.
+        predicted: uplift of each, by :func:`rank`.
+        names: names of the covariates.
+        most: how many to return.
 
     Returns:
         Name, mean in the first tenth, mean of the others; the largest difference in standard deviations first.
     """
     known = np.nan_to_num(sample.x.astype(np.float64))
-    first = np.zeros(len(known), bool)
-    first[np.argsort(-ranked_by, kind="stable")[: max(1, len(known) // TENTHS)]] = True
+    first = _places(predicted) < 1 / TENTHS
     means = known[first].mean(axis=0), known[~first].mean(axis=0)
     spread = known.std(axis=0)
     apart = np.divide(np.abs(means[0] - means[1]), spread, out=np.zeros(len(spread)), where=spread > 0)

@@ -38,7 +38,7 @@ class UpliftResult:
         users: users of both groups that were compared.
         qini: coefficient of the ranking by the X-learner, which decides.
         qini_t_learner: the same by the T-learner.
-        tenths: tenths of the users by predicted uplift, the largest first.
+        tenths: tenths of the users that rankings were judged by, the largest predicted uplift first.
         separating: covariate, its mean in the first tenth, and that of all others; what differs most comes first.
         ranking: ``user_key, uplift`` of the compared users, the largest first; empty unless the ranking is sure.
         stages: the stages that ran.
@@ -95,8 +95,8 @@ def uplift(
                     f"a group of {name} has fewer than {LEAST_USERS} users with an order before {definition.day}",
                     column="group",
                 )
-        found = learners.fit(sample)
-        result = learners.qini(found.x_learner, found.gain)
+        judged, predicted = learners.judge(sample), learners.rank(sample)
+        result = learners.qini(judged, judged.x_learner)
         figures["experiment"], figures["users"] = name, len(sample.y)
         figures["qini"] = f"{result.coefficient:.4g} ({result.low:.4g} to {result.high:.4g})"
     return UpliftResult(
@@ -106,10 +106,10 @@ def uplift(
         days=read_days,
         users=len(sample.y),
         qini=result,
-        qini_t_learner=learners.qini(found.t_learner, found.gain),
-        tenths=learners.tenths(sample, found.x_learner, found.gain),
-        separating=learners.separating(sample, found.x_learner, names),
-        ranking=_ranking(sample.keys, found.x_learner).head(len(sample.y) if result.is_sure else 0),
+        qini_t_learner=learners.qini(judged, judged.t_learner),
+        tenths=learners.tenths(sample, judged),
+        separating=learners.separating(sample, predicted, names),
+        ranking=_ranking(sample.keys, predicted).head(len(sample.y) if result.is_sure else 0),
         stages=run.records,
     )
 
