@@ -34,6 +34,7 @@ from bp_spark.lakehouse.tables import (
     FORGOTTEN,
     PROFILE_TABLES,
     RAW_USERS,
+    RECOMMENDATIONS,
     SCORES,
     SCORES_LATEST,
     SHARED_TABLES,
@@ -676,6 +677,7 @@ def test_the_documented_queries_run_in_duckdb_and_in_spark(summed: Platform, spa
     queries = re.findall(r"^```sql\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL)
     assert [re.search(r"bp\.(\w+)", query)[1] for query in queries] == [  # type: ignore[index]
         "user_profile",
+        "user_profile",
         "category_affinity",
         "risk_control",
         "customer_service",
@@ -686,27 +688,31 @@ def test_the_documented_queries_run_in_duckdb_and_in_spark(summed: Platform, spa
         "cohorts",
         "market_forecast",
         "market_forecast",
+        "recommendations",
     ]
+    item = {"user_key": "a", "score_date": DAY, "rank": 1, "item_id": "tea", "reason": "similar_users", "score": 0.5}
+    summed.lakehouse.replace(RECOMMENDATIONS, frame(spark, RECOMMENDATIONS, item))
     with duckdb.connect() as connection:
         connection.sql("CREATE SCHEMA bp")
-        for name in (*NAMES, "totals", "scores_latest", "cohorts", "market_forecast"):
+        for name in (*NAMES, "totals", "scores_latest", "cohorts", "market_forecast", "recommendations"):
             connection.register(f"{name}_rows", summed.arrow(name))
             connection.sql(f"CREATE VIEW bp.{name} AS SELECT * FROM {name}_rows")
         answers = [connection.sql(query).fetchall() for query in queries]
     assert answers[0] == [("A", "rising", 1, 100.0), ("E", "new", 1, 4.0)]
-    assert [row[1] for row in answers[1]] == ["Home > Garden", "Food > Dairy", "Toys", "Food > Dairy"]
-    assert ("high", "C", 1, 2.0, 0.0) in answers[2]
+    assert [row[1] for row in answers[2]] == ["Home > Garden", "Food > Dairy", "Toys", "Food > Dairy"]
+    assert ("high", "C", 1, 2.0, 0.0) in answers[3]
     of_premium = interval(5.0, 3.0 * 5.0, ERRORS.errors[1], 1.645)
-    assert answers[6] == [(1, 5.0, pytest.approx(of_premium[0]), pytest.approx(of_premium[1]))]
+    assert answers[7] == [(1, 5.0, pytest.approx(of_premium[0]), pytest.approx(of_premium[1]))]
     spent = Counter[int]()
     for row in summed.arrow("user_daily").to_pylist():
         spent[(DAY - row["day"]).days // -7] += row["spend"]
     weeks = [float(spent[-week]) for week in range(26, 0, -1)]
     usual = sum(weeks[-8:]) / 8
-    assert [row[1] for row in answers[9]][:26] == weeks
-    assert [row[2] for row in answers[9]][26:] == pytest.approx([usual] * 13)
+    assert [row[1] for row in answers[10]][:26] == weeks
+    assert [row[2] for row in answers[10]][26:] == pytest.approx([usual] * 13)
     # the users' side expects 111 in 90 days
-    assert answers[10] == [(90, 111.0, pytest.approx(usual * 90 / 7 / 111 - 1), 0.0)]
+    assert answers[11] == [(90, 111.0, pytest.approx(usual * 90 / 7 / 111 - 1), 0.0)]
+    assert answers[12] == [("a", 1, "tea", "similar_users", 0.5, None)]
     summed.lakehouse.register(TABLE_NAMES)
     try:
         counts = [len(spark.sql(query).collect()) for query in queries]
