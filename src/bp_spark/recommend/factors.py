@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from pyspark.ml.recommendation import ALS, ALSModel
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
@@ -33,18 +34,12 @@ def dense_ids(keys: DataFrame, column: str, name: str) -> DataFrame:
     """
     distinct = keys.select(column).distinct()
     in_buckets = distinct.withColumn("bucket", F.pmod(F.xxhash64(column), F.lit(_BUCKETS)))
-    starts = (
-        in_buckets.groupBy("bucket")
-        .count()
-        # a window over all is of as many rows as there are buckets
-        .select("bucket", (F.sum("count").over(Window.orderBy("bucket")) - F.col("count")).alias("start"))
-    )
+    # as few rows as there are buckets
+    counts = {row["bucket"]: row["count"] for row in in_buckets.groupBy("bucket").count().collect()}
+    starts = np.cumsum([0, *(counts.get(bucket, 0) for bucket in range(_BUCKETS - 1))])
     position = F.row_number().over(Window.partitionBy("bucket").orderBy(column)) - 1
-    return (
-        in_buckets.withColumn("position", position)
-        .join(F.broadcast(starts), "bucket")
-        .select(column, (F.col("start") + F.col("position")).cast("int").alias(name))
-    )
+    start = F.get(F.lit(starts), F.col("bucket").cast("int"))
+    return in_buckets.select(column, (start + position).cast("int").alias(name))
 
 
 @dataclass(frozen=True)
