@@ -1,4 +1,4 @@
-"""How often campaigns without an effect are said to have one: a part of :mod:`bench.decisions`.
+"""False alarms of ``bp-spark campaign-effect``: a part of :mod:`bench.decisions`.
 
 In: the demo's tables. Out: a line of JSON a figure on standard output. Each of :data:`CAMPAIGNS` campaigns that never were
 draws users by what they did before: who spends more is contacted more often, as by real campaigns.
@@ -63,7 +63,7 @@ def effects(spark: SparkSession, settings: Config) -> dict[str, float]:
 
 
 def _sees(effect: Effect) -> bool:
-    return effect.comparison.low > 0 or effect.comparison.high < 0
+    return effect.comparison.excludes_zero
 
 
 def _usable(effect: Effect) -> bool:

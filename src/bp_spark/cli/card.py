@@ -28,7 +28,7 @@ from bp_spark.lakehouse.tables import (
 NEWEST_CONTACTS = 3
 """Contacts and consultations that are named; the others are counted."""
 MOST_TEXT = 120
-"""Characters that are shown of a question that nobody has answered."""
+"""Characters that are shown of an open question."""
 SHOWN_ITEMS = 5
 """Recommended items that are named."""
 

@@ -35,6 +35,10 @@ DaysOption = Annotated[
         min=1, help="Days of spend, from the scored date on; by default labels.horizon_days.", show_default=False
     ),
 ]
+ComparedDaysOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Days of spend to compare; by default those that were planned.", show_default=False),
+]
 WhereOption = Annotated[
     str | None,
     typer.Option(
@@ -144,10 +148,7 @@ def assign(
 @app.command()
 def read(
     name: NameArgument,
-    days: Annotated[
-        int | None,
-        typer.Option(min=1, help="Days of spend to compare; by default those that were planned.", show_default=False),
-    ] = None,
+    days: ComparedDaysOption = None,
     as_json: JsonOption = False,
     overrides: Overrides = None,
     config_file: ConfigOption = None,
@@ -197,10 +198,7 @@ def uplift(
     group: Annotated[
         str | None, typer.Option(help="Treated group, where there are several.", show_default=False)
     ] = None,
-    days: Annotated[
-        int | None,
-        typer.Option(min=1, help="Days of spend to compare; by default those that were planned.", show_default=False),
-    ] = None,
+    days: ComparedDaysOption = None,
     as_json: JsonOption = False,
     overrides: Overrides = None,
     config_file: ConfigOption = None,

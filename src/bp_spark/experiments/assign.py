@@ -103,6 +103,18 @@ def stored_definition(lakehouse: Lakehouse, name: str) -> Definition | None:
     )
 
 
+def require_definition(lakehouse: Lakehouse, name: str) -> Definition:
+    """Return what an experiment's name stands for.
+
+    Raises:
+        DataError: there is no such experiment.
+    """
+    definition = stored_definition(lakehouse, name)
+    if definition is None:
+        raise DataError(EXPERIMENTS.name, f"holds no user of {name}; run experiment assign", column="experiment")
+    return definition
+
+
 def control_of(groups: list[str]) -> str:
     """Return the group that others are compared with: the one named control, else the first."""
     return CONTROL if CONTROL in groups else groups[0]

@@ -70,8 +70,7 @@ class Window:
     @property
     def sees_difference(self) -> bool:
         """Whether the 95 % interval excludes 0."""
-        comparison = self.effect.comparison
-        return comparison.low > 0 or comparison.high < 0
+        return self.effect.comparison.excludes_zero
 
 
 @dataclass(frozen=True)

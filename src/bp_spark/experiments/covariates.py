@@ -1,4 +1,4 @@
-"""What was known of users before any past date: sums over windows of ``user_daily`` and contacts by campaigns.
+"""Covariates of users as of any past date: sums over windows of ``user_daily``, and contacts by campaigns.
 
 Unlike ``user_features`` these need no stored rows of the date, so that placebo dates are as good as any other. No event of the
 date or after it is seen.

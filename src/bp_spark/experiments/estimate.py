@@ -195,6 +195,11 @@ class Comparison:
     relative_high: float
     p_value: float
 
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval of the difference lies on one side of 0."""
+        return self.low > 0 or self.high < 0
+
 
 def unadjusted(group: Moments) -> Mean:
     """Return the plain mean of a group."""

@@ -17,7 +17,7 @@ from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.session import persisted
 from bp_spark.core.version import __version__
 from bp_spark.experiments import spend
-from bp_spark.experiments.assign import control_of, stored_definition
+from bp_spark.experiments.assign import control_of, require_definition
 from bp_spark.experiments.assignment import Definition
 from bp_spark.experiments.estimate import (
     SAMPLE_RATIO_ALARM,
@@ -77,9 +77,7 @@ def read(spark: SparkSession, config: Config, name: str, days: int | None = None
         raise ConfigError(f"experiment read: days must be at least 1, is {days}")
     with recorded(spark, config, "experiment-read") as run:
         lakehouse = run.lakehouse
-        definition = stored_definition(lakehouse, name)
-        if definition is None:
-            raise DataError(EXPERIMENTS.name, f"holds no user of {name}; run experiment assign", column="experiment")
+        definition = require_definition(lakehouse, name)
         read_days = definition.days if days is None else days
         require_over(run, definition.day, read_days)
         with run.step("read", EXPERIMENT_RESULTS, experiment=name, days=str(read_days)) as step:

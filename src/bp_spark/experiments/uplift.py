@@ -15,7 +15,7 @@ from bp_spark.core.config import Config
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.session import persisted
 from bp_spark.experiments import learners
-from bp_spark.experiments.assign import control_of, stored_definition
+from bp_spark.experiments.assign import control_of, require_definition
 from bp_spark.experiments.assignment import Definition
 from bp_spark.experiments.covariates import covariates
 from bp_spark.experiments.learners import Qini, Tenth
@@ -80,9 +80,7 @@ def uplift(
     if days is not None and days < 1:
         raise ConfigError(f"experiment uplift: days must be at least 1, is {days}")
     with recorded(spark, config, "experiment-uplift") as run, run.stage("uplift") as figures:
-        definition = stored_definition(run.lakehouse, name)
-        if definition is None:
-            raise DataError(EXPERIMENTS.name, f"holds no user of {name}; run experiment assign", column="experiment")
+        definition = require_definition(run.lakehouse, name)
         treated = _treated_group(definition, group)
         read_days = definition.days if days is None else days
         require_over(run, definition.day, read_days)

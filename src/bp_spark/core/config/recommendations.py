@@ -21,7 +21,7 @@ class RecommendationsConfig(Section):
         60, description="Days after which the weight of a purchase, a cart, a favourite or a view has halved."
     )
     item_days: Positive = Field(
-        90, description="An item that nobody bought in so many days is taken to be sold no more, and isn't recommended."
+        90, description="An item without a purchase in so many days counts as sold out, and isn't recommended."
     )
     rest_days: int = Field(
         1,
