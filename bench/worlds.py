@@ -252,7 +252,9 @@ def totals_inside(fitted: Fitted, users: pd.DataFrame) -> dict[str, float]:
     sums.loc[EVERYONE] = sums.sum()
     inside = {}
     for group, row in sums.iterrows():
-        low, high = interval(row["expected"], row["variance"], error, fitted.totals.z, everyone=group == EVERYONE)
+        low, high = interval(
+            row["expected"], row["variance"], error, fitted.totals.coverage, everyone=group == EVERYONE
+        )
         inside[group] = float(low <= row["spent"] <= high)
     return {"platform_inside": inside[EVERYONE], "totals_inside": statistics.mean(inside.values())}
 

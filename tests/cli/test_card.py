@@ -109,6 +109,7 @@ TABLES: dict[str, list[dict[str, Any]]] = {
             "item_id": item,
             "score": 0.42,
             "reason": "buy_again",
+            "item": "Green tea" if item == "tea-1" else None,
             "price": price,
         }
         for key, day, rank, item, price in (
@@ -117,6 +118,10 @@ TABLES: dict[str, list[dict[str, Any]]] = {
             (ANNA, BEFORE, 1, "old news", 1.0),
             (BEN, DAY, 1, "Ben's", 1.0),
         )
+    ],
+    "consultation_topics": [
+        {"consultation_id": f"c{number}", "user_key": key, "topic": topic}
+        for number, key, topic in ((4, ANNA, "not shown"), (5, ANNA, "delivery"), (3, BEN, "Ben's"))
     ],
     "consultations": [
         {
@@ -134,7 +139,7 @@ TABLES: dict[str, list[dict[str, Any]]] = {
             (2, ANNA, "size\nrisk low", False),
             (3, BEN, "Ben's", None),
             (4, ANNA, "\x1b[31mred", None),
-            (5, ANNA, "newest", True),
+            (5, ANNA, None, True),
         )
     ],
 }
@@ -189,10 +194,10 @@ def test_a_card_says_what_the_tables_say_of_that_user_alone(tables: Path) -> Non
         "60.00 a purchase day, every 7.5 days, 12 purchase days so far",
         "Food>Tea (60%)",
         "12.5% of what is paid",
-        "tea-1: buy again, 42% within 28 days, about 3.50",
+        "Green tea (tea-1): buy again, 42% within 28 days, about 3.50",
         "tea-2: buy again, 42% within 28 days",
         "An own courier",
-        "2024-03-05: chat, newest, solved",
+        "2024-03-05: chat, delivery, solved",
         "2024-03-02: Does size 9 fit? Please.",
         "and 1 earlier",
     ):

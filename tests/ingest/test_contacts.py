@@ -10,22 +10,23 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pyspark.sql import SparkSession
+from pyspark.sql import Row, SparkSession
 
 from bp_spark.core import config
 from bp_spark.core.config import Config
 from bp_spark.core.errors import ConfigError
 from bp_spark.governance.retention import ROW_DAYS
-from bp_spark.ingest import clean, contacts_job, pseudonyms, quarantine
+from bp_spark.ingest import clean, contacts_job, pseudonyms, quarantine, texts_job
 from bp_spark.ingest.contacts import LOGS, validate
 from bp_spark.ingest.sources import completejourney
 from bp_spark.ingest.sources.completejourney import CompleteJourney
 from bp_spark.ingest.sources.files import FilesSource
 from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.store import Lakehouse
-from bp_spark.lakehouse.tables import DELIVERIES, RAW_CONSULTATIONS, RAW_TABLES, SHARED_TABLES
+from bp_spark.lakehouse.tables import CONSULTATIONS, DELIVERIES, RAW_CONSULTATIONS, RAW_TABLES, SHARED_TABLES
 from tests.support.histories import SECRET, raw_frame, sorted_rows
 from tests.support.platforms import CONTACTS
+from tests.support.rows import frame
 
 TALK = {"user_id": "u1", "ts": "2024-03-01 10:00:00", "channel": "chat", "topic": "size", "text": "too small"}
 MAIL = {"user_id": "u1", "campaign_id": "c1", "first_day": "2024-03-01", "last_day": "2024-03-31", "cost": "0.0045"}
@@ -215,6 +216,48 @@ def test_a_corrected_file_of_consultations_takes_the_place_of_the_first(
         lakehouse.append(DELIVERIES, spark.createDataFrame([version], DELIVERIES.schema))
         night(spark, settings)
     assert [row["text"] for row in lakehouse.read("consultations").collect()] == ["Where is my parcel?"]
+
+
+def test_topics_follow_from_phrases_and_meaning_and_are_found_once(
+    spark: SparkSession, settings: Config, lakehouse: Lakehouse
+) -> None:
+    written = {
+        "Has the courier been? My order is a week late.": "delivery",
+        "The zip broke after one day": "quality",
+        "我的快递还没到": "delivery",  # by a phrase
+        "为什么昨天更好": None,  # an English model can't read it, and doesn't guess
+        "Nice weather today": None,
+        "!": None,
+    }
+    talk = {"consultation_id": "", "user_key": "u", "event_date": date(2024, 3, 1)}
+    talks = [{**talk, "consultation_id": f"c{number}", "text": text} for number, text in enumerate(written)]
+
+    def found(*changes: str) -> tuple[dict[str, Any], list[Row]]:
+        run = Run(spark, config.load(overrides=[f"tables.path={settings.tables.path}", *changes]))
+        texts_job.find_topics(run)
+        [stage] = run.records
+        rows = lakehouse.read("consultation_topics").orderBy("consultation_id").collect()
+        return {**stage, **stage["figures"]}, rows
+
+    lakehouse.replace(CONSULTATIONS, frame(spark, CONSULTATIONS, *talks, {**talk, "consultation_id": "silent"}))
+    first, rows = found()
+    assert {row["consultation_id"]: row["topic"] for row in rows} == {
+        talk["consultation_id"]: written[talk["text"]] for talk in talks
+    }
+    assert [row["similarity"] is None for row in rows] == [False, False, False, True, False, True]
+    assert (rows[2]["similarity"], first["rows_in"], first["compared"]) == (1.0, 6, "4")
+    assert found()[0]["status"] == "unchanged"
+
+    # one is gone, one is new
+    new = {**talk, "consultation_id": "new", "text": "Can I get an invoice?"}
+    lakehouse.replace(CONSULTATIONS, frame(spark, CONSULTATIONS, *talks[1:], new))
+    second, rows = found()
+    assert (second["rows_in"], second["rows_out"]) == (1, 6)
+    assert {row["consultation_id"]: row["topic"] for row in rows}["new"] == "payment"
+
+    # other settings find all anew
+    own, rows = found("topics.phrases={repairs: [broke]}", "topics.least_similarity=1")
+    assert (own["rows_in"], [row["topic"] for row in rows].count("repairs")) == (6, 1)
 
 
 def test_a_mapping_reads_contacts_and_promotions_and_texts_are_masked(spark: SparkSession, tmp_path: Path) -> None:

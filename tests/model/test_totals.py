@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from bp_spark.core.errors import BundleError
-from bp_spark.model.totals import FILE, Totals, interval
+from bp_spark.model.totals import FILE, TotalError, Totals, interval
 
 DAYS = 90
 USERS = 4_000
@@ -37,7 +37,7 @@ def shop(seed: int, cutoffs: int, common: float, own: float) -> tuple[pd.DataFra
 
 
 def fit(frame: pd.DataFrame, expected: np.ndarray, **more: float) -> Totals:
-    arguments = {"main": DAYS, "level_sd": 0.1, "coverage": 0.9} | more
+    arguments = {"main": DAYS, "level_sd": 0.1, "forecasts": 30.0, "coverage": 0.9} | more
     return Totals.fit(frame, {DAYS: expected}, np.ones(len(frame)), **arguments)  # type: ignore[arg-type]
 
 
@@ -72,7 +72,7 @@ def test_nine_of_ten_sums_lie_in_their_interval() -> None:
     for everyone, group in ((True, ["as_of_date"]), (False, ["as_of_date", "fifth"])):
         sums = later.groupby(group)[["label_spend", "expected", "variance"]].sum()
         ends = [
-            interval(mean, variance, error, totals.z, everyone=everyone)
+            interval(mean, variance, error, totals.coverage, everyone=everyone)
             for mean, variance in zip(sums["expected"], sums["variance"], strict=True)
         ]
         inside[everyone] = np.mean(
@@ -82,12 +82,25 @@ def test_nine_of_ten_sums_lie_in_their_interval() -> None:
     assert inside[False] == pytest.approx(0.9, abs=0.07)
 
 
+@pytest.mark.parametrize("errors", [0, 1, 4])
+def test_an_interval_allows_for_a_variance_that_few_errors_tell(errors: int) -> None:
+    rng = np.random.default_rng(errors)
+    # of worlds whose variance lies about the assumed one as much as two errors would tell
+    variances = 0.05**2 * 2 / rng.chisquare(2, 20_000)
+    seen = rng.normal(0.0, np.sqrt(variances), (errors, len(variances)))
+    learned = np.sqrt((np.square(seen).sum(axis=0) + 2 * 0.05**2) / (errors + 2))
+    surprise = np.abs(rng.normal(0.0, np.sqrt(variances))) / learned
+    quantile = TotalError(DAYS, 0.05, 0.0, 0.0, 0.0, errors).quantile(0.9)
+    assert np.mean(surprise <= quantile) == pytest.approx(0.9, abs=0.01)
+    assert np.mean(surprise <= 1.645) < 0.87
+
+
 def test_another_horizon_leans_on_the_level_until_it_has_horizons_of_its_own() -> None:
     frame, expected = shop(5, 12, 0.3, 0.0)
     frame["label_spend_30d"] = frame["label_spend"] / 3
     both = {DAYS: expected, 30: expected / 3}
     weights = np.ones(len(frame))
-    of_many = Totals.fit(frame, both, weights, main=DAYS, level_sd=0.1, coverage=0.9).errors
+    of_many = Totals.fit(frame, both, weights, main=DAYS, level_sd=0.1, forecasts=0.0, coverage=0.9).errors
     assert [error.days for error in of_many] == [30, DAYS]
     assert of_many[1].common_sd == 0.1
     assert of_many[0].common_sd == pytest.approx(0.3, rel=0.5)
@@ -98,9 +111,10 @@ def test_another_horizon_leans_on_the_level_until_it_has_horizons_of_its_own() -
         weights[one.to_numpy()],
         main=DAYS,
         level_sd=0.1,
+        forecasts=0.0,
         coverage=0.9,
     ).errors
-    assert alone.horizons == 1
+    assert alone.horizons == 0
     assert alone.common_sd < of_many[0].common_sd
 
 
@@ -114,8 +128,8 @@ def test_where_nobody_spends_there_is_no_error_but_that_of_the_level() -> None:
 def test_the_interval_of_nothing_is_nothing_and_that_of_one_user_is_wide() -> None:
     totals = fit(*shop(7, 4, 0.0, 0.0))
     (error,) = totals.errors
-    assert interval(0.0, 0.0, error, totals.z) == (0.0, 0.0)
-    low, high = interval(100.0, 100 * error.dispersion + 10_000 * error.quadratic, error, totals.z)
+    assert interval(0.0, 0.0, error, totals.coverage) == (0.0, 0.0)
+    low, high = interval(100.0, 100 * error.dispersion + 10_000 * error.quadratic, error, totals.coverage)
     assert 0 < low < 40
     assert 150 < high < 400
 

@@ -16,12 +16,12 @@ from bp_spark import pipeline
 from bp_spark.core.config import Config, RecommendationsConfig
 from bp_spark.core.errors import DataError
 from bp_spark.lakehouse.store import Lakehouse
-from bp_spark.lakehouse.tables import EVENTS, PROSPECT_SCORES, RECOMMENDATIONS, SCORES
+from bp_spark.lakehouse.tables import EVENTS, PROSPECT_SCORES, RAW_ITEMS, RECOMMENDATIONS, SCORES
 from bp_spark.recommend import ranking
 from bp_spark.recommend.candidates import candidates
 from bp_spark.recommend.factors import dense_ids
 from bp_spark.recommend.job import is_due, learned
-from bp_spark.recommend.ranking import Ranking, recommended
+from bp_spark.recommend.ranking import Ranking, names_of, recommended
 from tests.support.rows import frame, write_without_spark
 
 DAY = date(2024, 3, 10)
@@ -190,6 +190,19 @@ def test_the_ranking_learns_at_a_past_date_what_users_bought_since(
     more = [done(user, "milk", days) for user in MILK for days in range(1, 28)]
     levels = spark.createDataFrame([row[:2] for row in EVERYONE], "user_key string, level string")
     assert learned(frame(spark, EVENTS, *shop(), *more), levels, DAY, SETTINGS, K) == found
+
+
+def test_items_are_named_by_their_newest_title_or_their_category(spark: SparkSession) -> None:
+    items = [
+        {"item_id": "tea", "title": "Tea", "ingest_id": 1},
+        {"item_id": "tea", "title": "Green tea", "category": "Food > Tea", "ingest_id": 2},
+        {"item_id": "tea", "title": " ", "ingest_id": 3},
+        {"item_id": "soap", "category": "Home > Soap", "ingest_id": 1},
+        {"item_id": "milk", "ingest_id": 1},
+        {"item_id": None, "title": "of nothing", "ingest_id": 1},
+    ]
+    rows = names_of(frame(spark, RAW_ITEMS, *items)).collect()
+    assert {row["item_id"]: row["item"] for row in rows} == {"tea": "Green tea", "soap": "Home > Soap", "milk": None}
 
 
 def test_rows_have_rank_and_reason_and_no_more_than_asked_for(of_shop: tuple[Ranking, list[Row]]) -> None:

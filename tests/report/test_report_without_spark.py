@@ -20,14 +20,17 @@ from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import (
     COHORTS,
+    CUSTOMER_SERVICE,
     DRIFT,
     EVENTS,
     MARKET_FORECAST,
     PROSPECT_SCORES,
     QUARANTINE,
+    RECOMMENDATIONS,
     RUNS,
     SCORES,
     TOTALS,
+    USER_PROFILE,
 )
 from bp_spark.report.job import ReportResult, report, report_without_spark
 from tests.support.rows import frame
@@ -165,6 +168,38 @@ def tables(spark: SparkSession, lakehouse: Lakehouse, settings: Config) -> Confi
             for segment, value in (("platform", "all"), ("category", "Food"), ("level", "B"))
             for week in range(-25 if segment != "level" else 1, 14)
         ],
+        RECOMMENDATIONS: [
+            {
+                "user_key": f"u{n}",
+                "score_date": NIGHT - timedelta(3),
+                "rank": 1,
+                "item_id": "i1" if n < 25 else "rare item",
+                "item": "Green tea" if n % 2 else None,
+                "score": 0.25,
+                "reason": "buy_again" if n < 10 else "similar_users",
+                "price": 3.5,
+            }
+            for n in range(30)
+        ],
+        USER_PROFILE: [
+            {
+                "user_key": f"u{n}",
+                "score_date": NIGHT,
+                "level": "A" if n < 20 else "B",
+                "expected_spend": 10.0,
+                "expected_margin": 2.5 if n < 25 else None,
+            }
+            for n in range(30)
+        ],
+        CUSTOMER_SERVICE: [
+            {
+                "user_key": f"u{n}",
+                "score_date": NIGHT,
+                "open_questions": n % 3,
+                "asked_about": "delivery" if n < 40 else None,
+            }
+            for n in range(50)
+        ],
         DRIFT: [
             {
                 "score_date": NIGHT,
@@ -207,6 +242,11 @@ def test_the_page_is_that_of_spark(spark: SparkSession, tables: Config, tmp_path
     assert "2024-02</th><td>60</td><td>5.00</td><td></td><td></td>" in text(without)
     assert "98.70" not in text(without)
     assert "Spend of a user since the first purchase" in text(without)
+    # an item, a level or a topic of fewer than ten users isn't told
+    assert re.search(r"Green tea</th><td>25</td><td>40%</td><td>25%</td><td>3\.50<", text(without))
+    assert "rare item" not in text(without)
+    assert re.findall(r"<td>200</td><td>50</td><td>25\.0%<", text(without)) == ["<td>200</td><td>50</td><td>25.0%<"]
+    assert re.search(r"delivery</th><td>26</td><td>39<", text(without))
     keys = ["level", "bin", "risk_level"]
     figures = [result.levels.sort_values(keys).reset_index(drop=True) for result in (without, by_spark)]
     assert (figures[0][[*keys, "users"]] == figures[1][[*keys, "users"]]).all(axis=None)

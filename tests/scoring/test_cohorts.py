@@ -93,7 +93,7 @@ def test_expected_spend_is_added_to_what_was_spent_with_the_error_of_sums(spark:
     assert (quarter["age"], quarter["complete"], quarter["days"]) == (2, False, pytest.approx(256 / 3 + 90))
     assert (quarter["spend"], quarter["cumulative_spend"]) == (Decimal("60.00"), Decimal("149.50") + 60)
     assert quarter["variance"] == pytest.approx(3.0 * 60)
-    low, high = interval(60.0, 3.0 * 60, ERRORS.errors[1], ERRORS.z)
+    low, high = interval(60.0, 3.0 * 60, ERRORS.errors[1], ERRORS.coverage)
     assert (quarter["low"], quarter["high"]) == (pytest.approx(149.5 + low), pytest.approx(149.5 + high))
     assert month["variance"] == pytest.approx(sum(2.0 * x + 0.5 * x * x for x in (2.5, 5.0, 7.5)), abs=0.01)
     assert (quarter["active_users"], quarter["orders"], quarter["bundle_digest"]) == (None, None, "digest")

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from bp_spark.features.catalogue import catalogue, user_features_table
 from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import (
+    CONSULTATION_TOPICS,
+    CONSULTATIONS,
     EVENTS,
     FORGOTTEN,
     PROFILE_TABLES,
@@ -46,11 +48,12 @@ from bp_spark.model.refunds import Refunds
 from bp_spark.model.totals import TotalError, Totals, interval
 from bp_spark.registry import bundle as bundles
 from bp_spark.scoring.profiles.affinity import category_affinity
-from bp_spark.scoring.profiles.applications import customer_service
+from bp_spark.scoring.profiles.applications import customer_service, last_consultations
 from bp_spark.scoring.profiles.margins import with_margin_share
 from bp_spark.scoring.profiles.segments import CELL, market_segments
 from bp_spark.scoring.profiles.user_profile import discounted_value, user_profile
 from tests.support.harness import small_bundle
+from tests.support.histories import sorted_rows
 from tests.support.rows import frame
 
 pytestmark = pytest.mark.slow
@@ -521,6 +524,37 @@ def test_the_service_tier_is_that_of_the_documented_table(spark: SparkSession) -
     assert len(rows) == 30
 
 
+def test_customer_service_knows_what_each_user_asked_last_before_the_date(spark: SparkSession) -> None:
+    def talk(
+        number: int, user: str, topic: str | None = None, *, solved: bool | None = None, ahead: int = 0
+    ) -> dict[str, Any]:
+        day = DAY + timedelta(days=ahead - 10 + number)
+        begun = datetime.combine(day, time(8), tzinfo=UTC)
+        known = {"consultation_id": f"c{number}", "user_key": user, "ts": begun, "event_date": day}
+        return {**known, "topic": topic, "solved": solved}
+
+    talks = [
+        talk(1, "a", "size", solved=False),
+        talk(2, "a", solved=False),
+        talk(3, "b", "size", solved=True),
+        talk(4, "b", "colour"),
+        talk(5, "b", "of the day itself", solved=False, ahead=5),
+    ]
+    topics = [{"consultation_id": f"c{number}", "topic": topic} for number, topic in ((2, "delivery"), (4, "not used"))]
+    users = frame(spark, USER_PROFILE, *({"user_key": user, "level": "A"} for user in "abc"))
+    rows, found = frame(spark, CONSULTATIONS, *talks), frame(spark, CONSULTATION_TOPICS, *topics)
+    asked = customer_service(users, ProfilesConfig(), last_consultations(rows, found, DAY))
+    columns = ("user_key", "open_questions", "asked_on", "asked_about")
+    assert sorted_rows(asked, *columns) == [
+        ("a", 2, DAY - timedelta(days=8), "delivery"),
+        ("b", 0, DAY - timedelta(days=6), "colour"),
+        ("c", 0, None, None),
+    ]
+    # a platform that delivers no consultations doesn't say that there is no question
+    unknown = customer_service(users, ProfilesConfig(), last_consultations(None, None, DAY))
+    assert sorted_rows(unknown, *columns) == [(user, None, None, None) for user in "abc"]
+
+
 def test_totals_are_sums_of_segments_with_an_interval_for_errors_that_users_share(
     platform: Platform, summed: Platform
 ) -> None:
@@ -547,7 +581,7 @@ def test_totals_are_sums_of_segments_with_an_interval_for_errors_that_users_shar
     assert everyone["variance"] == pytest.approx(
         sum(2.0 * (x / 4) + 0.5 * (x / 4) ** 2 for x in (100, 2, 5, 4)), abs=0.01
     )
-    ends = interval(everyone["expected_spend"], everyone["variance"], ERRORS.errors[0], ERRORS.z, everyone=True)
+    ends = interval(everyone["expected_spend"], everyone["variance"], ERRORS.errors[0], ERRORS.coverage, everyone=True)
     assert (everyone["low"], everyone["high"]) == ends
     assert (everyone["common_sd"], everyone["segment_sd"], everyone["horizons"]) == (0.1, 0.2, 4.0)
     of_region = found["region", "other", 30]
@@ -701,18 +735,18 @@ def test_the_documented_queries_run_in_duckdb_and_in_spark(summed: Platform, spa
     assert answers[0] == [("A", "rising", 1, 100.0), ("E", "new", 1, 4.0)]
     assert [row[1] for row in answers[2]] == ["Home > Garden", "Food > Dairy", "Toys", "Food > Dairy"]
     assert ("high", "C", 1, 2.0, 0.0) in answers[3]
-    of_premium = interval(5.0, 3.0 * 5.0, ERRORS.errors[1], 1.645)
-    assert answers[7] == [(1, 5.0, pytest.approx(of_premium[0]), pytest.approx(of_premium[1]))]
+    of_premium = interval(5.0, 3.0 * 5.0, ERRORS.errors[1], 0.9)
+    assert answers[8] == [(1, 5.0, pytest.approx(of_premium[0]), pytest.approx(of_premium[1]))]
     spent = Counter[int]()
     for row in summed.arrow("user_daily").to_pylist():
         spent[(DAY - row["day"]).days // -7] += row["spend"]
     weeks = [float(spent[-week]) for week in range(26, 0, -1)]
     usual = sum(weeks[-8:]) / 8
-    assert [row[1] for row in answers[10]][:26] == weeks
-    assert [row[2] for row in answers[10]][26:] == pytest.approx([usual] * 13)
+    assert [row[1] for row in answers[11]][:26] == weeks
+    assert [row[2] for row in answers[11]][26:] == pytest.approx([usual] * 13)
     # the users' side expects 111 in 90 days
-    assert answers[11] == [(90, 111.0, pytest.approx(usual * 90 / 7 / 111 - 1), 0.0)]
-    assert answers[12] == [("a", 1, "tea", "similar_users", 0.5, None)]
+    assert answers[12] == [(90, 111.0, pytest.approx(usual * 90 / 7 / 111 - 1), 0.0)]
+    assert answers[13] == [("a", 1, "tea", None, "similar_users", 0.5, None)]
     summed.lakehouse.register(TABLE_NAMES)
     try:
         counts = [len(spark.sql(query).collect()) for query in queries]

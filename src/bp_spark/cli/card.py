@@ -15,6 +15,7 @@ from bp_spark.features.stages import PROSPECT
 from bp_spark.lakehouse.schema import Table
 from bp_spark.lakehouse.tables import (
     CAMPAIGN_CONTACTS,
+    CONSULTATION_TOPICS,
     CONSULTATIONS,
     CUSTOMER_SERVICE,
     PROSPECT_FEATURES,
@@ -99,9 +100,16 @@ def read(rows_where: Callable[..., list[dict[str, Any]]], user_key: str) -> Card
         risk=of_date(RISK_CONTROL),
         service=of_date(CUSTOMER_SERVICE),
         contacts=sorted(rows(CAMPAIGN_CONTACTS), key=lambda row: (row["first_day"], row["contact_id"]), reverse=True),
-        consultations=sorted(rows(CONSULTATIONS), key=lambda row: (row["ts"], row["consultation_id"]), reverse=True),
+        consultations=_with_topics(rows(CONSULTATIONS), rows(CONSULTATION_TOPICS)),
         recommendations=_of_newest_date(rows(RECOMMENDATIONS)),
     )
+
+
+def _with_topics(consultations: Sequence[Row], topics: Sequence[Row]) -> list[Row]:
+    """Return the consultations, newest first; one that the platform gave no topic has that which was found."""
+    found = {row["consultation_id"]: row["topic"] for row in topics}
+    named = [{**row, "topic": row["topic"] or found.get(row["consultation_id"])} for row in consultations]
+    return sorted(named, key=lambda row: (row["ts"], row["consultation_id"]), reverse=True)
 
 
 def _of_newest_date(recommendations: Sequence[Row]) -> list[Row]:
@@ -248,4 +256,6 @@ def _question(row: Row) -> str:
 
 def _recommendation(row: Row) -> str:
     price = "" if row["price"] is None else f", about {row['price']:,.2f}"
-    return f"{row['item_id']}: {row['reason'].replace('_', ' ')}, {row['score']:.0%} within 28 days{price}"
+    # rows of an older night have no names
+    item = f"{row['item']} ({row['item_id']})" if row.get("item") else row["item_id"]
+    return f"{item}: {row['reason'].replace('_', ' ')}, {row['score']:.0%} within 28 days{price}"

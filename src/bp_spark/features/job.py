@@ -21,7 +21,7 @@ from bp_spark.ingest import cleaning, contacts_job, texts
 from bp_spark.ingest.clean import clean, distinct_dates, require_same_terms, span
 from bp_spark.ingest.job import ingest
 from bp_spark.ingest.quarantine import replay
-from bp_spark.ingest.texts_job import embed
+from bp_spark.ingest.texts_job import embed, find_topics
 from bp_spark.lakehouse.run import Run, Step, recorded
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import CAMPAIGN_CONTACTS, CONSULTATIONS, PROSPECT_FEATURES, USER_DAILY
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 def featurize(
     spark: SparkSession, config: Config, as_of: Sequence[date], rebuild: bool = False, strict: bool = False
 ) -> list[dict[str, Any]]:
-    """Ingest new deliveries, clean them, embed new texts, update user-days, and build features of the as-of dates.
+    """Ingest new deliveries, clean them, read new texts, update user-days, and build features of the as-of dates.
 
     Args:
         spark: session to work in.
@@ -60,6 +60,7 @@ def featurize(
         clean(run, rebuild)
         contacts_job.contacts(run, rebuild)
         embed(run)
+        find_topics(run)
         aggregate(run, rebuild)
         write_features(run, as_of)
         write_prospects(run, as_of)
@@ -81,6 +82,7 @@ def replay_quarantine(spark: SparkSession, config: Config) -> list[dict[str, Any
         replay(run)
         contacts_job.replay(run)
         embed(run)
+        find_topics(run)
         aggregate(run, rebuild=False)
         return run.records
 

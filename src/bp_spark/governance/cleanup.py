@@ -26,6 +26,7 @@ from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import (
     CAMPAIGN_CONTACTS,
     COHORTS,
+    CONSULTATION_TOPICS,
     CONSULTATIONS,
     DELIVERIES,
     EVENTS,
@@ -61,7 +62,8 @@ def stop_other_writers(lakehouse: Lakehouse) -> dict[str, int]:
     Returns:
         Table -> version of the reservation under which it may be written.
     """
-    of_ingest = (DELIVERIES, EVENTS, CONSULTATIONS, CAMPAIGN_CONTACTS, TEXTS, TEXT_EMBEDDINGS)
+    of_contacts = (CONSULTATIONS, CONSULTATION_TOPICS, CAMPAIGN_CONTACTS)
+    of_ingest = (DELIVERIES, EVENTS, *of_contacts, TEXTS, TEXT_EMBEDDINGS)
     of_dates = (SCORES_LATEST, PROSPECT_SCORES, MARKET_SEGMENTS, TOTALS, COHORTS, MARKET_FORECAST, RECOMMENDATIONS)
     derived = (*of_ingest, USER_DAILY, *of_dates)
     reservations = {

@@ -138,7 +138,16 @@ def _rekey(
                 after = reservations["deliveries"] if table in RAW_TABLES else reservations.get(table.name)
                 lakehouse.replace(table, rekeyed, after=after)
         figures["users"] = keys.count()
-    emptied = ("user_features", "prospect_features", "training_set", "pretraining_set", "label_requests")
+    emptied = (
+        *(
+            "user_features",
+            "prospect_features",
+            "training_set",
+            "pretraining_set",
+            "label_requests",
+            "consultation_topics",
+        ),
+    )
     for name in (*emptied, *(table.name for table in PROFILE_TABLES)):
         if lakehouse.exists(name):
             lakehouse.delete(name, "true")

@@ -20,7 +20,7 @@ ROW_DAYS: Mapping[str, Mapping[str, str]] = {
         "quarantine": "substring(get_json_object(row, '$.ingested_at'), 1, 10)",
     },
     "events": {
-        **dict.fromkeys(("events", "consultations"), "event_date"),
+        **dict.fromkeys(("events", "consultations", "consultation_topics"), "event_date"),
         "campaign_contacts": "coalesce(last_day, first_day)",
     },
     "features": dict.fromkeys(("user_features", "prospect_features"), "as_of_date"),

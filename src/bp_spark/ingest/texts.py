@@ -131,10 +131,10 @@ def embed(texts: DataFrame, config: TextsConfig) -> DataFrame:
         for batch in batches:
             if axis is None:
                 praise, complaint = (
-                    _encode(list(anchors), folder, batch_size, max_tokens) for anchors in (PRAISE, COMPLAINT)
+                    encode(list(anchors), folder, batch_size, max_tokens) for anchors in (PRAISE, COMPLAINT)
                 )
                 axis = (praise.mean(0) - complaint.mean(0)) / 2
-            vectors = _encode(batch["text"].tolist(), folder, batch_size, max_tokens)
+            vectors = encode(batch["text"].tolist(), folder, batch_size, max_tokens)
             yield pd.DataFrame({"text_id": batch["text_id"], "embedding": list(vectors), "sentiment": vectors @ axis})
 
     return texts.mapInPandas(run, "text_id bigint, embedding array<float>, sentiment float").select(
@@ -142,7 +142,8 @@ def embed(texts: DataFrame, config: TextsConfig) -> DataFrame:
     )
 
 
-def _encode(texts: list[str], folder: str, batch_size: int, max_tokens: int) -> Any:
+def encode(texts: list[str], folder: str, batch_size: int, max_tokens: int) -> Any:
+    """Return the embeddings of texts, float32 [texts, D] of unit length, by the model in a folder."""
     import numpy as np
     import torch
 
@@ -161,6 +162,18 @@ def _encode(texts: list[str], folder: str, batch_size: int, max_tokens: int) -> 
             )
             vectors[rows] = _mean_pooled(model(**tokens).last_hidden_state, tokens["attention_mask"]).numpy()
     return vectors
+
+
+def readable(texts: list[str], folder: str) -> Any:
+    """Return which texts have no token that the model in a folder doesn't know, boolean [texts].
+
+    An English model knows hardly a Chinese character: to it, all Chinese texts are alike.
+    """
+    import numpy as np
+
+    tokenizer, _ = _model(folder)
+    tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return np.array([tokenizer.unk_token_id not in ids for ids in tokens], dtype=bool)
 
 
 def _mean_pooled(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

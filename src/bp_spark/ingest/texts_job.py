@@ -1,4 +1,4 @@
-"""From raw texts to ``texts`` and their embeddings."""
+"""From raw texts to ``texts`` and their embeddings, and from consultations to their topics."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from bp_spark.core.config import digest
-from bp_spark.core.session import checkpointed, parallelism
-from bp_spark.ingest import cleaning, texts
+from bp_spark.core.session import checkpointed, parallelism, persisted
+from bp_spark.ingest import cleaning, texts, topics
 from bp_spark.lakehouse.run import Run, Step
-from bp_spark.lakehouse.tables import TEXT_EMBEDDINGS, TEXTS
+from bp_spark.lakehouse.tables import CONSULTATION_TOPICS, TEXT_EMBEDDINGS, TEXTS
 
 
 def replace_texts(run: Run, batch: Mapping[str, DataFrame], brands: DataFrame | None) -> None:
@@ -46,7 +46,49 @@ def embed(run: Run) -> None:
         if not count and has_embeddings:
             # maintenance moved the version of texts, and brought no text
             return
-        # each task loads the model once: one task per core, and one alone for a handful of texts
-        tasks = min(parallelism(run.spark), math.ceil(count / texts.TEXTS_PER_TASK))
-        step.append(texts.embed(unread_texts.repartition(max(1, tasks), "text_id"), config))
+        step.append(texts.embed(_by_task(unread_texts, count, "text_id"), config))
         figures["texts"] = lakehouse.read("text_embeddings").filter(F.col("model_digest") == model).count()
+
+
+def find_topics(run: Run) -> None:
+    """Find the topics of the consultations that have none yet by these settings and this model."""
+    lakehouse, config = run.lakehouse, run.config.topics
+    if not config.phrases or not lakehouse.exists("consultations"):
+        return
+    made_by = digest(texts.model_digest(run.config.texts), config)
+    inputs = digest(made_by, lakehouse.version("consultations"))
+    with run.step("topics", CONSULTATION_TOPICS, inputs) as step:
+        if step.unchanged:
+            return
+        talks = lakehouse.read("consultations").filter("text IS NOT NULL")
+        talks = talks.select("consultation_id", "user_key", "event_date", "text")
+        if not lakehouse.exists(CONSULTATION_TOPICS.name):
+            kept = run.spark.createDataFrame([], CONSULTATION_TOPICS.schema)
+        else:
+            # the text of a consultation doesn't change: another text is another consultation
+            stored = lakehouse.read(CONSULTATION_TOPICS.name).filter(F.col("made_by") == made_by)
+            kept = stored.join(talks, "consultation_id", "left_semi")
+        new = talks.join(kept.select("consultation_id"), "consultation_id", "left_anti")
+        with persisted(topics.with_phrase(new, config)) as read:
+            unnamed = F.col("topic").isNull() & F.col("text").isNotNull()
+            count, to_compare = read.select(F.count(F.lit(1)), F.count_if(unnamed)).collect()[0]
+            found = read.withColumn("similarity", F.when(F.col("topic").isNotNull(), F.lit(1.0)))
+            if to_compare:
+                unread = _by_task(read.filter(unnamed), to_compare, "consultation_id")
+                near = topics.by_meaning(unread.select("consultation_id", "text"), config, run.config.texts)
+                compared = near.select(
+                    "consultation_id", F.col("topic").alias("near"), F.col("similarity").alias("cosine")
+                )
+                found = found.join(compared, "consultation_id", "left").withColumns(
+                    {"topic": F.coalesce("topic", "near"), "similarity": F.coalesce("similarity", "cosine")}
+                )
+            rows = found.withColumn("made_by", F.lit(made_by)).select(*CONSULTATION_TOPICS.schema.names)
+            step.replace(kept.select(*CONSULTATION_TOPICS.schema.names).unionByName(rows), after=step.version)
+        step.figures["rows_in"], step.figures["compared"] = count, to_compare
+        step.figures["rows_out"] = lakehouse.read(CONSULTATION_TOPICS.name).count()
+
+
+def _by_task(rows: DataFrame, count: int, key: str) -> DataFrame:
+    """Return the rows in few partitions: each task loads the model once. One a core, and one alone for a handful of texts."""
+    tasks = min(parallelism(rows.sparkSession), math.ceil(count / texts.TEXTS_PER_TASK))
+    return rows.repartition(max(1, tasks), key)

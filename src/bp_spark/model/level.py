@@ -84,8 +84,8 @@ class WeeklySpend:
 
     Attributes:
         end: the first day that the data don't have.
-        cohorts: money, float64 [weeks, weeks]: by week of the user's first order, and by week of the spend. The last row
-            also holds users whose first order is older. Whole weeks only, the newest eight years.
+        cohorts: money, float64 [weeks, weeks]: by week of the user's first order (the last row holds older ones, too), and by
+            week of the spend. Whole weeks only, the newest eight years.
     """
 
     end: date
@@ -181,6 +181,7 @@ class Level:
         log_factor: natural logarithm of the factor, by days since ``as_of``.
         sd: standard deviation of the log level's error.
         odds: power by which the odds of buying follow the factor; 0: they stay.
+        forecasts: how many independent past forecasts ``sd`` was measured on.
     """
 
     as_of: str
@@ -189,6 +190,7 @@ class Level:
     log_factor: Curve
     sd: float
     odds: float = 0.0
+    forecasts: float = 0.0
 
     @classmethod
     def fit(cls, spend: WeeklySpend, horizon_days: int, cutoff_ages: Sequence[int], conf: FusionConfig) -> Self:
@@ -234,13 +236,14 @@ class Level:
             shifts = np.where(np.arange(len(steady[by])) == 0, year_ago[by] - steady[by], errors[by])
             evidence, sd_left = _assumed(index, sd, by, horizon)
         if not conf.season or evidence == 0 or not np.isfinite(shifts[0]):
-            return cls(as_of, 0.0, 0.0, _FLAT, sd)
+            return cls(as_of, 0.0, 0.0, _FLAT, sd, forecasts=_independent(errors[by], horizon))
         reach = min(_MARGIN * float(np.nanmax(np.abs(shifts))), _MOST)
         ahead = np.arange(-_BACK, WEEKS_A_YEAR - horizon + 1)
         ahead = ahead[WEEKS_A_YEAR - ahead < len(index)]
         # Change of last year's ratio from the week of the fit to each other week, which members don't predict.
         changes = evidence * (ratios[by][WEEKS_A_YEAR - ahead] - ratios[by][WEEKS_A_YEAR])
-        return cls(as_of, evidence, reach, _course(7.0 * ahead, changes), sd_left)
+        course = _course(7.0 * ahead, changes)
+        return cls(as_of, evidence, reach, course, sd_left, forecasts=_independent(errors[by], horizon))
 
     def of_horizon(self, spend: WeeklySpend, horizon_days: int) -> Self:
         """Return the level of another horizon, to be completed: the same evidence, and the course of that horizon.
@@ -258,9 +261,7 @@ class Level:
         return replace(self, log_factor=_course(days, changes))
 
     def as_a_year_before(self, spent: float, expected: float) -> Self:
-        """Return the level with the factor that the members would have needed around the same date of the year before.
-
-        Without evidence, or with nothing to compare, the factor is 1.
+        """Return the level with the factor that members would have needed a year before; 1 without evidence or a comparison.
 
         Args:
             spent: in the horizons from these dates on, in money.
@@ -314,19 +315,18 @@ class Level:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
-        """Return the level that :meth:`to_json` wrote.
-
-        Raises:
-            BundleError: a key is missing or unknown, or a value has the wrong type.
-        """
+        """Return the level that :meth:`to_json` wrote; ``BundleError`` where it is malformed."""
         try:
-            # a level that was written before there were odds leaves them where they are
-            if set(document) | {"odds"} != {field.name for field in fields(cls)}:
+            # a level of an older bundle leaves the odds where they are
+            added = {"odds": 0.0, "forecasts": 0.0}
+            if set(document) | set(added) != {field.name for field in fields(cls)}:
                 raise ValueError("not the keys of a level")
+            document = added | dict(document)
             as_of = date.fromisoformat(document["as_of"]).isoformat()
             evidence, reach = number(document["evidence"], 0, 1), number(document["reach"], 0, _MOST)
             log_factor, sd = curve_from_json(document["log_factor"], -_MOST, _MOST), number(document["sd"], 0)
-            return cls(as_of, evidence, reach, log_factor, sd, number(document.get("odds", 0.0), 0, _MOST_ODDS))
+            odds, forecasts = number(document["odds"], 0, _MOST_ODDS), number(document["forecasts"], 0, _LONGEST)
+            return cls(as_of, evidence, reach, log_factor, sd, odds, forecasts)
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(f"level: malformed ({error!r})") from None
 

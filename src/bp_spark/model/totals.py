@@ -10,6 +10,10 @@ The last term is that of independent users. Their variance is a quadratic functi
 "Generalized linear models", 9.2): orders at random add up to a variance proportional to the mean, and what the predictions
 don't know of a user grows with its square. All is learned from out-of-fold predictions at past cutoffs. A group's spend is
 taken to be log-normal, with the expected spend as its mean.
+
+Few past horizons tell these variances. So the ends of an interval are quantiles of Student's t, not of the normal
+distribution. That is the posterior predictive distribution of a value whose variance is learned from n errors and a prior that
+weighs as much as two (Gelman et al. 2013, "Bayesian Data Analysis", 2.6).
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
-from scipy.stats import norm
+from scipy.stats import t as student
 
 from bp_spark.core.errors import BundleError
 from bp_spark.model.bins import equivalent_rows, quantile_bins
@@ -34,14 +38,14 @@ from bp_spark.model.values import number, whole
 
 FILE = "totals.json"
 """File of a bundle that knows the error of sums."""
-FEW_HORIZONS = 3.0
-"""Below so many horizons that don't overlap, the common error is mostly an assumption."""
+FEW_ERRORS = 2.0
+"""Below so many independent errors, the common error is mostly an assumption."""
 
 _BINS, _BIN_ROWS = 20, 200
 _SEGMENTS = 5
 """Groups of like expected spend whose errors are compared: as many as there are levels."""
 _PRIOR_WEIGHT = 2.0
-"""Weight of an assumed standard deviation beside the measured one, in horizons that don't overlap."""
+"""Weight of an assumed standard deviation beside the measured one, in independent errors."""
 _SEGMENT_SD = 0.05
 """Standard deviation that users of a segment share, where nothing is measured."""
 _APART = 0.75
@@ -60,7 +64,8 @@ class TotalError:
         segment_sd: that which users of one segment share beside it.
         dispersion: variance of a user, by the expected spend.
         quadratic: the same by its square.
-        horizons: how many horizons that don't overlap ``common_sd`` was measured on.
+        horizons: how many errors that are independent of each other ``common_sd`` was measured on: past forecasts of the main
+            horizon; of another one the horizons that don't overlap, less the one that the predictions are calibrated on.
     """
 
     days: int
@@ -73,6 +78,10 @@ class TotalError:
     def variance(self, expected: np.ndarray) -> np.ndarray:
         """Return the variance of users who are independent of each other, float64 [rows]."""
         return np.asarray(self.dispersion * expected + self.quadratic * expected**2)
+
+    def quantile(self, coverage: float) -> float:
+        """Return the standard deviations of the log spend from the middle of an interval with this coverage to its ends."""
+        return float(student.ppf((1 + coverage) / 2, self.horizons + _PRIOR_WEIGHT))
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
@@ -105,11 +114,6 @@ class Totals:
     coverage: float
     errors: tuple[TotalError, ...]
 
-    @property
-    def z(self) -> float:
-        """Standard deviations of the log spend from the middle of the interval to its ends."""
-        return float(norm.ppf((1 + self.coverage) / 2))
-
     @classmethod
     def fit(
         cls,
@@ -119,6 +123,7 @@ class Totals:
         *,
         main: int,
         level_sd: float,
+        forecasts: float,
         coverage: float,
     ) -> Self:
         """Fit on out-of-fold predictions.
@@ -140,6 +145,7 @@ class Totals:
             row_weights: float64 [rows].
             main: days of the main horizon.
             level_sd: standard deviation of the log level of everyone's spend.
+            forecasts: how many independent errors it was measured on.
             coverage: share of sums that shall lie in their interval.
         """
         cutoffs = pd.to_datetime(frame["as_of_date"]).to_numpy()
@@ -150,8 +156,9 @@ class Totals:
             rows = _Rows(np.maximum(label[known], 0.0), expected[days][known], row_weights[known], cutoffs[known])
             horizons = _independent(rows.cutoffs, days)
             common_sd = level_sd if days == main else _common_sd(rows, level_sd, horizons)
-            error = TotalError(days, common_sd, 0.0, *_variance_of_users(rows), horizons)
-            errors.append(replace(error, segment_sd=_segment_sd(rows, error)))
+            of_common = forecasts if days == main else horizons
+            error = TotalError(days, common_sd, 0.0, *_variance_of_users(rows), of_common)
+            errors.append(replace(error, segment_sd=_segment_sd(rows, error, horizons)))
         return cls(coverage, tuple(errors))
 
     def save(self, folder: Path) -> None:
@@ -204,7 +211,7 @@ def _variance_of_users(rows: _Rows) -> tuple[float, float]:
     return float(coefficients[0]) * factor, float(coefficients[1]) * factor
 
 
-def _segment_sd(rows: _Rows, error: TotalError) -> float:
+def _segment_sd(rows: _Rows, error: TotalError, horizons: float) -> float:
     """Return ``segment_sd`` by the changes of segments between cutoffs about a horizon apart."""
     ratios = {cutoff: _segment_ratios(rows, rows.cutoffs == cutoff, error) for cutoff in np.unique(rows.cutoffs)}
     apart = np.timedelta64(math.ceil(_APART * error.days), "D")
@@ -216,7 +223,7 @@ def _segment_sd(rows: _Rows, error: TotalError) -> float:
             weights.append(1 / (independent + _SEGMENT_SD**2) ** 2)
     squares, precision = np.concatenate(excess), np.concatenate(weights)
     measured = max(0.0, float(np.average(squares, weights=precision))) if len(squares) else 0.0
-    horizons = error.horizons if len(squares) else 0.0
+    horizons = horizons if len(squares) else 0.0
     return math.sqrt((horizons * measured + _PRIOR_WEIGHT * _SEGMENT_SD**2) / (horizons + _PRIOR_WEIGHT))
 
 
@@ -247,14 +254,14 @@ def _common_sd(rows: _Rows, level_sd: float, horizons: float) -> float:
 
 
 def _independent(cutoffs: np.ndarray, days: int) -> float:
-    """Return how many horizons that don't overlap the cutoffs are worth."""
+    """Return how many horizons that don't overlap the cutoffs are worth, beyond the one that predictions are calibrated on."""
     if not len(cutoffs):
         return 0.0
-    return 1.0 + float((cutoffs.max() - cutoffs.min()) / np.timedelta64(1, "D")) / days
+    return float((cutoffs.max() - cutoffs.min()) / np.timedelta64(1, "D")) / days
 
 
 def interval(
-    expected: float, variance: float, error: TotalError, z: float, *, everyone: bool = False
+    expected: float, variance: float, error: TotalError, coverage: float, *, everyone: bool = False
 ) -> tuple[float, float]:
     """Return the ends of the interval of a group's spend.
 
@@ -264,7 +271,7 @@ def interval(
         expected: sum of the expected spend.
         variance: sum of :meth:`TotalError.variance` over the users.
         error: of the horizon.
-        z: :attr:`Totals.z`.
+        coverage: :attr:`Totals.coverage`.
         everyone: whether the group is the whole platform, without an error of its segment.
     """
     if expected <= 0:
@@ -272,6 +279,6 @@ def interval(
     own = 0.0 if everyone else error.segment_sd**2
     independent = variance / expected**2
     squared = math.log1p(independent) + error.common_sd**2 + own
-    middle, sd = math.log(expected) - squared / 2, math.sqrt(squared)
-    low = math.exp(middle - z * sd) if independent < 1 else 0.0
-    return low, math.exp(middle + z * sd)
+    middle, half = math.log(expected) - squared / 2, error.quantile(coverage) * math.sqrt(squared)
+    low = math.exp(middle - half) if independent < 1 else 0.0
+    return low, math.exp(middle + half)

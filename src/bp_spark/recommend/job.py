@@ -18,9 +18,9 @@ from bp_spark.evaluation.job import bundle_of
 from bp_spark.lakehouse.run import recorded
 from bp_spark.lakehouse.schema import rows_of_date
 from bp_spark.lakehouse.store import Lakehouse
-from bp_spark.lakehouse.tables import EVENTS, PROSPECT_SCORES, RECOMMENDATIONS, SCORES
+from bp_spark.lakehouse.tables import EVENTS, PROSPECT_SCORES, RAW_ITEMS, RECOMMENDATIONS, SCORES
 from bp_spark.recommend.candidates import candidates
-from bp_spark.recommend.ranking import LEARN_DAYS, Ranking, bought_between, learn, recommended
+from bp_spark.recommend.ranking import LEARN_DAYS, Ranking, bought_between, learn, names_of, recommended
 
 _HASHES = 1_000_000
 
@@ -53,8 +53,10 @@ def recommend(spark: SparkSession, config: Config, day: date) -> list[dict[str, 
         lakehouse = run.lakehouse
         with run.step("recommend", RECOMMENDATIONS, score_date=str(day)) as step:
             # after the step has looked at its table: users who are forgotten meanwhile are gone here, or the write is refused
-            names = [table.name for table in (SCORES, EVENTS, PROSPECT_SCORES) if lakehouse.exists(table.name)]
-            versions = {name: lakehouse.version(name) for name in names}
+            inputs = [
+                table.name for table in (SCORES, EVENTS, PROSPECT_SCORES, RAW_ITEMS) if lakehouse.exists(table.name)
+            ]
+            versions = {name: lakehouse.version(name) for name in inputs}
             least_users = config.privacy.smallest_group
             step.inputs = digest(__version__, day, config.recommendations, least_users, sorted(versions.items()))
             step.figures["score_date"] = day
@@ -66,9 +68,10 @@ def recommend(spark: SparkSession, config: Config, day: date) -> list[dict[str, 
             ranking = learned(events, users, day, config.recommendations, least_users)
             step.figures |= {"candidates": ranking.candidates, "purchases": ranking.purchases}
             levels = users.select("user_key", "level")
+            names = names_of(tables[RAW_ITEMS.name]) if RAW_ITEMS.name in tables else None
             with (
                 candidates(events, levels, users, day, config.recommendations, least_users) as choice,
-                persisted(recommended(choice, ranking, day, config.recommendations)) as rows,
+                persisted(recommended(choice, ranking, day, config.recommendations, names)) as rows,
             ):
                 step.replace(rows, where={"score_date": [day]}, after=step.version)
                 counts = rows.agg(

@@ -145,7 +145,17 @@ def bought_between(events: DataFrame, day: date, days: int = LEARN_DAYS) -> Data
     return events.filter(in_days & paid).select("user_key", "item_id").distinct()
 
 
-def recommended(candidates: DataFrame, ranking: Ranking, day: date, config: RecommendationsConfig) -> DataFrame:
+def names_of(raw_items: DataFrame) -> DataFrame:
+    """Return ``item_id, item``: the newest title of each item, or its newest category path."""
+    texts = [F.nullif(F.trim(name), F.lit("")) for name in ("title", "category")]
+    delivery = F.struct("ingest_id", "delivery", "title")
+    named = raw_items.withColumn("item", F.coalesce(*texts)).filter(F.col("item_id").isNotNull())
+    return named.groupBy("item_id").agg(F.max_by("item", F.when(F.col("item").isNotNull(), delivery)).alias("item"))
+
+
+def recommended(
+    candidates: DataFrame, ranking: Ranking, day: date, config: RecommendationsConfig, names: DataFrame | None = None
+) -> DataFrame:
     """Return the best candidates of each user as rows of RECOMMENDATIONS.
 
     Args:
@@ -153,6 +163,7 @@ def recommended(candidates: DataFrame, ranking: Ranking, day: date, config: Reco
         ranking: Fitted.
         day: The date.
         config: Settings of the recommendations.
+        names: See :func:`names_of`; ``None``: items have no names.
     """
     best_first = Window.partitionBy("user_key").orderBy(F.desc("score"), "item_id")
     values = {
@@ -169,7 +180,8 @@ def recommended(candidates: DataFrame, ranking: Ranking, day: date, config: Reco
         .filter(F.col("rank") <= config.items)
         .withColumns(values)
     )
-    return shaped(ranked, RECOMMENDATIONS)
+    named = ranked.withColumn("item", F.lit(None)) if names is None else ranked.join(names, "item_id", "left")
+    return shaped(named, RECOMMENDATIONS)
 
 
 def reason() -> Column:

@@ -16,7 +16,8 @@ from bp_spark.features import catalogue
 from bp_spark.lakehouse.run import recorded
 from bp_spark.lakehouse.tables import COHORTS, DRIFT, FAIRNESS, MARKET_FORECAST, TOTALS
 from bp_spark.registry import bundle as bundles
-from bp_spark.registry import decisions
+from bp_spark.registry import decisions as promotions
+from bp_spark.report.night import decisions
 from bp_spark.report.night.data import PageData
 from bp_spark.report.night.reader import REPORT, NightReader, Rows, SparkReader
 from bp_spark.report.night.reader_without_spark import DuckdbReader
@@ -142,6 +143,9 @@ def _page_data(reader: NightReader, config: Config, scoring_runs: Rows, scoring_
         totals=_of_bundle(reader.rows_of(TOTALS, score_date), scoring_run["bundle"]),
         cohorts=cohorts,
         market=market,
+        decisions=decisions.read(
+            reader, score_date, config.recommendations.every_days or 1, config.privacy.smallest_group
+        ),
         watched={name: rows for name, rows in watched.items() if len(rows)},
     )
 
@@ -176,7 +180,7 @@ def _model(config: Config, bundle_digest: str) -> dict[str, object]:
     lineage = bundle.manifest["lineage"]
     reasons = bundle.manifest["metrics"].get("reasons")
     weights = zip(bundle.stack.members, bundle.stack.weights, strict=True)
-    decision = decisions.decision(bundle.folder) or {"promoted": False, "reason": "no decision is recorded"}
+    decision = promotions.decision(bundle.folder) or {"promoted": False, "reason": "no decision is recorded"}
     return facts | {
         "bundle": bundle.folder.name,
         "horizon_days": bundle.horizon_days,

@@ -19,7 +19,7 @@ from bp_spark.model.horizons import MIN_ROWS, NETWORK, Horizons, label_column
 from bp_spark.model.level import Level, WeeklySpend
 from bp_spark.model.members.base import Member, predict_all
 from bp_spark.model.stack import CalibratedStack, recency_weights
-from bp_spark.model.totals import FEW_HORIZONS, Totals
+from bp_spark.model.totals import FEW_ERRORS, Totals
 from bp_spark.training.cross_fit import cross_fit
 from bp_spark.training.dataset import collect_sample, prepare, users_of_test_date
 
@@ -77,7 +77,7 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
     fusion = CalibratedStack.fit(out_of_fold, config.fusion, reference, level.sd)
     expected = fusion.apply_without_level(fusion.inputs_from(out_of_fold))["expected_spend"]
     horizons = _fit_horizons(run, out_of_fold, expected)
-    totals = _fit_totals(run, out_of_fold, expected, horizons, level.sd)
+    totals = _fit_totals(run, out_of_fold, expected, horizons, level)
     columns = {str(name): reference[name].to_numpy() for name in reference}
     steady = fusion.apply_without_level(columns)
     by_days = horizons.apply(steady["expected_spend"], columns)
@@ -216,9 +216,7 @@ def _fit_horizons(run: Run, out_of_fold: pd.DataFrame, expected: np.ndarray) -> 
     return horizons
 
 
-def _fit_totals(
-    run: Run, out_of_fold: pd.DataFrame, expected: np.ndarray, horizons: Horizons, level_sd: float
-) -> Totals:
+def _fit_totals(run: Run, out_of_fold: pd.DataFrame, expected: np.ndarray, horizons: Horizons, level: Level) -> Totals:
     """Fit the errors of sums; the stage names the horizons with too few cutoffs to measure them."""
     config = run.config.fusion
     with run.stage("fit totals") as figures:
@@ -228,12 +226,13 @@ def _fit_totals(
             horizons.apply(expected, columns),
             recency_weights(out_of_fold, config.half_life_days),
             main=horizons.main,
-            level_sd=level_sd,
+            level_sd=level.sd,
+            forecasts=level.forecasts,
             coverage=config.coverage,
         )
         for error in totals.errors:
-            few = ": FEW, so mostly an assumption" if error.horizons < FEW_HORIZONS else ""
-            figures[f"{error.days}_days"] = f"{error.common_sd:.1%} by {error.horizons:.1f} horizons{few}"
+            few = ": FEW, so mostly an assumption" if error.horizons < FEW_ERRORS else ""
+            figures[f"{error.days}_days"] = f"{error.common_sd:.1%} by {error.horizons:.1f} errors{few}"
     return totals
 
 

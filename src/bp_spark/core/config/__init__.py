@@ -46,6 +46,7 @@ from bp_spark.core.config.scoring import (
 )
 from bp_spark.core.config.sources import CleaningConfig, Delivered, SourceConfig, SyntheticConfig, TextsConfig
 from bp_spark.core.config.tables import TablesConfig
+from bp_spark.core.config.topics import TopicsConfig
 from bp_spark.core.config.training import (
     NOT_SEARCHED,
     SEARCHED_SECTIONS,
@@ -102,6 +103,7 @@ __all__ = [
     "SyntheticConfig",
     "TablesConfig",
     "TextsConfig",
+    "TopicsConfig",
     "TrackingConfig",
     "TrainingConfig",
     "TreesConfig",

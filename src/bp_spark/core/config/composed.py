@@ -18,6 +18,7 @@ from bp_spark.core.config.registry import SigningConfig, TrackingConfig
 from bp_spark.core.config.scoring import LabellingConfig, ProfilesConfig, ScoringConfig
 from bp_spark.core.config.sources import CleaningConfig, SourceConfig, SyntheticConfig, TextsConfig
 from bp_spark.core.config.tables import TablesConfig
+from bp_spark.core.config.topics import TopicsConfig
 from bp_spark.core.config.training import LanguageConfig, PretrainingConfig, SearchConfig, TrainingConfig
 
 
@@ -28,6 +29,7 @@ class Config(Section):
     source: SourceConfig = SourceConfig()
     cleaning: CleaningConfig = CleaningConfig()
     texts: TextsConfig = TextsConfig()
+    topics: TopicsConfig = TopicsConfig()
     language: LanguageConfig = LanguageConfig()
     features: FeaturesConfig = FeaturesConfig()
     labels: LabelsConfig = LabelsConfig()

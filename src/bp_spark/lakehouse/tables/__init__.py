@@ -1,7 +1,7 @@
 """Declarations of all tables: name, columns with their comments, key and layout. A declaration holds no code."""
 
 from bp_spark.lakehouse.tables.audit import BACKTESTS, DRIFT, DRIFT_REFERENCE, FAIRNESS, METRICS, RUNS, TRIALS
-from bp_spark.lakehouse.tables.contacts import CAMPAIGN_CONTACTS, CONSULTATIONS
+from bp_spark.lakehouse.tables.contacts import CAMPAIGN_CONTACTS, CONSULTATION_TOPICS, CONSULTATIONS
 from bp_spark.lakehouse.tables.events import (
     DELIVERIES,
     EVENTS,
@@ -54,6 +54,7 @@ SHARED_TABLES = (
     EVENTS,
     QUARANTINE,
     CONSULTATIONS,
+    CONSULTATION_TOPICS,
     CAMPAIGN_CONTACTS,
     TEXTS,
     TEXT_EMBEDDINGS,
@@ -90,6 +91,7 @@ __all__ = [
     "CATEGORY_DAY",
     "COHORTS",
     "CONSULTATIONS",
+    "CONSULTATION_TOPICS",
     "CUSTOMER_SERVICE",
     "DELIVERIES",
     "DRIFT",

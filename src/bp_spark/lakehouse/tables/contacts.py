@@ -26,6 +26,28 @@ CONSULTATIONS = Table(
     month_of="event_date",
     skipped_by=("event_date",),
 )
+CONSULTATION_TOPICS = Table(
+    "consultation_topics",
+    "What each consultation with a text is about, by the phrases of the settings and a language model",
+    columns(
+        ("consultation_id", "string!", "As in consultations"),
+        ("user_key", "string!", "User"),
+        ("event_date", "date!", "UTC day of the consultation"),
+        (
+            "topic",
+            "string",
+            "Name of the topic in topics.phrases; NULL: none of them, or a text that the model can't read",
+        ),
+        (
+            "similarity",
+            "double",
+            "1: the text contains a phrase of the topic; else its cosine to the nearest phrase of all topics; NULL: the model "
+            "can't read the text",
+        ),
+        ("made_by", "string!", "Digest of the language model and the settings of topics"),
+    ),
+    key=("consultation_id",),
+)
 CAMPAIGN_CONTACTS = Table(
     "campaign_contacts",
     "One row per user, campaign, first day and kind of contact; for analysts, and for features of prospects",

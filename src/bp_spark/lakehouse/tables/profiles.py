@@ -190,6 +190,17 @@ CUSTOMER_SERVICE = Table(
         ("level", "string!", "A to E, as in scores"),
         ("activity", "string!", "active, cooling or dormant, as in user_profile"),
         ("risk_level", "string!", "low, medium or high, as in user_profile"),
+        (
+            "open_questions",
+            "int",
+            "Consultations before score_date without an answer, by the newest delivery; NULL: the platform delivers none",
+        ),
+        ("asked_on", "date", "Day of the last consultation before score_date; NULL: none"),
+        (
+            "asked_about",
+            "string",
+            "Topic of that consultation as the platform names it, else that of consultation_topics; NULL: unknown",
+        ),
     ),
     key=("user_key",),
 )
@@ -256,8 +267,9 @@ TOTALS = Table(
         (
             "horizons",
             "double!",
-            "How many past horizons that don't overlap common_sd was measured on; below 3 it is mostly an assumption",
+            "How many past horizons that don't overlap common_sd was measured on; below 2 it is mostly an assumption",
         ),
+        ("quantile", "double", "Standard deviations of the log spend from the middle of the interval to its ends"),
         ("bundle_digest", "string!", "Digest of the model bundle that made the scores"),
     ),
     key=("score_date", "horizon_days", "segment", "value"),

@@ -10,6 +10,7 @@ RECOMMENDATIONS = Table(
         ("score_date", "date!", "Scored date; only events before this day are used"),
         ("rank", "int!", "Rank by score among the user's items, from 1"),
         ("item_id", "string!", "Item, as in events"),
+        ("item", "string", "Its newest title, else its category path; NULL: the platform delivers neither"),
         (
             "score",
             "double!",

@@ -38,6 +38,7 @@ class PageData:
         totals: Rows of TOTALS of the date and the bundle; none where the bundle knows no error of sums.
         cohorts: Rows of COHORTS of the date and the bundle; none where the table holds another date.
         market: Rows of MARKET_FORECAST of the date; none where nothing was forecast.
+        decisions: See :func:`bp_spark.report.night.decisions.read`.
         watched: ``drift`` and ``fairness``, where there are such tables: their rows of the date.
     """
 
@@ -59,6 +60,7 @@ class PageData:
     totals: pd.DataFrame = field(default_factory=pd.DataFrame)
     cohorts: pd.DataFrame = field(default_factory=pd.DataFrame)
     market: pd.DataFrame = field(default_factory=pd.DataFrame)
+    decisions: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     watched: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bp_spark.core.version import __version__
 from bp_spark.report import page
-from bp_spark.report.night import cohorts, formats, market, sections
+from bp_spark.report.night import cohorts, decisions, formats, market, sections
 from bp_spark.report.night.data import PageData
 from bp_spark.report.page import Markup, Section
 
@@ -16,6 +16,7 @@ def document(data: PageData) -> str:
         Section("Expected spend", sections.spend(data)),
         *([Section("Cohorts", cohorts.section(data))] if len(data.cohorts) else []),
         *([Section("Weeks to come", market.weeks(data))] if not data.market.empty else []),
+        *([Section("What to act on", decisions.section(data))] if data.decisions else []),
         Section("Reasons", sections.reasons(data)),
         Section("Data quality", sections.quality(data)),
         *(

@@ -78,6 +78,14 @@ class NightReader(Protocol):
             days_before: where the date has no rows, those of the newest of so many days before it are returned.
         """
 
+    def aggregate(self, table: Table, query: str) -> pd.DataFrame:
+        """Return the rows of an aggregate, in the SQL that Spark and DuckDB share; none without the table.
+
+        Args:
+            table: declaration of the table.
+            query: names it ``{table}``.
+        """
+
     def currency(self) -> str | None:
         """Return the currency that events are in, if their cleaning recorded it."""
 
@@ -178,6 +186,12 @@ class SparkReader:
             return pd.DataFrame()
         of_dates = F.col("score_date").isin(days_up_to(score_date, days_before))
         return of_newest_date(read_as_declared(self.lakehouse, table).filter(of_dates).toPandas())
+
+    def aggregate(self, table: Table, query: str) -> pd.DataFrame:
+        """See :meth:`NightReader.aggregate`."""
+        if not self.lakehouse.exists(table.name):
+            return pd.DataFrame()
+        return self.lakehouse.spark.sql(query, table=read_as_declared(self.lakehouse, table)).toPandas()
 
     def currency(self) -> str | None:
         """See :meth:`NightReader.currency`."""

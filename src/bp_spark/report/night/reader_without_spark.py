@@ -138,6 +138,13 @@ class DuckdbReader:
         """See :meth:`NightReader.rows_of`."""
         return of_newest_date(self._rows(table, score_date=days_up_to(score_date, days_before)))
 
+    def aggregate(self, table: Table, query: str) -> pd.DataFrame:
+        """See :meth:`NightReader.aggregate`; a table from before one of the columns is left to Spark."""
+        try:
+            return self._query(query, table=f"{self.config.namespace}.{table.name}")
+        except MissingTableError:
+            return pd.DataFrame()
+
     def currency(self) -> str | None:
         """See :meth:`NightReader.currency`."""
         return without_spark.commit_metadata(self.config, "events").get("currency")

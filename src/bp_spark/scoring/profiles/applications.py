@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date
+
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
@@ -12,6 +14,7 @@ from bp_spark.scoring.profiles.columns import filled, shaped
 SERVICE_TIERS = ("premier", "preferred", "win_back", "standard")
 TALKING_POINTS = 3
 """Most talking points of a user."""
+_ASKED = ("open_questions", "asked_on", "asked_about")
 LOW_RATINGS, OFFERS, OVERDUE, SOON = 0.5, 0.3, 2.0, 14.0
 """Borders of talking points: share of low ratings, share of reductions, pause over the usual one, days to the next purchase."""
 
@@ -36,8 +39,43 @@ def risk_control(profile: DataFrame, config: ProfilesConfig) -> DataFrame:
     return shaped(rows, RISK_CONTROL)
 
 
-def customer_service(profile: DataFrame, config: ProfilesConfig) -> DataFrame:
-    """Return service tier and talking points of each row of USER_PROFILE: rows of CUSTOMER_SERVICE."""
+def last_consultations(consultations: DataFrame | None, topics: DataFrame | None, day: date) -> DataFrame | None:
+    """Return ``user_key``, ``open_questions``, ``asked_on``, ``asked_about`` of users with consultations before a day.
+
+    Args:
+        consultations: CONSULTATIONS; ``None`` where the platform has none, as is the result then.
+        topics: CONSULTATION_TOPICS, if there is that table.
+        day: The scored date.
+    """
+    if consultations is None:
+        return None
+    before = consultations.filter(F.col("event_date") < F.lit(day))
+    if topics is None:
+        named = before.withColumn("about", F.col("topic"))
+    else:
+        found = topics.select("consultation_id", F.col("topic").alias("found"))
+        named = before.join(found, "consultation_id", "left").withColumn("about", F.coalesce("topic", "found"))
+    newest = F.max_by(F.struct("event_date", "about"), F.struct("ts", "consultation_id"))
+    return (
+        named.groupBy("user_key")
+        .agg(F.count_if(~F.col("solved")).cast("int").alias("open_questions"), newest.alias("last"))
+        .select(
+            "user_key",
+            "open_questions",
+            F.col("last.event_date").alias("asked_on"),
+            F.col("last.about").alias("asked_about"),
+        )
+    )
+
+
+def customer_service(profile: DataFrame, config: ProfilesConfig, asked: DataFrame | None = None) -> DataFrame:
+    """Return service tier, talking points and last question of each row of USER_PROFILE: rows of CUSTOMER_SERVICE.
+
+    Args:
+        profile: USER_PROFILE.
+        config: Settings of profiles.
+        asked: Rows of :func:`last_consultations`; ``None`` where the platform delivers none.
+    """
     level, activity, is_risky = F.col("level"), F.col("activity"), F.col("risk_level") == "high"
     tier = (
         F.when((activity == "dormant") & level.isin("A", "B", "C"), "win_back")
@@ -57,7 +95,9 @@ def customer_service(profile: DataFrame, config: ProfilesConfig) -> DataFrame:
             "talking_points": F.slice(points, 1, TALKING_POINTS),
         }
     )
-    return shaped(rows, CUSTOMER_SERVICE)
+    if asked is None:
+        return shaped(rows.withColumns(dict.fromkeys(_ASKED, F.lit(None))), CUSTOMER_SERVICE)
+    return shaped(rows.join(asked, "user_key", "left").fillna(0, ["open_questions"]), CUSTOMER_SERVICE)
 
 
 def _talking_points(phrases: PhrasesConfig) -> list[Column]:

@@ -202,7 +202,7 @@ def _rows(cohort: Cohort, published: Sequence[Published], totals: Totals | None)
     spent = newest.cumulative_cents or 0
     for error in totals.errors if totals else ():
         if error.days in cohort.expected:
-            expected = _expected(cohort, error, spent, totals.z if totals else 0.0)
+            expected = _expected(cohort, error, spent, totals.coverage if totals else 0.0)
             yield {**of_all, **expected, "age": newest.age, "days": mean_tenure + error.days}
 
 
@@ -219,9 +219,9 @@ def _history(cell: Published, users: int) -> dict[str, Any]:
     }
 
 
-def _expected(cohort: Cohort, error: TotalError, spent: int, z: float) -> dict[str, Any]:
+def _expected(cohort: Cohort, error: TotalError, spent: int, coverage: float) -> dict[str, Any]:
     cents_expected, variance = cohort.expected[error.days], cohort.variance[error.days]
-    low, high = interval(cents_expected / 100, variance, error, z)
+    low, high = interval(cents_expected / 100, variance, error, coverage)
     return {
         "horizon_days": error.days,
         "complete": False,

@@ -38,7 +38,7 @@ from bp_spark.model.totals import Totals
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry.publishing import folder_here
 from bp_spark.scoring.profiles.affinity import category_affinity
-from bp_spark.scoring.profiles.applications import customer_service, risk_control
+from bp_spark.scoring.profiles.applications import customer_service, last_consultations, risk_control
 from bp_spark.scoring.profiles.cohorts import cohorts
 from bp_spark.scoring.profiles.market import market_forecast
 from bp_spark.scoring.profiles.segments import market_segments
@@ -50,6 +50,7 @@ from bp_spark.training.backtest import brackets
 NEARBY_DAYS = 7
 """Days by which a scored date may miss the wanted one of SPANS."""
 _INPUT_TABLES = ("scores", "user_features", "user_daily", "events")
+_TALK_TABLES = ("consultations", "consultation_topics")
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,9 @@ def profile(spark: SparkSession, config: Config, day: date | None = None) -> lis
     """
     with recorded(spark, config, "profile") as run:
         lakehouse = run.lakehouse
-        names = (*_INPUT_TABLES, "raw_users") if config.profiles.region_segment is not None else _INPUT_TABLES
+        names = [*_INPUT_TABLES, *lakehouse.existing(_TALK_TABLES)]
+        if config.profiles.region_segment is not None:
+            names.append("raw_users")
         # read the versions that are recorded, whatever other runs write meanwhile
         versions = {name: lakehouse.version(name) for name in names}
         scores = lakehouse.read("scores", versions["scores"])
@@ -198,7 +201,9 @@ def _write(
     version = lakehouse.replace(USER_PROFILE, rows, after=reservation, **commit)
     profiles = lakehouse.read("user_profile", version)
     lakehouse.replace(RISK_CONTROL, risk_control(profiles, config), after=reservation, **commit)
-    lakehouse.replace(CUSTOMER_SERVICE, customer_service(profiles, config), after=reservation, **commit)
+    talks, topics = (tables.get(name) for name in _TALK_TABLES)
+    asked = last_consultations(talks, topics, day)
+    lakehouse.replace(CUSTOMER_SERVICE, customer_service(profiles, config, asked), after=reservation, **commit)
     by_horizon = scores.select("user_key", "expected_by_horizon")
     with_horizons = profiles if totals is None else profiles.join(by_horizon, "user_key")
     with persisted(market_segments(with_horizons, regions, day, least_users, totals)) as segments:

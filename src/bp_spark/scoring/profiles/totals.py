@@ -93,7 +93,7 @@ def platform_totals(segments: DataFrame, totals: Totals, day: date, bundle_diges
 
     def row(group: Mapping[str, Any]) -> dict[str, Any]:
         error, everyone = errors[group["days"]], group["segment"] == PLATFORM
-        low, high = interval(group["expected"], group["variance"], error, totals.z, everyone=everyone)
+        low, high = interval(group["expected"], group["variance"], error, totals.coverage, everyone=everyone)
         return {
             "score_date": day,
             "horizon_days": error.days,
@@ -109,6 +109,7 @@ def platform_totals(segments: DataFrame, totals: Totals, day: date, bundle_diges
             "dispersion": error.dispersion,
             "quadratic": error.quadratic,
             "horizons": error.horizons,
+            "quantile": error.quantile(totals.coverage),
             "bundle_digest": bundle_digest,
         }
 
