@@ -36,8 +36,8 @@ def written(folder: Path, text: str) -> Path:
 def keys(values: dict[str, Any], prefix: str = "") -> list[str]:
     found = []
     for name, value in values.items():
-        # what a search tries is a value, if one of several parts
-        section = isinstance(value, dict) and prefix + name != "search.space"
+        # these are values, if ones of several parts
+        section = isinstance(value, dict) and prefix + name not in ("search.space", "topics.phrases")
         found += keys(value, f"{prefix}{name}.") if section else [prefix + name]
     return found
 
