@@ -32,7 +32,7 @@ TINY = NetworkConfig(
 )
 
 
-@pytest.fixture(scope="module", params=["bert", "gpt2"])
+@pytest.fixture(scope="module", params=["bert", "gpt2", "qwen"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_language_model(tmp_path_factory.mktemp(request.param) / "model", request.param)
 
@@ -135,7 +135,10 @@ def test_only_low_rank_changes_and_the_layers_on_top_are_trained(folder: Path) -
     language = {name: p for name, p in net.named_parameters() if name.startswith("history.language.")}
     assert {name for name in language if name in trained} == {name for name in language if ".lora_" in name}
     matrices = [p for n, p in language.items() if n.endswith("base_layer.weight")]
-    assert len(matrices) == {"bert": 2 * 6, "gpt2": 2 * 4}[net.history.bundle_description()["language"]["model_type"]]
+    assert (
+        len(matrices)
+        == {"bert": 2 * 6, "gpt2": 2 * 4, "qwen3": 2 * 7}[net.history.bundle_description()["language"]["model_type"]]
+    )
     changes = sum(p.numel() for name, p in trained.items() if name in language)
     assert changes == sum(2 * sum(p.shape) for p in matrices)
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
@@ -144,6 +147,26 @@ def test_only_low_rank_changes_and_the_layers_on_top_are_trained(folder: Path) -
     state = net.state_dict()
     assert set(trained) <= set(state)
     assert not {name for name in language if name not in trained} & set(state)
+
+
+def test_activations_that_are_computed_again_give_the_same_gradients(folder: Path) -> None:
+    gradients = []
+    for recompute in (False, True):
+        text = TINY.text.model_copy(update={"recompute": recompute, "lora_dropout": 0.0})
+        net = network(folder, TINY.model_copy(update={"text": text, "dropout": 0.0})).train()
+        for module in net.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        calls: list[object] = []
+        layer = next(module for name, module in net.named_modules() if name.endswith(".base_layer"))
+        layer.register_forward_hook(lambda module, *_, calls=calls: calls.append(module))
+        net.training_losses(net(batch(make_rows(8))), torch.linspace(0, 200, 8).unsqueeze(1)).sum().backward()
+        assert len(calls) == (2 if recompute else 1)
+        gradients.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
+    plain, recomputed = gradients
+    assert plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, msg=name)
 
 
 def test_a_few_steps_lower_the_loss_and_leave_the_frozen_weights(folder: Path) -> None:

@@ -110,9 +110,17 @@ def write_texts(path: Path, model: Path | None = None) -> Path:
 
 
 def write_language_model(path: Path, kind: str) -> Path:
-    """A tiny ``bert`` or ``gpt2`` of random weights with a tokenizer that knows letters only, but for the word *milk*."""
+    """A tiny ``bert``, ``gpt2`` or ``qwen`` of random weights with a tokenizer of letters and the word *milk*."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
+    from transformers import (
+        BertConfig,
+        BertModel,
+        GPT2Config,
+        GPT2Model,
+        PreTrainedTokenizerFast,
+        Qwen3Config,
+        Qwen3Model,
+    )
 
     torch.manual_seed(1)
     if kind == "bert":
@@ -142,9 +150,24 @@ def write_language_model(path: Path, kind: str) -> Path:
         pieces = Tokenizer(models.BPE(vocabulary, [("m", "i"), ("l", "k"), ("mi", "lk")]))
         pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         pieces.decoder = decoders.ByteLevel()
-        sizes = GPT2Config(
-            vocab_size=len(words), n_embd=16, n_layer=2, n_head=2, n_positions=96, bos_token_id=0, eos_token_id=0
-        )
-        GPT2Model(sizes).save_pretrained(path)
+        if kind == "gpt2":
+            sizes = GPT2Config(
+                vocab_size=len(words), n_embd=16, n_layer=2, n_head=2, n_positions=96, bos_token_id=0, eos_token_id=0
+            )
+            GPT2Model(sizes).save_pretrained(path)
+        else:
+            # a start token is none of Qwen's: its texts begin with their first word
+            special["pad_token"] = special.pop("bos_token")
+            rotated = Qwen3Config(
+                vocab_size=len(words),
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                max_position_embeddings=40_960,
+            )
+            Qwen3Model(rotated).save_pretrained(path)
     PreTrainedTokenizerFast(tokenizer_object=pieces, model_max_length=96, **special).save_pretrained(path)
     return path

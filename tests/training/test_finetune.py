@@ -116,6 +116,8 @@ def rank_scenarios(rank: int, folder: Path, ports: list[int]) -> None:
     port()
     train_rank(job(folder, "uneven", *ONE_STEP))
     port()
+    train_rank(job(folder, "in parts", *ONE_STEP, "training.rows_at_once=30"))
+    port()
     one_file = job(folder, "starved", "training.max_epochs=1")
     train_rank(replace(one_file, train=snapshot(str(folder / "table"), where={"split": "valid"}, version=4)))
     port()
@@ -132,7 +134,7 @@ def rank_scenarios(rank: int, folder: Path, ports: list[int]) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(folder: Path) -> Path:
-    ports = [free_port() for _ in range(6)]
+    ports = [free_port() for _ in range(7)]
     mp.start_processes(rank_scenarios, (folder, ports), nprocs=2, start_method="spawn")
     return folder
 
@@ -142,6 +144,22 @@ def test_uneven_ranks_make_the_step_of_one_process_with_all_rows(two_ranks: Path
     assert max(shares) > 5 * min(shares)
     train_rank(job(two_ranks, "alone", *ONE_STEP))
     assert_equal_weights(weights(two_ranks / "uneven"), weights(two_ranks / "alone"), 1e-5)
+
+
+def test_a_step_in_parts_is_that_of_all_rows_at_once(
+    two_ranks: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # one rank has seven parts and the other two
+    assert_equal_weights(weights(two_ranks / "in parts"), weights(two_ranks / "uneven"), 1e-5)
+    sizes, real = [], FineTuneTask.train_losses
+
+    def seen(task: FineTuneTask, network: Any, model: Any, batch: Any) -> Any:
+        sizes.append(len(batch[1]))
+        return real(task, network, model, batch)
+
+    monkeypatch.setattr(FineTuneTask, "train_losses", seen)
+    train_rank(job(two_ranks, "alone in parts", *ONE_STEP, "training.rows_at_once=100"))
+    assert sizes == [100, 100, 40]
 
 
 def test_a_rank_without_rows_does_not_stop_the_others(two_ranks: Path) -> None:

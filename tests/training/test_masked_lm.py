@@ -42,7 +42,7 @@ from bp_spark.ingest import texts
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.training import fit
 from bp_spark.training.distributed import process_group
-from bp_spark.training.fit import FitResult
+from bp_spark.training.fit import FitResult, in_parts
 from bp_spark.training.loader import Snapshot, snapshot
 from bp_spark.training.progress import TENSORBOARD_FOLDER
 from bp_spark.training.tasks import masked_lm as module
@@ -54,7 +54,7 @@ from bp_spark.training.tasks.masked_lm import (
     read_texts,
     train_masked_lm,
 )
-from bp_spark.training.tasks.masking import MaskedLanguageModel, Masking, TokenizedTexts
+from bp_spark.training.tasks.masking import MaskedBatch, MaskedLanguageModel, Masking, TokenizedTexts
 from tests.support.ranks import free_port
 
 pytestmark = pytest.mark.slow
@@ -250,6 +250,18 @@ def test_a_rank_without_a_text_left_takes_part(seen: list[dict[str, list[list[st
     for rank in seen:
         assert sorted(map(len, rank["few"])) == [0] * 17 + [1] * 3
     assert (folder / "two ranks" / "out" / "model.safetensors").exists()
+
+
+def test_parts_of_a_batch_have_the_targets_of_their_texts() -> None:
+    chosen = torch.rand(7, 5, generator=torch.Generator().manual_seed(1)) < 0.4
+    ids = torch.arange(35).view(7, 5)
+    whole = MaskedBatch(ids, torch.ones_like(ids), chosen, ids[chosen])
+    parts = [whole[rows] for rows in in_parts(7, 3)]
+    assert [len(part.ids) for part in parts] == [3, 3, 1]
+    assert all(torch.equal(part.targets, part.ids[part.chosen]) for part in parts)
+    assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
+    assert in_parts(0, 3) == [slice(0, 3)]
+    assert in_parts(9, None) == [slice(0, 9)]
 
 
 def test_batches_hold_texts_of_like_length() -> None:

@@ -113,6 +113,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.tabular)
 
+    def __getitem__(self, rows: slice) -> Batch:
+        """Return some of the users."""
+        return Batch(*(getattr(self, field.name)[rows] for field in fields(self)))
+
     def to(self, device: torch.device) -> Batch:
         """Return the same batch on another device."""
         return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))

@@ -54,7 +54,7 @@ _SMALLEST = 1e-6
 _EVENT_TOKENS = 8
 """Mean tokens of an event with its text, for an estimate of a history's length."""
 _LANGUAGE = "language."
-_LARGEST, _POSITIONS = 1_000_000, 8192
+_LARGEST, _POSITIONS = 1_000_000, 262_144
 """Largest number and most tokens of a history in a language model's configuration."""
 _REASON = 200
 
@@ -249,6 +249,8 @@ def adapted(folder: str, config: NetworkConfig) -> nn.Module:
     quiet.disable_progress_bar()
     model = _without_unused_layers(AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True))
     settings = config.text
+    if settings.recompute:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     low_rank = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]

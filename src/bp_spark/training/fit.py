@@ -7,7 +7,8 @@ Training is data-parallel (DDP), and all ranks take the same number of steps. Ea
 (rows, masked tokens) of all ranks together. Each rank divides its sum by the number of targets of all ranks, counted in the
 same step. It also undoes DDP's division by the number of ranks. A rank without a target takes part with a weight of zero. So
 each target counts once per epoch, and no rank waits for one that has run out of rows. The gradient is that of one process
-with the whole batch.
+with the whole batch. A rank may pass its rows of a step through the network in several parts, one after the other, which takes
+less memory. Their gradients add up, and ranks exchange them once, with the last part.
 
 Every epoch draws its random numbers from (seed, epoch, rank) and orders its rows by (seed, epoch). So a checkpoint needs no
 state of generators, and a resumed run does what an undisturbed run does.
@@ -19,7 +20,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -116,13 +117,19 @@ class Task(Protocol[NetworkT, SplitT]):
     def state(self, network: NetworkT, steps: int) -> TrainingState:
         """Return optimizer, learning rates and average of the weights; an epoch has so many ``steps``."""
 
+    def parts(self, batch: Any) -> Sequence[Any]:
+        """Return the batch in parts that pass through the network one after the other; at least one."""
+
+    def targets(self, batch: Any) -> Tensor:
+        """Return the numbers of targets of all parts together, [K]; asked for a batch of several parts only."""
+
     def train_losses(self, network: NetworkT, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """Return sums of the losses, float [K], and the numbers of their targets, [K].
 
         Args:
             network: the network of this rank.
             model: the same network, wrapped by DDP: call this one, so that ranks exchange gradients.
-            batch: a batch of the training rows.
+            batch: a part of a batch of the training rows.
         """
 
     def valid_losses(self, network: NetworkT, batch: Any) -> tuple[Tensor, Tensor]:
@@ -234,16 +241,37 @@ def train_epoch(
     total = torch.zeros(2, len(settings.loss_names), dtype=torch.float64, device=group.device)
     with rank.train.epoch(seed_of(settings.seed, epoch)) as batches:
         for batch in batches:
-            with autocast(group.device):
-                sums, counts = rank.task.train_losses(rank.network, model, batch)
-            counts_of_all = group.sum(counts.float()).clamp(min=1)
             rank.state.optimizer.zero_grad()
-            torch.autograd.backward((sums * group.size / counts_of_all).sum())
+            total += _gradients(rank, model, batch)
             nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
             rank.state.step()
-            total += torch.stack([sums.detach().double(), counts.double()])
             step_done()
     return _means(total, group)
+
+
+def _gradients(rank: _Rank[NetworkT, SplitT], model: DistributedDataParallel, batch: Any) -> Tensor:
+    """Add up the gradients of a batch, those of all ranks included; return this rank's losses and targets, [2, K]."""
+    task, group = rank.task, rank.group
+    *earlier, last = task.parts(batch)
+    counts_of_all = group.sum(task.targets(batch).float()).clamp(min=1) if earlier else None
+    total: Tensor | float = 0.0
+    for part in (*earlier, last):
+        # with the last part all gradients of the step are exchanged, those of the earlier parts among them
+        with nullcontext() if part is last else model.no_sync():
+            with autocast(group.device):
+                sums, counts = task.train_losses(rank.network, model, part)
+            if counts_of_all is None:
+                counts_of_all = group.sum(counts.float()).clamp(min=1)
+            torch.autograd.backward((sums * group.size / counts_of_all).sum())
+        total = total + torch.stack([sums.detach().double(), counts.double()])
+    assert isinstance(total, Tensor), "a batch has a part"
+    return total
+
+
+def in_parts(rows: int, at_once: int | None) -> list[slice]:
+    """Return slices of so many rows each, the last one of what is left; a single one without a limit, or without a row."""
+    size = max(rows, 1) if at_once is None else at_once
+    return [slice(start, start + size) for start in range(0, max(rows, 1), size)]
 
 
 @torch.inference_mode()

@@ -26,8 +26,8 @@ class HistoryTextConfig(Section):
 
     model: str | None = Field(
         None,
-        description="Language model, as in `texts.model`: any `AutoModel` of the BERT or the GPT-2 kind. Null: that of "
-        "`texts.model`.",
+        description="Language model, as in `texts.model`: any `AutoModel` of the BERT, the GPT-2 or the Qwen kind. Null: "
+        "that of `texts.model`.",
     )
     max_tokens: Positive = Field(
         128, description="Tokens of a history that the model reads. The oldest events are left out."
@@ -38,6 +38,11 @@ class HistoryTextConfig(Section):
     )
     lora_dropout: Fraction = Field(
         0.05, description="Share of a layer's inputs that the change doesn't see in training."
+    )
+    recompute: bool = Field(
+        False,
+        description="Whether the backward pass computes the language model's activations again, layer by layer, instead of "
+        "keeping them: much less memory for about a third more time (Chen et al. 2016, arXiv:1604.06174).",
     )
 
 

@@ -29,7 +29,7 @@ from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, em
 from bp_spark.model.network import History, LabelStatistics, SpendNetwork, Statistics
 from bp_spark.model.text_history import TextHistoryEncoder, adapted
 from bp_spark.training.distributed import Group, run_ranks
-from bp_spark.training.fit import FitSettings, fit
+from bp_spark.training.fit import FitSettings, fit, in_parts
 from bp_spark.training.loader import Columns, ShardLoader, Snapshot, require_columns
 from bp_spark.training.progress import TrainingOutcome, TrainingState, decayed, warmup_cosine
 from bp_spark.training.tasks.vocabulary import read_tokens, read_vocabulary, vocabulary_digest
@@ -237,6 +237,17 @@ class FineTuneTask:
         optimizer = _optimizer(network, training)
         schedule = warmup_cosine(optimizer, training.warmup_fraction, steps * training.max_epochs)
         return TrainingState(network, optimizer, schedule, training.average_epochs * steps)
+
+    def parts(self, batch: LabelledBatch) -> list[LabelledBatch]:
+        """Return the batch in parts of ``training.rows_at_once`` rows."""
+        inputs, labels = batch
+        slices = in_parts(len(inputs), self.config.training.rows_at_once)
+        # a user without a label may stand for no user at all
+        return [batch] if len(slices) == 1 else [(inputs[rows], labels[rows]) for rows in slices]
+
+    def targets(self, batch: LabelledBatch) -> Tensor:
+        """Return the number of rows with known spend per horizon, [horizons]."""
+        return batch[1].isfinite().sum(dim=0)
 
     def train_losses(self, network: SpendNetwork, model: nn.Module, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
         """Return per horizon the sum of the losses of the rows with known spend, float32 [horizons], and their number."""

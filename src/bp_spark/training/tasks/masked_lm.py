@@ -47,7 +47,7 @@ from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.version import __version__
 from bp_spark.ingest.texts import model_digest, model_folder
 from bp_spark.training.distributed import Group, run_ranks
-from bp_spark.training.fit import FitSettings, fit
+from bp_spark.training.fit import FitSettings, fit, in_parts
 from bp_spark.training.loader import ShardLoader, Snapshot, require_columns
 from bp_spark.training.progress import TrainingState, decayed, seed_of
 from bp_spark.training.tasks.masking import MaskedBatch, MaskedLanguageModel, Masking, TokenizedTexts
@@ -240,6 +240,14 @@ class MaskedLmTask:
         all_steps = steps * settings.epochs
         schedule = _linear_schedule(optimizer, math.ceil(all_steps * settings.warmup_fraction), all_steps)
         return TrainingState(network, optimizer, schedule)
+
+    def parts(self, batch: MaskedBatch) -> list[MaskedBatch]:
+        """Return the batch in parts of ``training.rows_at_once`` texts."""
+        return [batch[rows] for rows in in_parts(len(batch.ids), self.config.training.rows_at_once)]
+
+    def targets(self, batch: MaskedBatch) -> Tensor:
+        """Return the number of chosen tokens, [1]."""
+        return batch.chosen.sum().unsqueeze(0)
 
     def train_losses(self, network: MaskedLanguageModel, model: nn.Module, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
         """Return the sum of the cross-entropies of a batch's chosen tokens, float32 [1], and their number, [1]."""

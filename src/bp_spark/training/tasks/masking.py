@@ -139,3 +139,11 @@ class MaskedBatch:
     attention: Tensor
     chosen: Tensor
     targets: Tensor
+
+    def __getitem__(self, rows: slice) -> MaskedBatch:
+        """Return some of the texts."""
+        before = int(self.chosen[: rows.start].sum())
+        chosen = self.chosen[rows]
+        return MaskedBatch(
+            self.ids[rows], self.attention[rows], chosen, self.targets[before : before + int(chosen.sum())]
+        )

@@ -171,6 +171,14 @@ class PretrainTask:
         schedule = warmup_cosine(optimizer, training.warmup_fraction, steps * settings.max_epochs)
         return TrainingState(network, optimizer, schedule)
 
+    def parts(self, batch: PretrainingBatch) -> list[PretrainingBatch]:
+        """Return the whole batch: the texts of a batch are chosen among each other."""
+        return [batch]
+
+    def targets(self, batch: PretrainingBatch) -> Tensor:
+        """Never asked: a batch is one part."""
+        raise NotImplementedError
+
     def train_losses(
         self, network: PretrainingNetwork, model: nn.Module, batch: PretrainingBatch
     ) -> tuple[Tensor, Tensor]:
