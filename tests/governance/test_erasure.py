@@ -91,7 +91,7 @@ FIRST_NIGHT: dict[str, list[dict[str, Any]]] = {
         {"user": GONE, "campaign": "c1", "from": str(TODAY), "cost": -1},
     ],
 }
-CONTACT_TABLES = {"raw_consultations", "raw_campaigns", "consultations", "campaign_contacts"}
+CONTACT_TABLES = {"raw_consultations", "raw_campaigns", "consultations", "consultation_topics", "campaign_contacts"}
 
 
 @pytest.fixture(scope="module")
@@ -406,6 +406,7 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
             "raw_consultations",
             "raw_campaigns",
             "consultations",
+            "consultation_topics",
             "campaign_contacts",
             "quarantine",
         )
@@ -426,6 +427,7 @@ def test_rows_beyond_their_time_are_deleted_with_their_files(
         "raw_consultations": "0",
         "raw_campaigns": "0",
         "consultations": "0",
+        "consultation_topics": "0",
         "campaign_contacts": "2",
         "quarantine": "0",
     }

@@ -332,8 +332,13 @@ def in_session(config: Config, start: Callable[[], SparkSession]) -> Iterator[Fi
     yield Finding("session", "ok", f"Spark {spark.version} on {spark.conf.get('spark.master', '')}")
     if _submitted():
         yield memory(spark.conf.get("spark.driver.memory", "1g") or "1g")
-    yield _guarded("Python workers", _workers, spark)
-    yield _guarded("Delta table", _round_trip, spark, config)
+    # each waits for processes and classes to be loaded more than it computes
+    with ThreadPoolExecutor(2) as pool:
+        checks = [
+            pool.submit(_guarded, "Python workers", _workers, spark),
+            pool.submit(_guarded, "Delta table", _round_trip, spark, config),
+        ]
+    yield from (check.result() for check in checks)
 
 
 def _guarded(check: str, run_check: Callable[..., Finding], *arguments: Any) -> Finding:

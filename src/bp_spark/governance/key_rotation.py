@@ -20,11 +20,12 @@ from bp_spark.governance import cleanup
 from bp_spark.ingest import contacts_job, pseudonyms
 from bp_spark.ingest.clean import clean
 from bp_spark.ingest.job import KEY_ID, require_same_secret
-from bp_spark.ingest.texts_job import embed
+from bp_spark.ingest.texts_job import embed, find_topics
 from bp_spark.lakehouse.run import recorded
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import (
     CAMPAIGN_CONTACTS,
+    CONSULTATION_TOPICS,
     CONSULTATIONS,
     DELIVERIES,
     EVENTS,
@@ -89,6 +90,7 @@ def rotate_keys(spark: SparkSession, config: Config, to: str) -> list[dict[str, 
             clean(run, rebuild=True)
             contacts_job.contacts(run, rebuild=True)
             embed(run)
+            find_topics(run)
             aggregate(run, rebuild=True)
             new_columns = {
                 "user_key": pseudonyms.user_key(F.col("user_id"), new_secret),
@@ -138,16 +140,7 @@ def _rekey(
                 after = reservations["deliveries"] if table in RAW_TABLES else reservations.get(table.name)
                 lakehouse.replace(table, rekeyed, after=after)
         figures["users"] = keys.count()
-    emptied = (
-        *(
-            "user_features",
-            "prospect_features",
-            "training_set",
-            "pretraining_set",
-            "label_requests",
-            "consultation_topics",
-        ),
-    )
+    emptied = ("user_features", "prospect_features", "training_set", "pretraining_set", "label_requests")
     for name in (*emptied, *(table.name for table in PROFILE_TABLES)):
         if lakehouse.exists(name):
             lakehouse.delete(name, "true")
@@ -159,7 +152,7 @@ def _require_keys_of_users(lakehouse: Lakehouse, users: DataFrame) -> None:
     Raises:
         DataError: Some rows have another key.
     """
-    contacts = (CONSULTATIONS, CAMPAIGN_CONTACTS)
+    contacts = (CONSULTATIONS, CONSULTATION_TOPICS, CAMPAIGN_CONTACTS)
     tables = (*RAW_TABLES, EVENTS, *contacts, USER_DAILY, *OF_SCORES, GIVEN_LABELS)
     keys = [
         lakehouse.read(table.name).select(F.lit(table.name).alias("table"), "user_key").filter("user_key IS NOT NULL")

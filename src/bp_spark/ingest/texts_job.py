@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -53,39 +54,48 @@ def embed(run: Run) -> None:
 def find_topics(run: Run) -> None:
     """Find the topics of the consultations that have none yet by these settings and this model."""
     lakehouse, config = run.lakehouse, run.config.topics
-    if not config.phrases or not lakehouse.exists("consultations"):
+    exists = lakehouse.exists(CONSULTATION_TOPICS.name)
+    if not lakehouse.exists("consultations") or not (config.phrases or exists):
         return
     made_by = digest(texts.model_digest(run.config.texts), config)
-    inputs = digest(made_by, lakehouse.version("consultations"))
-    with run.step("topics", CONSULTATION_TOPICS, inputs) as step:
+    with run.step("topics", CONSULTATION_TOPICS, digest(made_by, lakehouse.version("consultations"))) as step:
         if step.unchanged:
             return
+        names = CONSULTATION_TOPICS.schema.names
         talks = lakehouse.read("consultations").filter("text IS NOT NULL")
-        talks = talks.select("consultation_id", "user_key", "event_date", "text")
-        if not lakehouse.exists(CONSULTATION_TOPICS.name):
-            kept = run.spark.createDataFrame([], CONSULTATION_TOPICS.schema)
-        else:
-            # the text of a consultation doesn't change: another text is another consultation
-            stored = lakehouse.read(CONSULTATION_TOPICS.name).filter(F.col("made_by") == made_by)
-            kept = stored.join(talks, "consultation_id", "left_semi")
-        new = talks.join(kept.select("consultation_id"), "consultation_id", "left_anti")
-        with persisted(topics.with_phrase(new, config)) as read:
-            unnamed = F.col("topic").isNull() & F.col("text").isNotNull()
-            count, to_compare = read.select(F.count(F.lit(1)), F.count_if(unnamed)).collect()[0]
-            found = read.withColumn("similarity", F.when(F.col("topic").isNotNull(), F.lit(1.0)))
-            if to_compare:
-                unread = _by_task(read.filter(unnamed), to_compare, "consultation_id")
-                near = topics.by_meaning(unread.select("consultation_id", "text"), config, run.config.texts)
-                compared = near.select(
-                    "consultation_id", F.col("topic").alias("near"), F.col("similarity").alias("cosine")
-                )
-                found = found.join(compared, "consultation_id", "left").withColumns(
-                    {"topic": F.coalesce("topic", "near"), "similarity": F.coalesce("similarity", "cosine")}
-                )
-            rows = found.withColumn("made_by", F.lit(made_by)).select(*CONSULTATION_TOPICS.schema.names)
-            step.replace(kept.select(*CONSULTATION_TOPICS.schema.names).unionByName(rows), after=step.version)
-        step.figures["rows_in"], step.figures["compared"] = count, to_compare
-        step.figures["rows_out"] = lakehouse.read(CONSULTATION_TOPICS.name).count()
+        stored = (
+            lakehouse.read(CONSULTATION_TOPICS.name)
+            if exists
+            else run.spark.createDataFrame([], CONSULTATION_TOPICS.schema)
+        )
+        # the text of a consultation doesn't change: another text is another consultation
+        kept = stored.filter(F.col("made_by") == made_by).join(talks, "consultation_id", "left_semi").select(*names)
+        new = talks.join(kept, "consultation_id", "left_anti")
+        with _with_topics(run, new) as (found, count):
+            rows = found.withColumn("made_by", F.lit(made_by)).select(*names)
+            if not exists or kept.count() < stored.count():
+                step.replace(kept.unionByName(rows), after=step.version)
+            elif count:
+                step.append(rows)
+        step.figures["rows_in"] = step.figures["rows_out"] = count
+
+
+@contextmanager
+def _with_topics(run: Run, talks: DataFrame) -> Iterator[tuple[DataFrame, int]]:
+    """Yield consultations with ``topic`` and ``similarity``, and their number."""
+    config = run.config.topics
+    with persisted(topics.with_phrase(talks, config)) as read:
+        unnamed = F.col("topic").isNull() & F.col("text").isNotNull() & F.lit(bool(config.phrases))
+        count, to_compare = read.select(F.count(F.lit(1)), F.count_if(unnamed)).collect()[0]
+        found = read.withColumn("similarity", F.when(F.col("topic").isNotNull(), F.lit(1.0)))
+        if to_compare:
+            unread = _by_task(read.filter(unnamed), to_compare, "consultation_id")
+            near = topics.by_meaning(unread.select("consultation_id", "text"), config, run.config.texts)
+            compared = near.select("consultation_id", F.col("topic").alias("near"), F.col("similarity").alias("cosine"))
+            found = found.join(compared, "consultation_id", "left").withColumns(
+                {"topic": F.coalesce("topic", "near"), "similarity": F.coalesce("similarity", "cosine")}
+            )
+        yield found, count
 
 
 def _by_task(rows: DataFrame, count: int, key: str) -> DataFrame:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -111,7 +111,8 @@ def score(
             )
             if is_new:
                 require_whole_features(lakehouse, score_date, version)
-                estimate = _time_estimate(run, expected_users)
+                runs = _runs_before(lakehouse)
+                estimate = _time_estimate(runs, expected_users)
                 logger.info("scoring %s users of %s%s", f"{expected_users:,}", score_date, estimate)
                 compute = partial(
                     prediction.score,
@@ -121,7 +122,7 @@ def score(
                     run_id=run.run_id,
                     batch_mb=config.scoring.batch_mb,
                 )
-                earlier = None if full else _earlier_scores(run, bundle, score_date)
+                earlier = None if full else _earlier_scores(run, runs, bundle, score_date)
 
                 def write(reader: FeatureReader) -> None:
                     figures["reader"] = reader
@@ -135,7 +136,7 @@ def score(
                 except FileReadError as error:
                     logger.warning("Spark reads the features, because a worker could not read them itself: %s", error)
                     write("spark")
-            _refresh_latest(run, inputs)
+            _refresh_latest(run, inputs, score_date)
             count, computed = _checked_counts(lakehouse, score_date, expected_users)
             figures["rows_in"], figures["rows_out"] = expected_users, count if is_new else 0
             figures["users"], figures["computed"] = count, computed if is_new else 0
@@ -248,29 +249,31 @@ def _scoring_runs(lakehouse: Lakehouse) -> DataFrame | None:
     return lakehouse.read("runs").filter((F.col("stage") == "score") & (F.col("status") == "done"))
 
 
-def _time_estimate(run: Run, users: int) -> str:
-    """Return in words how long so many users take at most, judged by the newest run that computed any."""
-    scoring_runs = _scoring_runs(run.lakehouse)
+def _runs_before(lakehouse: Lakehouse) -> list[Row]:
+    """Return ``seconds, computed, score_date, bundle`` of the scoring runs that wrote scores, newest first: one a night."""
+    scoring_runs = _scoring_runs(lakehouse)
     if scoring_runs is None:
-        return ""
-    computed = F.element_at("figures", "computed").cast("long")
-    runs_with_work = scoring_runs.filter(computed > 0).orderBy(F.desc("started_at"))
-    newest = runs_with_work.select("seconds", computed.alias("computed")).first()
+        return []
+    figures = {name: F.element_at("figures", name) for name in ("computed", "score_date", "bundle")}
+    columns = figures | {"computed": figures["computed"].cast("long"), "score_date": F.to_date(figures["score_date"])}
+    named = [column.alias(name) for name, column in columns.items()]
+    return scoring_runs.orderBy(F.desc("started_at")).select("seconds", *named).collect()
+
+
+def _time_estimate(runs: Sequence[Row], users: int) -> str:
+    """Return in words how long so many users take at most, judged by the newest run that computed any."""
+    newest = next((row for row in runs if row["computed"]), None)
     if newest is None:
         return ""
     seconds = newest["seconds"] * max(1.0, users / newest["computed"])
     return f": at most about {timedelta(seconds=math.ceil(seconds))}, by the last night"
 
 
-def _earlier_scores(run: Run, bundle: Bundle, score_date: date) -> _EarlierScores | None:
+def _earlier_scores(run: Run, runs: Sequence[Row], bundle: Bundle, score_date: date) -> _EarlierScores | None:
     """Return the scores of the newest date, up to this one, that the same bundle and code computed."""
-    scoring_runs = _scoring_runs(run.lakehouse)
-    if scoring_runs is None:
-        return None
-    scored_date = F.to_date(F.element_at("figures", "score_date"))
-    by_same_bundle = (F.element_at("figures", "bundle") == bundle.digest) & (scored_date <= F.lit(score_date))
-    newest = scoring_runs.filter(by_same_bundle).agg(F.max(scored_date)).first()
-    if newest is None or newest[0] is None:
+    dates = (row["score_date"] for row in runs if row["bundle"] == bundle.digest and row["score_date"])
+    newest = max((day for day in dates if day <= score_date), default=None)
+    if newest is None:
         return None
     scores = run.lakehouse.read("scores")
     if not set(SCORES.schema.names) <= set(scores.columns):
@@ -278,25 +281,24 @@ def _earlier_scores(run: Run, bundle: Bundle, score_date: date) -> _EarlierScore
         return None
     by_same_code = (F.col("bundle_digest") == bundle.digest) & (F.col("code_version") == __version__)
     scores = run.lakehouse.read("scores", run.lakehouse.version("scores"))
-    now, before = (bundle.horizons.factors(bundle.stack.factor(day), day) for day in (score_date, newest[0]))
-    log_odds = bundle.stack.log_odds(score_date) - bundle.stack.log_odds(newest[0])
+    now, before = (bundle.horizons.factors(bundle.stack.factor(day), day) for day in (score_date, newest))
+    log_odds = bundle.stack.log_odds(score_date) - bundle.stack.log_odds(newest)
     growth = Growth(bundle.horizon_days, {days: now[days] / before[days] for days in now}, log_odds)
-    return _EarlierScores(rows_of_date(scores, newest[0]).filter(by_same_code), growth)
+    return _EarlierScores(rows_of_date(scores, newest).filter(by_same_code), growth)
 
 
-def _refresh_latest(run: Run, inputs: str) -> None:
-    """Copy the newest date of ``scores`` into ``scores_latest``, unless it was copied before."""
+def _refresh_latest(run: Run, inputs: str, score_date: date) -> None:
+    """Copy the newest date of ``scores``, this one or a later one, into ``scores_latest``, unless it was copied before."""
     lakehouse = run.lakehouse
     # the step begins first: what another run copies after that makes this one fail, not go back
     step = Step.begin(lakehouse, SCORES_LATEST)
     version = lakehouse.version("scores")
-    scores = lakehouse.read("scores", version)
-    newest = scores.agg(F.max("score_date")).first()
-    assert newest is not None
     step.inputs = digest(inputs, version)
     if not step.unchanged:
-        rows = rows_of_date(scores, newest[0])
-        step.replace(rows, after=step.version)
+        scores = lakehouse.read("scores", version)
+        # without a later date no file is read
+        later = scores.filter(F.col("score_date") > F.lit(score_date)).agg(F.max("score_date")).collect()[0][0]
+        step.replace(rows_of_date(scores, later or score_date), after=step.version)
 
 
 def _checked_counts(lakehouse: Lakehouse, score_date: date, users: int) -> tuple[int, int]:

@@ -369,4 +369,4 @@ def _optimizer(network: nn.Module, settings: TrainingConfig) -> Optimizer:
     groups = decayed(network, settings.weight_decay)
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)

@@ -236,7 +236,7 @@ class MaskedLmTask:
     def state(self, network: MaskedLanguageModel, steps: int) -> TrainingState:
         """Return AdamW with a warmup and a linear decay."""
         settings = self.config.language
-        optimizer = torch.optim.AdamW(decayed(network, settings.weight_decay), lr=settings.learning_rate)
+        optimizer = torch.optim.AdamW(decayed(network, settings.weight_decay), lr=settings.learning_rate, fused=True)
         all_steps = steps * settings.epochs
         schedule = _linear_schedule(optimizer, math.ceil(all_steps * settings.warmup_fraction), all_steps)
         return TrainingState(network, optimizer, schedule)

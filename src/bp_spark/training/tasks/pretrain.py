@@ -167,7 +167,7 @@ class PretrainTask:
     def state(self, network: PretrainingNetwork, steps: int) -> TrainingState:
         """Return AdamW with a warmup and a cosine."""
         settings, training = self.config.pretraining, self.config.training
-        optimizer = torch.optim.AdamW(decayed(network, training.weight_decay), lr=settings.learning_rate)
+        optimizer = torch.optim.AdamW(decayed(network, training.weight_decay), lr=settings.learning_rate, fused=True)
         schedule = warmup_cosine(optimizer, training.warmup_fraction, steps * settings.max_epochs)
         return TrainingState(network, optimizer, schedule)
 
