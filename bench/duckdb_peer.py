@@ -32,7 +32,6 @@ from bp_spark.features.aggregates import (
 )
 from bp_spark.features.catalogue import catalogue
 from bp_spark.features.categories import CATEGORY_BUCKETS
-from bp_spark.features.clock import quantize_recency_sql
 from bp_spark.features.user_daily import CODES
 from bp_spark.ingest.cleaning import ACTIONS
 from bp_spark.lakehouse.tables import RAW_LOGS
@@ -468,7 +467,8 @@ class Peer:
         aggregates = ", ".join(f"{aggregate_sql(what)} AS {name}" for name, what in features.aggregates.items())
         columns = ", ".join(f"({dialect(f.expression.sql)})::FLOAT AS {f.name}" for f in features.features)
         sequences = ", ".join(f"coalesce({column.name}, []) AS {column.name}" for column in SEQUENCE_COLUMNS)
-        age = dialect(quantize_recency_sql("age", self.config.features.recency_precision_bits))
+        bits = self.config.features.recency_precision_bits
+        age = "age" if bits is None else f"age - age % (1 << greatest(length(bin(age)) - {bits}, 0))"
         return f"""
             WITH clocks AS MATERIALIZED (
                 SELECT user_key, last + ({age})::INT AS seen_on

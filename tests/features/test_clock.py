@@ -1,4 +1,4 @@
-"""The clock of silent users: one rule, for numpy and for Spark."""
+"""The clock of silent users: one rule, for arrays and for columns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from bp_spark.features.clock import quantize_recency, quantize_recency_sql
+from bp_spark.features.clock import quantize_recency, quantized_recency
 
 
 @pytest.mark.parametrize(("silent", "seen"), [(1, 1), (15, 15), (17, 16), (63, 60), (64, 64), (100, 96), (300, 288)])
@@ -17,6 +17,6 @@ def test_days_of_silence_keep_four_binary_digits(silent: int, seen: int) -> None
 
 @pytest.mark.parametrize("precision_bits", [None, 2, 4])
 def test_clocks_of_workers_tick_as_those_of_spark(spark: SparkSession, precision_bits: int | None) -> None:
-    quantized = F.expr(quantize_recency_sql("id", precision_bits)).alias("quantized")
+    quantized = quantized_recency(F.col("id").cast("int"), precision_bits).alias("quantized")
     days = spark.range(1, 3_000).select("id", quantized).toPandas()
     np.testing.assert_array_equal(quantize_recency(days["id"].to_numpy(), precision_bits), days["quantized"])

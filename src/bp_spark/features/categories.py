@@ -12,7 +12,7 @@ from datetime import date
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from bp_spark.features.clock import quantize_recency_sql
+from bp_spark.features.clock import quantized_recency
 from bp_spark.features.definition import KEY
 
 CATEGORY_BUCKETS = 16
@@ -46,7 +46,7 @@ def _user_clocks(daily: DataFrame, as_of: Sequence[date], precision_bits: int | 
     """Return ``user_key, as_of_date, seen_on`` of each user with a day before the as-of date."""
     dates = F.array(*(F.lit(day) for day in sorted(as_of)))
     last = F.max(F.when(F.col("day") < F.col("as_of_date"), F.col("day"))).alias("last")
-    silence = quantize_recency_sql("datediff(as_of_date, last)", precision_bits)
+    silence = quantized_recency(F.datediff("as_of_date", "last"), precision_bits)
     return (
         daily.select("user_key", "day")
         .filter(F.col("day") < F.lit(max(as_of)))
@@ -54,7 +54,7 @@ def _user_clocks(daily: DataFrame, as_of: Sequence[date], precision_bits: int | 
         .groupBy(*KEY)
         .agg(last)
         .filter(F.col("last").isNotNull())
-        .select(*KEY, F.expr(f"date_add(last, {silence})").alias("seen_on"))
+        .select(*KEY, F.date_add("last", silence).alias("seen_on"))
     )
 
 

@@ -2,14 +2,16 @@
 
 Days of silence are rounded down to a few binary digits. Between two ticks no feature of the user changes, so neither does the
 score, and the scoring run need not compute the score again.
-
-The rule stands here twice, for numpy and for SQL: workers apply it to arrays, category features and the DuckDB benchmark to
-columns. A test holds the two together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import pandas as pd
+from pyspark.sql import Column
+from pyspark.sql.pandas.functions import pandas_udf
 
 
 def quantize_recency(days: np.ndarray, precision_bits: int | None) -> np.ndarray:
@@ -29,13 +31,13 @@ def quantize_recency(days: np.ndarray, precision_bits: int | None) -> np.ndarray
     return np.asarray(days - days % unit)
 
 
-def quantize_recency_sql(days: str, precision_bits: int | None) -> str:
-    """Return the SQL of :func:`quantize_recency`.
-
-    Args:
-        days: SQL of a number of days, at least 1.
-        precision_bits: as in :func:`quantize_recency`.
-    """
+def quantized_recency(days: Column, precision_bits: int | None) -> Column:
+    """Return :func:`quantize_recency` of a column of whole numbers, each at least 1, as an integer column."""
     if precision_bits is None:
         return days
-    return f"({days} - {days} % shiftleft(1, greatest(length(bin({days})) - {precision_bits}, 0)))"
+
+    def rounded(values: pd.Series) -> pd.Series:
+        return pd.Series(quantize_recency(values.to_numpy(np.int64), precision_bits))
+
+    udf: Callable[[Column], Column] = pandas_udf(rounded, "int")  # type: ignore[call-overload]
+    return udf(days)
