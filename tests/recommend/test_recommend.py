@@ -196,7 +196,7 @@ def test_items_are_named_by_their_newest_title_or_their_category(spark: SparkSes
     items = [
         {"item_id": "tea", "title": "Tea", "ingest_id": 1},
         {"item_id": "tea", "title": "Green tea", "category": "Food > Tea", "ingest_id": 2},
-        {"item_id": "tea", "title": " ", "ingest_id": 3},
+        {"item_id": "tea", "title": " ", "category": "Food > Tea", "ingest_id": 3},
         {"item_id": "soap", "category": "Home > Soap", "ingest_id": 1},
         {"item_id": "milk", "ingest_id": 1},
         {"item_id": None, "title": "of nothing", "ingest_id": 1},

@@ -539,9 +539,13 @@ def test_customer_service_knows_what_each_user_asked_last_before_the_date(spark:
         talk(3, "b", "size", solved=True),
         talk(4, "b", "colour"),
         talk(5, "b", "of the day itself", solved=False, ahead=5),
+        talk(6, "d", " "),  # nobody says whether it is solved
     ]
-    topics = [{"consultation_id": f"c{number}", "topic": topic} for number, topic in ((2, "delivery"), (4, "not used"))]
-    users = frame(spark, USER_PROFILE, *({"user_key": user, "level": "A"} for user in "abc"))
+    topics = [
+        {"consultation_id": f"c{number}", "topic": topic}
+        for number, topic in ((2, "delivery"), (4, "not used"), (6, "price"))
+    ]
+    users = frame(spark, USER_PROFILE, *({"user_key": user, "level": "A"} for user in "abcd"))
     rows, found = frame(spark, CONSULTATIONS, *talks), frame(spark, CONSULTATION_TOPICS, *topics)
     asked = customer_service(users, ProfilesConfig(), last_consultations(rows, found, DAY))
     columns = ("user_key", "open_questions", "asked_on", "asked_about")
@@ -549,10 +553,11 @@ def test_customer_service_knows_what_each_user_asked_last_before_the_date(spark:
         ("a", 2, DAY - timedelta(days=8), "delivery"),
         ("b", 0, DAY - timedelta(days=6), "colour"),
         ("c", 0, None, None),
+        ("d", None, DAY - timedelta(days=4), "price"),
     ]
     # a platform that delivers no consultations doesn't say that there is no question
     unknown = customer_service(users, ProfilesConfig(), last_consultations(None, None, DAY))
-    assert sorted_rows(unknown, *columns) == [(user, None, None, None) for user in "abc"]
+    assert sorted_rows(unknown, *columns) == [(user, None, None, None) for user in "abcd"]
 
 
 def test_totals_are_sums_of_segments_with_an_interval_for_errors_that_users_share(

@@ -83,6 +83,9 @@ def as_text_overrides(folder: Path) -> tuple[str, ...]:
 
 
 ONE_STEP = ("training.batch_size=1000", "training.max_epochs=1", "training.optimizer=sgd", "network.dropout=0")
+# of a step one rank has some fifty rows, the other ten
+STEPS = ("training.batch_size=64", "training.max_epochs=2", "training.optimizer=sgd", "network.dropout=0")
+SOME_STEPS = {"steps": STEPS, "steps in parts": (*STEPS, "training.rows_at_once=20")}
 FEW_EPOCHS = ("training.max_epochs=4", "network.loss=mse")
 
 
@@ -117,6 +120,9 @@ def rank_scenarios(rank: int, folder: Path, ports: list[int]) -> None:
     train_rank(job(folder, "uneven", *ONE_STEP))
     port()
     train_rank(job(folder, "in parts", *ONE_STEP, "training.rows_at_once=30"))
+    for run, overrides in SOME_STEPS.items():
+        port()
+        train_rank(job(folder, run, *overrides))
     port()
     one_file = job(folder, "starved", "training.max_epochs=1")
     train_rank(replace(one_file, train=snapshot(str(folder / "table"), where={"split": "valid"}, version=4)))
@@ -134,7 +140,7 @@ def rank_scenarios(rank: int, folder: Path, ports: list[int]) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(folder: Path) -> Path:
-    ports = [free_port() for _ in range(7)]
+    ports = [free_port() for _ in range(9)]
     mp.start_processes(rank_scenarios, (folder, ports), nprocs=2, start_method="spawn")
     return folder
 
@@ -149,8 +155,9 @@ def test_uneven_ranks_make_the_step_of_one_process_with_all_rows(two_ranks: Path
 def test_a_step_in_parts_is_that_of_all_rows_at_once(
     two_ranks: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # one rank has seven parts and the other two
+    # one rank has seven parts and the other two; in the other runs one has several parts and the other a single one
     assert_equal_weights(weights(two_ranks / "in parts"), weights(two_ranks / "uneven"), 1e-5)
+    assert_equal_weights(weights(two_ranks / "steps in parts"), weights(two_ranks / "steps"), 1e-5)
     sizes, real = [], FineTuneTask.train_losses
 
     def seen(task: FineTuneTask, network: Any, model: Any, batch: Any) -> Any:

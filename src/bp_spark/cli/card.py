@@ -106,9 +106,12 @@ def read(rows_where: Callable[..., list[dict[str, Any]]], user_key: str) -> Card
 
 
 def _with_topics(consultations: Sequence[Row], topics: Sequence[Row]) -> list[Row]:
-    """Return the consultations, newest first; one that the platform gave no topic has that which was found."""
-    found = {row["consultation_id"]: row["topic"] for row in topics}
-    named = [{**row, "topic": row["topic"] or found.get(row["consultation_id"])} for row in consultations]
+    """Return the consultations, newest first; one without a topic of the platform's gets that of its text."""
+    topic_by_id = {row["consultation_id"]: row["topic"] for row in topics}
+    named = [
+        {**row, "topic": (row["topic"] or "").strip() or topic_by_id.get(row["consultation_id"])}
+        for row in consultations
+    ]
     return sorted(named, key=lambda row: (row["ts"], row["consultation_id"]), reverse=True)
 
 

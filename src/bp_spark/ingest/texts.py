@@ -165,7 +165,7 @@ def encode(texts: list[str], folder: str, batch_size: int, max_tokens: int) -> A
 
 
 def readable(texts: list[str], folder: str) -> Any:
-    """Return which texts have no token that the model in a folder doesn't know, boolean [texts].
+    """Return which texts the model in a folder can read: it knows all their tokens. Boolean [texts].
 
     An English model knows hardly a Chinese character: to it, all Chinese texts are alike.
     """

@@ -52,7 +52,7 @@ def embed(run: Run) -> None:
 
 
 def find_topics(run: Run) -> None:
-    """Find the topics of the consultations that have none yet by these settings and this model."""
+    """Find topics of the consultations that the platform named none for, and that have none yet by these settings and model."""
     lakehouse, config = run.lakehouse, run.config.topics
     exists = lakehouse.exists(CONSULTATION_TOPICS.name)
     if not lakehouse.exists("consultations") or not (config.phrases or exists):
@@ -62,7 +62,8 @@ def find_topics(run: Run) -> None:
         if step.unchanged:
             return
         names = CONSULTATION_TOPICS.schema.names
-        talks = lakehouse.read("consultations").filter("text IS NOT NULL")
+        unnamed = F.nullif(F.trim("topic"), F.lit("")).isNull() & F.col("text").isNotNull()
+        talks = lakehouse.read("consultations").filter(unnamed).drop("topic")
         stored = (
             lakehouse.read(CONSULTATION_TOPICS.name)
             if exists

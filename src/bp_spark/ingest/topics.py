@@ -24,13 +24,12 @@ def with_phrase(talks: DataFrame, config: TopicsConfig) -> DataFrame:
         talks: ``text``.
         config: settings of topics.
     """
-    # equally long phrases: the first of the settings
+    # of equally long phrases the first of the settings
     ranked = sorted(_phrases(config.phrases), key=lambda pair: -len(pair[0]))
     text = F.col("text")
-    found = [F.when(_contains(text, phrase), F.lit(topic)) for phrase, topic in ranked]
-    return talks.withColumn("text", texts.normalised(text)).withColumn(
-        "topic", F.coalesce(*found, F.lit(None).cast("string"))
-    )
+    topics = [F.when(_contains(text, phrase), F.lit(topic)) for phrase, topic in ranked]
+    named = F.coalesce(*topics, F.lit(None).cast("string"))
+    return talks.withColumn("text", texts.normalised(text)).withColumn("topic", named)
 
 
 def by_meaning(talks: DataFrame, config: TopicsConfig, model: TextsConfig) -> DataFrame:
@@ -73,8 +72,8 @@ def _phrases(phrases: Mapping[str, Iterable[str]]) -> list[tuple[str, str]]:
 
 
 def _contains(text: Column, phrase: str) -> Column:
-    """Return whether a text contains a phrase: as whole words, unless the phrase is written without spaces, as Chinese is."""
+    """Return whether a normalised text contains a phrase: as whole words, but for Chinese, which has no spaces."""
     plain = texts.normalised(F.lit(phrase))
-    spaced = F.concat(F.lit(" "), texts.normalised(text), F.lit(" "))
+    spaced = F.concat(F.lit(" "), text, F.lit(" "))
     words = F.when(plain.rlike(r"\p{IsHan}"), plain).otherwise(F.concat(F.lit(" "), plain, F.lit(" ")))
     return F.contains(spaced, words)

@@ -13,7 +13,8 @@ taken to be log-normal, with the expected spend as its mean.
 
 Few past horizons tell these variances. So the ends of an interval are quantiles of Student's t, not of the normal
 distribution. That is the posterior predictive distribution of a value whose variance is learned from n errors and a prior that
-weighs as much as two (Gelman et al. 2013, "Bayesian Data Analysis", 2.6).
+weighs as much as two (Gelman et al. 2013, "Bayesian Data Analysis", 2.6). One quantile serves the whole variance. So the
+interval of a small group is too wide rather than too narrow: many rows tell the variance of independent users.
 """
 
 from __future__ import annotations

@@ -147,10 +147,13 @@ def bought_between(events: DataFrame, day: date, days: int = LEARN_DAYS) -> Data
 
 def names_of(raw_items: DataFrame) -> DataFrame:
     """Return ``item_id, item``: the newest title of each item, or its newest category path."""
-    texts = [F.nullif(F.trim(name), F.lit("")) for name in ("title", "category")]
-    delivery = F.struct("ingest_id", "delivery", "title")
-    named = raw_items.withColumn("item", F.coalesce(*texts)).filter(F.col("item_id").isNotNull())
-    return named.groupBy("item_id").agg(F.max_by("item", F.when(F.col("item").isNotNull(), delivery)).alias("item"))
+
+    def newest(column: str) -> Column:
+        text = F.nullif(F.trim(column), F.lit(""))
+        return F.max_by(text, F.when(text.isNotNull(), F.struct("ingest_id", "delivery", column)))
+
+    items = raw_items.filter(F.col("item_id").isNotNull()).groupBy("item_id")
+    return items.agg(F.coalesce(newest("title"), newest("category")).alias("item"))
 
 
 def recommended(

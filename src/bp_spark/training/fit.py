@@ -120,8 +120,11 @@ class Task(Protocol[NetworkT, SplitT]):
     def parts(self, batch: Any) -> Sequence[Any]:
         """Return the batch in parts that pass through the network one after the other; at least one."""
 
-    def targets(self, batch: Any) -> Tensor:
-        """Return the numbers of targets of all parts together, [K]; asked for a batch of several parts only."""
+    def targets(self, batch: Any) -> Tensor | None:
+        """Return the numbers of targets of the whole batch, [K].
+
+        ``None``: only the losses tell them. Then no batch of any rank has several parts.
+        """
 
     def train_losses(self, network: NetworkT, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """Return sums of the losses, float [K], and the numbers of their targets, [K].
@@ -250,13 +253,16 @@ def train_epoch(
 
 
 def _gradients(rank: _Rank[NetworkT, SplitT], model: DistributedDataParallel, batch: Any) -> Tensor:
-    """Add up the gradients of a batch, those of all ranks included; return this rank's losses and targets, [2, K]."""
+    """Add up the gradients of the step, over parts and ranks; return this rank's losses and targets, [2, K]."""
     task, group = rank.task, rank.group
     *earlier, last = task.parts(batch)
-    counts_of_all = group.sum(task.targets(batch).float()).clamp(min=1) if earlier else None
+    # before the first forward on every rank, however many parts its batch has: DDP exchanges data in a forward, too, and all
+    # ranks must exchange in one order
+    targets = task.targets(batch)
+    counts_of_all = None if targets is None else group.sum(targets.float()).clamp(min=1)
     total: Tensor | float = 0.0
     for part in (*earlier, last):
-        # with the last part all gradients of the step are exchanged, those of the earlier parts among them
+        # ranks exchange the gradients of the whole step with its last part
         with nullcontext() if part is last else model.no_sync():
             with autocast(group.device):
                 sums, counts = task.train_losses(rank.network, model, part)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from bp_spark.core.config.base import Section
 
@@ -56,7 +56,7 @@ class TopicsConfig(Section):
     phrases: dict[str, tuple[str, ...]] = Field(
         _TOPICS,
         description="Topic -> phrases. A text is about the topic whose phrase it contains or, by the language model of "
-        "`texts.model`, comes nearest to. Write them in your users' languages; the given ones take the place of all of these. "
+        "`texts.model`, comes nearest to. Write them in your users' languages. Your phrases replace the whole default list. "
         "Empty: no topics.",
     )
     least_similarity: float = Field(
@@ -66,3 +66,11 @@ class TopicsConfig(Section):
         description="Cosine between a text and a phrase below which the text is about none of the topics.",
     )
     max_tokens: int = Field(128, gt=0, description="Tokens of a text that the model reads. The rest is cut off.")
+
+    @field_validator("phrases")
+    @classmethod
+    def _phrases_have_words(cls, phrases: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for topic, of_topic in phrases.items():
+            if not of_topic or not all(any(map(str.isalnum, phrase)) for phrase in of_topic):
+                raise ValueError(f"{topic} must have phrases, each with a letter or a digit")
+        return phrases

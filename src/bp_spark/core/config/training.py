@@ -86,9 +86,9 @@ class TrainingConfig(Section):
     batch_size: Positive = Field(256, description="Rows of one step over all ranks.")
     rows_at_once: Positive | None = Field(
         None,
-        description="Rows that a rank passes through the network at once, in fine-tuning and in `bp-spark "
-        "adapt-language`. Fewer than its share of `batch_size` take less memory and more time. The step and its "
-        "gradient stay those of `batch_size` rows (gradient accumulation). Null: its whole share.",
+        description="Rows that a rank passes through the network at once in a step of fine-tuning, and texts in a step of "
+        "`bp-spark adapt-language`. Fewer than its share of the batch take less memory and more time. The step and its "
+        "gradient stay those of the whole batch (gradient accumulation). Null: its whole share.",
     )
     max_epochs: Positive = Field(40, description="Largest number of passes over the training rows.")
     patience: Positive = Field(5, description="Epochs without a better validation loss after which training stops.")

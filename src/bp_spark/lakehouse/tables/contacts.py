@@ -28,7 +28,7 @@ CONSULTATIONS = Table(
 )
 CONSULTATION_TOPICS = Table(
     "consultation_topics",
-    "What each consultation with a text is about, by the phrases of the settings and a language model",
+    "What each consultation with a text and without a topic of the platform's is about, by phrases and a language model",
     columns(
         ("consultation_id", "string!", "As in consultations"),
         ("user_key", "string!", "User"),

@@ -193,7 +193,8 @@ CUSTOMER_SERVICE = Table(
         (
             "open_questions",
             "int",
-            "Consultations before score_date without an answer, by the newest delivery; NULL: the platform delivers none",
+            "Consultations before score_date that are not solved, by the newest delivery; NULL: the platform delivers none, or "
+            "doesn't say of any of the user's whether it is solved",
         ),
         ("asked_on", "date", "Day of the last consultation before score_date; NULL: none"),
         (
@@ -267,7 +268,7 @@ TOTALS = Table(
         (
             "horizons",
             "double!",
-            "How many past horizons that don't overlap common_sd was measured on; below 2 it is mostly an assumption",
+            "How many errors that are independent of each other common_sd was measured on; below 2 it is mostly an assumption",
         ),
         ("quantile", "double", "Standard deviations of the log spend from the middle of the interval to its ends"),
         ("bundle_digest", "string!", "Digest of the model bundle that made the scores"),

@@ -24,7 +24,7 @@ _OFFERS = """
     WHERE score_date = (SELECT max(score_date) FROM {table} WHERE score_date BETWEEN DATE '{first}' AND DATE '{day}')
     GROUP BY item_id HAVING count(*) >= {least_users} ORDER BY users DESC, item_id LIMIT 10"""
 _MARGINS = """
-    SELECT level, count(*) AS users, sum(expected_spend) AS spend, sum(expected_margin) AS margin
+    SELECT level, sum(expected_margin) / sum(expected_spend) AS share
     FROM {table} WHERE score_date = DATE '{day}' AND expected_margin IS NOT NULL
     GROUP BY level HAVING count(*) >= {least_users} ORDER BY level"""
 _QUESTIONS = """
@@ -48,11 +48,11 @@ def read(reader: NightReader, day: date, every_days: int, least_users: int) -> d
         least_users: Least users of a group that is shown.
     """
     values = {"day": day, "first": day - timedelta(days=every_days - 1), "least_users": least_users}
-    found = {
+    rows_by_part = {
         name: reader.aggregate(table, query.format(table="{table}", **values))
         for name, (table, query) in _QUERIES.items()
     }
-    return {name: rows for name, rows in found.items() if len(rows)}
+    return {name: rows for name, rows in rows_by_part.items() if len(rows)}
 
 
 def section(data: PageData) -> list[Markup]:
@@ -65,13 +65,13 @@ def _offers(data: PageData, rows: pd.DataFrame) -> Markup:
     cells = []
     for row in rows.to_dict("records"):
         users, again = int(row["users"]), int(row["again"])
-        told = all(part == 0 or part >= data.smallest_group for part in (again, users - again))
+        is_shown = all(part == 0 or part >= data.smallest_group for part in (again, users - again))
         price = row["price"]
         cells.append(
             [
                 row["item"] or row["item_id"],
                 f"{users:,}",
-                f"{again / users:.0%}" if told else "*",
+                f"{again / users:.0%}" if is_shown else "*",
                 f"{row['chance']:.0%}",
                 "–" if price is None or math.isnan(price) else f"{price:,.2f}",
             ]
@@ -80,19 +80,12 @@ def _offers(data: PageData, rows: pd.DataFrame) -> Markup:
     return page.table("Items that most users are recommended", headings, cells, sentences=(0,))
 
 
-def _margins(data: PageData, rows: pd.DataFrame) -> Markup:
-    cells = [
-        [
-            row["level"],
-            f"{row['users']:,}",
-            f"{row['spend']:,.0f}",
-            f"{row['margin']:,.0f}",
-            f"{row['margin'] / row['spend']:.1%}" if row["spend"] else "–",
-        ]
-        for row in rows.to_dict("records")
-    ]
-    headings = ["level", "users", data.spend_name, f"margin of it, {data.currency}", "share"]
-    return page.table("What is left of the expected spend once the goods are paid", headings, cells)
+def _margins(_: PageData, rows: pd.DataFrame) -> Markup:
+    # a number of users or a sum of money would tell of those without a margin, by its difference to the other tables
+    cells = [[row["level"], f"{row['share']:.1%}"] for row in rows.to_dict("records") if not math.isnan(row["share"])]
+    return page.table(
+        "What is left of the expected spend once the goods are paid", ["level", "share of the expected spend"], cells
+    )
 
 
 def _questions(data: PageData, rows: pd.DataFrame) -> Markup:

@@ -50,15 +50,19 @@ def last_consultations(consultations: DataFrame | None, topics: DataFrame | None
     if consultations is None:
         return None
     before = consultations.filter(F.col("event_date") < F.lit(day))
+    own_topic = F.nullif(F.trim("topic"), F.lit(""))
     if topics is None:
-        named = before.withColumn("about", F.col("topic"))
+        named = before.withColumn("about", own_topic)
     else:
-        found = topics.select("consultation_id", F.col("topic").alias("found"))
-        named = before.join(found, "consultation_id", "left").withColumn("about", F.coalesce("topic", "found"))
+        by_id = topics.select("consultation_id", F.col("topic").alias("by_text"))
+        named = before.join(by_id, "consultation_id", "left").withColumn("about", F.coalesce(own_topic, "by_text"))
     newest = F.max_by(F.struct("event_date", "about"), F.struct("ts", "consultation_id"))
     return (
         named.groupBy("user_key")
-        .agg(F.count_if(~F.col("solved")).cast("int").alias("open_questions"), newest.alias("last"))
+        .agg(
+            F.when(F.count("solved") > 0, F.count_if(~F.col("solved")).cast("int")).alias("open_questions"),
+            newest.alias("last"),
+        )
         .select(
             "user_key",
             "open_questions",
@@ -97,7 +101,9 @@ def customer_service(profile: DataFrame, config: ProfilesConfig, asked: DataFram
     )
     if asked is None:
         return shaped(rows.withColumns(dict.fromkeys(_ASKED, F.lit(None))), CUSTOMER_SERVICE)
-    return shaped(rows.join(asked, "user_key", "left").fillna(0, ["open_questions"]), CUSTOMER_SERVICE)
+    joined = rows.join(asked, "user_key", "left")
+    none_open = F.when(F.col("asked_on").isNull(), 0).otherwise(F.col("open_questions"))
+    return shaped(joined.withColumn("open_questions", none_open), CUSTOMER_SERVICE)
 
 
 def _talking_points(phrases: PhrasesConfig) -> list[Column]:

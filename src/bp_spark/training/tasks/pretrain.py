@@ -175,9 +175,8 @@ class PretrainTask:
         """Return the whole batch: the texts of a batch are chosen among each other."""
         return [batch]
 
-    def targets(self, batch: PretrainingBatch) -> Tensor:
-        """Never asked: a batch is one part."""
-        raise NotImplementedError
+    def targets(self, batch: PretrainingBatch) -> None:
+        """Return ``None``: the network counts them."""
 
     def train_losses(
         self, network: PretrainingNetwork, model: nn.Module, batch: PretrainingBatch
