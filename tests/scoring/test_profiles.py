@@ -720,6 +720,7 @@ def test_the_documented_queries_run_in_duckdb_and_in_spark(summed: Platform, spa
         "category_affinity",
         "risk_control",
         "customer_service",
+        "customer_service",
         "market_segments",
         "totals",
         "scores_latest",
