@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date, timedelta
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from pyspark.sql import DataFrame, SparkSession
-from scipy.stats import norm
 
 from bp_spark.core.session import parallelism
 from bp_spark.lakehouse.tables import MARKET_FORECAST
@@ -29,7 +28,6 @@ SHAPE = "shape of the platform"
 COVERAGE = 0.9
 """Share of weeks that shall lie in their interval."""
 
-_Z = float(norm.ppf((1 + COVERAGE) / 2))
 _OF_SERIES = (
     *("weeks_ahead", "actual", "expected", "low", "high", "method", "baseline"),
     *("mase", "mase_baseline", "mase_vs_naive", "origins", "history_weeks"),
@@ -187,16 +185,16 @@ def levels(platform: pd.DataFrame, totals: pd.DataFrame) -> list[dict[str, Any]]
     if platform.empty or not (of_platform > 0).all():
         return []
     shares = of_platform / of_platform.sum()
-    spreads = (platform["high"].to_numpy(np.float64) - of_platform) / of_platform / _Z
+    half_widths = (platform["high"].to_numpy(np.float64) - of_platform) / of_platform
     found = []
     for total in _nearest(totals, LEVEL).to_dict("records"):
         scale = DAYS / total["horizon_days"]
-        for ahead, (share, spread) in enumerate(zip(shares * scale, spreads, strict=True), 1):
+        of_week = TotalError(7, 0.0, total["segment_sd"], total["dispersion"], total["quadratic"], total["horizons"])
+        for ahead, (share, half_width) in enumerate(zip(shares * scale, half_widths, strict=True), 1):
             expected, variance = total["expected_spend"] * share, total["variance"] * share
-            error = TotalError(
-                7, spread, total["segment_sd"], total["dispersion"], total["quadratic"], total["horizons"]
-            )
-            low, high = interval(expected, variance, error, _Z)
+            # the platform's interval, as the quantile makes it wide again
+            error = replace(of_week, common_sd=half_width / of_week.quantile(COVERAGE))
+            low, high = interval(expected, variance, error, COVERAGE)
             found.append(
                 {
                     "segment": LEVEL,
