@@ -539,7 +539,7 @@ def test_customer_service_knows_what_each_user_asked_last_before_the_date(spark:
         talk(3, "b", "size", solved=True),
         talk(4, "b", "colour"),
         talk(5, "b", "of the day itself", solved=False, ahead=5),
-        talk(6, "d", " "),  # nobody says whether it is solved
+        talk(6, "d", " "),  # solved or not: unknown
     ]
     topics = [
         {"consultation_id": f"c{number}", "topic": topic}

@@ -62,7 +62,7 @@ def find_topics(run: Run) -> None:
         if step.unchanged:
             return
         names = CONSULTATION_TOPICS.schema.names
-        unnamed = F.nullif(F.trim("topic"), F.lit("")).isNull() & F.col("text").isNotNull()
+        unnamed = topics.of_platform().isNull() & F.col("text").isNotNull()
         talks = lakehouse.read("consultations").filter(unnamed).drop("topic")
         stored = (
             lakehouse.read(CONSULTATION_TOPICS.name)

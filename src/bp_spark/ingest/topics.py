@@ -17,6 +17,11 @@ from bp_spark.core.config import TextsConfig, TopicsConfig
 from bp_spark.ingest import texts
 
 
+def of_platform() -> Column:
+    """Return the topic that the platform gave a consultation; NULL where it is blank."""
+    return F.nullif(F.trim("topic"), F.lit(""))
+
+
 def with_phrase(talks: DataFrame, config: TopicsConfig) -> DataFrame:
     """Add ``text`` normalised and ``topic``: that of the longest phrase in the text, or NULL.
 

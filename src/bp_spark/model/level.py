@@ -235,15 +235,15 @@ class Level:
             # how far the level moved stands for how far a season moves it
             shifts = np.where(np.arange(len(steady[by])) == 0, year_ago[by] - steady[by], errors[by])
             evidence, sd_left = _assumed(index, sd, by, horizon)
+        forecasts = _independent(errors[by], horizon)
         if not conf.season or evidence == 0 or not np.isfinite(shifts[0]):
-            return cls(as_of, 0.0, 0.0, _FLAT, sd, forecasts=_independent(errors[by], horizon))
+            return cls(as_of, 0.0, 0.0, _FLAT, sd, forecasts=forecasts)
         reach = min(_MARGIN * float(np.nanmax(np.abs(shifts))), _MOST)
         ahead = np.arange(-_BACK, WEEKS_A_YEAR - horizon + 1)
         ahead = ahead[WEEKS_A_YEAR - ahead < len(index)]
         # Change of last year's ratio from the week of the fit to each other week, which members don't predict.
         changes = evidence * (ratios[by][WEEKS_A_YEAR - ahead] - ratios[by][WEEKS_A_YEAR])
-        course = _course(7.0 * ahead, changes)
-        return cls(as_of, evidence, reach, course, sd_left, forecasts=_independent(errors[by], horizon))
+        return cls(as_of, evidence, reach, _course(7.0 * ahead, changes), sd_left, forecasts=forecasts)
 
     def of_horizon(self, spend: WeeklySpend, horizon_days: int) -> Self:
         """Return the level of another horizon, to be completed: the same evidence, and the course of that horizon.

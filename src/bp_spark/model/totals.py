@@ -224,8 +224,8 @@ def _segment_sd(rows: _Rows, error: TotalError, horizons: float) -> float:
             weights.append(1 / (independent + _SEGMENT_SD**2) ** 2)
     squares, precision = np.concatenate(excess), np.concatenate(weights)
     measured = max(0.0, float(np.average(squares, weights=precision))) if len(squares) else 0.0
-    horizons = horizons if len(squares) else 0.0
-    return math.sqrt((horizons * measured + _PRIOR_WEIGHT * _SEGMENT_SD**2) / (horizons + _PRIOR_WEIGHT))
+    weight = horizons if len(squares) else 0.0
+    return math.sqrt((weight * measured + _PRIOR_WEIGHT * _SEGMENT_SD**2) / (weight + _PRIOR_WEIGHT))
 
 
 def _segment_ratios(rows: _Rows, at: np.ndarray, error: TotalError) -> tuple[np.ndarray, np.ndarray]:

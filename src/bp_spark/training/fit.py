@@ -260,7 +260,7 @@ def _gradients(rank: _Rank[NetworkT, SplitT], model: DistributedDataParallel, ba
     # ranks must exchange in one order
     targets = task.targets(batch)
     counts_of_all = None if targets is None else group.sum(targets.float()).clamp(min=1)
-    total: Tensor | float = 0.0
+    seen = []
     for part in (*earlier, last):
         # ranks exchange the gradients of the whole step with its last part
         with nullcontext() if part is last else model.no_sync():
@@ -269,9 +269,8 @@ def _gradients(rank: _Rank[NetworkT, SplitT], model: DistributedDataParallel, ba
             if counts_of_all is None:
                 counts_of_all = group.sum(counts.float()).clamp(min=1)
             torch.autograd.backward((sums * group.size / counts_of_all).sum())
-        total = total + torch.stack([sums.detach().double(), counts.double()])
-    assert isinstance(total, Tensor), "a batch has a part"
-    return total
+        seen.append(torch.stack([sums.detach().double(), counts.double()]))
+    return torch.stack(seen).sum(dim=0)
 
 
 def in_parts(rows: int, at_once: int | None) -> list[slice]:

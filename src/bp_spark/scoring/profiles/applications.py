@@ -8,6 +8,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from bp_spark.core.config import PhrasesConfig, ProfilesConfig
+from bp_spark.ingest.topics import of_platform
 from bp_spark.lakehouse.tables import CUSTOMER_SERVICE, RISK_CONTROL
 from bp_spark.scoring.profiles.columns import filled, shaped
 
@@ -50,12 +51,11 @@ def last_consultations(consultations: DataFrame | None, topics: DataFrame | None
     if consultations is None:
         return None
     before = consultations.filter(F.col("event_date") < F.lit(day))
-    own_topic = F.nullif(F.trim("topic"), F.lit(""))
     if topics is None:
-        named = before.withColumn("about", own_topic)
+        named = before.withColumn("about", of_platform())
     else:
         by_id = topics.select("consultation_id", F.col("topic").alias("by_text"))
-        named = before.join(by_id, "consultation_id", "left").withColumn("about", F.coalesce(own_topic, "by_text"))
+        named = before.join(by_id, "consultation_id", "left").withColumn("about", F.coalesce(of_platform(), "by_text"))
     newest = F.max_by(F.struct("event_date", "about"), F.struct("ts", "consultation_id"))
     return (
         named.groupBy("user_key")

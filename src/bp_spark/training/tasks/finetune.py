@@ -241,9 +241,7 @@ class FineTuneTask:
     def parts(self, batch: LabelledBatch) -> list[LabelledBatch]:
         """Return the batch in parts of ``training.rows_at_once`` rows."""
         inputs, labels = batch
-        slices = in_parts(len(inputs), self.config.training.rows_at_once)
-        # a user without a label may stand for no user at all
-        return [batch] if len(slices) == 1 else [(inputs[rows], labels[rows]) for rows in slices]
+        return [(inputs[rows], labels[rows]) for rows in in_parts(len(inputs), self.config.training.rows_at_once)]
 
     def targets(self, batch: LabelledBatch) -> Tensor:
         """Return the number of rows with known spend per horizon, [horizons]."""

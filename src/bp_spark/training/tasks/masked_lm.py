@@ -243,7 +243,9 @@ class MaskedLmTask:
 
     def parts(self, batch: MaskedBatch) -> list[MaskedBatch]:
         """Return the batch in parts of ``training.rows_at_once`` texts."""
-        return [batch[rows] for rows in in_parts(len(batch.ids), self.config.training.rows_at_once)]
+        slices = in_parts(len(batch.ids), self.config.training.rows_at_once)
+        # to count the targets of a part, a step on a GPU would wait
+        return [batch] if len(slices) == 1 else [batch[rows] for rows in slices]
 
     def targets(self, batch: MaskedBatch) -> Tensor:
         """Return the number of chosen tokens, [1]."""
