@@ -19,6 +19,7 @@ Colombo 1987). The calendar, the trend and what an order costs differ by world. 
   among users of like recency.
 - ``worlds.totals_coverage``: share of totals, of the platform and of its levels, that lie in the interval of
   :mod:`bp_spark.model.totals`; ``worlds.platform_coverage``: of the platform alone.
+- ``young.…``: the same figures of shops that are too young for the default horizon.
 - ``worlds.total_error_steady_median``, ``worlds.total_error_steady_worst``: errors without the factor of the season.
 """
 
@@ -120,6 +121,13 @@ WORLDS: Mapping[str, World] = {
     "equal_amounts": World(spread=0.0),
     "wholesale": World(spread=1.2, rate_shape=0.4),
 }
+YOUNG: Mapping[str, World] = {
+    "6_weeks": World(weeks=6),
+    "13_weeks": World(weeks=13),
+    "22_weeks": World(weeks=22),
+    "22_weeks_season": World(weeks=22, season=0.35),
+}
+"""Shops that are too young for the default horizon; a shorter one is predicted."""
 
 
 def orders(world: World, seed: int) -> pd.DataFrame:
@@ -232,6 +240,7 @@ def figures(spark: SparkSession, settings: Config, test_date: date) -> dict[str,
         "mae_ratio_to_best_peer": own["mae"] / float(maes["value"].min()),
         "evidence": level.evidence if level else 0.0,
         "level_sd": level.sd if level else 0.0,
+        "horizon_days": float(settings.labels.horizon_days),
         **totals_inside(fitted, users),
         "seconds": time.monotonic() - started,
     }
@@ -292,17 +301,17 @@ def summary(worlds: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Arguments in, a training a world, the figures out."""
     parser = argparse.ArgumentParser(prog="python -m bench.worlds", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("worlds", nargs="*", help=f"of {', '.join([*WORLDS, COMPLETE_JOURNEY])}")
+    parser.add_argument("worlds", nargs="*", help=f"of {', '.join([*WORLDS, COMPLETE_JOURNEY, *YOUNG])}")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="a setting to change")
     parser.add_argument("--seed", type=int, default=1, help="of the simulated shops")
     parser.add_argument("--out", type=Path, default=OUT, help="file of the figures, gone on with")
     given = parser.parse_args(arguments)
     os.environ.setdefault("BP_SPARK_SECRET", "the secret of benchmarks, of invented users")
     known = json.loads(given.out.read_text()) if given.out.exists() else {}
-    chosen = given.worlds or [*WORLDS, COMPLETE_JOURNEY]
+    chosen = given.worlds or [*WORLDS, COMPLETE_JOURNEY, *YOUNG]
     spark: SparkSession | None = None
     for name in chosen:
-        world = WORLDS.get(name)
+        world = (WORLDS | YOUNG).get(name)
         asked = {"world": asdict(world) if world else name, "seed": given.seed, "settings": given.set, "users": USERS}
         if known.get(name, {}).get("asked") == asked:
             continue
@@ -320,13 +329,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 ]
             )
             spark = spark or get_session(settings, "bp-spark bench", MODEL_MODULES)
+            if world:
+                opened, last = TEST_DATE - timedelta(weeks=world.weeks), TEST_DATE - timedelta(days=1)
+                reachable = labels.with_horizon_in_reach(settings.labels, opened, last)
+                settings = settings.model_copy(update={"labels": reachable})
             found = figures(spark, settings, TEST_DATE if world else date(2017, 10, 3))
         known[name] = {"asked": asked, "figures": found}
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
         print(name, {key: round(value, 4) for key, value in found.items()}, file=sys.stderr, flush=True)
-    for figure, value in summary({name: known[name]["figures"] for name in chosen}).items():
-        say(f"worlds.{figure}", round(value, 4))
+    for group, names in {"worlds": set(chosen) - set(YOUNG), "young": set(chosen) & set(YOUNG)}.items():
+        if names:
+            for figure, value in summary({name: known[name]["figures"] for name in names}).items():
+                say(f"{group}.{figure}", round(value, 4))
 
 
 if __name__ == "__main__":

@@ -95,16 +95,63 @@ def test_every_cutoff_has_its_horizon_before_the_test_date_and_its_history(
     first: date, span: int, config: LabelsConfig
 ) -> None:
     test_date = first + timedelta(days=span)
-    if span < config.horizon_days + labels.MIN_HISTORY_DAYS:
+    history = labels.history_days(config.horizon_days)
+    if span < config.horizon_days + history:
         with pytest.raises(DataError):
             labels.cutoffs(first, test_date, config)
         return
     dates = labels.cutoffs(first, test_date, config)
     assert 1 <= len(dates) <= config.cutoffs
     assert dates[-1] + timedelta(days=config.horizon_days) == test_date
-    assert dates[0] - first >= timedelta(days=labels.MIN_HISTORY_DAYS)
+    assert dates[0] - first >= timedelta(days=history)
     steps = {later - earlier for earlier, later in itertools.pairwise(dates)}
     assert steps <= {timedelta(days=config.cutoff_step_days)}
+
+
+@pytest.mark.parametrize(
+    ("days", "horizon"), [(210, 90), (209, 60), (150, 60), (149, 30), (75, 30), (74, 14), (35, 14)]
+)
+def test_a_young_platform_gets_the_longest_horizon_that_its_events_allow(days: int, horizon: int) -> None:
+    first = DAY - timedelta(days=days)
+    config = labels.with_horizon_in_reach(LabelsConfig(horizon_days=90), first, DAY)
+    assert (config.horizon_days, config.is_shortened) == (horizon, horizon < 90)
+    assert {30, 90, 180} <= {config.horizon_days, *config.other_horizons}, "no horizon is lost"
+    assert labels.cutoffs(first, DAY - timedelta(days=horizon), config)
+
+
+def test_too_young_a_platform_is_refused_with_the_days_that_the_shortest_horizon_takes() -> None:
+    with pytest.raises(DataError, match=r"must reach over 35 days .*shorter_horizons, 14 days, but reach over 34$"):
+        labels.with_horizon_in_reach(LabelsConfig(horizon_days=90), DAY - timedelta(days=34), DAY)
+
+
+def test_without_a_shorter_horizon_the_configured_one_stays() -> None:
+    for config in (LabelsConfig(shorter_horizons=()), LabelsConfig(horizon_days=14, other_horizons=(90,))):
+        assert labels.with_horizon_in_reach(config, DAY - timedelta(days=20), DAY) is config
+
+
+@given(
+    span=st.integers(0, 900),
+    config=st.builds(
+        LabelsConfig,
+        horizon_days=st.integers(1, 365),
+        other_horizons=st.just(()),
+        shorter_horizons=st.lists(st.integers(1, 365), min_size=1, max_size=5).map(tuple),
+    ),
+)
+def test_no_longer_horizon_than_the_one_in_reach_can_be_trained(span: int, config: LabelsConfig) -> None:
+    first = DAY - timedelta(days=span)
+    allowed = [days for days in (config.horizon_days, *config.shorter_horizons) if days <= config.horizon_days]
+    in_reach = [days for days in allowed if span >= labels.days_needed(days)]
+    if not in_reach and len(allowed) > 1 and min(allowed) < config.horizon_days:
+        with pytest.raises(DataError):
+            labels.with_horizon_in_reach(config, first, DAY)
+    elif in_reach:
+        chosen = labels.with_horizon_in_reach(config, first, DAY)
+        assert chosen.horizon_days == max(in_reach)
+        assert labels.cutoffs(first, DAY - timedelta(days=chosen.horizon_days), chosen)
+    for days in set(allowed) - set(in_reach):
+        with pytest.raises(DataError):
+            labels.cutoffs(first, DAY - timedelta(days=days), config.with_horizon(days))
 
 
 def test_a_season_is_measured_around_the_same_weekday_of_the_year_before() -> None:

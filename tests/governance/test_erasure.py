@@ -305,8 +305,12 @@ def test_rotated_keys_are_in_no_file_and_known_events_stay_known(
 
     def scored() -> list[tuple[Any, ...]]:
         users = lakehouse.read("user_keys").select("user_id", "user_key")
-        return sorted_rows(lakehouse.read("scores").join(users, "user_key").drop("user_key"))
+        return sorted_rows(lakehouse.read("scores").join(users, "user_key").drop("user_key", "horizon_days"))
 
+    # as an older version left it
+    older = lakehouse.read("scores").drop("horizon_days").localCheckpoint()
+    writer = older.write.format("delta").mode("overwrite").option("overwriteSchema", "true").partitionBy("score_date")
+    writer.save(lakehouse.location("scores"))
     before = scored()
     events = lakehouse.read("events").count()
     assert not lakehouse.read("user_profile").isEmpty()
@@ -336,6 +340,7 @@ def test_rotated_keys_are_in_no_file_and_known_events_stay_known(
     assert [lakehouse.read(name).count() for name in of_users] == [4, 4, 4, 4]
     assert len(before) == 4
     assert scored() == before
+    assert "horizon_days" in lakehouse.read("scores").columns
     write_night(tmp_path / "files", 1, transactions=[line(STAYS, 5), line(STAYS, 2)])
     with pytest.raises(ConfigError, match="rotate-keys"):
         pipeline.featurize(spark, settings, [AS_OF])

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 
 from bp_spark.report import page
+from bp_spark.report.job import _history
 from bp_spark.report.night.data import PageData
 from bp_spark.report.night.document import document
 from bp_spark.report.population import Prospects
@@ -249,6 +250,18 @@ def test_a_first_night_has_no_night_before(night: PageData) -> None:
     assert "the first night that was scored" in text
     assert "A curve comes with the second night." in text
     assert "No event in the 28 days before the night." in text
+
+
+def test_nights_of_another_horizon_are_not_in_the_curve() -> None:
+    horizons = {1: None, 2: 14, 3: 30, 4: 30}
+    runs = [
+        {"score_date": date(2024, 5, day), "expected_spend": 10.0, "users": 5, "bundle": "b", "horizon_days": days}
+        for day, days in horizons.items()
+    ]
+    tonight = pd.DataFrame([{"score_date": date(2024, 5, 4), "expected_spend": 12.0, "users": 6}])
+    curve = _history(runs, tonight, date(2024, 5, 4))
+    assert curve["score_date"].tolist() == [date(2024, 5, day) for day in (1, 3, 4)]
+    assert curve["expected_spend"].tolist() == [10.0, 10.0, 12.0]
 
 
 def test_the_same_night_is_the_same_page(night: PageData, text: str) -> None:

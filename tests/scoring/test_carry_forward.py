@@ -17,6 +17,7 @@ LATER = date(2024, 3, 17)
 
 def test_money_and_odds_grow_with_the_level_and_spend_does_not_fall_with_the_days(spark: SparkSession) -> None:
     known = {"expected_spend": 10.0, "low": 2.0, "high": 30.0, "base_spend": 4.0, "p_active": 0.5, "score": 70.0}
+    known["horizon_days"] = 90
     reasons = [{"group": "visits", "contribution": -1.0, "feature": "f", "value": 3.0}]
     scores = frame(
         spark,
@@ -37,6 +38,6 @@ def test_money_and_odds_grow_with_the_level_and_spend_does_not_fall_with_the_day
     assert [rows["a"][name] for name in ("expected_spend", "low", "high")] == pytest.approx([11.0, 2.2, 33.0])
     assert rows["a"]["reasons"][0]["contribution"] == pytest.approx(-1.1)
     assert (rows["a"]["p_active"], rows["a"]["score"]) == (pytest.approx(0.75), 70.0), "odds of 1 become odds of 3"
-    assert rows["a"]["score_date"] == LATER
+    assert (rows["a"]["score_date"], rows["a"]["horizon_days"]) == (LATER, 90)
     assert rows["b"]["expected_by_horizon"] is None
     assert carried(None)["a"]["expected_by_horizon"] == {30: 4.0, 90: 10.0, 180: 15.0}

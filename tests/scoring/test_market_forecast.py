@@ -164,6 +164,13 @@ def test_a_level_has_its_users_money_in_the_shape_of_the_platform_and_a_wider_in
     assert ((rows["low"] < rows["expected"]) & (rows["low"] >= 0)).all()
 
 
+def test_no_level_is_forecast_for_a_quarter_from_what_a_young_platform_knows_of_a_month() -> None:
+    future = pd.DataFrame({"expected": [7.0] * 13, "high": [9.0] * 13})
+    known = {days: pd.DataFrame([total("level", "A", days, 600.0)]) for days in (30, 60)}
+    assert levels(future, known[30]) == []
+    assert len(levels(future, known[60])) == 13
+
+
 @pytest.mark.parametrize(
     ("pauses", "behind"),
     [((1,) * 30, 0), ((1,) * 30 + (2,), 1), ((1, 2, 1) * 9 + (2,), 0), ((1,) * 30 + (9,), 2), ((8,) * 9 + (9,), 1)],

@@ -26,7 +26,7 @@ from bp_spark import __version__, pipeline
 from bp_spark import night as whole_night
 from bp_spark.cli import app
 from bp_spark.core import config
-from bp_spark.core.config import Config, SearchConfig, SearchRange
+from bp_spark.core.config import Config, LabelsConfig, SearchConfig, SearchRange
 from bp_spark.core.errors import BundleError, DataError
 from bp_spark.features import labels
 from bp_spark.features.catalogue import catalogue
@@ -829,3 +829,39 @@ def test_a_night_run_again_goes_through_its_steps_and_writes_no_score(
     assert result.report.page.stat().st_size > 10_000
     assert _versions(line.lakehouse, *names) == versions
     assert set(whole_night.seconds_of_last_runs(line.lakehouse)) == set(whole_night.STEPS)
+
+
+def test_six_weeks_of_events_are_enough_for_scores_of_two_weeks(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("bp_spark.evaluation.promotion.BASELINES", ())
+    first, last = span(line.lakehouse)[0], date(2017, 2, 12)
+    monkeypatch.setattr("bp_spark.training.job.span", lambda _: (first, last))
+    updates = {
+        "bundles": str(tmp_path / "bundles"),
+        "labels": LabelsConfig(cutoffs=2),
+        "fusion": line.config.fusion.model_copy(update={"members": ("linear",)}),
+        "tracking": line.config.tracking.model_copy(update={"uri": None}),
+    }
+    settings, tomorrow = line.config.model_copy(update=updates), last + timedelta(days=1)
+    trained = pipeline.train(line.spark, settings)
+    days = (last - first).days
+    assert f"events reach over {days} days; to predict 90 takes 210, and they allow 14: scores" in caplog.text
+    assert (trained.promoted, trained.bundle.horizon_days, trained.bundle.horizons.main) == (True, 14, 14)
+    assert trained.bundle.manifest["lineage"]["test_date"] == str(tomorrow), "the later fit has the same horizon"
+    pipeline.score(line.spark, settings, tomorrow)
+    scores = _night(line.lakehouse, tomorrow)
+    assert set(scores["horizon_days"]) == {14}
+    assert [dict(spend)[14] for spend in scores["expected_by_horizon"]] == list(scores["expected_spend"])
+
+    # what came true is held against it as soon as its own days are over
+    drift = pipeline.check_drift(line.spark, settings, tomorrow)
+    (calibration,) = [row["value"] for row in drift.rows if (row["kind"], row["metric"]) == ("realised", "calibration")]
+    spend = labels.future_spend(line.lakehouse.read("user_daily"), [tomorrow], 14).toPandas().set_index("user_key")
+    spent = spend["label_spend"].reindex(scores["user_key"]).clip(lower=0).sum()
+    assert calibration == pytest.approx(scores["expected_spend"].sum() / spent)
+
+    # fewer days don't take its place
+    fewer = settings.labels.model_copy(update={"shorter_horizons": (7,)})
+    with pytest.raises(DataError, match="they allow 7, but the promoted bundle predicts 14 and stays"):
+        pipeline.train(line.spark, settings.model_copy(update={"labels": fewer}))

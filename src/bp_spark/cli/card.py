@@ -169,8 +169,9 @@ def _expected_spend(card: Card) -> list[str]:
     profile = card.profile
     spend = profile["expected_spend"]
     by_horizon = sorted(((card.score or {}).get("expected_by_horizon") or {}).items())
-    main_horizons = [days for days, expected in by_horizon if expected == spend]
-    # with several, the row doesn't say which is the bundle's own
+    own = (card.score or {}).get("horizon_days")
+    # rows of older versions don't say which horizon is the bundle's own
+    main_horizons = [own] if own else [days for days, expected in by_horizon if expected == spend]
     over = f" in {main_horizons[0]} days" if len(main_horizons) == 1 else ""
     others = [f"{expected:,.2f} in {days} days" for days, expected in by_horizon if days not in main_horizons]
     return [f"{spend:,.2f}{over}; with 90 % between {profile['low']:,.2f} and {profile['high']:,.2f}", *others]

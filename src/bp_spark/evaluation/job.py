@@ -268,21 +268,26 @@ def _realised(run: Run, scores: DataFrame, score_date: date) -> list[dict[str, A
         )
         measured = {row[0] for row in others.select("subject").distinct().collect()}
     rows = []
-    for day in _complete_dates(run, scores, score_date):
+    for day, days in _complete_dates(run, scores, score_date).items():
         if str(day) not in measured:
-            rows += _errors(run, scores, day)
+            rows += _errors(run, scores, day, days)
     return rows
 
 
-def _complete_dates(run: Run, scores: DataFrame, score_date: date) -> list[date]:
-    """Return the dates of scores up to a date whose horizon is over, as far as events reach, oldest first."""
+def _complete_dates(run: Run, scores: DataFrame, score_date: date) -> dict[date, int]:
+    """Return date -> days of horizon of the scores up to a date whose horizon is over, as far as events reach, oldest first."""
     if not run.lakehouse.exists("user_daily"):
-        return []
-    days = run.config.labels.horizon_days
-    _, last = span(run.lakehouse)
-    newest = min(score_date, last - timedelta(days=days))
-    dates = scores.filter(F.col("score_date") <= F.lit(newest)).select("score_date").distinct().collect()
-    return [day for day in sorted(row[0] for row in dates) if _has_horizon(scores, day, days)]
+        return {}
+    configured, (_, last) = run.config.labels.horizon_days, span(run.lakehouse)
+    day, recorded = F.col("score_date"), F.lit(None).cast("int")
+    if "horizon_days" in scores.columns:
+        recorded = F.col("horizon_days")
+    # statistics of the files skip newer nights whose horizon is as configured
+    may_be_over = (day <= F.lit(last - timedelta(days=configured))) | (recorded < configured)
+    dates = scores.filter((day <= F.lit(score_date)) & may_be_over).groupBy(day).agg(F.max(recorded)).collect()
+    # older versions of this package didn't record the horizon
+    horizons = {on: days or (configured if _has_horizon(scores, on, configured) else 0) for on, days in sorted(dates)}
+    return {on: days for on, days in horizons.items() if days and on + timedelta(days=days) <= last}
 
 
 def _has_horizon(scores: DataFrame, day: date, days: int) -> bool:
@@ -293,17 +298,16 @@ def _has_horizon(scores: DataFrame, day: date, days: int) -> bool:
     return row is not None and bool(row[0])
 
 
-def _with_spend(run: Run, scores: DataFrame, day: date) -> DataFrame:
-    """Return the scores of a date with ``label_spend``, the user's spend over the horizon."""
+def _with_spend(run: Run, scores: DataFrame, day: date, days: int) -> DataFrame:
+    """Return the scores of a date with ``label_spend``, the user's spend over so many days."""
     of_date = rows_of_date(scores, day).withColumn("as_of_date", F.col("score_date"))
-    spend = labels.future_spend(run.lakehouse.read("user_daily"), [day], run.config.labels.horizon_days)
-    return labels.join_labels(of_date, spend)
+    return labels.join_labels(of_date, labels.future_spend(run.lakehouse.read("user_daily"), [day], days))
 
 
-def _errors(run: Run, scores: DataFrame, day: date) -> list[dict[str, Any]]:
+def _errors(run: Run, scores: DataFrame, day: date, days: int) -> list[dict[str, Any]]:
     """Return the figures of the kind realised: the metrics of a date, and whether they are as promised."""
     config = run.config.drift
-    rows = _with_spend(run, scores, day)
+    rows = _with_spend(run, scores, day, days)
     users = rows_of_date(scores, day).count()
     columns = ("label_spend", "expected_spend", "low", "high", "p_active")
     frame = drift.sampled(rows, users, config.max_users, "user_key").select(*columns).toPandas()
@@ -334,10 +338,10 @@ def _errors(run: Run, scores: DataFrame, day: date) -> list[dict[str, Any]]:
         )
         for metric, value in figures.items()
     ]
-    return by_user + _totals_inside(run, rows, day, bundle_digest)
+    return by_user + _totals_inside(run, rows, day, days, bundle_digest)
 
 
-def _totals_inside(run: Run, rows: DataFrame, day: date, bundle_digest: str) -> list[dict[str, Any]]:
+def _totals_inside(run: Run, rows: DataFrame, day: date, days: int, bundle_digest: str) -> list[dict[str, Any]]:
     """Return the share of the date's totals, of the platform and of its levels, whose interval held what was spent.
 
     A level is left out if some of its users were counted elsewhere, as too few of a category or a region.
@@ -346,11 +350,12 @@ def _totals_inside(run: Run, rows: DataFrame, day: date, bundle_digest: str) -> 
         run: the running job.
         rows: scores of the date with ``label_spend``.
         day: the date.
+        days: of its horizon.
         bundle_digest: of the bundle that scored it.
     """
     if not run.lakehouse.exists("totals"):
         return []
-    of_horizon = (F.col("horizon_days") == run.config.labels.horizon_days) & F.col("segment").isin("platform", "level")
+    of_horizon = (F.col("horizon_days") == days) & F.col("segment").isin("platform", "level")
     of_bundle = F.col("bundle_digest") == bundle_digest
     promised = rows_of_date(run.lakehouse.read("totals"), day).filter(of_horizon & of_bundle).collect()
     spend = F.sum(F.greatest("label_spend", F.lit(0.0)))
@@ -409,13 +414,14 @@ def fairness(spark: SparkSession, config: Config, score_date: date) -> FairnessR
         names = sorted(row[0] for row in segments.select("segment").distinct().collect())
         if not names:
             raise DataError("raw_users", "no user has a segment; there is nothing to report by", column="segment")
-        complete = _complete_dates(run, scores, score_date)
-        inputs = digest(config.fairness, score_date, complete[-1:])
+        complete = list(_complete_dates(run, scores, score_date).items())[-1:]
+        measured = complete[-1][0] if complete else None
+        inputs = digest(config.fairness, score_date, complete)
         with run.step("fairness", FAIRNESS, inputs, score_date=str(score_date)) as step:
             of_date = rows_of_date(scores, score_date)
             rows = _by_segment(run, of_date, segments, names, by_segment.of_scores(), score_date)
-            for day in complete[-1:]:
-                with_spend = _with_spend(run, scores, day)
+            for day, days in complete:
+                with_spend = _with_spend(run, scores, day, days)
                 top = with_spend.agg(F.percentile_approx("label_spend", by_segment.TOP)).collect()[0][0]
                 errors = by_segment.of_errors(max(top, 0.0))
                 rows = rows.unionByName(_by_segment(run, with_spend, segments, names, errors, day))
@@ -424,13 +430,13 @@ def fairness(spark: SparkSession, config: Config, score_date: date) -> FairnessR
             report = rows_of_date(lakehouse.read("fairness"), score_date)
             counted = report.agg(F.count(F.lit(1)), F.count_if("broken")).collect()[0]
             step.figures["segments"], step.figures["score_date"] = len(names), score_date
-            step.figures["measured"] = complete[-1] if complete else None
+            step.figures["measured"] = measured
             step.figures["rows_out"], step.figures["broken"] = counted
         if counted[1]:
             message = "fairness of %s: %d figures of groups break their thresholds (table fairness; docs/monitoring.md)"
             fields = {"score_date": str(score_date), "broken": counted[1]}
             logger.warning(message, score_date, counted[1], extra={"fields": fields})
-        return FairnessResult(report, counted[1], complete[-1] if complete else None, run.records)
+        return FairnessResult(report, counted[1], measured, run.records)
 
 
 def _by_segment(

@@ -30,7 +30,7 @@ from bp_spark.lakehouse.schema import Table
 KEY = definition.KEY
 """Columns that identify a row of features and labels."""
 MIN_HISTORY_DAYS = 30
-"""Days of events that lie before each cutoff."""
+"""Days of events that lie before each cutoff, unless half of the horizon is shorter."""
 MIN_EXPOSURE = 1 / 3
 """Share of a cutoff's horizon that must have been seen, so that its spend is a fair sample of the whole."""
 WEEKS_A_YEAR = 52
@@ -55,10 +55,53 @@ def horizon_column(name: str, days: int) -> str:
     return f"{name}_{days}d"
 
 
+def history_days(horizon_days: int) -> int:
+    """Return the days of events that must lie before each cutoff: half of a horizon, but no more than 30 days.
+
+    >>> history_days(90), history_days(14)
+    (30, 7)
+    """
+    return min(MIN_HISTORY_DAYS, math.ceil(horizon_days / 2))
+
+
+def with_horizon_in_reach(config: LabelsConfig, first_event: date, last_event: date) -> LabelsConfig:
+    """Return the settings with the longest horizon that a training has enough events for.
+
+    Args:
+        config: the configured horizon and shorter ones.
+        first_event: day of the first event.
+        last_event: day of the last event.
+
+    Raises:
+        DataError: there are shorter horizons, and events are too few for the shortest, too.
+    """
+    shorter = sorted((days for days in config.shorter_horizons if days < config.horizon_days), reverse=True)
+    known = (last_event - first_event).days
+    for days in (config.horizon_days, *shorter):
+        if known >= days_needed(days):
+            return config.with_horizon(days)
+    if not shorter:
+        return config
+    raise DataError(
+        "events",
+        f"must reach over {days_needed(shorter[-1])} days to train for the shortest of labels.shorter_horizons, "
+        f"{shorter[-1]} days, but reach over {known}",
+        column="event_date",
+    )
+
+
+def days_needed(horizon_days: int) -> int:
+    """Return the days from the first event to the last that a training with such a horizon needs.
+
+    It needs one horizon to be judged by, one before that to learn from, and history before both.
+    """
+    return 2 * horizon_days + history_days(horizon_days)
+
+
 def cutoffs(first_event: date, test_date: date, config: LabelsConfig) -> list[date]:
     """Return the as-of dates to label, oldest first.
 
-    Each horizon ends on or before the test date, and 30 days of events lie before each date.
+    Each horizon ends on or before the test date, and :func:`history_days` of events lie before each date.
 
     Args:
         first_event: day of the first event.
@@ -69,13 +112,14 @@ def cutoffs(first_event: date, test_date: date, config: LabelsConfig) -> list[da
         DataError: the events don't reach far enough back for a single cutoff.
     """
     newest = test_date - timedelta(days=config.horizon_days)
-    oldest = first_event + timedelta(days=MIN_HISTORY_DAYS)
+    history = history_days(config.horizon_days)
+    oldest = first_event + timedelta(days=history)
     dates = [newest - timedelta(days=step * config.cutoff_step_days) for step in range(config.cutoffs)]
     usable = sorted(day for day in dates if day >= oldest)
     if not usable:
         raise DataError(
             "events",
-            f"must reach back {config.horizon_days + MIN_HISTORY_DAYS} days before {test_date} to train, "
+            f"must reach back {config.horizon_days + history} days before {test_date} to train, "
             f"but begin on {first_event}; a shorter labels.horizon_days needs less",
             column="event_date",
         )

@@ -22,7 +22,7 @@ from bp_spark.ingest.clean import clean
 from bp_spark.ingest.job import KEY_ID, require_same_secret
 from bp_spark.ingest.texts_job import embed, find_topics
 from bp_spark.lakehouse.run import recorded
-from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.store import Lakehouse, read_as_declared
 from bp_spark.lakehouse.tables import (
     CAMPAIGN_CONTACTS,
     CONSULTATION_TOPICS,
@@ -133,7 +133,8 @@ def _rekey(
         for table in (*RAW_TABLES, *OF_SCORES, GIVEN_LABELS):
             if not lakehouse.exists(table.name) or "user_key" not in table.schema.names:
                 continue
-            rows = lakehouse.read(table.name)
+            # tables of an older version get the columns that came since
+            rows = read_as_declared(lakehouse, table)
             has_old_key = F.col("user_key") == F.col("_old")
             if not rows.join(keys, has_old_key, "left_semi").isEmpty():
                 rekeyed = rows.join(keys, has_old_key, "left").withColumn("user_key", F.coalesce("_new", "user_key"))

@@ -155,7 +155,10 @@ def _of_bundle(rows: pd.DataFrame, bundle_digest: str) -> pd.DataFrame:
 
 
 def _history(scoring_runs: Rows, distribution: pd.DataFrame, score_date: date) -> pd.DataFrame:
-    """Return the newest scoring run of each date up to this one, as it was recorded; ``distribution`` overrides the record."""
+    """Return the newest scoring run of each date up to this one, as it was recorded; ``distribution`` overrides the record.
+
+    Dates whose bundle had another horizon are left out: their money is of other days.
+    """
     row_by_date: dict[Any, dict[str, Any]] = {
         row["score_date"]: row for row in scoring_runs if row["score_date"] <= score_date
     }
@@ -164,8 +167,10 @@ def _history(scoring_runs: Rows, distribution: pd.DataFrame, score_date: date) -
         day = sums_of_date["score_date"]
         overrides = {str(name): value for name, value in sums_of_date.items()}
         row_by_date[day] = {"bundle": "", **row_by_date.get(day, {}), **overrides}
-    # older versions of this package did not record the spend
-    rows = [row_by_date[day] for day in sorted(row_by_date) if row_by_date[day]["expected_spend"] is not None]
+    # older versions of this package recorded neither the spend nor the horizon
+    days = row_by_date[score_date].get("horizon_days")
+    same = [row for _, row in sorted(row_by_date.items()) if row.get("horizon_days") in (None, days)]
+    rows = [row for row in same if row["expected_spend"] is not None]
     history = pd.DataFrame(rows[-HISTORY_DATES:], columns=["score_date", "expected_spend", "users", "bundle"])
     return history.astype({"users": "int64"})
 

@@ -18,7 +18,15 @@ from bp_spark.registry.predictions import PREDICTION_COLUMNS
 
 MONEY_COLUMNS = ("expected_spend", "low", "high", "expected_by_horizon", "base_spend", "reasons", "other_reasons")
 """Those of PREDICTION_COLUMNS that the level of the platform multiplies."""
-ORIGIN_COLUMNS = ("bundle_digest", "run_id", "features_version", "code_version", "computed_on", "scored_at")
+ORIGIN_COLUMNS = (
+    "horizon_days",
+    "bundle_digest",
+    "run_id",
+    "features_version",
+    "code_version",
+    "computed_on",
+    "scored_at",
+)
 """Columns of SCORES that say where a score comes from. A carried score keeps their values."""
 
 

@@ -143,6 +143,7 @@ def score(
             levels = population.distribution(rows_of_date(lakehouse.read("scores"), score_date)).toPandas()
             figures["expected_spend"] = f"{levels['expected_spend'].sum():.2f}"
             figures["score_date"], figures["bundle"] = score_date, bundle.digest
+            figures["horizon_days"] = bundle.horizon_days
         prospects = score_prospects(run, bundle, score_date)
         return ScoreResult(count, computed if is_new else 0, is_new, levels, bundle, run.records, currency, prospects)
 

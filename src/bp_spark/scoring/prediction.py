@@ -92,6 +92,7 @@ def score(
     return inputs.mapInArrow(predict_batches, _schema(*SHARED_COLUMNS, *PREDICTION_COLUMNS)).withColumns(
         {
             "score_date": F.lit(score_date),
+            "horizon_days": F.lit(bundle.horizon_days),
             "bundle_digest": F.lit(digest),
             "run_id": F.lit(run_id).cast("string"),
             "features_version": F.lit(features_version).cast("bigint"),

@@ -93,6 +93,7 @@ def predict(prospects: DataFrame, bundle: Bundle, score_date: date, run_id: str)
             {
                 "score_date": F.lit(score_date),
                 "stage": F.lit(PROSPECT),
+                "horizon_days": F.lit(bundle.horizon_days),
                 "bundle_digest": F.lit(bundle_digest),
                 "run_id": F.lit(run_id),
                 "code_version": F.lit(__version__),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from datetime import date
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 
 from bp_spark.core import disk
 from bp_spark.core.config import Config, digest
-from bp_spark.core.errors import DataError
+from bp_spark.core.errors import BundleError, DataError
 from bp_spark.core.version import __version__
 from bp_spark.features import catalogue as features
 from bp_spark.features import labels
@@ -27,10 +28,47 @@ from bp_spark.ingest import texts
 from bp_spark.ingest.clean import span
 from bp_spark.lakehouse.run import Run, Step
 from bp_spark.lakehouse.tables import GIVEN_LABELS
+from bp_spark.registry import bundle as bundles
+
+logger = logging.getLogger(__name__)
 
 _HASHES = 1_000_000
 _FILES_PER_RANK = 4
 """Files of each partition that a rank reads, so that ranks have similar numbers of rows."""
+
+
+def with_horizon_in_reach(config: Config, first_event: date, last_event: date) -> Config:
+    """Return the settings of a training: with a shorter horizon, and a warning, where events allow no longer one.
+
+    Args:
+        config: settings; see ``labels.shorter_horizons``.
+        first_event: day of the first event.
+        last_event: day of the last event.
+
+    Raises:
+        DataError: events are too few for any horizon, or the promoted bundle predicts more days than they allow.
+    """
+    shorter = labels.with_horizon_in_reach(config.labels, first_event, last_event)
+    if not shorter.is_shortened:
+        return config
+    configured, days = config.labels.horizon_days, shorter.horizon_days
+    known, needed = (last_event - first_event).days, labels.days_needed(configured)
+    too_few = f"reach over {known} days; to predict {configured} takes {needed}, and they allow {days}"
+    if (promoted := _promoted_horizon(config)) > days:
+        reason = f"{too_few}, but the promoted bundle predicts {promoted} and stays"
+        raise DataError("events", reason, column="event_date")
+    logger.warning("events %s: scores, intervals and levels are of %d days until a later training", too_few, days)
+    return config.model_copy(update={"labels": shorter})
+
+
+def _promoted_horizon(config: Config) -> int:
+    """Return the days that the promoted bundle predicts, the configured ones at most; 0 where none can be used."""
+    if not bundles.is_any_promoted(config.bundles):
+        return 0
+    try:
+        return min(bundles.load_promoted(config).horizon_days, config.labels.horizon_days)
+    except BundleError:
+        return 0
 
 
 def prepare(
@@ -119,8 +157,14 @@ class _SurveyLabels(NamedTuple):
 
 
 def survey_labels(run: Run, test_date: date) -> _SurveyLabels | None:
-    """Return the survey labels that a training as of the test date may see; ``None`` if there are none."""
+    """Return the survey labels that a training as of the test date may see; ``None`` if there are none.
+
+    They are of the configured horizon, so a training that predicts a shorter one sees none.
+    """
     if not run.lakehouse.exists(GIVEN_LABELS.name):
+        return None
+    if run.config.labels.is_shortened:
+        logger.warning("given_labels are of labels.horizon_days, and a shorter horizon is predicted: left out")
         return None
     rows = labels.survey_labels_before(run.lakehouse.read(GIVEN_LABELS.name), test_date, run.config.labels)
     # a digest of the rows, not the table's version: later labels, and maintenance, are no reason to train again

@@ -31,7 +31,7 @@ from bp_spark.model.permutation import Agreement
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry import mlflow_store, signing
 from bp_spark.registry.bundle import Bundle, Promoted
-from bp_spark.training.dataset import collect_sample
+from bp_spark.training.dataset import collect_sample, with_horizon_in_reach
 from bp_spark.training.ensemble import Fitted, fit_as_of, metrics_of
 from bp_spark.training.promote import decide, decide_refit, enter_registry, promote
 from bp_spark.training.prospects import fit_prospects
@@ -67,6 +67,9 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
 
     Without a test date, everything is then fitted once more, as of the day after the last event (``training.refit``). So the
     bundle that scores has learned from the newest horizon too; the bundle that was judged is the same, made a horizon earlier.
+    Where events don't reach back far enough for ``labels.horizon_days``, one of ``labels.shorter_horizons`` is predicted,
+    unless a test date is named.
+
     At the end, the bundle becomes a version of the registered model (see :mod:`bp_spark.registry.publishing`).
 
     Args:
@@ -93,6 +96,8 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
     require_session(spark, config)
     with recorded(spark, config, "train") as run:
         first, last = span(run.lakehouse)
+        if test_date is None:
+            run.config = config = with_horizon_in_reach(config, first, last)
         day = test_date or last - timedelta(days=config.labels.horizon_days)
         as_of = last + timedelta(days=1) if test_date is None and config.training.refit else None
         fitted = fit_as_of(run, labels.cutoffs(first, day, config.labels), day)

@@ -33,7 +33,7 @@ from bp_spark.model.stack import CalibratedStack
 from bp_spark.registry import mlflow_store
 from bp_spark.registry.searches import Settings, Trial, record_search
 from bp_spark.training.cross_fit import cross_fit
-from bp_spark.training.dataset import prepare
+from bp_spark.training.dataset import prepare, with_horizon_in_reach
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -79,6 +79,8 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
 
     with recorded(spark, config, "search") as run:
         first, last = span(run.lakehouse)
+        if test_date is None:
+            run.config = config = with_horizon_in_reach(config, first, last)
         day = test_date or last - timedelta(days=config.labels.horizon_days)
         version, vocabulary, folder = prepare(run, labels.cutoffs(first, day, config.labels), day)
         rows = run.lakehouse.read("training_set", version)

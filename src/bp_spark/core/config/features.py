@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from bp_spark.core.config.base import Fraction, Positive, Section, distinct
 
@@ -33,10 +33,16 @@ class LabelsConfig(Section):
     horizon_days: Positive = Field(
         90,
         description="Days of spend to predict, from the as-of date on. Scores, intervals and levels refer to this "
-        "horizon.",
+        "horizon, or to one of `shorter_horizons` on a young platform.",
     )
     other_horizons: tuple[Positive, ...] = Field(
         (30, 180), description="Further horizons, in days, whose spend is predicted, too. May be empty."
+    )
+    shorter_horizons: tuple[Positive, ...] = Field(
+        (60, 30, 14),
+        description="Horizons, in days. Where events don't reach back far enough for `horizon_days`, `train` and `search` "
+        "without a test date predict the longest of these that they allow. `horizon_days` is then one of the other "
+        "horizons. Empty: an error instead.",
     )
     holdout_fraction: Fraction = Field(
         0.1,
@@ -67,6 +73,13 @@ class LabelsConfig(Section):
         "whole horizon was seen weighs 1.",
     )
 
+    _configured_days: int | None = PrivateAttr(None)
+
+    @property
+    def is_shortened(self) -> bool:
+        """Whether another horizon is configured, which is out of reach: see :meth:`with_horizon`."""
+        return self._configured_days is not None
+
     @model_validator(mode="after")
     def _each_horizon_once(self) -> LabelsConfig:
         if self.horizon_days in self.other_horizons:
@@ -74,3 +87,17 @@ class LabelsConfig(Section):
         if len(set(self.other_horizons)) < len(self.other_horizons):
             raise ValueError(f"other_horizons {self.other_horizons} must hold each horizon once")
         return self
+
+    def with_horizon(self, days: int) -> LabelsConfig:
+        """Return these settings with another horizon; the configured one becomes one of the others.
+
+        As-of dates lie closer together if half of the horizon is shorter than the step between them.
+        """
+        if days == self.horizon_days:
+            return self
+        others = sorted({*self.other_horizons, self.horizon_days} - {days})
+        step = min(self.cutoff_step_days, max(1, days // 2))
+        update = {"horizon_days": days, "other_horizons": tuple(others), "cutoff_step_days": step}
+        shortened = self.model_copy(update=update)
+        shortened._configured_days = self.horizon_days
+        return shortened

@@ -51,7 +51,7 @@ PROSPECT_SCORES = Table(
         ("user_key", "string!", "User"),
         ("score_date", "date!", "Scored date; the prediction uses only what happened before this day"),
         ("stage", "string!", "prospect: no purchase yet; buyers have a stage in user_profile"),
-        ("expected_spend", "double!", "Expected spend over the bundle's horizon, in the platform's currency"),
+        ("expected_spend", "double!", "Expected spend over horizon_days, in the platform's currency"),
         ("low", "double!", "Lower end of the 90 % prediction interval; 0 where the chance of nothing is above 5 %"),
         (
             "high",
@@ -62,6 +62,7 @@ PROSPECT_SCORES = Table(
         ("score", "double!", "Percentile 0-100 of expected_spend in the bundle's reference population, as in scores"),
         ("level", "string!", "A (score >= 80), B, C, D, E (score < 20)"),
         ("reason", "string", "Column of prospect_features that moved p_active most; NULL: all have the same chance"),
+        ("horizon_days", "int", "Days of the bundle's horizon, from score_date on; NULL in rows of older versions"),
         ("bundle_digest", "string!", "Digest of the model bundle that made the row"),
         ("run_id", "string!", "Run that computed the score: run_id of runs"),
         ("code_version", "string!", "Version of bp-spark that computed the score"),

@@ -8,7 +8,7 @@ SCORES = Table(
     columns(
         ("user_key", "string!", "User"),
         ("score_date", "date!", "Scored date; the prediction uses only events before this day"),
-        ("expected_spend", "double!", "Expected spend over the bundle's horizon, in the platform's currency"),
+        ("expected_spend", "double!", "Expected spend over horizon_days, in the platform's currency"),
         ("low", "double!", "Lower end of the 90 % prediction interval; 0 where the chance of nothing is above 5 %"),
         ("high", "double!", "Upper end of the 90 % prediction interval"),
         ("p_active", "double!", "Probability of any spend in the horizon"),
@@ -32,6 +32,12 @@ SCORES = Table(
             "other_reasons",
             "double",
             "Sum of all other groups' contributions: base_spend + contributions + other_reasons = expected_spend",
+        ),
+        (
+            "horizon_days",
+            "int",
+            "Days of the bundle's horizon, from score_date on: expected_spend, interval, p_active and level are of so many; "
+            "NULL in rows of older versions",
         ),
         ("bundle_digest", "string!", "Digest of the model bundle that made the row"),
         ("input_digest", "bigint", "Digest of the user's features: input_digest of user_features"),

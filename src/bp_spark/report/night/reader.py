@@ -31,7 +31,8 @@ class NightReader(Protocol):
         """Return the scoring runs that ended well, oldest first: some hundreds a year.
 
         Returns:
-            ``run_id, started_at, status, score_date, bundle, users, expected_spend``, a row for each run and repetition.
+            ``run_id, started_at, status, score_date, bundle, users, expected_spend, horizon_days``, a row for each run and
+            repetition. ``horizon_days`` is ``None`` in runs of older versions.
         """
 
     def stages(self, scoring_run: dict[str, Any], after: datetime | None) -> Rows:
@@ -120,6 +121,7 @@ class SparkReader:
                 figures["bundle"].alias("bundle"),
                 figures["users"].cast("long").alias("users"),
                 figures["expected_spend"].cast("double").alias("expected_spend"),
+                figures["horizon_days"].cast("int").alias("horizon_days"),
             )
             .filter("score_date IS NOT NULL")
             .orderBy("started_at")

@@ -73,6 +73,7 @@ class DuckdbReader:
                 "bundle": figures.get("bundle"),
                 "users": None if figures.get("users") is None else int(figures["users"]),
                 "expected_spend": None if figures.get("expected_spend") is None else float(figures["expected_spend"]),
+                "horizon_days": None if figures.get("horizon_days") is None else int(figures["horizon_days"]),
             }
             for row in without_spark.rows_where(self.config, RUNS, stage="score")
             if row["status"] != "failed" and (figures := row["figures"] or {}).get("score_date")

@@ -27,6 +27,8 @@ SHAPE = "shape of the platform"
 """Method of a level."""
 COVERAGE = 0.9
 """Share of weeks that shall lie in their interval."""
+LEAST_DAYS = 60
+"""Days of a total that 13 weeks are forecast from: of fewer, as on a young platform, it would be guessed how spend goes on."""
 
 _OF_SERIES = (
     *("weeks_ahead", "actual", "expected", "low", "high", "method", "baseline"),
@@ -179,7 +181,7 @@ def levels(platform: pd.DataFrame, totals: pd.DataFrame) -> list[dict[str, Any]]
         totals: Rows of TOTALS of the date.
 
     Returns:
-        Values of MARKET_FORECAST.
+        Values of MARKET_FORECAST; none where no total reaches over LEAST_DAYS.
     """
     of_platform = platform["expected"].to_numpy(np.float64)
     if platform.empty or not (of_platform > 0).all():
@@ -187,7 +189,8 @@ def levels(platform: pd.DataFrame, totals: pd.DataFrame) -> list[dict[str, Any]]
     shares = of_platform / of_platform.sum()
     half_widths = (platform["high"].to_numpy(np.float64) - of_platform) / of_platform
     found = []
-    for total in _nearest(totals, LEVEL).to_dict("records"):
+    totals_of_levels = _nearest(totals, LEVEL).to_dict("records")
+    for total in [total for total in totals_of_levels if total["horizon_days"] >= LEAST_DAYS]:
         scale = DAYS / total["horizon_days"]
         of_week = TotalError(7, 0.0, total["segment_sd"], total["dispersion"], total["quadratic"], total["horizons"])
         for ahead, (share, half_width) in enumerate(zip(shares * scale, half_widths, strict=True), 1):
