@@ -157,9 +157,9 @@ class _SurveyLabels(NamedTuple):
 
 
 def survey_labels(run: Run, test_date: date) -> _SurveyLabels | None:
-    """Return the survey labels that a training as of the test date may see; ``None`` if there are none.
+    """Return the survey labels that were given before a test date; ``None`` if there are none.
 
-    They are of the configured horizon, so a training that predicts a shorter one sees none.
+    Survey labels are of the configured horizon. A training that predicts a shorter one gets none.
     """
     if not run.lakehouse.exists(GIVEN_LABELS.name):
         return None
