@@ -46,11 +46,13 @@ test: lint ## lint, types, import contract, and a test of every promise
 
 FAST = not slow and not faults and not integration and not thorough
 test-fast: install ## the tests of pure code and of transforms: no night, no cluster, no training
-	$(PYTEST) -m '$(FAST)'
+	$(PYTEST) -m '$(FAST)' $(TESTS)
 
 # The locks differ by Spark and Delta: .venv-spark40 has these, and sees the rest (7 GB) in .venv.
-test-spark40: install ## the fast tests with a Spark session on Spark 4.0 and Delta 4.0, from their own lock, in .venv-spark40
-	$(MAKE) test-fast VENV=.venv-spark40 LOCK=requirements-spark40.lock BELOW=$(VENV) FAST='$(FAST) and spark'
+# Spark and Delta are called by these packages; the others stand on them.
+ON_SPARK = tests/core tests/lakehouse tests/ingest tests/features
+test-spark40: install ## fast tests of what calls Spark and Delta, on Spark 4.0 and Delta 4.0, from their own lock, in .venv-spark40
+	$(MAKE) test-fast VENV=.venv-spark40 LOCK=requirements-spark40.lock BELOW=$(VENV) FAST='$(FAST) and spark' TESTS='$(ON_SPARK)'
 
 check-integrations: install check-airflow browser ## Airflow, Chromium, the steps of the image, the demo from the wheel, Connect, Spark 4.0
 	$(PYTEST) -m integration

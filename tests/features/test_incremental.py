@@ -18,6 +18,8 @@ from bp_spark import pipeline
 from bp_spark.core.config import Config
 from bp_spark.core.errors import DataError
 from bp_spark.ingest import job
+from bp_spark.ingest.clean import clean
+from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.store import Lakehouse
 from tests.support.histories import clock_at, sorted_rows, write_night
 from tests.support.platforms import DERIVED, MAPPING, settings_in
@@ -25,7 +27,7 @@ from tests.support.platforms import DERIVED, MAPPING, settings_in
 pytestmark = pytest.mark.slow
 
 FIRST = date(2024, 2, 1)
-NIGHTS = 4
+NIGHTS = 3
 AS_OF = FIRST + timedelta(days=40 + NIGHTS)
 
 
@@ -96,6 +98,14 @@ def contents(lakehouse: Lakehouse, *without: str) -> dict[str, list[tuple[Any, .
         df = lakehouse.read(name)
         found[name] = sorted_rows(df, *(c for c in df.columns if c not in (*without, "built_from")))
     return found
+
+
+def cleaned(spark: SparkSession, settings: Config) -> dict[str, dict[str, Any]]:
+    """Ingest and clean, without features; return the stages by name."""
+    run = Run(spark, settings)
+    job.ingest(run)
+    clean(run, rebuild=False)
+    return {stage["stage"]: stage for stage in run.records}
 
 
 LATE = {
@@ -180,7 +190,7 @@ def test_a_replay_moves_rows_that_are_good_by_now(
 
     with monkeypatch.context() as patch:
         patch.setattr(job, "datetime", clock_at(datetime(2024, 2, 21, tzinfo=UTC)))
-        pipeline.featurize(spark, strict, [AS_OF])
+        cleaned(spark, strict)
     assert pipeline.quarantine_by_rule(spark, strict) == [
         ("raw_transactions", "amount is beyond 10", 1),
         ("raw_transactions", "amount is unreadable", 1),
@@ -188,7 +198,7 @@ def test_a_replay_moves_rows_that_are_good_by_now(
         ("raw_transactions", "ts is in the future", 1),
     ]
     write_night(tmp_path / "platform", 1, items=[{"item": "i9", "title": "New", "category": "C > d", "brand": "B"}])
-    pipeline.featurize(spark, strict, [AS_OF])
+    cleaned(spark, strict)
     relaxed = platform("lakehouse", "cleaning.max_amount=100", "cleaning.unknown_items=quarantine")
     stages = {stage["stage"]: stage for stage in pipeline.replay_quarantine(spark, relaxed)}
     assert stages["replay"]["figures"]["events"] == "3"
@@ -203,19 +213,16 @@ def test_a_mapping_by_another_path_brings_nothing_new(
 ) -> None:
     line = {"user": "u1", "order": "o", "item": "i1", "time": "2024-02-20 10:00:00", "n": 1, "paid": "1"}
     write_night(tmp_path / "platform", 0, transactions=[line])
-    pipeline.featurize(spark, platform(), [AS_OF])
+    assert cleaned(spark, platform())["ingest"]["status"] == "done"
     (tmp_path / "link.yaml").symlink_to(tmp_path / "platform/source.yaml")
     monkeypatch.chdir(tmp_path / "platform")
     for path in ("source.yaml", "../platform/source.yaml", f"{tmp_path}/link.yaml"):
-        stages = {
-            s["stage"]: s for s in pipeline.featurize(spark, platform("lakehouse", f"source.mapping={path}"), [AS_OF])
-        }
-        assert stages["ingest"]["status"] == "unchanged"
+        assert cleaned(spark, platform("lakehouse", f"source.mapping={path}"))["ingest"]["status"] == "unchanged"
     # the platform's folder is moved, times and all
     monkeypatch.chdir(tmp_path)
     (tmp_path / "platform").rename(tmp_path / "moved")
     moved = platform("lakehouse", f"source.mapping={tmp_path}/moved/source.yaml")
-    assert pipeline.featurize(spark, moved, [AS_OF])[0]["status"] == "unchanged"
+    assert cleaned(spark, moved)["ingest"]["status"] == "unchanged"
 
 
 def test_a_platform_without_a_row_is_refused_and_leaves_no_table(
@@ -257,7 +264,7 @@ def test_a_platform_of_nothing_but_refused_rows_is_told_so(
     assert lakehouse.read("quarantine").count() == 9
     # a later night of that kind ends well, and says so
     write_night(tmp_path / "platform", 1, transactions=[{**line, "paid": "1"}])
-    pipeline.featurize(spark, settings, [AS_OF])
+    cleaned(spark, settings)
     write_night(tmp_path / "platform", 2, transactions=[line])
-    stages = {stage["stage"]: stage for stage in pipeline.featurize(spark, settings, [AS_OF])}
+    stages = cleaned(spark, settings)
     assert "most of them for: amount is unreadable (1 of raw_transactions)" in stages["clean"]["figures"]["note"]

@@ -219,7 +219,7 @@ def test_ids_stand_in_user_keys_only_and_secret_and_addresses_nowhere(
         pipeline.forget(spark, settings_of(tables), [GONE])
 
 
-def test_a_forgotten_user_is_in_no_file_and_the_nights_go_on(
+def test_a_forgotten_user_is_in_no_file_stays_forgotten_and_the_nights_go_on(
     spark: SparkSession, tmp_path: Path, at: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, tables = at(), tmp_path / "tables"
@@ -237,8 +237,12 @@ def test_a_forgotten_user_is_in_no_file_and_the_nights_go_on(
     with pytest.raises(DataError, match=r"bp/copy/.*still holds what was to be erased"):
         pipeline.forget(spark, settings, [GONE])
     shutil.rmtree(copy)
-    stages = {stage["stage"]: stage for stage in pipeline.forget(spark, settings, [f" {GONE} "])}
-    assert int(stages["prove"]["figures"]["parquet_files"]) > 10
+    # unknown ids are told by their position, after all others are forgotten
+    with pytest.raises(
+        UnknownUserError, match=r"nobody has 1 of the 4 ids given \(those at the positions 3\)"
+    ) as raised:
+        pipeline.forget(spark, settings, [f" {GONE} ", "", "nobody-17", GONE])
+    assert "nobody-17" not in str(raised.value)
     assert found(spark, tables, SECRET.key_of(GONE), GONE, "mine", ids=(GONE,)) == set()
     assert [folder.name for folder in (tables / "work").iterdir()] == ["fresh"]
     assert {row["text"] for row in lakehouse.read("texts").collect()} == {*ids} - {"only mine"}
@@ -256,45 +260,32 @@ def test_a_forgotten_user_is_in_no_file_and_the_nights_go_on(
         assert sum(pq.read_metadata(file).num_rows for file in files) == 0
     assert {row[0] for row in lakehouse.read("user_keys").select("user_id").collect()} == {STAYS, *OTHERS}
 
-    # the old file isn't read again; a new one is, and night by night comes to what a rebuild gives
-    write_night(tmp_path / "files", 1, transactions=[line(STAYS, 3), line(OTHERS[0], 31)])
-    night = {stage["stage"]: stage for stage in pipeline.featurize(spark, settings, [AS_OF])}
-    assert night["ingest"]["figures"]["deliveries"] == "1"
-    assert night["clean"]["figures"]["events"] == "2"
-    assert night["aggregate"]["figures"]["user_days"] == "2"
-    nightly = contents(lakehouse)
-    pipeline.featurize(spark, settings, [AS_OF], rebuild=True)
-    assert contents(lakehouse) == nightly
-
-
-def test_a_forgotten_user_stays_forgotten_when_files_are_delivered_again_and_unknown_ids_are_told_by_position(
-    spark: SparkSession, tmp_path: Path, at: Callable[..., Config]
-) -> None:
-    settings = at()
-    lakehouse = Lakehouse(spark, settings.tables)
-    with pytest.raises(
-        UnknownUserError, match=r"nobody has 1 of the 4 ids given \(those at the positions 3\)"
-    ) as raised:
-        pipeline.forget(spark, settings, [GONE, "", "nobody-17", GONE])
-    assert "nobody-17" not in str(raised.value)
-    assert found(spark, tmp_path / "tables", SECRET.key_of(GONE), ids=(GONE,)) == set()
     # known to have been forgotten; who never was there is unknown again, whatever was tried before
-    assert pipeline.forget(spark, settings, [GONE])[-1]["figures"]["found"] == "0"
-    with pytest.raises(UnknownUserError):
-        pipeline.forget(spark, settings, ["nobody-17"])
+    with pytest.raises(UnknownUserError, match=r"\(those at the positions 2\)"):
+        pipeline.forget(spark, settings, [GONE, "nobody-17"])
+    proofs = lakehouse.read("runs").filter("stage = 'prove' AND status = 'done'").orderBy("started_at").collect()
+    assert int(proofs[-1]["figures"]["parquet_files"]) > 10
+    assert proofs[-1]["figures"]["found"] == "0"
     assert sorted(row["known"] for row in lakehouse.read("forgotten").collect()) == [False, True]
 
+    # files that are delivered again bring nobody back, and night by night comes to what a rebuild gives
     first = tmp_path / "files/transactions/000.json"
     shutil.copy(first, first.with_name("000-again.json"))
     first.touch()
-    write_night(tmp_path / "files", 1, transactions=[line(GONE, 2), line("nobody-17", 2), line(STAYS, 2)])
+    write_night(
+        tmp_path / "files",
+        1,
+        transactions=[line(GONE, 2), line("nobody-17", 2), line(STAYS, 3), line(OTHERS[0], 31)],
+    )
     night = {stage["stage"]: stage["figures"] for stage in pipeline.featurize(spark, settings, [AS_OF])}
     assert (night["ingest"]["deliveries"], night["ingest"]["forgotten_users"]) == ("3", "2")
-    assert night["clean"]["events"] == "1"
-    assert found(spark, tmp_path / "tables", SECRET.key_of(GONE), ids=(GONE,)) == set()
+    assert night["clean"]["events"] == "2"
+    assert night["aggregate"]["user_days"] == "2"
     assert {row["user_id"] for row in lakehouse.read("user_keys").collect()} == {STAYS, *OTHERS}
+    nightly = contents(lakehouse)
     pipeline.featurize(spark, settings, [AS_OF], rebuild=True)
-    assert found(spark, tmp_path / "tables", SECRET.key_of(GONE), ids=(GONE,)) == set()
+    assert contents(lakehouse) == nightly
+    assert found(spark, tables, SECRET.key_of(GONE), ids=(GONE,)) == set()
 
 
 def test_rotated_keys_are_in_no_file_and_known_events_stay_known(
@@ -318,10 +309,24 @@ def test_rotated_keys_are_in_no_file_and_known_events_stay_known(
     new = pseudonyms.load_secret(f"file:{tmp_path}/new")
     with pytest.raises(ConfigError, match="only 30 days are kept"):
         pipeline.rotate_keys(spark, at("privacy.retention_days.raw=30"), f"file:{tmp_path}/new")
+
+    # an ingest beside a rotation ends it with a conflict, and the next one takes its rows too
+    write_night(tmp_path / "files", 1, transactions=[line(STAYS, 3), line("new-user-3", 3)])
+    real = key_rotation.embed
+
+    def beside(run: Any) -> None:
+        monkeypatch.setattr(key_rotation, "embed", real)
+        # an ingest of another process: raw rows with old keys, after the raw tables were rewritten
+        job.ingest(Run(spark, settings, "featurize"))
+        real(run)
+
+    monkeypatch.setattr(key_rotation, "embed", beside)
+    with pytest.raises((ConflictError, DataError)):
+        pipeline.rotate_keys(spark, settings, f"file:{tmp_path}/new")
     with stopped_at(monkeypatch, "replace", "user_keys"):
         pipeline.rotate_keys(spark, settings, f"file:{tmp_path}/new")
     pipeline.rotate_keys(spark, settings, f"file:{tmp_path}/new")
-    assert found(spark, tables, *(SECRET.key_of(user) for user in (GONE, STAYS, *OTHERS))) == set()
+    assert found(spark, tables, *(SECRET.key_of(user) for user in (GONE, STAYS, "new-user-3", *OTHERS))) == set()
     assert found(spark, tables, new.key_of(STAYS)) >= {
         "raw_transactions",
         "events",
@@ -341,44 +346,20 @@ def test_rotated_keys_are_in_no_file_and_known_events_stay_known(
     assert len(before) == 4
     assert scored() == before
     assert "horizon_days" in lakehouse.read("scores").columns
-    write_night(tmp_path / "files", 1, transactions=[line(STAYS, 5), line(STAYS, 2)])
+    assert lakehouse.read("events").count() == events + 2
+    write_night(tmp_path / "files", 2, transactions=[line(STAYS, 5), line(STAYS, 2)])
     with pytest.raises(ConfigError, match="rotate-keys"):
         pipeline.featurize(spark, settings, [AS_OF])
     night = pipeline.featurize(spark, at(f"privacy.secret=file:{tmp_path}/new"), [AS_OF])
     figures = next(stage["figures"] for stage in night if stage["stage"] == "clean")
     assert (figures["events"], figures["duplicates"]) == ("1", "1")
-    assert lakehouse.read("events").count() == events + 1
-
-
-def test_an_ingest_beside_a_rotation_ends_it_with_a_conflict_and_the_next_one_takes_its_rows_too(
-    spark: SparkSession, tmp_path: Path, at: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings, new = at(), f"file:{tmp_path}/new"
-    pseudonyms.make_secret(tmp_path / "new")
-    lakehouse = Lakehouse(spark, settings.tables)
-    events = lakehouse.read("events").count()
-    write_night(tmp_path / "files", 1, transactions=[line(STAYS, 2), line("new-user-3", 2)])
-    real = key_rotation.embed
-
-    def beside(run: Any) -> None:
-        monkeypatch.setattr(key_rotation, "embed", real)
-        # an ingest of another process: raw rows with old keys, after the raw tables were rewritten
-        job.ingest(Run(spark, settings, "featurize"))
-        real(run)
-
-    monkeypatch.setattr(key_rotation, "embed", beside)
-    with pytest.raises((ConflictError, DataError)):
-        pipeline.rotate_keys(spark, settings, new)
-    pipeline.rotate_keys(spark, settings, new)
-    keys = (SECRET.key_of(user) for user in (GONE, STAYS, "new-user-3", *OTHERS))
-    assert found(spark, tmp_path / "tables", *keys) == set()
-    assert lakehouse.read("events").count() == events + 2
+    assert lakehouse.read("events").count() == events + 3
 
     # what nobody has is no proof
     orphan = lakehouse.read("given_labels").limit(1).withColumn("user_key", F.lit("0" * 64))
     lakehouse.append(GIVEN_LABELS, orphan)
     with pytest.raises(DataError, match=r"given_labels\.user_key: holds keys that nobody in user_keys has.*\(1 rows\)"):
-        pipeline.rotate_keys(spark, settings, new)
+        pipeline.rotate_keys(spark, settings, f"file:{tmp_path}/new")
 
 
 def test_rows_beyond_their_time_are_deleted_with_their_files(

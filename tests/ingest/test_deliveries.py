@@ -71,27 +71,25 @@ def contents(spark: SparkSession, settings: Config) -> dict[str, list[tuple[Any,
     return {name: sorted_rows(lakehouse.read(name)) for name in ("events", "quarantine", "texts")}
 
 
-@pytest.mark.parametrize("earlier", [0, 1])
 def test_a_night_whose_rows_do_not_balance_is_judged_again_until_they_do(
     spark: SparkSession,
     tmp_path: Path,
     night: Callable[..., dict[str, dict[str, Any]]],
     monkeypatch: pytest.MonkeyPatch,
-    earlier: int,
 ) -> None:
     settings = settings_of(tmp_path, "orders/*.csv")
-    for number in range(earlier):
-        write(tmp_path / f"orders/{number}.csv", f"u0,o0,,2024-05-0{number + 1} 10:00:00,10.00")
-        night(settings)
-    write(tmp_path / "orders/new.csv", "u1,o1,,2024-05-05 10:00:00,20.00", "u2,o2,,2024-05-05 11:00:00,a lot")
     quarantine = cleaning.quarantine
-    with monkeypatch.context() as broken:
-        broken.setattr(cleaning, "quarantine", lambda validated: quarantine(validated).limit(0))
-        for _ in range(2):
-            with pytest.raises(DataError, match=r"rows in \(2\) must equal .* \(1 rows\)"):
-                night(settings)
-    assert night(settings)["clean"]["quarantine"] == "1"
-    assert [amount for _, amount in spend(spark, settings)] == [*[10.0] * earlier, 20.0]
+    # the first night, and one that adds to it
+    for number, attempts in ((1, 1), (2, 2)):
+        good, refused = f"u1,o{number},,2024-05-0{number} 10:00:00,20.00", f"u2,p{number},,2024-05-05 11:00:00,a lot"
+        write(tmp_path / f"orders/{number}.csv", good, refused)
+        with monkeypatch.context() as broken:
+            broken.setattr(cleaning, "quarantine", lambda validated: quarantine(validated).limit(0))
+            for _ in range(attempts):
+                with pytest.raises(DataError, match=r"rows in \(2\) must equal .* \(1 rows\)"):
+                    night(settings)
+        assert night(settings)["clean"]["quarantine"] == "1"
+        assert [amount for _, amount in spend(spark, settings)] == [20.0] * number
 
 
 def test_tables_from_before_there_were_costs_are_gone_on_with(
@@ -165,8 +163,8 @@ def test_a_mapping_that_is_renamed_or_moved_alone_has_the_same_deliveries(
         return settings_of(tmp_path, "orders/*.csv", "csv", "", f"source.mapping={tmp_path / mapping}")
 
     everywhere = f"{tmp_path}/orders/*.csv"
-    renamed, moved = by("new.yaml", "orders/*.csv"), by("elsewhere/new-too.yaml", everywhere)
-    for mapping in (by("elsewhere/shop.yaml", everywhere), renamed, moved):
+    renamed, moved = by("new.yaml", "orders/*.csv"), by("elsewhere/shop.yaml", everywhere)
+    for mapping in (renamed, moved):
         assert night(mapping)["ingest"]["unchanged_files"] == "1"
         assert Lakehouse(spark, settings.tables).version("raw_transactions") == version
         assert contents(spark, settings) == nightly
@@ -212,7 +210,7 @@ def test_a_line_that_moves_over_midnight_is_one_line(
         require_same_terms(Lakehouse(spark, settings.tables), config.load().cleaning)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in range(2, 6))])
 def test_random_nights_of_changed_files_come_to_what_a_rebuild_gives(
     spark: SparkSession, tmp_path: Path, night: Callable[..., dict[str, dict[str, Any]]], seed: int
 ) -> None:
@@ -244,9 +242,8 @@ def test_random_nights_of_changed_files_come_to_what_a_rebuild_gives(
     assert contents(spark, settings) == nightly
 
 
-@pytest.mark.parametrize("vectors", [False, True])
 def test_spend_follows_the_rows_of_a_delta_table_and_not_its_files(
-    spark: SparkSession, tmp_path: Path, night: Callable[..., dict[str, dict[str, Any]]], vectors: bool
+    spark: SparkSession, tmp_path: Path, night: Callable[..., dict[str, dict[str, Any]]]
 ) -> None:
     table = tmp_path / "orders delta"
     settings = settings_of(tmp_path, "orders delta", "delta")
@@ -256,8 +253,7 @@ def test_spend_follows_the_rows_of_a_delta_table_and_not_its_files(
         df = spark.createDataFrame(
             [(*row[:3], money) for row in rows], "user string, order string, at string, paid decimal(18,2)"
         )
-        writer = df.coalesce(1).write.format("delta").mode("append")
-        writer.option("delta.enableDeletionVectors", str(vectors).lower()).save(str(table))
+        df.coalesce(1).write.format("delta").mode("append").save(str(table))
 
     def paid() -> float:
         night(settings)
@@ -273,8 +269,11 @@ def test_spend_follows_the_rows_of_a_delta_table_and_not_its_files(
     spark.sql(f"OPTIMIZE delta.`{table}`").collect()
     spark.sql(f"UPDATE delta.`{table}` SET paid = 7.00 WHERE order = 'o3'")
     assert paid() == 22.0
+    # so does a row that is hidden in its file, and one that is updated without its neighbours
+    spark.sql(f"ALTER TABLE delta.`{table}` SET TBLPROPERTIES ('delta.enableDeletionVectors' = true)")
+    spark.sql(f"UPDATE delta.`{table}` SET paid = 8.00 WHERE order = 'o3'")
     spark.sql(f"DELETE FROM delta.`{table}` WHERE order = 'o2'")
-    assert paid() == 12.0
+    assert paid() == 13.0
     spark.sql(f"RESTORE TABLE delta.`{table}` TO VERSION AS OF 1").collect()
     assert paid() == 20.0
     nightly = spend(spark, settings)

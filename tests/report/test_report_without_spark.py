@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from pyspark.sql import SparkSession
 from typer.testing import CliRunner
 
 from bp_spark.cli import app, common
-from bp_spark.core.config import Config
+from bp_spark.core.config import Config, TablesConfig
 from bp_spark.core.errors import DataError
 from bp_spark.lakehouse import without_spark
 from bp_spark.lakehouse.schema import Table
@@ -92,8 +93,11 @@ def cohort(age: int, retention: float | None, spend: float | None) -> dict[str, 
     }
 
 
-@pytest.fixture
-def tables(spark: SparkSession, lakehouse: Lakehouse, settings: Config) -> Config:
+@pytest.fixture(scope="module")
+def written(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tables of a night, which each test copies."""
+    folder = tmp_path_factory.mktemp("written")
+    lakehouse = Lakehouse(spark, TablesConfig(path=str(folder)))
     rows: dict[Table, list[dict[str, Any]]] = {
         SCORES: [
             *scores(BEFORE, range(USERS)),
@@ -214,6 +218,12 @@ def tables(spark: SparkSession, lakehouse: Lakehouse, settings: Config) -> Confi
     }
     for table, some in rows.items():
         lakehouse.replace(table, frame(spark, table, *some))
+    return folder
+
+
+@pytest.fixture
+def tables(written: Path, settings: Config) -> Config:
+    shutil.copytree(written, str(settings.tables.path))
     return settings
 
 

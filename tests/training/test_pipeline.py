@@ -38,7 +38,8 @@ from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import TABLE_NAMES
 from bp_spark.registry import bundle as bundles
-from bp_spark.registry import decisions
+from bp_spark.registry import decisions, signing
+from bp_spark.registry import manifest as manifests
 from bp_spark.registry.predictions import REASONS, as_frame, predict
 from bp_spark.scoring import prediction
 from bp_spark.scoring.counterfactual import one_more_order
@@ -78,6 +79,7 @@ SMALL = [
     "trees.rounds=60",
     "trees.learning_rate=0.1",
 ]
+OF_FEATURES = ("raw_transactions", "events", "quarantine", "texts", "text_embeddings", "user_daily", "user_features")
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +92,13 @@ class Line:
     config: Config
     lakehouse: Lakehouse
     trained: pipeline.TrainResult
-    scored: pipeline.ScoreResult
+    before: dict[str, int]
+    """Versions of the tables of features, before the night."""
+    night: whole_night.NightResult
+
+    @property
+    def scored(self) -> pipeline.ScoreResult:
+        return self.night.scored
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +132,10 @@ def line(spark: SparkSession, sampled: None, tmp_path_factory: pytest.TempPathFa
     )
     pipeline.featurize(spark, settings, [TEST_DATE])
     trained = pipeline.train(spark, settings, TEST_DATE)
-    scored = pipeline.score(spark, settings, TEST_DATE)
-    return Line(spark, settings, Lakehouse(spark, settings.tables), trained, scored)
+    lakehouse = Lakehouse(spark, settings.tables)
+    before = _versions(lakehouse, *OF_FEATURES)
+    night = whole_night.night(spark, settings, TEST_DATE)
+    return Line(spark, settings, lakehouse, trained, before, night)
 
 
 @pytest.fixture
@@ -186,21 +196,34 @@ def test_scores_keep_their_promises_row_by_row(line: Line) -> None:
 
 def test_a_second_run_of_the_same_night_changes_no_row(line: Line) -> None:
     before, versions = _night(line.lakehouse, TEST_DATE), _versions(line.lakehouse, "scores", "scores_latest")
-    for chosen in (None, "models:/purchasing-power/1"):
-        again = pipeline.score(line.spark, line.config, TEST_DATE, chosen)
-        assert not again.written
+    assert not pipeline.score(line.spark, line.config, TEST_DATE, "models:/purchasing-power/1").written
     assert _versions(line.lakehouse, "scores", "scores_latest") == versions
     pd.testing.assert_frame_equal(_night(line.lakehouse, TEST_DATE), before)
 
 
 def test_a_second_featurize_changes_no_table(line: Line) -> None:
-    names = ("raw_transactions", "events", "quarantine", "texts", "text_embeddings", "user_daily", "user_features")
-    versions = _versions(line.lakehouse, *names)
-    stages = pipeline.featurize(line.spark, line.config, [TEST_DATE])
+    stages = [stage for stage in line.night.stages if stage["job"] == "featurize"]
     assert {stage["stage"]: stage["status"] for stage in stages} == dict.fromkeys(
         ("ingest", "clean", "campaign_contacts", "embed", "aggregate", "featurize", "prospects"), "unchanged"
     )
+    assert _versions(line.lakehouse, *OF_FEATURES) == line.before
+
+
+def test_a_night_run_again_goes_through_its_steps_and_writes_no_score(
+    line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("events", "user_features", "scores", "scores_latest", "user_profile", "recommendations")
+    versions = _versions(line.lakehouse, *names)
+    with caplog.at_level("INFO", whole_night.logger.name):
+        result = whole_night.night(line.spark, line.config, TEST_DATE, page=tmp_path / "night.html")
+    said = [record.getMessage() for record in caplog.records if record.name == whole_night.logger.name]
+    assert [words.split(":")[0] for words in said] == [f"night {TEST_DATE}, step {n} of 6" for n in range(1, 7)]
+    assert [words.split(": ")[1].split(",")[0] for words in said] == list(whole_night.STEPS)
+    assert all("by the last nights" in words for words in said)
+    assert (result.scored.users, result.scored.written) == (line.scored.users, False)
+    assert result.report.page.stat().st_size > 10_000
     assert _versions(line.lakehouse, *names) == versions
+    assert set(whole_night.seconds_of_last_runs(line.lakehouse)) == set(whole_night.STEPS)
 
 
 def test_the_vocabulary_brings_tokens_where_a_language_model_reads_histories(line: Line, tmp_path: Path) -> None:
@@ -368,8 +391,8 @@ def test_what_is_said_of_a_user_out_of_fold_leans_on_no_label_of_the_fold(line: 
     assert not np.allclose(said[0].loc[~held_out, "linear"], said[1].loc[~held_out, "linear"], rtol=0.5)
 
 
-def test_the_page_of_a_night_tells_of_all_users_and_of_none(line: Line, tmp_path: Path) -> None:
-    told = pipeline.report(line.spark, line.config, TEST_DATE, tmp_path / "night.html")
+def test_the_page_of_a_night_tells_of_all_users_and_of_none(line: Line) -> None:
+    told = line.night.report
     night = _night(line.lakehouse, TEST_DATE)
     assert told.levels.groupby("level")["users"].sum().to_dict() == night["level"].value_counts().to_dict()
     assert told.levels["expected_spend"].sum() == pytest.approx(night["expected_spend"].sum())
@@ -475,17 +498,20 @@ def test_a_horizon_that_no_cutoff_has_seen_whole_is_left_out_and_the_summary_say
 def test_a_backtest_tells_how_sure_each_figure_is_and_promotes_nothing(line: Line) -> None:
     bundles_before = sorted(path.name for path in Path(line.config.bundles).iterdir())
     pointer = (Path(line.config.bundles) / "current").read_text()
-    result = pipeline.backtest(line.spark, line.config, [TEST_DATE])
+    # one epoch says as much about a backtest as four
+    training = line.config.training.model_copy(update={"max_epochs": 1})
+    result = pipeline.backtest(line.spark, line.config.model_copy(update={"training": training}), [TEST_DATE])
     assert sorted(path.name for path in Path(line.config.bundles).iterdir()) == bundles_before
     assert (Path(line.config.bundles) / "current").read_text() == pointer
     stored = line.lakehouse.read("backtests").toPandas()
     assert len(stored) == len(result.tables[TEST_DATE])
-    assert set(stored["member"]) == {"linear", "btyd", "trees", "sqrt_trees", "transformer", backtest.MEAN, "fused"}
+    members = ("linear", "btyd", "trees", "sqrt_trees")
+    assert set(stored["member"]) == {*members, "transformer", backtest.MEAN, "fused"}
     assert set(stored["population"]) == {"all", "seen", "unseen", "income"}
     own = stored[stored["peer"].isna()].set_index(["population", "member", "metric"]).sort_index()
     # trained on the same rows, with the same seed: the figures are those of train
     trained = line.trained.metrics.set_index(["population", "member", "metric"])["value"]
-    trained = trained[~trained.index.get_level_values("member").str.endswith("_30d")]
+    trained = trained[trained.index.get_level_values("member").isin(members)]
     assert own.loc[trained.index, "value"].to_numpy() == pytest.approx(trained.to_numpy(), nan_ok=True)
     gini = own.loc[("all", "fused", "gini")]
     assert gini["low"] < gini["value"] < gini["high"]
@@ -671,14 +697,26 @@ def test_the_first_bundle_is_promoted_above_the_baselines_and_says_so(line: Line
     assert len(registry.get_metric_history(version.run_id, "transformer/valid_loss")) >= 1
 
 
-def test_a_retrained_bundle_that_cannot_be_told_from_the_promoted_one_replaces_it(
-    line: Line, registry: MlflowClient
-) -> None:
-    again = pipeline.train(line.spark, line.config, TEST_DATE)
-    assert again.promoted
-    assert f"not distinguishable from {line.trained.bundle.folder.name}" in again.reason
-    assert bundles.current(line.config.bundles) == again.bundle.folder
-    assert _champion(registry)["bundle_digest"] == again.bundle.digest
+def test_a_bundle_that_cannot_be_told_from_the_promoted_one_replaces_it(line: Line, registry: MlflowClient) -> None:
+    old = line.trained.bundle.folder
+    # of another training that came to the same
+    new = shutil.copytree(old, old.with_name(f"{old.name}-again"))
+    content = {key: value for key, value in line.trained.bundle.manifest.items() if key not in ("digest", "checksum")}
+    text = manifests.encode(manifests.seal(content | {"lineage": content["lineage"] | {"again": True}}))
+    private_key = signing.private_key(line.config.signing)
+    assert private_key is not None
+    (new / "manifest.json").write_bytes(text)
+    (new / "manifest.sig").write_bytes(private_key.sign(text))
+    bundle = bundles.load_promoted(line.config, new)
+    with recorded(line.spark, line.config, "train") as run:
+        decision = promote.promote(run, bundle, lambda: promote.decide(run, line.trained.fitted, True))
+        promote.enter_registry(run, bundle, line.trained.fitted.history)
+    assert decision.promoted
+    assert f"not distinguishable from {old.name}" in decision.reason
+    assert bundles.current(line.config.bundles) == new
+    champion = _champion(registry)
+    assert (champion["bundle"], champion["bundle_digest"]) == (new.name, bundle.digest)
+    assert bundle.digest != line.trained.bundle.digest
 
 
 def _stump(line: Line, folder: Path) -> Config:
@@ -734,39 +772,6 @@ def test_a_worse_bundle_does_not_replace_the_promoted_one(
     assert f"worse than {line.trained.bundle.folder.name}" in decision.reason
 
 
-def test_without_a_test_date_what_passed_is_fitted_anew_with_all_that_is_known(
-    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bp_spark.evaluation.promotion.BASELINES", ())
-    tracking = line.config.tracking.model_copy(update={"uri": None})
-    settings = _stump(line, tmp_path / "bundles").model_copy(update={"tracking": tracking})
-    _, last = span(line.lakehouse)
-    tomorrow, horizon = last + timedelta(days=1), timedelta(days=settings.labels.horizon_days)
-    trained = pipeline.train(line.spark, settings)
-    assert trained.promoted
-    assert bundles.current(settings.bundles) == trained.bundle.folder
-    lineage = trained.bundle.manifest["lineage"]
-    learned = line.lakehouse.read("training_set", lineage["training_set"]["version"]).filter("complete")
-    assert learned.agg(F.max("as_of_date")).collect()[0][0] == tomorrow - horizon
-
-    assert lineage["test_date"] == str(tomorrow)
-    assert trained.bundle.test_date == str(trained.fitted.test_date) == str(last - horizon)
-    judged = bundles.load(tmp_path / "bundles" / lineage["judged"]["bundle"])
-    assert judged.manifest["lineage"]["test_date"] == trained.bundle.test_date
-    decision = decisions.decision(judged.folder)
-    assert decision is not None
-    assert not decision["promoted"]
-    assert f"to be fitted anew as of {tomorrow}" in decision["reason"]
-    metrics = line.lakehouse.read("metrics").drop("run_id").toPandas().set_index("bundle_digest")
-    pd.testing.assert_frame_equal(*(metrics.loc[[b.digest]].reset_index(drop=True) for b in (judged, trained.bundle)))
-    assert pipeline.score(line.spark, settings, tomorrow).users > 200
-
-    # the promoted one has seen what the next is judged by; the one that it was fitted anew from has not
-    again = promote.decide(Run(line.spark, settings), trained.fitted, complete=True)
-    assert f"from {judged.folder.name}, which {trained.bundle.folder.name} was fitted anew from, on" in again.reason
-    assert "was trained on labels" not in again.reason
-
-
 SHARED = (
     "spend_",
     "orders_",
@@ -813,25 +818,7 @@ def test_a_bare_order_log_gives_the_features_that_the_whole_source_gives(line: L
     pd.testing.assert_frame_equal(whole, bare)
 
 
-def test_a_night_run_again_goes_through_its_steps_and_writes_no_score(
-    line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    names = ("events", "user_features", "scores", "scores_latest", "user_profile", "recommendations")
-    first = whole_night.night(line.spark, line.config, TEST_DATE, page=tmp_path / "first.html")
-    versions = _versions(line.lakehouse, *names)
-    with caplog.at_level("INFO", whole_night.logger.name):
-        result = whole_night.night(line.spark, line.config, TEST_DATE, page=tmp_path / "night.html")
-    said = [record.getMessage() for record in caplog.records if record.name == whole_night.logger.name]
-    assert [words.split(":")[0] for words in said] == [f"night {TEST_DATE}, step {n} of 6" for n in range(1, 7)]
-    assert [words.split(": ")[1].split(",")[0] for words in said] == list(whole_night.STEPS)
-    assert all("by the last nights" in words for words in said)
-    assert (result.scored.users, result.scored.written) == (first.scored.users, False)
-    assert result.report.page.stat().st_size > 10_000
-    assert _versions(line.lakehouse, *names) == versions
-    assert set(whole_night.seconds_of_last_runs(line.lakehouse)) == set(whole_night.STEPS)
-
-
-def test_six_weeks_of_events_are_enough_for_scores_of_two_weeks(
+def test_six_weeks_of_events_are_enough_for_scores_of_two_weeks_by_a_model_fitted_anew_with_all_that_is_known(
     line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("bp_spark.evaluation.promotion.BASELINES", ())
@@ -848,8 +835,30 @@ def test_six_weeks_of_events_are_enough_for_scores_of_two_weeks(
     days = (last - first).days
     assert f"events reach over {days} days; to predict 90 takes 210, and they allow 14: scores" in caplog.text
     assert (trained.promoted, trained.bundle.horizon_days, trained.bundle.horizons.main) == (True, 14, 14)
-    assert trained.bundle.manifest["lineage"]["test_date"] == str(tomorrow), "the later fit has the same horizon"
-    pipeline.score(line.spark, settings, tomorrow)
+    assert bundles.current(settings.bundles) == trained.bundle.folder
+
+    # what passed is fitted anew, without a test date
+    lineage, horizon = trained.bundle.manifest["lineage"], timedelta(days=14)
+    assert lineage["test_date"] == str(tomorrow), "the later fit has the same horizon"
+    learned = line.lakehouse.read("training_set", lineage["training_set"]["version"]).filter("complete")
+    assert learned.agg(F.max("as_of_date")).collect()[0][0] == tomorrow - horizon
+    assert trained.bundle.test_date == str(trained.fitted.test_date) == str(last - horizon)
+    judged = bundles.load(tmp_path / "bundles" / lineage["judged"]["bundle"])
+    assert judged.manifest["lineage"]["test_date"] == trained.bundle.test_date
+    decision = decisions.decision(judged.folder)
+    assert decision is not None
+    assert not decision["promoted"]
+    assert f"to be fitted anew as of {tomorrow}" in decision["reason"]
+    metrics = line.lakehouse.read("metrics").drop("run_id").toPandas().set_index("bundle_digest")
+    pd.testing.assert_frame_equal(*(metrics.loc[[b.digest]].reset_index(drop=True) for b in (judged, trained.bundle)))
+
+    # the promoted one has seen what the next is judged by; the one that it was fitted anew from has not
+    shorter = settings.model_copy(update={"labels": settings.labels.with_horizon(14)})
+    again = promote.decide(Run(line.spark, shorter), trained.fitted, complete=True)
+    assert f"from {judged.folder.name}, which {trained.bundle.folder.name} was fitted anew from, on" in again.reason
+    assert "was trained on labels" not in again.reason
+
+    assert pipeline.score(line.spark, settings, tomorrow).users > 100
     scores = _night(line.lakehouse, tomorrow)
     assert set(scores["horizon_days"]) == {14}
     assert [dict(spend)[14] for spend in scores["expected_by_horizon"]] == list(scores["expected_spend"])

@@ -18,7 +18,7 @@ from bp_spark.core.spark_errors import SPARK_ERRORS, is_feed_gone
 from bp_spark.core.version import __version__
 from bp_spark.features import catalogue, prospects, user_daily
 from bp_spark.ingest import cleaning, contacts_job, texts
-from bp_spark.ingest.clean import clean, distinct_dates, require_same_terms, span
+from bp_spark.ingest.clean import clean, require_same_terms, span
 from bp_spark.ingest.job import ingest
 from bp_spark.ingest.quarantine import replay
 from bp_spark.ingest.texts_job import embed, find_topics
@@ -137,14 +137,18 @@ def _update_user_days(
     run: Run, step: Step, events: DataFrame, changed_days: DataFrame, model: str, note: dict[str, Any]
 ) -> None:
     """Write the user-days with changed events anew, and delete those that have no event any more."""
-    user_days = changed_days.drop("count")
-    step.figures["user_days"] = step.figures["rows_out"] = count = user_days.count()
-    step.figures["rows_in"] = changed_days.agg(F.coalesce(F.sum("count"), F.lit(0))).collect()[0][0]
+    totals = changed_days.agg(
+        F.count(F.lit(1)).alias("user_days"), F.sum("count").alias("changes"), F.collect_set("day").alias("days")
+    )
+    count, changes, days = totals.collect()[0]
+    step.figures["user_days"] = step.figures["rows_out"] = count
+    step.figures["rows_in"] = changes or 0
     if not count:
         # maintenance moved the version of events, and changed no event
         return
-    days = distinct_dates(user_days, "day")
+    days = sorted(days)
     step.figures["days"] = len(days)
+    user_days = changed_days.drop("count")
     keys = broadcast_few(user_days.withColumnRenamed("day", "event_date"), count)
     on_days = events.filter(F.col("event_date").isin(days))
     with persisted(on_days.join(keys, ["user_key", "event_date"], "left_semi")) as events_of_user_days:
