@@ -131,7 +131,7 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
     features = user_features_table(settings.features)
     rows: dict[Table, list[dict[str, Any]]] = {
         SCORES: [
-            score("a", DAY, 85.0, expected_spend=100.0, low=50.0, high=150.0, p_active=0.9),
+            score("a", DAY, 85.0, expected_spend=100.0, low=50.0, high=150.0, p_active=0.9, horizon_days=14),
             score("b", DAY, 50.0, expected_spend=2.0, low=0.0, high=20.0, p_active=0.6, risk_level="high"),
             score("c", DAY, 10.0, expected_spend=5.0, low=0.0, high=10.0, p_active=0.2, risk_level="medium"),
             score("d", DAY, 15.0, expected_spend=4.0, low=1.0, high=9.0, p_active=0.9),
@@ -404,6 +404,13 @@ def test_tier_activity_and_facts_are_of_the_date(platform: Platform) -> None:
     assert [found[user]["days_since_visit"] for user in "abcd"] == [1, None, 150, None]
     assert [found[user]["purchase_days"] for user in "abcd"] == [10, 2, 4, 1]
     assert {row["score_date"] for row in found.values()} == {DAY}
+
+
+def test_amounts_say_of_how_many_days_they_are(platform: Platform) -> None:
+    for name in ("user_profile", "risk_control"):
+        days = {user: row["horizon_days"] for user, row in platform.rows(name).items()}
+        # an older version didn't record the horizon
+        assert days == {"a": 14, "b": None, "c": None, "d": None}
 
 
 def test_risk_is_points_of_three_signals_with_its_reasons(platform: Platform) -> None:

@@ -823,7 +823,7 @@ def test_six_weeks_of_events_are_enough_for_scores_of_two_weeks_by_a_model_fitte
 ) -> None:
     monkeypatch.setattr("bp_spark.evaluation.promotion.BASELINES", ())
     first, last = span(line.lakehouse)[0], date(2017, 2, 12)
-    monkeypatch.setattr("bp_spark.training.job.span", lambda _: (first, last))
+    monkeypatch.setattr("bp_spark.training.dataset.span", lambda _: (first, last))
     updates = {
         "bundles": str(tmp_path / "bundles"),
         "labels": LabelsConfig(cutoffs=2),

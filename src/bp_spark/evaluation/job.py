@@ -24,7 +24,8 @@ from bp_spark.features import labels
 from bp_spark.ingest.clean import span
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.schema import rows_of_date
-from bp_spark.lakehouse.tables import DRIFT, FAIRNESS
+from bp_spark.lakehouse.store import read_as_declared
+from bp_spark.lakehouse.tables import DRIFT, FAIRNESS, SCORES
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def check_drift(spark: SparkSession, config: Config, score_date: date) -> DriftR
     """
     with recorded(spark, config, "drift") as run:
         lakehouse = run.lakehouse
-        scores = lakehouse.read("scores", lakehouse.version("scores"))
+        scores = read_as_declared(lakehouse, SCORES, lakehouse.version("scores"))
         bundle_digest = bundle_of(scores, score_date)
         reference = read_reference(run, bundle_digest)
         versions = {
@@ -279,9 +280,7 @@ def _complete_dates(run: Run, scores: DataFrame, score_date: date) -> dict[date,
     if not run.lakehouse.exists("user_daily"):
         return {}
     configured, (_, last) = run.config.labels.horizon_days, span(run.lakehouse)
-    day, recorded = F.col("score_date"), F.lit(None).cast("int")
-    if "horizon_days" in scores.columns:
-        recorded = F.col("horizon_days")
+    day, recorded = F.col("score_date"), F.col("horizon_days")
     # statistics of the files skip newer nights whose horizon is as configured
     may_be_over = (day <= F.lit(last - timedelta(days=configured))) | (recorded < configured)
     dates = scores.filter((day <= F.lit(score_date)) & may_be_over).groupBy(day).agg(F.max(recorded)).collect()
@@ -408,7 +407,7 @@ def fairness(spark: SparkSession, config: Config, score_date: date) -> FairnessR
     """
     with recorded(spark, config, "fairness") as run:
         lakehouse = run.lakehouse
-        scores = lakehouse.read("scores", lakehouse.version("scores"))
+        scores = read_as_declared(lakehouse, SCORES, lakehouse.version("scores"))
         bundle_of(scores, score_date)
         segments = by_segment.newest_segments(lakehouse.read("raw_users"))
         names = sorted(row[0] for row in segments.select("segment").distinct().collect())

@@ -431,9 +431,9 @@ class Lakehouse(CommitLog):
             self.spark.sql(f"MERGE INTO {self.sql_name(name)} AS t USING {view} AS s ON {condition} {clauses}")
 
 
-def read_as_declared(lakehouse: Lakehouse, table: Table) -> DataFrame:
+def read_as_declared(lakehouse: Lakehouse, table: Table, version: int | None = None) -> DataFrame:
     """Return a table with all columns that are declared today; rows from before a column existed hold NULL in it."""
-    rows = lakehouse.read(table.name)
+    rows = lakehouse.read(table.name, version)
     declared = [F.col(f.name) if f.name in rows.columns else typed_null(f) for f in table.schema]
     return rows.select(*declared, *(name for name in rows.columns if name not in table.schema.names))
 

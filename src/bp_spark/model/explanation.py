@@ -34,7 +34,7 @@ from bp_spark.model.members.base import HistoryMember, Member, predict_all
 from bp_spark.model.members.trees import SqrtTreesMember, TreesMember
 from bp_spark.model.permutation import Agreement, permutation_values, spread_rows
 from bp_spark.model.stack import CalibratedStack
-from bp_spark.model.values import number, texts
+from bp_spark.model.values import number, texts, well_formed
 
 SEQUENCE = "latest activity"
 """The group of the order and content of the last events, which no tabular feature holds."""
@@ -194,7 +194,7 @@ class Explanation:
         Raises:
             BundleError: a key or a file is missing or malformed, or their features differ.
         """
-        try:
+        with well_formed("explanation"):
             r_squared = {_member_name(name): number(value) for name, value in document["r_squared"].items()}
             explanation = cls(
                 features=texts(document["features"]),
@@ -203,8 +203,6 @@ class Explanation:
                 r_squared=r_squared,
                 sequence=bool(document["sequence"]),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"explanation: malformed ({error!r})") from None
         if len(explanation.groups) != len(explanation.features):
             raise BundleError("explanation: features and groups don't fit together")
         for imitation in explanation.imitations.values():

@@ -21,7 +21,7 @@ from bp_spark.features.labels import horizon_column
 from bp_spark.model.bins import quantile_bins
 from bp_spark.model.curve import Curve, as_json, curve_from_json
 from bp_spark.model.level import Level
-from bp_spark.model.values import whole
+from bp_spark.model.values import well_formed, whole
 
 LABEL = "label_spend"
 NETWORK = "transformer"
@@ -163,13 +163,11 @@ class Horizons:
         Raises:
             BundleError: a key is missing or unknown, or a value has the wrong type or order.
         """
-        try:
+        with well_formed("horizons"):
             if set(document) - {"levels"} != {"main", "ratios"}:
                 raise ValueError("not the keys of horizons")
             levels = {int(days): Level.from_json(level) for days, level in document.get("levels", {}).items()}
             horizons = cls(whole(document["main"], 1, _LONGEST), tuple(map(_ratio, document["ratios"])), levels)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"horizons: malformed ({error!r})") from None
         if len(set(horizons.days)) < len(horizons.days):
             raise BundleError("horizons: one is there twice")
         if not set(levels) <= set(horizons.others):

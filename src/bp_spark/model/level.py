@@ -38,11 +38,10 @@ import numpy as np
 from scipy.stats import norm
 
 from bp_spark.core.config import FusionConfig
-from bp_spark.core.errors import BundleError
 from bp_spark.features.labels import WEEKS_A_YEAR
 from bp_spark.model.curve import Curve, as_json, curve_from_json
 from bp_spark.model.odds import with_log_odds
-from bp_spark.model.values import floats, number
+from bp_spark.model.values import floats, number, well_formed
 
 _WINDOWS = (4, 13, 26, 52)
 """Candidate windows, in weeks: the spend of the last weeks that stands for the level."""
@@ -316,7 +315,7 @@ class Level:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
         """Return the level that :meth:`to_json` wrote; ``BundleError`` where it is malformed."""
-        try:
+        with well_formed("level"):
             # a level of an older bundle leaves the odds where they are
             added = {"odds": 0.0, "forecasts": 0.0}
             if set(document) | set(added) != {field.name for field in fields(cls)}:
@@ -327,8 +326,6 @@ class Level:
             log_factor, sd = curve_from_json(document["log_factor"], -_MOST, _MOST), number(document["sd"], 0)
             odds, forecasts = number(document["odds"], 0, _MOST_ODDS), number(document["forecasts"], 0, _LONGEST)
             return cls(as_of, evidence, reach, log_factor, sd, odds, forecasts)
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"level: malformed ({error!r})") from None
 
 
 def _course(days: np.ndarray, changes: np.ndarray) -> Curve:

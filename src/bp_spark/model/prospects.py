@@ -32,7 +32,7 @@ from bp_spark.model.intervals import upper_tails
 from bp_spark.model.members.base import read_json, write_json
 from bp_spark.model.members.local_trees import LocalRows, fit_threads
 from bp_spark.model.members.trees import TreesMember
-from bp_spark.model.values import floats, number, require_rising, whole
+from bp_spark.model.values import floats, number, require_rising, well_formed, whole
 
 FILE = "prospects.json"
 """File of a bundle that has a model of prospects."""
@@ -227,7 +227,7 @@ class ProspectModel:
         """
         path = Path(folder) / FILE
         document = read_json(path)
-        try:
+        with well_formed(path):
             if set(document) != {"definition", "tail", "calibration", "money", "trees"}:
                 raise ValueError("not the keys of a model of prospects")
             names = document["trees"]
@@ -241,8 +241,6 @@ class ProspectModel:
                 calibration,
                 Money.from_json(document["money"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{path}: malformed ({error!r})") from None
         definition = fields[0]
         chance = _load_trees(ChanceTrees, folder, definition) if ChanceTrees.name in names else None
         spend = _load_trees(SpendTrees, folder, definition) if SpendTrees.name in names else None

@@ -14,10 +14,9 @@ from typing import Self
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from bp_spark.core.errors import BundleError
 from bp_spark.model.credibility import Money, credible_share
 from bp_spark.model.members.base import read_json, write_json
-from bp_spark.model.values import number
+from bp_spark.model.values import number, well_formed
 
 FILE = "refunds.json"
 """File of a bundle that knows refunds to come."""
@@ -101,10 +100,8 @@ class Refunds:
         """
         path = Path(folder) / FILE
         document = read_json(path)
-        try:
+        with well_formed(path):
             if set(document) != {"share", "prior_paid"}:
                 raise ValueError("not the keys of refunds")
             prior_paid = number(document["prior_paid"], 1e-9, _LARGEST)
             return cls(number(document["share"], 0.0, 1.0), prior_paid)
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{path}: malformed ({error!r})") from None

@@ -32,7 +32,7 @@ from bp_spark.model.intervals import (
 )
 from bp_spark.model.level import Level
 from bp_spark.model.odds import with_log_odds
-from bp_spark.model.values import LARGEST_LOG, floats, number, require_rising, texts
+from bp_spark.model.values import LARGEST_LOG, floats, number, require_rising, texts, well_formed
 
 LEVELS = ("E", "D", "C", "B", "A")
 """Fifths of the reference population, by score."""
@@ -284,7 +284,7 @@ class CalibratedStack:
         """
         if set(document) | {"level", "recency"} != {field.name for field in fields(cls)}:
             raise BundleError("fusion: not the keys of a fusion")
-        try:
+        with well_formed("fusion"):
             members = texts(document["members"])
             regressors = regressor_count(len(members), _PROCESS_COLUMNS if "recency" in document else 0)
             stack = cls(
@@ -301,8 +301,6 @@ class CalibratedStack:
             )
             for rising in (stack.calibration.y, stack.reference.y, stack.risk):
                 require_rising(rising)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise BundleError(f"fusion: malformed ({error!r})") from None
         if stack.recency is not None and len(stack.recency) != _ACTIVITY_WEIGHTS:
             raise BundleError("fusion: recency must have four numbers")
         if not stack.members or len(stack.weights) != len(stack.members):

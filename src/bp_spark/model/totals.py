@@ -31,11 +31,10 @@ import pandas as pd
 from scipy.optimize import nnls
 from scipy.stats import t as student
 
-from bp_spark.core.errors import BundleError
 from bp_spark.model.bins import equivalent_rows, quantile_bins
 from bp_spark.model.horizons import label_column
 from bp_spark.model.members.base import read_json, write_json
-from bp_spark.model.values import number, whole
+from bp_spark.model.values import number, well_formed, whole
 
 FILE = "totals.json"
 """File of a bundle that knows the error of sums."""
@@ -175,13 +174,11 @@ class Totals:
         """
         path = Path(folder) / FILE
         document = read_json(path)
-        try:
+        with well_formed(path):
             if set(document) != {"coverage", "errors"}:
                 raise ValueError("not the keys of totals")
             errors = tuple(map(TotalError.from_json, document["errors"]))
             return cls(number(document["coverage"], 0.01, 0.999), errors)
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{path}: malformed ({error!r})") from None
 
 
 @dataclass(frozen=True)

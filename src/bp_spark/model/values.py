@@ -6,13 +6,26 @@ Messages hold no value: it may be of any length.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
+from bp_spark.core.errors import BundleError
+
 LARGEST_LOG = 700.0
 """Largest logarithm whose exponential is finite, rounded down."""
+
+
+@contextmanager
+def well_formed(what: str | Path) -> Iterator[None]:
+    """Make of what the block finds wrong with a document a ``BundleError`` that names the document."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{what}: malformed ({error!r})") from None
 
 
 def number(value: object, least: float = -math.inf, most: float = math.inf) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,23 @@ logger = logging.getLogger(__name__)
 _HASHES = 1_000_000
 _FILES_PER_RANK = 4
 """Files of each partition that a rank reads, so that ranks have similar numbers of rows."""
+
+
+def planned(run: Run, test_date: date | None) -> tuple[date, date, date]:
+    """Return the days of the first and of the last event, and the test date.
+
+    Without a given test date, it is the newest whose whole horizon was seen, and ``run.config`` gets a horizon that the events
+    allow: see :func:`with_horizon_in_reach`.
+
+    Raises:
+        DataError: there are no events, they are too few for any horizon, or the promoted bundle predicts more days than they
+            allow.
+    """
+    first, last = span(run.lakehouse)
+    if test_date is None:
+        run.config = with_horizon_in_reach(run.config, first, last)
+        test_date = last - timedelta(days=run.config.labels.horizon_days)
+    return first, last, test_date
 
 
 def with_horizon_in_reach(config: Config, first_event: date, last_event: date) -> Config:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,14 +26,13 @@ from bp_spark.core.errors import BpSparkError, ConfigError
 from bp_spark.evaluation import metrics
 from bp_spark.evaluation.bootstrap import BETTER
 from bp_spark.features import labels
-from bp_spark.ingest.clean import span
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.tables import TRIALS
 from bp_spark.model.stack import CalibratedStack
 from bp_spark.registry import mlflow_store
 from bp_spark.registry.searches import Settings, Trial, record_search
 from bp_spark.training.cross_fit import cross_fit
-from bp_spark.training.dataset import prepare, with_horizon_in_reach
+from bp_spark.training.dataset import planned, prepare
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -78,10 +77,8 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
     from bp_spark.training.progress import event_writer
 
     with recorded(spark, config, "search") as run:
-        first, last = span(run.lakehouse)
-        if test_date is None:
-            run.config = config = with_horizon_in_reach(config, first, last)
-        day = test_date or last - timedelta(days=config.labels.horizon_days)
+        first, _, day = planned(run, test_date)
+        config = run.config
         version, vocabulary, folder = prepare(run, labels.cutoffs(first, day, config.labels), day)
         rows = run.lakehouse.read("training_set", version)
 

@@ -21,7 +21,7 @@ from bp_spark.evaluation.job import bundle_of
 from bp_spark.features.catalogue import catalogue
 from bp_spark.lakehouse.run import Run, Step, recorded
 from bp_spark.lakehouse.schema import rows_of_date
-from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.store import Lakehouse, read_as_declared
 from bp_spark.lakehouse.tables import (
     CATEGORY_AFFINITY,
     COHORTS,
@@ -30,6 +30,7 @@ from bp_spark.lakehouse.tables import (
     MARKET_SEGMENTS,
     PROFILE_TABLES,
     RISK_CONTROL,
+    SCORES,
     TOTALS,
     USER_PROFILE,
 )
@@ -181,6 +182,7 @@ def _write(
     lakehouse, config = run.lakehouse, run.config.profiles
     least_users = run.config.privacy.smallest_group
     tables = {name: lakehouse.read(name, version) for name, version in versions.items()}
+    tables["scores"] = read_as_declared(lakehouse, SCORES, versions["scores"])
     scores = rows_of_date(tables["scores"], day)
     users = scores.count()
     features = rows_of_date(tables["user_features"], day, "as_of_date")
