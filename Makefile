@@ -49,10 +49,9 @@ test-fast: install ## the tests of pure code and of transforms: no night, no clu
 	$(PYTEST) -m '$(FAST)' $(TESTS)
 
 # The locks differ by Spark and Delta: .venv-spark40 has these, and sees the rest (7 GB) in .venv.
-# Spark and Delta are called by these packages; the others stand on them.
-ON_SPARK = tests/core tests/lakehouse tests/ingest tests/features
-test-spark40: install ## fast tests of what calls Spark and Delta, on Spark 4.0 and Delta 4.0, from their own lock, in .venv-spark40
-	$(MAKE) test-fast VENV=.venv-spark40 LOCK=requirements-spark40.lock BELOW=$(VENV) FAST='$(FAST) and spark' TESTS='$(ON_SPARK)'
+NIGHT = $(addprefix tests/,core lakehouse ingest features model scoring evaluation governance)
+test-spark40: install ## fast tests of the packages that a night needs, on Spark 4.0 and Delta 4.0, from their own lock, in .venv-spark40
+	$(MAKE) test-fast VENV=.venv-spark40 LOCK=requirements-spark40.lock BELOW=$(VENV) FAST='$(FAST) and spark' TESTS='$(NIGHT)'
 
 check-integrations: install check-airflow browser ## Airflow, Chromium, the steps of the image, the demo from the wheel, Connect, Spark 4.0
 	$(PYTEST) -m integration

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -412,7 +412,7 @@ def run(sizes: Sizes, folder: Path, threads: int, memory: str) -> dict[str, Any]
     clock = time.monotonic()
     spark = get_session(config.load(), "bp-spark bench")
     spark.sparkContext.setLogLevel("ERROR")  # of this JVM: Spark Connect has no call for it
-    if sizes.full == QUICK.full:
+    if sizes == QUICK:
         # to compile would be most of the time of toy sizes
         spark.conf.set("spark.sql.codegen.wholeStage", "false")
         spark.conf.set("spark.sql.codegen.factoryMode", "NO_CODEGEN")
@@ -479,9 +479,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="file of the figures")
     parser.add_argument("--quick", action="store_true", help="toy sizes: whether it works, not how fast it is")
     given = parser.parse_args(arguments)
-    sizes = Sizes(full=tuple(given.events), dirt=given.dirt_events)
-    if given.quick:
-        sizes = replace(QUICK, dirt=min(QUICK.dirt, given.dirt_events))
+    sizes = QUICK if given.quick else Sizes(full=tuple(given.events), dirt=given.dirt_events)
     with tempfile.TemporaryDirectory(prefix="bp-bench-", dir=given.folder) as folder:
         figures = run(sizes, Path(folder), given.threads, given.memory)
     publish(figures, given.out)

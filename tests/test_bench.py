@@ -27,14 +27,10 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def figures(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return _measured(tmp_path_factory.mktemp("bench"), "--dirt-events", "0")
-
-
-def _measured(folder: Path, *arguments: str) -> dict[str, Any]:
-    data.main(["--quick", "--folder", str(folder), "--out", str(folder / "data.json"), *arguments])
+    folder = tmp_path_factory.mktemp("bench")
+    data.main(["--quick", "--folder", str(folder), "--out", str(folder / "data.json")])
     assert [path.name for path in folder.iterdir()] == ["data.json"]
-    found: dict[str, Any] = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-    return found
+    return json.loads((folder / "data.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
@@ -46,9 +42,8 @@ def test_spark_and_duckdb_do_the_same_work(figures: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.thorough
-def test_every_row_of_the_dirty_platform_is_accounted_for(spark: SparkSession, tmp_path: Path) -> None:
-    dirt = _measured(tmp_path)["dirt"]
+def test_every_row_of_the_dirty_platform_is_accounted_for(figures: dict[str, Any]) -> None:
+    dirt = figures["dirt"]
     assert dirt["balanced"]
     assert dirt["rows"] == dirt["events"] + dirt["duplicates"] + dirt["quarantine"]
     assert dirt["share"] == pytest.approx(0.05, abs=0.01)

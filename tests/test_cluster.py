@@ -1,4 +1,4 @@
-"""Features, training and scores on a cluster of a master and two workers, by ``spark-submit`` as docs/cluster.md gives it."""
+"""The three jobs on a cluster: a standalone master, two worker processes, and ``spark-submit`` as docs/cluster.md gives it."""
 
 from __future__ import annotations
 
@@ -48,8 +48,7 @@ SMALL = [
     "trees.max_local_values=0",
     "tracking.uri=null",
 ]
-APPLICATIONS = ("featurize", "score")
-"""What the cluster sees: training goes on in the session of the features."""
+JOBS = ("featurize", "train", "score")
 
 pytestmark = pytest.mark.slow
 
@@ -82,9 +81,9 @@ def night(cluster: Cluster) -> Night:
     write_small_package(folder / "packages", households)
     settings = [f"tables.path={folder}/lakehouse", f"bundles={folder}/bundles", f"training.work_dir={folder}/ddp"]
 
-    def run(script: str, *arguments: str, meanwhile: Callable[[Popen[str]], None] = lambda _: None) -> None:
-        result = cluster.submit(script, *arguments, *SMALL, *settings, meanwhile=meanwhile)
-        assert result.returncode == 0, f"{script}:\n{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
+    def run(job: str, *arguments: str, meanwhile: Callable[[Popen[str]], None] = lambda _: None) -> None:
+        result = cluster.submit(job, *arguments, *SMALL, *settings, meanwhile=meanwhile)
+        assert result.returncode == 0, f"{job}:\n{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
 
     def kill_an_executor(job: Popen[str]) -> None:
         # those of the job before may still be there
@@ -98,10 +97,11 @@ def night(cluster: Cluster) -> Night:
                 return
             time.sleep(0.05)
 
-    run("tests/support/in_a_row.py", "featurize", "--as-of", DAY, *SMALL, *settings, "--", "train", "--test-date", DAY)
+    run("featurize", "--as-of", DAY)
+    run("train", "--test-date", DAY)
     bundle = next(folder.glob("bundles/*/manifest.json")).parent
     # such small models may rank worse than the linear one and not be promoted: the bundle is named
-    run("jobs/score.py", "--date", DAY, "--bundle", str(bundle), meanwhile=kill_an_executor)
+    run("score", "--date", DAY, "--bundle", str(bundle), meanwhile=kill_an_executor)
     return Night(cluster, folder / "lakehouse/bp", bundle, households, killed)
 
 
@@ -150,11 +150,9 @@ def _has_python_worker(executor: psutil.Process) -> bool:
     return False
 
 
-def test_every_application_had_an_executor_on_each_worker(night: Night) -> None:
+def test_every_job_had_an_executor_on_each_worker(night: Night) -> None:
     finished = sorted(night.cluster.state()["completedapps"], key=lambda app: app["starttime"])
-    assert [(app["name"], app["state"]) for app in finished] == [
-        (f"bp-spark {name}", "FINISHED") for name in APPLICATIONS
-    ]
+    assert [(app["name"], app["state"]) for app in finished] == [(f"bp-spark {job}", "FINISHED") for job in JOBS]
     for app in finished:
         executors = [list((night.cluster.work_dir(number) / app["id"]).iterdir()) for number in range(1, WORKERS + 1)]
         # and one more in the place of that which was killed
@@ -163,7 +161,7 @@ def test_every_application_had_an_executor_on_each_worker(night: Night) -> None:
 
 
 def test_the_two_ranks_of_the_training_ran_on_the_two_workers(night: Night) -> None:
-    (app,) = [app for app in night.cluster.state()["completedapps"] if app["name"] == "bp-spark featurize"]
+    (app,) = [app for app in night.cluster.state()["completedapps"] if app["name"] == "bp-spark train"]
     ranks: list[list[str]] = []
     for number in range(1, WORKERS + 1):
         (executor,) = (night.cluster.work_dir(number) / app["id"]).iterdir()

@@ -34,6 +34,7 @@ from bp_spark.registry import bundle as bundles
 from bp_spark.registry.bundle import Bundle
 from tests.support.histories import rows_of
 from tests.support.random_users import users
+from tests.support.rows import forget_column
 
 pytestmark = pytest.mark.slow
 
@@ -253,6 +254,7 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
             scored(LAST, user, score, "another"),
         ]
     lakehouse.replace(SCORES, rows_of(spark, SCORES, scores))
+    forget_column(lakehouse, SCORES, "horizon_days")
     lakehouse.replace(TOTALS, rows_of(spark, TOTALS, promised_totals(bundle.digest)))
     days = [
         {"user_key": f"user{user}", "day": OLD + timedelta(days=user % 90), "spend": Decimal(10)}

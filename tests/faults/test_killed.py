@@ -50,6 +50,7 @@ WRITES = [
 
 
 SOME = [("raw_transactions", 0), ("deliveries", 1), ("events", 1), ("user_daily", 0)]
+"""Of these, the last ones of their stages, and one in the middle of a stage."""
 
 
 @pytest.mark.parametrize("of", [SOME, pytest.param(None, marks=pytest.mark.thorough)], ids=["some", "all"])

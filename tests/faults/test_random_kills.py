@@ -65,7 +65,7 @@ def steps(
 
 
 CASES = [
-    pytest.param(FEW, 3, 1, id="few"),
+    pytest.param(FEW, 4, 4, id="few"),
     *(pytest.param(ALL, KILLS_A_ROUND, seed, marks=pytest.mark.thorough, id=f"all-{seed}") for seed in range(ROUNDS)),
 ]
 

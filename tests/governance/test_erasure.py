@@ -41,7 +41,7 @@ from bp_spark.lakehouse.tables import (
 )
 from tests.support.histories import SECRET, sorted_rows, write_night
 from tests.support.platforms import CONTACTS, DERIVED, MAPPING
-from tests.support.rows import frame
+from tests.support.rows import forget_column, frame
 
 pytestmark = pytest.mark.slow
 
@@ -298,10 +298,7 @@ def test_rotated_keys_are_in_no_file_and_known_events_stay_known(
         users = lakehouse.read("user_keys").select("user_id", "user_key")
         return sorted_rows(lakehouse.read("scores").join(users, "user_key").drop("user_key", "horizon_days"))
 
-    # as an older version left it
-    older = lakehouse.read("scores").drop("horizon_days").localCheckpoint()
-    writer = older.write.format("delta").mode("overwrite").option("overwriteSchema", "true").partitionBy("score_date")
-    writer.save(lakehouse.location("scores"))
+    forget_column(lakehouse, SCORES, "horizon_days")
     before = scored()
     events = lakehouse.read("events").count()
     assert not lakehouse.read("user_profile").isEmpty()

@@ -28,7 +28,7 @@ from bp_spark.core.config import Config, FeaturesConfig, PhrasesConfig, Profiles
 from bp_spark.core.errors import BundleError, ConfigError, ConflictError, DataError
 from bp_spark.features.catalogue import catalogue, user_features_table
 from bp_spark.lakehouse.schema import Table
-from bp_spark.lakehouse.store import Lakehouse
+from bp_spark.lakehouse.store import Lakehouse, read_as_declared
 from bp_spark.lakehouse.tables import (
     CONSULTATION_TOPICS,
     CONSULTATIONS,
@@ -54,7 +54,7 @@ from bp_spark.scoring.profiles.segments import CELL, market_segments
 from bp_spark.scoring.profiles.user_profile import discounted_value, user_profile
 from tests.support.harness import small_bundle
 from tests.support.histories import sorted_rows
-from tests.support.rows import frame
+from tests.support.rows import forget_column, frame
 
 pytestmark = pytest.mark.slow
 
@@ -241,6 +241,7 @@ def summed(platform: Platform, spark: SparkSession, tmp_path_factory: pytest.Tem
     lakehouse.append(EVENTS, frame(spark, EVENTS, *lines))
     scores = lakehouse.read("scores").withColumn("bundle_digest", digest).localCheckpoint()
     lakehouse.replace(SCORES, scores)
+    forget_column(lakehouse, SCORES, "horizon_days")
     lakehouse.replace(SCORES_LATEST, scores.filter(F.col("score_date") == F.lit(DAY)))
     return Platform(spark, settings, pipeline.profile(spark, settings))
 
@@ -409,8 +410,12 @@ def test_tier_activity_and_facts_are_of_the_date(platform: Platform) -> None:
 def test_amounts_say_of_how_many_days_they_are(platform: Platform) -> None:
     for name in ("user_profile", "risk_control"):
         days = {user: row["horizon_days"] for user, row in platform.rows(name).items()}
-        # an older version didn't record the horizon
         assert days == {"a": 14, "b": None, "c": None, "d": None}
+
+
+def test_scores_of_an_older_version_tell_no_horizon(summed: Platform) -> None:
+    assert "horizon_days" not in summed.lakehouse.read("scores").columns
+    assert {row["horizon_days"] for row in summed.rows("user_profile").values()} == {None}
 
 
 def test_risk_is_points_of_three_signals_with_its_reasons(platform: Platform) -> None:
@@ -612,7 +617,7 @@ def test_what_all_events_make_is_made_anew_every_seven_days_and_after_a_user_was
 
     def night(day: date) -> dict[str, str]:
         for table, column in ((SCORES, "score_date"), (user_features_table(settings.features), "as_of_date")):
-            rows = lakehouse.read(table.name).filter(F.col(column) == F.lit(DAY))
+            rows = read_as_declared(lakehouse, table).filter(F.col(column) == F.lit(DAY))
             lakehouse.append(table, rows.withColumn(column, F.lit(day)).localCheckpoint())
         return {stage["stage"]: stage["status"] for stage in pipeline.profile(spark, settings, day)}
 

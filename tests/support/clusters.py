@@ -32,7 +32,7 @@ SHORT = {
 
 # To compile plans as for large tables would be most of the time of a job; one job does, as it does at a user's.
 UNCOMPILED = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
-COMPILED_JOB = "jobs/score.py"
+COMPILED_JOB = "score"
 START_SETTINGS = {
     # by default a sort of three rows takes a page of 64 MB, which goes to the old generation at once
     "spark.buffer.pageSize": "1m",
@@ -86,14 +86,14 @@ class Cluster:
         """The command that starts a worker of this master."""
         return [str(BIN / "spark-class"), "org.apache.spark.deploy.worker.Worker", *arguments, self.address]
 
-    def job(self, script: str, *arguments: str) -> list[str]:
-        """The command that runs a script of the checkout on the cluster."""
-        settings = SHORT if script == COMPILED_JOB else SHORT | UNCOMPILED
+    def job(self, job: str, *arguments: str) -> list[str]:
+        """The command that runs a job on the cluster."""
+        settings = SHORT if job == COMPILED_JOB else SHORT | UNCOMPILED
         return [
             str(BIN / "spark-submit"),
             *("--master", self.address, "--driver-memory", "2g", "--executor-memory", "1g"),
             *(part for setting in settings.items() for part in ("--conf", "=".join(setting))),
-            *(str(ROOT / script), *arguments),
+            *(str(ROOT / f"jobs/{job}.py"), *arguments),
         ]
 
     def environment(self) -> dict[str, str]:
@@ -110,10 +110,10 @@ class Cluster:
             return json.load(answer)
 
     def submit(
-        self, script: str, *arguments: str, meanwhile: Callable[[subprocess.Popen[str]], None] = lambda _: None
+        self, job: str, *arguments: str, meanwhile: Callable[[subprocess.Popen[str]], None] = lambda _: None
     ) -> subprocess.CompletedProcess[str]:
-        """Run a script to its end, and something else beside it, which is given the script's process."""
-        command = self.job(script, *arguments)
+        """Run a job to its end, and something else beside it, which is given the job's process."""
+        command = self.job(job, *arguments)
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

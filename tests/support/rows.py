@@ -13,6 +13,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import to_arrow_schema
 
 from bp_spark.lakehouse.schema import Table
+from bp_spark.lakehouse.store import Lakehouse
 
 DAY = date(2024, 3, 10)
 
@@ -27,6 +28,13 @@ def write_without_spark(lakehouse: Path, table: Table, *rows: dict[str, Any], mo
     arrow = pa.Table.from_pylist(_whole(table, rows), schema=to_arrow_schema(table.schema))
     partitions = [column for column in table.partition_by if column in arrow.column_names]
     write_deltalake(lakehouse / "bp" / table.name, arrow, mode=mode, partition_by=partitions or None)
+
+
+def forget_column(lakehouse: Lakehouse, table: Table, column: str) -> None:
+    """Leave a table as an older version of the package did, which didn't know a column."""
+    older = lakehouse.read(table.name).drop(column).localCheckpoint()
+    writer = older.write.format("delta").mode("overwrite").option("overwriteSchema", "true")
+    writer.partitionBy(*table.partition_by).save(lakehouse.location(table.name))
 
 
 def _whole(table: Table, rows: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:

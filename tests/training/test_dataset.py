@@ -7,10 +7,9 @@ from datetime import date, timedelta
 from pyspark.sql import SparkSession
 
 from bp_spark.core.config import Config
-from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import EVENTS
-from bp_spark.training.dataset import planned
+from bp_spark.training.dataset import plan
 from tests.support.rows import frame
 
 
@@ -21,10 +20,8 @@ def test_without_a_test_date_the_horizon_is_the_longest_that_events_allow(
     last = first + timedelta(days=36)
     rows = ({"event_id": str(day), "event_date": day, "kind": "purchase"} for day in (first, last))
     lakehouse.replace(EVENTS, frame(spark, EVENTS, *rows))
-    run = Run(spark, settings)
-    assert planned(run, None) == (first, last, last - timedelta(days=14))
-    assert run.config.labels.horizon_days == 14
+    found = plan(lakehouse, settings, None)
+    assert found[:3] == (first, last, last - timedelta(days=14))
+    assert found.config.labels.horizon_days == 14
     # a named date keeps the configured horizon: it may be judged later
-    named = Run(spark, settings)
-    assert planned(named, last) == (first, last, last)
-    assert named.config.labels.horizon_days == 90
+    assert plan(lakehouse, settings, last) == (first, last, last, settings)

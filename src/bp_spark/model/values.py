@@ -21,7 +21,7 @@ LARGEST_LOG = 700.0
 
 @contextmanager
 def well_formed(what: str | Path) -> Iterator[None]:
-    """Make of what the block finds wrong with a document a ``BundleError`` that names the document."""
+    """Turn an error that the block raises over a document into a ``BundleError`` that names the document."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

@@ -27,6 +27,7 @@ from bp_spark.features.job import features_digest, write_features
 from bp_spark.ingest import texts
 from bp_spark.ingest.clean import span
 from bp_spark.lakehouse.run import Run, Step
+from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import GIVEN_LABELS
 from bp_spark.registry import bundle as bundles
 
@@ -37,21 +38,33 @@ _FILES_PER_RANK = 4
 """Files of each partition that a rank reads, so that ranks have similar numbers of rows."""
 
 
-def planned(run: Run, test_date: date | None) -> tuple[date, date, date]:
-    """Return the days of the first and of the last event, and the test date.
+class Plan(NamedTuple):
+    """What a training goes by: the days of the first and of the last event, the test date, and the settings."""
 
-    Without a given test date, it is the newest whose whole horizon was seen, and ``run.config`` gets a horizon that the events
-    allow: see :func:`with_horizon_in_reach`.
+    first_event: date
+    last_event: date
+    test_date: date
+    config: Config
+
+
+def plan(lakehouse: Lakehouse, config: Config, test_date: date | None) -> Plan:
+    """Return the plan of a training.
+
+    Args:
+        lakehouse: the tables.
+        config: settings.
+        test_date: the test date. By default it is the newest whose whole horizon was seen, of a horizon that the events allow:
+            see :func:`with_horizon_in_reach`.
 
     Raises:
         DataError: there are no events, they are too few for any horizon, or the promoted bundle predicts more days than they
             allow.
     """
-    first, last = span(run.lakehouse)
+    first, last = span(lakehouse)
     if test_date is None:
-        run.config = with_horizon_in_reach(run.config, first, last)
-        test_date = last - timedelta(days=run.config.labels.horizon_days)
-    return first, last, test_date
+        config = with_horizon_in_reach(config, first, last)
+        test_date = last - timedelta(days=config.labels.horizon_days)
+    return Plan(first, last, test_date, config)
 
 
 def with_horizon_in_reach(config: Config, first_event: date, last_event: date) -> Config:

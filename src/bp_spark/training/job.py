@@ -31,7 +31,7 @@ from bp_spark.model.permutation import Agreement
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry import mlflow_store, signing
 from bp_spark.registry.bundle import Bundle, Promoted
-from bp_spark.training.dataset import collect_sample, planned
+from bp_spark.training.dataset import collect_sample, plan
 from bp_spark.training.ensemble import Fitted, fit_as_of, metrics_of
 from bp_spark.training.promote import decide, decide_refit, enter_registry, promote
 from bp_spark.training.prospects import fit_prospects
@@ -95,8 +95,8 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
     signing.private_key(config.signing)
     require_session(spark, config)
     with recorded(spark, config, "train") as run:
-        first, last, day = planned(run, test_date)
-        config = run.config
+        first, last, day, config = plan(run.lakehouse, config, test_date)
+        run.config = config
         as_of = last + timedelta(days=1) if test_date is None and config.training.refit else None
         fitted = fit_as_of(run, labels.cutoffs(first, day, config.labels), day)
         complete = last >= day + timedelta(days=config.labels.horizon_days)

@@ -32,7 +32,7 @@ from bp_spark.model.stack import CalibratedStack
 from bp_spark.registry import mlflow_store
 from bp_spark.registry.searches import Settings, Trial, record_search
 from bp_spark.training.cross_fit import cross_fit
-from bp_spark.training.dataset import planned, prepare
+from bp_spark.training.dataset import plan, prepare
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -77,8 +77,8 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
     from bp_spark.training.progress import event_writer
 
     with recorded(spark, config, "search") as run:
-        first, _, day = planned(run, test_date)
-        config = run.config
+        first, _, day, config = plan(run.lakehouse, config, test_date)
+        run.config = config
         version, vocabulary, folder = prepare(run, labels.cutoffs(first, day, config.labels), day)
         rows = run.lakehouse.read("training_set", version)
 

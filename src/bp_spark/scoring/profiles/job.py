@@ -181,9 +181,9 @@ def _write(
     """Write the five tables, that of the step last, and return the figures of the stage."""
     lakehouse, config = run.lakehouse, run.config.profiles
     least_users = run.config.privacy.smallest_group
-    tables = {name: lakehouse.read(name, version) for name, version in versions.items()}
-    tables["scores"] = read_as_declared(lakehouse, SCORES, versions["scores"])
-    scores = rows_of_date(tables["scores"], day)
+    tables = {name: lakehouse.read(name, version) for name, version in versions.items() if name != SCORES.name}
+    all_scores = read_as_declared(lakehouse, SCORES, versions["scores"])
+    scores = rows_of_date(all_scores, day)
     users = scores.count()
     features = rows_of_date(tables["user_features"], day, "as_of_date")
     if features.isEmpty():
@@ -197,7 +197,7 @@ def _write(
     affinity = category_affinity(scores, features, tables["user_daily"], tables["events"], day, config, least_users)
     version = lakehouse.replace(CATEGORY_AFFINITY, affinity, after=reservation, **commit)
     affinity = lakehouse.read("category_affinity", version)
-    earlier = {span: compared for span in SPANS if (compared := _compared_scores(tables["scores"], day, span))}
+    earlier = {span: compared for span in SPANS if (compared := _compared_scores(all_scores, day, span))}
     names = catalogue(run.config.features)
     rows = user_profile(scores, earlier, features, affinity, tables["events"], day, config, names, refunds)
     version = lakehouse.replace(USER_PROFILE, rows, after=reservation, **commit)
