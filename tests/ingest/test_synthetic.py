@@ -19,18 +19,23 @@ from bp_spark.core.config import SyntheticConfig
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.ingest.sources.files import FilesSource
 from bp_spark.ingest.sources.synthetic import Summary, generate, users
+from bp_spark.ingest.sources.synthetic import logs as synthetic_logs
 from bp_spark.ingest.sources.synthetic.currency import CNY_RATE
-from bp_spark.ingest.sources.synthetic.draws import uniform
+from bp_spark.ingest.sources.synthetic.draws import normal, uniform
 from bp_spark.ingest.sources.synthetic.items import CELLS, HOT_ITEM, popular_item
 from bp_spark.ingest.sources.synthetic.logs import WHALE
-from bp_spark.ingest.sources.synthetic.platform import LOGS
+from bp_spark.ingest.sources.synthetic.platform import LOGS as EVENT_LOGS
 
 pytestmark = pytest.mark.slow
 
-CONFIG = SyntheticConfig(users=1_500, days=90, first_day=date(2024, 9, 1), malformed_rate=0.03)
+LOGS = (*EVENT_LOGS, "consultations")
+KINDS = (*SyntheticConfig().kinds, "consultations")
+CONFIG = SyntheticConfig(users=1_500, days=90, first_day=date(2024, 9, 1), malformed_rate=0.03, kinds=KINDS)
 LAST_DAY = CONFIG.first_day + timedelta(CONFIG.days - 1)
 PREMIUM = "premium|luxury|best|designer|正品|高端|奢华|旗舰"
 BARGAIN = "cheap|discount|budget|sale|便宜|优惠|打折|特价"
+FINE, LOW = "Quality|finer|质量比|高档", "lowest|coupon|最便宜|优惠券"
+"""Words of consultations about quality, and about low prices."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Platform:
 def _frames(folder: Path) -> dict[str, pd.DataFrame]:
     # pandas by day folder: no Spark reader stands between the files and the checks
     frames = {}
-    for table in (*LOGS, "items", "users", "rates"):
+    for table in (name for name in (*LOGS, "items", "users", "rates") if (folder / name).exists()):
         days = [
             pd.read_parquet(day).assign(delivery_day=day.name.removeprefix("delivery_day="))
             for day in sorted((folder / table).glob("delivery_day=*"))
@@ -93,7 +98,7 @@ def truth(platform: Platform) -> pd.DataFrame:
 def test_the_same_rows_whatever_the_number_of_tasks(
     spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = SyntheticConfig(users=200, days=8)
+    config = SyntheticConfig(users=200, days=8, kinds=KINDS)
     generate(spark, config, str(tmp_path / "a"))
     monkeypatch.setattr(users, "TASKS_AT_LEAST", 3)
     with _setting(spark, "spark.sql.shuffle.partitions", "5"), _setting(spark, "spark.sql.adaptive.enabled", "false"):
@@ -134,7 +139,9 @@ def _recounted(log: str, df: pd.DataFrame, items: set[str]) -> dict[str, int]:
     if log == "reviews":
         spoiled["rating_out_of_range"] = pd.to_numeric(df["rating"]) > 5
         spoiled["broken_unicode"] = df["text"].str.contains("\ufffd")
-    if log != "searches":
+    if log == "consultations":
+        spoiled["unreadable_solved"] = df["solved"] == "maybe"
+    if "item_id" in df:
         spoiled["unknown_item"] = ~df["item_id"].isin(items)
     malformed = pd.concat(spoiled, axis=1).any(axis=1)
     content = [column for column in df.columns if column != "delivery_day"]
@@ -222,11 +229,31 @@ def test_purchasing_power_shows_in_what_users_do(platform: Platform, truth: pd.D
     premium, bargain = (queries["query"].str.contains(words) for words in (PREMIUM, BARGAIN))
     priced = queries[premium | bargain]
     assert stats.spearmanr(z.reindex(priced["user_id"]), premium[priced.index]).statistic > 0.3
+    asked = platform.clean("consultations")
+    fine, low = (asked["text"].str.contains(words) for words in (FINE, LOW))
+    told = asked[fine | low]
+    assert len(told) > 100
+    assert stats.spearmanr(z.reindex(told["user_id"]), fine[told.index]).statistic > 0.3
     reviews = platform.clean("reviews")
     assert stats.spearmanr(z.reindex(reviews["user_id"]), pd.to_numeric(reviews["rating"])).statistic > 0.2
     coupon = sales[pd.to_numeric(sales["discount"]) > 0]
     used = pd.to_numeric(coupon["coupon_discount"]) > 0
     assert stats.spearmanr(z.reindex(coupon["user_id"]), used).statistic < -0.2
+
+
+@pytest.mark.parametrize(("strength", "least", "most"), [(0.0, -0.1, 0.1), (4.0, 0.7, 1.0)])
+def test_words_tell_as_much_of_purchasing_power_as_is_asked_for(
+    spark: SparkSession, strength: float, least: float, most: float
+) -> None:
+    config = SyntheticConfig(words_of_power=strength)
+    columns = {"user_id": F.lit("u"), "z": normal(config, "z", "id"), "second": F.lit(0)}
+    columns |= dict.fromkeys(("visit", "line"), F.lit(1)) | dict.fromkeys(("day", "item", "tier", "type"), F.lit(0))
+    lines = spark.range(20_000).withColumns(columns).withColumn("chinese", F.col("id") % 2 == 0)
+    asked = synthetic_logs.consultations(lines.withColumn("user_id", F.col("z")), config).toPandas()
+    fine, low = (asked["text"].str.contains(words) for words in (FINE, LOW))
+    told = asked[fine | low]
+    assert len(told) > 1_000
+    assert least < stats.spearmanr(told["user_id"], fine[told.index]).statistic < most
 
 
 def test_events_stay_within_the_days_alive(platform: Platform, truth: pd.DataFrame) -> None:
@@ -290,7 +317,7 @@ def test_items_follow_zipfs_law_within_a_cell(spark: SparkSession) -> None:
 
 
 def test_users_write_in_their_language(platform: Platform, truth: pd.DataFrame) -> None:
-    for log, column in (("searches", "query"), ("reviews", "text")):
+    for log, column in (("searches", "query"), ("reviews", "text"), ("consultations", "text")):
         df = platform.clean(log)
         df = df[~df[column].str.contains("\ufffd") & (df[column].str.strip() != "")]
         chinese = df[column].str.contains("[\u4e00-\u9fff]")

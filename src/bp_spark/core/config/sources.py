@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from bp_spark.core.config.base import Fraction, Positive, Section, Zone, distinct
 
-Delivered = Literal["transactions", "behaviours", "searches", "reviews", "items"]
+Delivered = Literal["transactions", "behaviours", "searches", "reviews", "items", "consultations"]
 
 
 class SourceConfig(Section):
@@ -109,6 +109,13 @@ class SyntheticConfig(Section):
     )
     chinese_share: float = Field(
         0.5, ge=0, le=1, description="Share of users who write in Chinese, and of items with a Chinese title."
+    )
+    words_of_power: float = Field(
+        1.5,
+        ge=0,
+        le=10,
+        description="What one standard deviation of purchasing power adds to the log-odds that a user writes of quality rather "
+        "than of low prices. 0: words tell nothing.",
     )
     kinds: Annotated[tuple[Delivered, ...], AfterValidator(distinct)] = Field(
         ("transactions", "behaviours", "searches", "reviews", "items"),

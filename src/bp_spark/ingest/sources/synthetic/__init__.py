@@ -1,9 +1,9 @@
 """A whole synthetic platform of any size: files as a platform would deliver them, and the truth behind them.
 
-In: a :class:`~bp_spark.core.config.SyntheticConfig`. Out, under a folder: ``transactions``, ``behaviours``, ``searches``,
-``reviews`` (Parquet, a folder ``delivery_day=YYYY-MM-DD`` for each day on which the platform ships), ``items``, ``users``,
-``rates`` (one delivery each), ``source.yaml`` (the mapping with which :mod:`bp_spark.ingest.sources.files` reads them) and
-``truth/`` (not for models).
+In: a :class:`~bp_spark.core.config.SyntheticConfig`. Out, under a folder: the logs of ``kinds`` (``transactions``,
+``behaviours``, ``searches``, ``reviews``, ``consultations``: Parquet, a folder ``delivery_day=YYYY-MM-DD`` for each day on
+which the platform ships), ``items``, ``users``, ``rates`` (one delivery each), ``source.yaml`` (the mapping with which
+:mod:`bp_spark.ingest.sources.files` reads them) and ``truth/`` (not for models).
 
 The model. Each user has a latent purchasing power z ~ N(0, 1). What depends on z does so through a Gaussian copula (Nelsen
 2006): a normal score ``rho z + sqrt(1 - rho²) e`` goes through the marginal's quantile function. So the published marginals
@@ -20,13 +20,14 @@ stay exact.
 - What: each user prefers a department. Within a type and price tier, items follow Zipf's law with exponent 1. The activity of
   users is heavy-tailed by the Gamma mixture above (r < 1).
 - Around it: an order is a visit that converted; visits are a Poisson process with rate lambda / conversion. Visits leave
-  browse, click, cart, favourite, coupon and search events; orders leave reviews and refunds. z moves conversion, coupon use,
-  the price words of searches, ratings and the words of reviews.
+  browse, click, cart, favourite, coupon and search events, and consultations; orders leave reviews and refunds. z moves
+  conversion, coupon use and ratings, and by ``words_of_power`` whether searches, reviews and consultations are about quality or
+  low prices, in English and Chinese.
 
 Every draw is a hash of (seed, purpose, user, number of the visit, ...), never ``rand()``: the same configuration gives the same
 rows on any cluster.
 
-Dirt. A uniform per row of the four logs decides whether the row is spoiled in one way
+Dirt. A uniform per row of the logs decides whether the row is spoiled in one way
 (:data:`~bp_spark.ingest.sources.synthetic.dirt.SPOILS`), delivered late, delivered a second time, or none of these.
 ``truth/dirt`` holds how many rows of each kind were written.
 

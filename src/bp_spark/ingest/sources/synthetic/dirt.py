@@ -33,6 +33,7 @@ SPOILS: Mapping[str, Mapping[str, tuple[str, str | None]]] = {
         "broken_unicode": ("text", "\ufffd\ufffd good \x00\x1b[0m"),
         "unknown_item": ("item_id", "i-unknown"),
     },
+    "consultations": {**_ALWAYS, "unreadable_solved": ("solved", "maybe")},
 }
 """Log -> kind of malformed row -> the spoiled column and its value; kinds are equally likely."""
 DELIVERED: Mapping[str, tuple[str, ...]] = {
@@ -43,6 +44,7 @@ DELIVERED: Mapping[str, tuple[str, ...]] = {
     "behaviours": ("user_id", "ts", "action", "item_id", "dwell_s"),
     "searches": ("user_id", "ts", "query", "clicked_item_id"),
     "reviews": ("user_id", "ts", "item_id", "rating", "text"),
+    "consultations": ("user_id", "ts", "channel", "topic", "text", "solved"),
     "items": ("item_id", "title", "category", "brand", "price"),
     "users": ("user_id", "signup_ts", "age", "income"),
     "rates": ("currency", "day", "rate"),

@@ -1,4 +1,4 @@
-"""The four logs: what visits leave behind. Each row has the delivered columns, the ``day`` of the event and a ``key``."""
+"""The logs: what visits leave behind. Each row has the delivered columns, the ``day`` of the event and a ``key``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bp_spark.core.config import SyntheticConfig
 from bp_spark.ingest.sources.synthetic.currency import RATE_DAYS, cny_rates
 from bp_spark.ingest.sources.synthetic.draws import normal, sigmoid, uniform, whole
 from bp_spark.ingest.sources.synthetic.items import brand, item_id, type_name
-from bp_spark.ingest.sources.synthetic.text import pick_in, text_money, text_time
+from bp_spark.ingest.sources.synthetic.text import pick, pick_in, text_money, text_time
 
 # fmt: off
 PREMIUM_WORDS = (("premium", "luxury", "best", "designer"), ("正品", "高端", "奢华", "旗舰"))
@@ -33,6 +33,20 @@ BARGAIN_ENDINGS = (
     ("Bought it on sale with a coupon.", "Fine for such a low price."),
     ("用优惠券买的，很划算。", "价格便宜，性价比高。"),
 )
+QUESTIONS = (
+    ("delivery", ("When will the {} arrive?", "Can I have the {} by Friday?"), ("{}什么时候到？", "周五前能收到{}吗？")),
+    ("return", ("How can I return the {}?", "The {} does not fit, what now?"), ("{}怎么退货？", "{}不合适，怎么办？")),
+    ("advice", ("Which {} do you recommend?", "What do others say about this {}?"), ("推荐哪款{}？", "这款{}口碑怎么样？")),
+)
+"""Topic of a consultation, and what users ask: English, Chinese."""
+PREMIUM_WISHES = (
+    ("Quality matters more to me than the price.", "Do you have a finer one, of genuine materials?"),
+    ("质量比价格重要。", "有没有更高档、用料更好的？"),
+)
+BARGAIN_WISHES = (
+    ("I am looking for the lowest price.", "Is there a coupon for it?"),
+    ("想要最便宜的。", "有优惠券吗？"),
+)
 # fmt: on
 ACTIONS = ((0.6, 1.0, "browse"), (0.35, 0.3, "click"), (0.5, 0.06, "cart"), (0.06, 0.06, "favourite"))
 """Chances that an item of an order, and of another visit, leaves the action."""
@@ -42,6 +56,8 @@ SEARCH_SHARE, SEARCH_CLICKED, WITH_PRICE_WORD, WITH_BRAND = 0.4, 0.6, 0.5, 0.3
 """Share of visits with a search; shares of searches with a click, a price word, a brand."""
 REVIEW_SHARE, WITH_ENDING = 0.15, 0.6
 """Share of order lines with a review, and of reviews with a second sentence."""
+CONSULTED, WITH_TOPIC, WITH_WISH, SOLVED = 0.1, 0.5, 0.6, 0.8
+"""Shares of visits with a consultation; of consultations with a topic, with a second sentence, with an answer."""
 LOW_STARS, MIDDLE_STARS = 2, 3
 """Ratings up to which a review complains, and at which it is neutral."""
 WHALE = "u-whale"
@@ -51,6 +67,11 @@ WHALE = "u-whale"
 def _before(share: Column) -> Column:
     """Return a second up to an hour before the visit's order, on the same day; ``share`` of the way back."""
     return F.col("second") - whole(share * F.least(F.col("second"), F.lit(3600)))
+
+
+def _writes_of_quality(config: SyntheticConfig, uniforms: Column) -> Column:
+    """Return whether the user writes of quality, rather than of low prices."""
+    return uniforms < sigmoid(config.words_of_power * F.col("z"))
 
 
 def transactions(lines: DataFrame, config: SyntheticConfig) -> DataFrame:
@@ -143,7 +164,7 @@ def searches(lines: DataFrame, config: SyntheticConfig) -> DataFrame:
         return uniform(config, f"search {purpose}", *key)
 
     chinese = F.col("chinese")
-    premium = u("premium") < sigmoid(1.5 * F.col("z"))
+    premium = _writes_of_quality(config, u("premium"))
     price_word = F.when(premium, pick_in(chinese, PREMIUM_WORDS, u("word"))).otherwise(
         pick_in(chinese, BARGAIN_WORDS, u("word"))
     )
@@ -173,7 +194,7 @@ def reviews(lines: DataFrame, config: SyntheticConfig) -> DataFrame:
     opinion = F.round(3.9 + 0.4 * F.col("z") + normal(config, "rating", *key)).cast("int")
     low, middle, high = (pick_in(chinese, words, u("sentence")) for words in TONES)
     sentence = F.when(F.col("stars") <= LOW_STARS, low).when(F.col("stars") == MIDDLE_STARS, middle).otherwise(high)
-    premium = u("premium") < sigmoid(1.5 * F.col("z"))
+    premium = _writes_of_quality(config, u("premium"))
     ending = F.when(premium, pick_in(chinese, PREMIUM_ENDINGS, u("ending"))).otherwise(
         pick_in(chinese, BARGAIN_ENDINGS, u("ending"))
     )
@@ -189,6 +210,36 @@ def reviews(lines: DataFrame, config: SyntheticConfig) -> DataFrame:
             item_id(F.col("item")).alias("item_id"),
             F.col("stars").cast("double").cast("string").alias("rating"),
             F.concat_ws(" ", *words).alias("text"),
+            "day",
+            F.xxhash64(*key).alias("key"),
+        )
+    )
+
+
+def consultations(lines: DataFrame, config: SyntheticConfig) -> DataFrame:
+    """Return a row per consultation, up to 6 days after the visit that it is about; a visit has at most one."""
+    key = ("id", "visit")
+
+    def u(purpose: str) -> Column:
+        return uniform(config, f"consultation {purpose}", *key)
+
+    chinese, topic = F.col("chinese"), whole(u("topic") * len(QUESTIONS))
+    asked = F.coalesce(*(F.when(topic == n, pick_in(chinese, q[1:], u("question"))) for n, q in enumerate(QUESTIONS)))
+    wish = F.when(_writes_of_quality(config, u("premium")), pick_in(chinese, PREMIUM_WISHES, u("wish"))).otherwise(
+        pick_in(chinese, BARGAIN_WISHES, u("wish"))
+    )
+    words = (F.replace(asked, F.lit("{}"), type_name(chinese)), F.when(u("has wish") < WITH_WISH, wish))
+    return (
+        lines.filter((F.col("line") == 1) & (u("made") < CONSULTED))
+        .withColumn("day", F.col("day") + whole(u("delay") * 7))
+        .filter(F.col("day") < config.days)
+        .select(
+            "user_id",
+            text_time(config, F.col("day"), whole(u("second") * 86400)).alias("ts"),
+            pick(("chat", "telephone", "e-mail"), u("channel")).alias("channel"),
+            F.when(u("has topic") < WITH_TOPIC, F.get(F.lit([name for name, *_ in QUESTIONS]), topic)).alias("topic"),
+            F.concat_ws(" ", *words).alias("text"),
+            (u("solved") < SOLVED).cast("string").alias("solved"),
             "day",
             F.xxhash64(*key).alias("key"),
         )

@@ -23,6 +23,7 @@ LOGS = {
     "searches": logs.searches,
     "reviews": logs.reviews,
 }
+"""The logs that become events."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def generate(spark: SparkSession, config: SyntheticConfig, folder: str) -> Summa
     lines = users.lines(users.visits(truth, config), config)
     rows: dict[str, int] = {}
     dirt: dict[tuple[str, str], int] = {}
-    for log, rows_of in LOGS.items():
+    for log, rows_of in {**LOGS, "consultations": logs.consultations}.items():
         if log in config.kinds:
             counts = write_log(soiled(rows_of(lines, config), log, config), log, folder)
             rows[log] = counts.pop("rows")
