@@ -46,18 +46,16 @@ test: lint ## lint, types, import contract, and a test of every promise
 
 FAST = not slow and not faults and not integration and not thorough
 test-fast: install ## the tests of pure code and of transforms: no night, no cluster, no training
-	$(PYTEST) -m '$(FAST)' $(TESTS)
+	$(PYTEST) -m '$(FAST)'
 
 # The locks differ by Spark and Delta: .venv-spark40 has these, and sees the rest (7 GB) in .venv.
-NIGHT = $(addprefix tests/,core lakehouse ingest features model scoring evaluation governance)
-test-spark40: install ## fast tests of the packages that a night needs, on Spark 4.0 and Delta 4.0, from their own lock, in .venv-spark40
-	$(MAKE) test-fast VENV=.venv-spark40 LOCK=requirements-spark40.lock BELOW=$(VENV) FAST='$(FAST) and spark' TESTS='$(NIGHT)'
+test-spark40: install ## the fast tests with a Spark session on Spark 4.0 and Delta 4.0, from their own lock, in .venv-spark40
+	$(MAKE) test-fast VENV=.venv-spark40 LOCK=requirements-spark40.lock BELOW=$(VENV) FAST='$(FAST) and spark'
 
-check-integrations: install check-airflow browser ## Airflow, Chromium, the steps of the image, the demo from the wheel, Connect, Spark 4.0
+check-integrations: install check-airflow browser ## Airflow, Chromium, the steps of the image, the demo from the wheel, Connect
 	$(PYTEST) -m integration
-	$(MAKE) test-spark40
 
-test-thorough: install ## what CI tests by a few cases, by all: each write of a night killed, 10,000 rows and settings of any kind
+test-thorough: install test-spark40 ## Spark 4.0, and by all cases what CI tests by a few: each write killed, 10,000 rows of any kind
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m thorough tests
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_fuzz.py
 
