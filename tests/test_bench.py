@@ -34,6 +34,7 @@ def figures(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_spark_and_duckdb_do_the_same_work(figures: dict[str, Any]) -> None:
     for full in figures["full"].values():
         assert full["compared"]["equal_cells"] > data.EQUAL_CELLS
@@ -42,6 +43,7 @@ def test_spark_and_duckdb_do_the_same_work(figures: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_every_row_of_the_dirty_platform_is_accounted_for(figures: dict[str, Any]) -> None:
     dirt = figures["dirt"]
     assert dirt["balanced"]
@@ -51,6 +53,7 @@ def test_every_row_of_the_dirty_platform_is_accounted_for(figures: dict[str, Any
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_figures_of_the_nights_are_there(figures: dict[str, Any]) -> None:
     assert figures["growth"]["ratio"] > 0
     (night,) = figures["new_day"].values()
