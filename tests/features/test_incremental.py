@@ -18,11 +18,9 @@ from bp_spark import pipeline
 from bp_spark.core.config import Config
 from bp_spark.core.errors import DataError
 from bp_spark.ingest import job
-from bp_spark.ingest.clean import clean
-from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.store import Lakehouse
 from tests.support.histories import clock_at, sorted_rows, write_night
-from tests.support.platforms import DERIVED, MAPPING, settings_in
+from tests.support.platforms import DERIVED, MAPPING, cleaned, settings_in
 
 pytestmark = pytest.mark.slow
 
@@ -98,14 +96,6 @@ def contents(lakehouse: Lakehouse, *without: str) -> dict[str, list[tuple[Any, .
         df = lakehouse.read(name)
         found[name] = sorted_rows(df, *(c for c in df.columns if c not in (*without, "built_from")))
     return found
-
-
-def cleaned(spark: SparkSession, settings: Config) -> dict[str, dict[str, Any]]:
-    """Ingest and clean, without features; return the stages by name."""
-    run = Run(spark, settings)
-    job.ingest(run)
-    clean(run, rebuild=False)
-    return {stage["stage"]: stage for stage in run.records}
 
 
 LATE = {

@@ -237,7 +237,7 @@ def test_a_forgotten_user_is_in_no_file_stays_forgotten_and_the_nights_go_on(
     with pytest.raises(DataError, match=r"bp/copy/.*still holds what was to be erased"):
         pipeline.forget(spark, settings, [GONE])
     shutil.rmtree(copy)
-    # unknown ids are told by their position, after all others are forgotten
+    # the error names positions of unknown ids, and comes after all other users are forgotten
     with pytest.raises(
         UnknownUserError, match=r"nobody has 1 of the 4 ids given \(those at the positions 3\)"
     ) as raised:
@@ -268,7 +268,7 @@ def test_a_forgotten_user_is_in_no_file_stays_forgotten_and_the_nights_go_on(
     assert proofs[-1]["figures"]["found"] == "0"
     assert sorted(row["known"] for row in lakehouse.read("forgotten").collect()) == [False, True]
 
-    # files that are delivered again bring nobody back, and night by night comes to what a rebuild gives
+    # a file that is delivered again brings no forgotten user back; the nights have the rows of a rebuild
     first = tmp_path / "files/transactions/000.json"
     shutil.copy(first, first.with_name("000-again.json"))
     first.touch()

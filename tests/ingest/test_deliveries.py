@@ -17,13 +17,13 @@ from bp_spark.core import config
 from bp_spark.core.config import Config
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.ingest import cleaning
-from bp_spark.ingest.clean import clean, require_same_terms
-from bp_spark.ingest.job import ingest
+from bp_spark.ingest.clean import require_same_terms
 from bp_spark.ingest.quarantine import replay
 from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import EVENTS, RAW_TRANSACTIONS
 from tests.support.histories import sorted_rows
+from tests.support.platforms import cleaned
 from tests.support.rows import forget_column
 
 pytestmark = pytest.mark.slow
@@ -49,10 +49,7 @@ def night(spark: SparkSession) -> Callable[..., dict[str, dict[str, Any]]]:
     """Ingest and clean; return the figures of both stages."""
 
     def run_night(settings: Config, *, rebuild: bool = False) -> dict[str, dict[str, Any]]:
-        run = Run(spark, settings)
-        ingest(run)
-        clean(run, rebuild)
-        return {stage["stage"]: stage["figures"] for stage in run.records}
+        return {name: stage["figures"] for name, stage in cleaned(spark, settings, rebuild=rebuild).items()}
 
     return run_night
 

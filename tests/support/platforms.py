@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from pyspark.sql import SparkSession
 
 from bp_spark.core import config
 from bp_spark.core.config import Config
+from bp_spark.ingest.clean import clean
+from bp_spark.ingest.job import ingest
+from bp_spark.lakehouse.run import Run
 from tests.support.histories import WRITTEN_TEXTS
 
 MAPPING = (
@@ -57,3 +63,11 @@ def settings_in(folder: Path, lakehouse: str = "lakehouse", *overrides: str) -> 
             *overrides,
         ]
     )
+
+
+def cleaned(spark: SparkSession, settings: Config, *, rebuild: bool = False) -> dict[str, dict[str, Any]]:
+    """Ingest and clean, without features; return the stages by name."""
+    run = Run(spark, settings)
+    ingest(run)
+    clean(run, rebuild)
+    return {stage["stage"]: stage for stage in run.records}

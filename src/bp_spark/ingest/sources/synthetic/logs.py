@@ -12,6 +12,8 @@ from bp_spark.ingest.sources.synthetic.draws import normal, sigmoid, uniform, wh
 from bp_spark.ingest.sources.synthetic.items import brand, item_id, type_name
 from bp_spark.ingest.sources.synthetic.text import pick, pick_in, text_money, text_time
 
+Words = tuple[tuple[str, ...], tuple[str, ...]]
+"""Words in English, and in Chinese."""
 # fmt: off
 PREMIUM_WORDS = (("premium", "luxury", "best", "designer"), ("正品", "高端", "奢华", "旗舰"))
 BARGAIN_WORDS = (("cheap", "discount", "budget", "sale"), ("便宜", "优惠", "打折", "特价"))
@@ -69,9 +71,20 @@ def _before(share: Column) -> Column:
     return F.col("second") - whole(share * F.least(F.col("second"), F.lit(3600)))
 
 
-def _writes_of_quality(config: SyntheticConfig, uniforms: Column) -> Column:
-    """Return whether the user writes of quality, rather than of low prices."""
-    return uniforms < sigmoid(config.words_of_power * F.col("z"))
+def _words_of_power(
+    config: SyntheticConfig, premium_words: Words, bargain_words: Words, premium: Column, word: Column
+) -> Column:
+    """Return words of quality, or of low prices, by the user's purchasing power and language.
+
+    Args:
+        config: how much words tell.
+        premium_words: words of quality: English, Chinese.
+        bargain_words: words of low prices: English, Chinese.
+        premium: uniform that decides between the two.
+        word: uniform that selects the word.
+    """
+    of_quality, of_price = (pick_in(F.col("chinese"), each, word) for each in (premium_words, bargain_words))
+    return F.when(premium < sigmoid(config.words_of_power * F.col("z")), of_quality).otherwise(of_price)
 
 
 def transactions(lines: DataFrame, config: SyntheticConfig) -> DataFrame:
@@ -164,10 +177,7 @@ def searches(lines: DataFrame, config: SyntheticConfig) -> DataFrame:
         return uniform(config, f"search {purpose}", *key)
 
     chinese = F.col("chinese")
-    premium = _writes_of_quality(config, u("premium"))
-    price_word = F.when(premium, pick_in(chinese, PREMIUM_WORDS, u("word"))).otherwise(
-        pick_in(chinese, BARGAIN_WORDS, u("word"))
-    )
+    price_word = _words_of_power(config, PREMIUM_WORDS, BARGAIN_WORDS, u("premium"), u("word"))
     words = (
         F.when(u("has price word") < WITH_PRICE_WORD, price_word),
         F.when(u("has brand") < WITH_BRAND, brand(config, chinese, F.col("tier"))),
@@ -194,10 +204,7 @@ def reviews(lines: DataFrame, config: SyntheticConfig) -> DataFrame:
     opinion = F.round(3.9 + 0.4 * F.col("z") + normal(config, "rating", *key)).cast("int")
     low, middle, high = (pick_in(chinese, words, u("sentence")) for words in TONES)
     sentence = F.when(F.col("stars") <= LOW_STARS, low).when(F.col("stars") == MIDDLE_STARS, middle).otherwise(high)
-    premium = _writes_of_quality(config, u("premium"))
-    ending = F.when(premium, pick_in(chinese, PREMIUM_ENDINGS, u("ending"))).otherwise(
-        pick_in(chinese, BARGAIN_ENDINGS, u("ending"))
-    )
+    ending = _words_of_power(config, PREMIUM_ENDINGS, BARGAIN_ENDINGS, u("premium"), u("ending"))
     words = (F.replace(sentence, F.lit("{}"), type_name(chinese)), F.when(u("has ending") < WITH_ENDING, ending))
     return (
         lines.filter(F.col("bought") & (u("made") < REVIEW_SHARE))
@@ -225,9 +232,7 @@ def consultations(lines: DataFrame, config: SyntheticConfig) -> DataFrame:
 
     chinese, topic = F.col("chinese"), whole(u("topic") * len(QUESTIONS))
     asked = F.coalesce(*(F.when(topic == n, pick_in(chinese, q[1:], u("question"))) for n, q in enumerate(QUESTIONS)))
-    wish = F.when(_writes_of_quality(config, u("premium")), pick_in(chinese, PREMIUM_WISHES, u("wish"))).otherwise(
-        pick_in(chinese, BARGAIN_WISHES, u("wish"))
-    )
+    wish = _words_of_power(config, PREMIUM_WISHES, BARGAIN_WISHES, u("premium"), u("wish"))
     words = (F.replace(asked, F.lit("{}"), type_name(chinese)), F.when(u("has wish") < WITH_WISH, wish))
     return (
         lines.filter((F.col("line") == 1) & (u("made") < CONSULTED))
