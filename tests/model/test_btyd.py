@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import date
 
 import numpy as np
@@ -150,6 +151,19 @@ def test_degenerate_platforms_still_give_a_sensible_spend(spark, given):
     # at most somewhat above what their own pace would bring
     pace = (values["frequency"] + 1) / values["tenure_days"] * HORIZON * np.abs(values["monetary_value"]).max()
     assert (spend <= 2 * pace).all()
+
+
+def test_a_few_customers_are_taken_for_those_of_the_other_platform_and_many_are_not(spark, world, fitted):
+    # the same shop in another currency
+    other = dataclasses.replace(TRUE, gamma=TRUE.gamma * 7)
+    few, fresh = spark.createDataFrame(world.head(15)), columns(simulated(1000, seed=2))
+    truth = TRUE.predict(fresh)
+    alone, like = (btyd.fit_btyd(few, HORIZON, given).predict(fresh) for given in (None, other))
+    assert np.abs(like - truth).mean() < 0.8 * np.abs(alone - truth).mean()
+    # of another kind of shop, many customers of one's own take no notice
+    strange = BtydMember(HORIZON, r=5.0, alpha=5.0, a=3.0, b=1.0, p=1.0, q=12.0, gamma=1.0)
+    beside = btyd.fit_btyd(spark.createDataFrame(world), HORIZON, strange)
+    assert beside.predict(fresh).mean() == pytest.approx(fitted.predict(fresh).mean(), rel=0.01)
 
 
 def test_what_cannot_be_fitted_is_refused_in_words(spark):

@@ -16,6 +16,7 @@ from scipy import stats
 
 from bp_spark.core.config import NetworkConfig
 from bp_spark.core.errors import BundleError, ConfigError, DataError
+from bp_spark.model.history import HistoryEncoder
 from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, empty_user
 from bp_spark.model.losses import band_loss, log_mse_loss, tweedie_loss, ziln_loss
 from bp_spark.model.members.base import predict_all
@@ -371,7 +372,7 @@ def _fewer_texts(folder: Path) -> None:
 
 def _newer_format(folder: Path) -> None:
     path = folder / DESCRIPTION_FILE
-    path.write_text(path.read_text().replace('"format": 3', '"format": 4'))
+    path.write_text(path.read_text().replace('"format": 4', '"format": 5'))
 
 
 @pytest.mark.parametrize(
@@ -392,6 +393,44 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, damage) -> None:  # type: i
     damage(tmp_path)
     with pytest.raises(BundleError, match=r"transformer\."):
         SpendNetwork.load(tmp_path)
+
+
+def test_a_bundle_from_before_projections_were_kept_predicts_the_same(tmp_path: Path) -> None:
+    network, rows = make_network(), make_rows(12)
+    network.save(tmp_path)
+    tensors = load_file(str(tmp_path / WEIGHTS_FILE))
+    kept = {name: tensor for name, tensor in tensors.items() if "projection" not in name}
+    assert len(tensors) - len(kept) == 4
+    save_file(kept, str(tmp_path / WEIGHTS_FILE))
+    path = tmp_path / DESCRIPTION_FILE
+    path.write_text(path.read_text().replace('"format": 4', '"format": 3'))
+    old = SpendNetwork.load(tmp_path)
+    np.testing.assert_allclose(
+        TransformerMember(old).predict(rows), TransformerMember(network).predict(rows), rtol=1e-5
+    )
+    old.save(tmp_path / "again")
+    np.testing.assert_array_equal(
+        TransformerMember.load(tmp_path / "again").predict(rows), TransformerMember(old).predict(rows)
+    )
+
+
+def test_an_encoder_goes_from_a_bundle_into_a_training_with_or_without_its_projection(tmp_path: Path) -> None:
+    network = make_network()
+    network.save(tmp_path / "bundle")
+    SpendNetwork.load(tmp_path / "bundle").save(tmp_path / "again")
+    member = TransformerMember.load(tmp_path / "again")
+    history = member.network.history
+    assert isinstance(history, HistoryEncoder)
+    for with_projection in (True, False):
+        torch.manual_seed(1)
+        started = make_network().history
+        assert isinstance(started, HistoryEncoder)
+        before = {name: tensor.clone() for name, tensor in started.state_dict().items()}
+        history.save(tmp_path / "encoder", with_projection=with_projection)
+        started.restore(tmp_path / "encoder")
+        for name, tensor in started.state_dict().items():
+            is_taken = with_projection or not name.startswith("text.")
+            torch.testing.assert_close(tensor, network.history.state_dict()[name] if is_taken else before[name])
 
 
 def test_sizes_that_do_not_fit_are_a_configuration_error() -> None:

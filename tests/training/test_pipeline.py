@@ -27,7 +27,7 @@ from bp_spark import night as whole_night
 from bp_spark.cli import app
 from bp_spark.core import config
 from bp_spark.core.config import Config, LabelsConfig, SearchConfig, SearchRange
-from bp_spark.core.errors import BundleError, DataError
+from bp_spark.core.errors import BundleError, ConfigError, DataError
 from bp_spark.features import labels
 from bp_spark.features.catalogue import catalogue
 from bp_spark.governance import residue_scan
@@ -45,6 +45,7 @@ from bp_spark.scoring import prediction
 from bp_spark.scoring.counterfactual import one_more_order
 from bp_spark.training import backtest, cross_fit, dataset, promote
 from bp_spark.training.loader import snapshot
+from bp_spark.training.warm_start import WarmStart
 from tests.support.histories import SECRET
 from tests.support.signing_keys import new_keys
 from tests.support.small_package import household_ids, write_small_package
@@ -389,6 +390,35 @@ def test_what_is_said_of_a_user_out_of_fold_leans_on_no_label_of_the_fold(line: 
     for member in ("linear", "btyd"):
         np.testing.assert_allclose(said[0].loc[held_out, member], said[1].loc[held_out, member], rtol=1e-6)
     assert not np.allclose(said[0].loc[~held_out, "linear"], said[1].loc[~held_out, "linear"], rtol=0.5)
+
+
+def test_a_network_starts_from_the_encoder_of_another_bundle_of_its_sizes_and_of_no_other(
+    line: Line, tmp_path: Path
+) -> None:
+    # steps too short to be seen
+    steps = {"max_epochs": 1, "learning_rate": 1e-30, "weight_decay": 0.0, "average_epochs": 0.0}
+    training = line.config.training.model_copy(update={**steps, "from_bundle": str(line.trained.bundle.folder)})
+    fusion = line.config.fusion.model_copy(update={"members": ("transformer",)})
+    settings = line.config.model_copy(update={"training": training, "fusion": fusion})
+    run = Run(line.spark, settings)
+    vocabulary = dataset.write_vocabulary(run, TEST_DATE, tmp_path)
+    cross_fit.cross_fit(run, line.lakehouse.read("training_set"), TEST_DATE, vocabulary, tmp_path, refit=False)
+    donor = load_file(line.trained.bundle.folder / "transformer.safetensors")
+    started = load_file(tmp_path / "without-0" / "model" / "transformer.safetensors")
+    of_encoder = [name for name in donor if name.startswith("history.")]
+    assert "history.projection.0.weight" in of_encoder
+    for name in of_encoder:
+        np.testing.assert_allclose(started[name], donor[name], rtol=1e-6, err_msg=name)
+    assert not np.array_equal(started["head.weight"], donor["head.weight"])
+
+    wider = settings.model_copy(update={"network": settings.network.model_copy(update={"hidden_size": 32})})
+    with pytest.raises(
+        ConfigError, match=r"training\.from_bundle: that bundle has network\.hidden_size 16, and not 32"
+    ):
+        WarmStart.of(wider)
+    elsewhere = settings.model_copy(update={"training": training.model_copy(update={"from_bundle": str(tmp_path)})})
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        WarmStart.of(elsewhere)
 
 
 def test_the_page_of_a_night_tells_of_all_users_and_of_none(line: Line) -> None:
@@ -826,6 +856,8 @@ def test_six_weeks_of_events_are_enough_for_scores_of_two_weeks_by_a_model_fitte
         "labels": LabelsConfig(cutoffs=2),
         "fusion": line.config.fusion.model_copy(update={"members": ("linear",)}),
         "tracking": line.config.tracking.model_copy(update={"uri": None}),
+        # an older platform's bundle
+        "training": line.config.training.model_copy(update={"from_bundle": str(line.trained.bundle.folder)}),
     }
     settings, tomorrow = line.config.model_copy(update=updates), last + timedelta(days=1)
     trained = pipeline.train(line.spark, settings)
@@ -836,6 +868,9 @@ def test_six_weeks_of_events_are_enough_for_scores_of_two_weeks_by_a_model_fitte
 
     # what passed is fitted anew, without a test date
     lineage, horizon = trained.bundle.manifest["lineage"], timedelta(days=14)
+    assert lineage["started_from"] == line.trained.bundle.digest
+    started = [stage["figures"] for stage in trained.stages if stage["stage"] == "warm start"]
+    assert [(stage["purchase process"], stage["encoder"]) for stage in started] == [("True", "False")] * 2
     assert lineage["test_date"] == str(tomorrow), "the later fit has the same horizon"
     learned = line.lakehouse.read("training_set", lineage["training_set"]["version"]).filter("complete")
     assert learned.agg(F.max("as_of_date")).collect()[0][0] == tomorrow - horizon

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,13 @@ def train(
             "horizon is over. A bundle that passes there is then fitted again, with all data up to now."
         ),
     ] = None,
+    from_bundle: Annotated[
+        str | None,
+        typer.Option(
+            help="Bundle of another platform to start from: its folder, or its address in the registry. "
+            "The same as training.from_bundle=BUNDLE."
+        ),
+    ] = None,
     overrides: Overrides = None,
     config_file: ConfigOption = None,
 ) -> None:
@@ -29,7 +37,8 @@ def train(
 
     Example: bp-spark train --test-date 2017-10-03 training.processes=2 network.loss=ziln
     """
-    settings = common.load_settings(config_file, overrides)
+    given = [] if from_bundle is None else [f"training.from_bundle={json.dumps(from_bundle)}"]
+    settings = common.load_settings(config_file, [*(overrides or ()), *given])
     day = None if test_date is None else config.parse_date(test_date)
     from bp_spark import pipeline
 

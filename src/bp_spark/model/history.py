@@ -8,6 +8,7 @@ states are pooled.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from bp_spark.model.inputs import HOURS, KINDS, NUMERIC_FEATURES, WEEKDAYS, Batc
 
 ENCODER_FILE = "encoder.safetensors"
 _TEXTS_AT_ONCE = 4096
+_TEXT = "text."
 
 
 class HistoryEncoder(nn.Module):
@@ -53,6 +55,7 @@ class HistoryEncoder(nn.Module):
         self.weekday = nn.Embedding(WEEKDAYS, size)
         self.hour = nn.Embedding(HOURS, size)
         self.text: nn.Module = nn.Sequential(nn.Linear(text_embeddings.shape[1], size), nn.LayerNorm(size))
+        self.projection: nn.Module | None = None
         self.numeric = nn.Linear(NUMERIC_FEATURES, size)
         self.user = nn.Parameter(torch.randn(size) * 0.02)
         self.encoder = _bert(config, history_length + 1)
@@ -107,9 +110,12 @@ class HistoryEncoder(nn.Module):
         return twin
 
     def take_texts(self, table: Tensor) -> None:
-        """Look up texts in the table of :meth:`bundle_tensors`, float32 [V + 1, size]: for scoring, not for training."""
+        """Look up texts in the table of :meth:`bundle_tensors`, float32 [V + 1, size]: for scoring, not for training.
+
+        The projection stays as ``projection``, for trainings of other platforms that start from this encoder.
+        """
         self.text_embeddings = table
-        self.text = nn.Identity()
+        self.projection, self.text = self.text, nn.Identity()
 
     def bundle_tensors(self) -> dict[str, Tensor]:
         """Return the tensors that a bundle holds beside the state of a merged encoder."""
@@ -119,22 +125,47 @@ class HistoryEncoder(nn.Module):
         """Return nothing: the network's sizes are enough to make an encoder like this one."""
         return {}
 
-    def save(self, folder: Path) -> None:
-        """Write the weights (:data:`ENCODER_FILE`), without the texts."""
+    def save(self, folder: Path, *, with_projection: bool = True) -> None:
+        """Write the weights (:data:`ENCODER_FILE`), without the texts.
+
+        Args:
+            folder: where to; it is made.
+            with_projection: whether to write the projection of the texts, if the encoder has one.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, str(folder / ENCODER_FILE))
+        # in a bundle's encoder the projection lies aside
+        named = {name.replace("projection.", _TEXT, 1): tensor for name, tensor in self.state_dict().items()}
+        written = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+        if not with_projection:
+            written = {name: tensor for name, tensor in written.items() if not name.startswith(_TEXT)}
+        save_file(written, str(folder / ENCODER_FILE))
 
     def restore(self, folder: Path) -> None:
-        """Load the weights that :meth:`save` wrote for an encoder of the same sizes.
+        """Load the weights that :meth:`save` wrote for an encoder of the same sizes; without a projection its own stays.
 
         Raises:
             BundleError: the file is missing or damaged, or of other sizes.
         """
         path = folder / ENCODER_FILE
         tensors = read_tensors(path)
+        if not any(name.startswith(_TEXT) for name in tensors):
+            tensors |= {name: tensor for name, tensor in self.state_dict().items() if name.startswith(_TEXT)}
         require_same_tensors(self, tensors, path)
         self.load_state_dict(tensors)
+
+
+def digests_of(initial: Path | None) -> tuple[str, ...]:
+    """Return the SHA-256 (hex) of the weights that :meth:`HistoryEncoder.save` wrote; of none, nothing.
+
+    Raises:
+        BundleError: the file can't be read.
+    """
+    if initial is None:
+        return ()
+    try:
+        return (hashlib.sha256((initial / ENCODER_FILE).read_bytes()).hexdigest(),)
+    except OSError as error:
+        raise BundleError(f"{initial / ENCODER_FILE}: can't be read: {error.strerror}") from error
 
 
 def pooled(states: Tensor, seen: Tensor, score: nn.Linear | None) -> Tensor:

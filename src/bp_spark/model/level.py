@@ -45,7 +45,7 @@ from bp_spark.model.values import floats, number, well_formed
 
 _WINDOWS = (4, 13, 26, 52)
 """Candidate windows, in weeks: the spend of the last weeks that stands for the level."""
-_PRIOR_SD, _PRIOR_WEIGHT = 0.05, 2.0
+PRIOR_SD, _PRIOR_WEIGHT = 0.05, 2.0
 """Standard deviation of the log level without past forecasts, and its weight in independent forecasts."""
 _MOST = math.log(3.0)
 """Largest absolute log factor: a gap beyond it is an error in the data, not a season."""
@@ -192,7 +192,9 @@ class Level:
     forecasts: float = 0.0
 
     @classmethod
-    def fit(cls, spend: WeeklySpend, horizon_days: int, cutoff_ages: Sequence[int], conf: FusionConfig) -> Self:
+    def fit(
+        cls, spend: WeeklySpend, horizon_days: int, ages: Sequence[int], conf: FusionConfig, prior_sd: float = PRIOR_SD
+    ) -> Self:
         """Fit the evidence for a season and the remaining error.
 
         The factor is relative to that of ``as_of``: :meth:`as_a_year_before` or :meth:`towards` completes it.
@@ -200,20 +202,21 @@ class Level:
         Args:
             spend: of the platform, up to the date of the fit.
             horizon_days: days of spend that the model predicts.
-            cutoff_ages: days between a date and each of the cutoffs that a training as of that date uses.
+            ages: days between a date and each of the cutoffs that a training as of that date uses.
             conf: how fast cutoffs lose weight, and whether there may be a season.
+            prior_sd: standard deviation of the log level without past forecasts.
         """
         horizon = max(1, round(horizon_days / 7))
         as_of = spend.end.isoformat()
         if not spend.cohorts.any():
-            return cls(as_of, 0.0, 0.0, _FLAT, _PRIOR_SD)
+            return cls(as_of, 0.0, 0.0, _FLAT, prior_sd)
         index = spend.decomposed.calendar
         ratios = {weeks: _after(index, horizon) - _before(index, weeks) for weeks in _WINDOWS}
-        steady = {weeks: _steady(ratio, cutoff_ages, conf.half_life_days) for weeks, ratio in ratios.items()}
+        steady = {weeks: _steady(ratio, ages, conf.half_life_days) for weeks, ratio in ratios.items()}
         errors = {weeks: ratios[weeks] - steady[weeks] for weeks in _WINDOWS}
         # With less than two years of data, a long window leaves too few weeks to judge by.
         by = _best({w: error for w, error in errors.items() if _independent(error, horizon) >= _EPISODES} or errors)
-        sd = _sd(errors[by], horizon)
+        sd = _sd(errors[by], horizon, prior_sd)
         year_ago = {weeks: _shifted(ratio, WEEKS_A_YEAR) for weeks, ratio in ratios.items()}
         misses = {
             weeks: miss
@@ -228,7 +231,7 @@ class Level:
             )
             shifts = seasonal - (_before(index, by) + steady[by])
             evidence = _evidence(errors[by], shifts, horizon)
-            sd_left = _sd(errors[by] - evidence * shifts, horizon)
+            sd_left = _sd(errors[by] - evidence * shifts, horizon, prior_sd)
             evidence = evidence if sd - sd_left >= _GAIN else 0.0
         else:
             # how far the level moved stands for how far a season moves it
@@ -376,9 +379,7 @@ def _evidence(steady_errors: np.ndarray, seasonal_shifts: np.ndarray, horizon: i
     slope = float(shifts @ errors) / float(shifts @ shifts)
     variance = float(np.mean((errors - slope * shifts) ** 2)) * independent / (independent - 1)
     squared_error = variance / (independent * float(np.mean(shifts**2)))
-    if slope <= 0:
-        return 0.0
-    return min(slope, 1.0) if slope**2 > _TIMES_ERROR**2 * squared_error else 0.0
+    return min(slope, 1.0) if slope > 0 and slope**2 > _TIMES_ERROR**2 * squared_error else 0.0
 
 
 def _assumed(index: np.ndarray, sd: float, by: int, horizon: int) -> tuple[float, float]:
@@ -411,11 +412,11 @@ def _assumed(index: np.ndarray, sd: float, by: int, horizon: int) -> tuple[float
     return share, min(sd, math.sqrt(left))
 
 
-def _sd(errors: np.ndarray, horizon: int) -> float:
+def _sd(errors: np.ndarray, horizon: int, prior_sd: float) -> float:
     """Return the standard deviation of the log level by the errors of past forecasts, shrunk to a prior."""
     independent = _independent(errors, horizon)
     squares = independent * float(np.mean(errors[np.isfinite(errors)] ** 2)) if independent else 0.0
-    return math.sqrt((squares + _PRIOR_WEIGHT * _PRIOR_SD**2) / (independent + _PRIOR_WEIGHT))
+    return math.sqrt((squares + _PRIOR_WEIGHT * prior_sd**2) / (independent + _PRIOR_WEIGHT))
 
 
 def _before(index: np.ndarray, weeks: int) -> np.ndarray:

@@ -31,12 +31,15 @@ from bp_spark.model.values import whole
 
 WEIGHTS_FILE = "transformer.safetensors"
 DESCRIPTION_FILE = "transformer.json"
-FORMAT = 3
+FORMAT = 4
+"""Format 3 lacked the projection of the texts."""
 
+_READABLE = (3, FORMAT)
 _TABULAR_LIMIT = 10.0
 _MIN_STD = 1e-6
 _OUTPUTS = {"ziln": 3, "tweedie": 1, "mse": 1}
 _HISTORY = "history."
+_PROJECTION = "history.projection.0.weight"
 _LONGEST = 100 * 366
 """Most days of a horizon."""
 
@@ -377,16 +380,20 @@ def _restored_history(
         raise BundleError(f"{path}: texts must be of shape {expected}, found {tuple(texts.shape)}")
     if config.layers > len(tensors):
         raise BundleError(f"{path}: holds fewer tensors than the network has layers")
-    history = HistoryEncoder(config, spec.history_length, torch.zeros(0, 1))
+    weight = tensors.get(_PROJECTION)
+    size = 1 if weight is None or not weight.ndim else weight.shape[-1]
+    history = HistoryEncoder(config, spec.history_length, torch.zeros(0, size))
     history.take_texts(texts)
+    if weight is None:
+        history.projection = None
     return history
 
 
 def _read_description(path: Path) -> tuple[InputSpec, NetworkConfig, dict[str, Any]]:
     try:
         description: dict[str, Any] = json.loads(path.read_bytes())
-        if description["format"] != FORMAT:
-            raise BundleError(f"{path}: format {description['format']!r}, this version reads {FORMAT}")
+        if description["format"] not in _READABLE:
+            raise BundleError(f"{path}: format {description['format']!r}, this version reads {_READABLE}")
         spec = InputSpec.from_json(description["input"])
         config = NetworkConfig.model_validate(description["network"])
         horizons = tuple(whole(days, 1, _LONGEST) for days in description["other_horizons"])

@@ -20,7 +20,7 @@ from bp_spark.features import labels
 from bp_spark.lakehouse.run import Run
 from bp_spark.model.inputs import InputSpec
 from bp_spark.model.members.base import Member, predict_all
-from bp_spark.model.members.btyd import fit_btyd
+from bp_spark.model.members.btyd import BtydMember, fit_btyd
 from bp_spark.model.members.linear import fit_linear
 from bp_spark.model.members.local_trees import LocalTreesFit, collect_rows, fits_driver
 from bp_spark.model.members.spark_trees import fit_trees_in_spark, task_slots
@@ -30,6 +30,7 @@ from bp_spark.training.dataset import collect_sample, without_histories, write_p
 from bp_spark.training.loader import Snapshot, snapshot
 from bp_spark.training.tasks import pretrain
 from bp_spark.training.tasks.finetune import finetune
+from bp_spark.training.warm_start import WarmStart
 
 RFM = (
     "recency_days",
@@ -69,6 +70,7 @@ def cross_fit(
     version: int | None = None,
     refit: bool = True,
     spec: InputSpec | None = None,
+    start: WarmStart | None = None,
 ) -> tuple[list[Member], pd.DataFrame, Sequence[Mapping[str, float]]]:
     """Fit the members without each fold, predict the users of that fold, and fit the members on all folds.
 
@@ -81,12 +83,14 @@ def cross_fit(
         version: version of the training set, for the network, which reads its files; ``None`` for the newest.
         refit: whether to fit the members on all folds too.
         spec: inputs of the transformer; by default all that there are.
+        start: what the members start from; by default what the settings say.
 
     Returns:
         The members of all folds; out-of-fold predictions; and the epochs of the transformer without the first fold. The
         predictions are of rows whose whole horizon was seen, at most ``evaluation.max_users``. They have the columns of
         :func:`predict_all`, and the spend of each other horizon, NaN where it is not known.
     """
+    start = start or WarmStart.of(run.config)
     folds = range(run.config.labels.folds)
     frame = collect_sample(rows.filter("complete"), run.config.fusion.members, run.config)
     # the transformer reads the histories from the table's files
@@ -96,7 +100,7 @@ def cross_fit(
         members: list[Member] = []
         out_of_fold: dict[str, np.ndarray] = {}
         history: Sequence[Mapping[str, float]] = ()
-        for name, fit in _member_fits(run, training_set, version, test_date, vocabulary, folder, spec).items():
+        for name, fit in _member_fits(run, training_set, version, test_date, vocabulary, folder, spec, start).items():
             with run.stage(f"fit {name}") as figures:
                 for fold in folds:
                     fitted = fit(fold)
@@ -120,16 +124,18 @@ def _member_fits(
     vocabulary: Path,
     folder: Path,
     spec: InputSpec | None,
+    start: WarmStart,
 ) -> dict[str, FitMember]:
     """Return how each member is fitted: the members of ``fusion.members``, and always the baselines linear and btyd."""
     config = run.config
-    fits: dict[str, FitMember] = {"linear": _linear_fit(rows, config), "btyd": _btyd_fit(rows, config)}
+    fits: dict[str, FitMember] = {"linear": _linear_fit(rows, config), "btyd": _btyd_fit(rows, config, start.purchases)}
     kinds = [kind for kind in (TreesMember, SqrtTreesMember) if kind.name in config.fusion.members]
     if kinds:
         fits |= _trees_fits(rows, config, kinds)
     if "transformer" in config.fusion.members:
         spec = spec or InputSpec.of(config.features)
-        fits["transformer"] = _transformer_fit(run, version, test_date, vocabulary, folder, spec)
+        initial = start.write_encoder(folder)
+        fits["transformer"] = _transformer_fit(run, version, test_date, vocabulary, folder, spec, initial)
     return fits
 
 
@@ -148,14 +154,15 @@ def _linear_fit(rows: DataFrame, config: Config) -> FitMember:
     return fit
 
 
-def _btyd_fit(rows: DataFrame, config: Config) -> FitMember:
+def _btyd_fit(rows: DataFrame, config: Config, like: BtydMember | None) -> FitMember:
     newest = rows.filter("NOT given").agg(F.max("as_of_date")).first()
     assert newest is not None
     # btyd reads the visits of all users of the newest date; the dates of survey labels have a few chosen users
     has_all_users = F.col("as_of_date") <= F.lit(newest[0])
 
     def fit(fold: int | None) -> MemberFit:
-        return MemberFit(fit_btyd(_with_split(rows, fold).filter(has_all_users), config.labels.horizon_days))
+        users = _with_split(rows, fold).filter(has_all_users)
+        return MemberFit(fit_btyd(users, config.labels.horizon_days, like))
 
     return fit
 
@@ -214,7 +221,13 @@ def _spark_trees_fit(rows: DataFrame, names: Sequence[str], config: Config, kind
 
 
 def _transformer_fit(
-    run: Run, version: int | None, test_date: date, vocabulary: Path, folder: Path, spec: InputSpec
+    run: Run,
+    version: int | None,
+    test_date: date,
+    vocabulary: Path,
+    folder: Path,
+    spec: InputSpec,
+    initial: Path | None,
 ) -> FitMember:
     """Return the pre-training and fine-tuning of the transformer.
 
@@ -231,9 +244,9 @@ def _transformer_fit(
 
     def fit(fold: int | None) -> MemberFit:
         run_dir = folder / ("all" if fold is None else f"without-{fold}")
-        encoder, figures = None, dict[str, object]()
+        encoder, figures = initial, dict[str, object]()
         if config.pretraining.max_epochs:
-            encoder, epochs = pretrain_encoder(run, test_date, vocabulary, fold, length("pre-training", fold))
+            encoder, epochs = pretrain_encoder(run, test_date, vocabulary, fold, length("pre-training", fold), initial)
             best_epochs["pre-training"].append(epochs)
             figures["pretraining_epochs"] = epochs
         train, valid = _train_and_valid(config, fold, labelled)
@@ -248,7 +261,7 @@ def _transformer_fit(
 
 
 def pretrain_encoder(
-    run: Run, test_date: date, vocabulary: Path, fold: int | None, epochs: int | None
+    run: Run, test_date: date, vocabulary: Path, fold: int | None, epochs: int | None, initial: Path | None = None
 ) -> tuple[Path, int]:
     """Pre-train the history encoder on histories as of the test date.
 
@@ -258,6 +271,7 @@ def pretrain_encoder(
         vocabulary: file of the texts.
         fold: fold of users to leave out, and to stop early on; ``None`` for all users.
         epochs: number of epochs; ``None`` to stop early.
+        initial: folder of an encoder to start from; by default from random weights.
 
     Returns:
         The folder of the encoder, and its best epoch.
@@ -265,9 +279,9 @@ def pretrain_encoder(
     config = run.config
     location, version = write_pretraining_set(run, test_date)
     train, valid = _train_and_valid(config, fold, lambda folds: snapshot(location, version, {"fold": folds}))
-    identity = digest(pretrain.inputs_digest(train, valid, vocabulary, config), epochs)
+    identity = digest(pretrain.inputs_digest(train, valid, vocabulary, config, initial), epochs)
     run_dir = Path(config.training.work_dir).absolute() / f"pretraining-{identity}"
-    result = pretrain.pretrain(run.spark, train, valid, vocabulary, config, run_dir, epochs=epochs)
+    result = pretrain.pretrain(run.spark, train, valid, vocabulary, config, run_dir, initial, epochs=epochs)
     return result.folder, result.best_epoch
 
 

@@ -16,12 +16,13 @@ from bp_spark.features import labels
 from bp_spark.ingest.clean import span
 from bp_spark.lakehouse.run import Run
 from bp_spark.model.horizons import MIN_ROWS, NETWORK, Horizons, label_column
-from bp_spark.model.level import Level, WeeklySpend
+from bp_spark.model.level import PRIOR_SD, Level, WeeklySpend
 from bp_spark.model.members.base import Member, predict_all
 from bp_spark.model.stack import CalibratedStack, recency_weights
 from bp_spark.model.totals import FEW_ERRORS, Totals
 from bp_spark.training.cross_fit import cross_fit
 from bp_spark.training.dataset import collect_sample, prepare, users_of_test_date
+from bp_spark.training.warm_start import WarmStart
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Fitted:
         predictions: a row per user of the test date: ``user_key``, ``label_spend``, ``seen``, a column per member, ``fused``,
             ``low``, ``high``, ``p_active``; for other horizons ``label_spend_30d``, ``transformer_30d``, ``fused_30d``.
         history: epochs of the transformer without the first fold.
+        started_from: digest of the bundle of another platform that this started from; ``None`` without one.
     """
 
     test_date: date
@@ -48,6 +50,7 @@ class Fitted:
     totals: Totals
     predictions: pd.DataFrame
     history: Sequence[Mapping[str, float]]
+    started_from: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -65,11 +68,12 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
         brackets: ``user_key, bracket``, to join to the predictions.
     """
     config = run.config
-    level, spend = fit_level(run, dates, test_date)
+    start = warm_start(run)
+    level, spend = fit_level(run, dates, test_date, start.level_sd)
     year_before = labels.year_before(span(run.lakehouse)[0], test_date, config.labels) if level.evidence else []
     version, vocabulary, folder = prepare(run, dates, test_date, year_before)
     rows = run.lakehouse.read("training_set", version)
-    members, out_of_fold, history = cross_fit(run, rows, test_date, vocabulary, folder, version=version)
+    members, out_of_fold, history = cross_fit(run, rows, test_date, vocabulary, folder, version=version, start=start)
     users = users_of_test_date(run, test_date)
     if brackets is not None:
         users = users.join(brackets, "user_key", "left")
@@ -100,16 +104,29 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
         p_active=fused["p_active"],
         **{labels.horizon_column("fused", days): by_horizon[days] for days in horizons.others},
     )
-    return Fitted(test_date, version, members, fusion, horizons, totals, predictions, history)
+    return Fitted(test_date, version, members, fusion, horizons, totals, predictions, history, start.digest)
 
 
-def fit_level(run: Run, dates: Sequence[date], test_date: date) -> tuple[Level, WeeklySpend]:
+def warm_start(run: Run) -> WarmStart:
+    """Return what the training starts from; a stage of ``run`` if that is something."""
+    if run.config.training.from_bundle is None:
+        return WarmStart.of(run.config)
+    with run.stage("warm start") as figures:
+        start = WarmStart.of(run.config)
+        figures.update(start.figures)
+    return start
+
+
+def fit_level(
+    run: Run, dates: Sequence[date], test_date: date, prior_sd: float = PRIOR_SD
+) -> tuple[Level, WeeklySpend]:
     """Fit the platform's season and trend on the weeks before the test date.
 
     Args:
         run: the running job; this is a stage of it.
         dates: cutoffs of the training set.
         test_date: date from which on no spend is seen.
+        prior_sd: standard deviation of the log level where nothing is known.
 
     Returns:
         The level, and the weeks that it was fitted on.
@@ -122,7 +139,7 @@ def fit_level(run: Run, dates: Sequence[date], test_date: date) -> tuple[Level, 
         rows = [(row["first_week"], row["week"], row["cents"]) for row in weekly.collect()]
         ages = [(test_date - day).days for day in dates]
         spend = WeeklySpend.of(rows, first, test_date)
-        level = Level.fit(spend, config.labels.horizon_days, ages, config.fusion)
+        level = Level.fit(spend, config.labels.horizon_days, ages, config.fusion, prior_sd)
         figures["evidence"], figures["sd"] = f"{level.evidence:.2f}", f"{level.sd:.3f}"
     return level, spend
 

@@ -82,7 +82,8 @@ def train(spark: SparkSession, config: Config, test_date: date | None = None) ->
         The bundle that scores, if one was promoted. Its metrics and ``fitted`` are those of the test date.
 
     Raises:
-        ConfigError: the key in ``signing.private_key`` can't be used.
+        BundleError: the bundle of ``training.from_bundle`` can't be used.
+        ConfigError: the key in ``signing.private_key`` can't be used, or that bundle's network has other sizes.
         DataError: there are no events, or too little history for one cutoff.
         OvertakenError: another training promoted its bundle while this one ran.
         PlatformError: the extra ``train`` is not installed, or a member can only be fitted in a classic session. It is raised
@@ -166,6 +167,8 @@ def _write_bundle(run: Run, fitted: Fitted, metrics: pd.DataFrame, judged: Bundl
         "currency": currency_of(lakehouse) or config.cleaning.currency,
         "config": config.model_dump(mode="json"),
     }
+    if fitted.started_from:
+        lineage["started_from"] = fitted.started_from
     if judged:
         lineage["judged"] = {"bundle": judged.folder.name, "test_date": judged.test_date}
     name = f"{test_date:%Y%m%d}-{run.run_id}"

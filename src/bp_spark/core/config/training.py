@@ -10,7 +10,13 @@ from bp_spark.core.config.base import Folder, Fraction, Positive, Section
 
 SEARCHED_SECTIONS = ("trees", "linear", "network", "pretraining", "training", "fusion")
 """Sections that a search may change: none of them changes the training set."""
-NOT_SEARCHED = ("training.work_dir", "training.launcher", "network.backbone", "network.text.model")
+NOT_SEARCHED = (
+    "training.work_dir",
+    "training.launcher",
+    "training.from_bundle",
+    "network.backbone",
+    "network.text.model",
+)
 """Settings of these sections that a search may not change: where training runs, and what the vocabulary depends on."""
 
 
@@ -114,6 +120,12 @@ class TrainingConfig(Section):
         "again.",
     )
     seed: int = Field(7, description="Random seed of initial weights, order of rows and dropout.")
+    from_bundle: str | None = Field(
+        None,
+        description="Bundle of another platform that a training starts from: its folder, or its address in the registry. "
+        "The history encoder of the network starts from that bundle's weights, and the purchase process and the "
+        "uncertainty of the platform's level from its values. It needs a network of the same sizes. Null: from nothing.",
+    )
     work_dir: Folder = Field(
         "work", description="Folder of checkpoints and TensorBoard logs. On a cluster all machines must see it."
     )

@@ -34,6 +34,8 @@ _EXACT = 20
 _LOG_STEP = 0.01
 _LOG_BOUND = 6.0
 _PRIOR_DEVIATION = 5.0
+_LIKE_DEVIATION = 1.0
+"""Standard deviation of a log parameter around that of another platform."""
 _STARTS = ((-1.0, 0.0, -1.0, 1.0), (0.0, 0.0, 0.0, 0.0), (1.0, 1.0, -3.0, 1.0), (-2.0, -2.0, 0.0, 3.0))
 _ONE_PLUS = 1.0 + 1e-6
 
@@ -151,7 +153,7 @@ def _visits(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
     return x, np.clip(np.nan_to_num(t_x), 0.0, T), T, m
 
 
-def fit_btyd(df: DataFrame, horizon_days: int) -> BtydMember:
+def fit_btyd(df: DataFrame, horizon_days: int, like: BtydMember | None = None) -> BtydMember:
     """Fit :class:`BtydMember` by maximum likelihood on the newest cutoff of ``split = 'train'``: each user once.
 
     The likelihoods need no users, only how many of them have each (x, t_x, T) and each (x, monetary value). Spark counts them,
@@ -160,11 +162,13 @@ def fit_btyd(df: DataFrame, horizon_days: int) -> BtydMember:
     :data:`MAX_ROWS` rows they are whole weeks, fortnights and so on, and a group stands at its mean.
 
     Each log parameter has a normal prior of deviation 5, which weighs less than one user. It decides only what the data leave
-    open, such as drop-out where nobody ever came back.
+    open, such as drop-out where nobody ever came back. With ``like`` the prior has deviation 1 around the parameters of another
+    platform's member: users may be few, and shops of one kind are alike. Amounts are in units of either platform's money.
 
     Args:
         df: ``as_of_date``, ``split`` and :data:`FEATURES`; rows without a tenure are left out.
         horizon_days: days that the member predicts.
+        like: the member of another platform.
 
     Raises:
         DataError: a column is missing, no row is a training row, or no training row has a positive monetary value.
@@ -178,8 +182,8 @@ def fit_btyd(df: DataFrame, horizon_days: int) -> BtydMember:
     values = _value_counts(users)
     if values.empty:
         raise DataError(TABLE, "no training row has a positive monetary value", column="monetary_value")
-    r, alpha, a, b = _fit_visits(_visit_counts(users))
-    p, q, gamma = _fit_values(values)
+    r, alpha, a, b = _fit_visits(_visit_counts(users), like)
+    p, q, gamma = _fit_values(values, like)
     return BtydMember(horizon_days, r, alpha, a, b, p, q, gamma)
 
 
@@ -225,7 +229,7 @@ def _stepped(name: str) -> Column:
     return F.when(value <= _EXACT, value).otherwise(_EXACT + F.ceil(F.log(value / _EXACT) / math.log(1.05)))
 
 
-def _fit_visits(counts: pd.DataFrame) -> tuple[float, float, float, float]:
+def _fit_visits(counts: pd.DataFrame, like: BtydMember | None) -> tuple[float, float, float, float]:
     """Fit ``r, alpha, a, b`` of BG/NBD."""
     x, t_x, T, users = (counts[name].to_numpy() for name in ("x", "t_x", "T", "users"))
     t_x = np.minimum(t_x, T)
@@ -235,7 +239,8 @@ def _fit_visits(counts: pd.DataFrame) -> tuple[float, float, float, float]:
         r, alpha, a, b = np.exp(logs)
         return -float(users @ bgnbd_log_likelihood(x, t_x / day, T / day, r, alpha, a, b))
 
-    r, alpha, a, b = _most_likely(loss, _STARTS, users.sum())
+    prior = None if like is None else np.log([like.r, like.alpha / day, like.a, like.b])
+    r, alpha, a, b = _most_likely(loss, _STARTS, users.sum(), prior)
     return r, alpha * day, a, b
 
 
@@ -250,7 +255,7 @@ def bgnbd_log_likelihood(
     return np.asarray(common + np.where(x > 0.0, np.logaddexp(alive, dropped), alive))
 
 
-def _fit_values(counts: pd.DataFrame) -> tuple[float, float, float]:
+def _fit_values(counts: pd.DataFrame, like: BtydMember | None) -> tuple[float, float, float]:
     """Fit ``p, q, gamma`` of Gamma-Gamma; ``q > 1``, as otherwise no mean spend exists."""
     n, m, users = (counts[name].to_numpy() for name in ("n", "m", "users"))
     money = float(np.exp(np.average(np.log(m), weights=users)))
@@ -259,7 +264,9 @@ def _fit_values(counts: pd.DataFrame) -> tuple[float, float, float]:
         p, q, gamma = np.exp(logs[0]), 1.0 + np.exp(logs[1]), np.exp(logs[2])
         return -float(users @ gamma_gamma_log_likelihood(n, m / money, p, q, gamma))
 
-    p, q, gamma = _most_likely(loss, [start[:3] for start in _STARTS], users.sum())
+    # the mean of the other platform stands for its money: p * gamma / (q - 1) is 1
+    prior = None if like is None else np.log([like.p, like.q - 1.0, (like.q - 1.0) / like.p])
+    p, q, gamma = _most_likely(loss, [start[:3] for start in _STARTS], users.sum(), prior)
     return p, 1.0 + q, gamma * money
 
 
@@ -277,12 +284,24 @@ def gamma_gamma_log_likelihood(n: np.ndarray, m: np.ndarray, p: float, q: float,
 
 
 def _most_likely(
-    loss: Callable[[np.ndarray], float], starts: Sequence[Sequence[float]], users: float
+    loss: Callable[[np.ndarray], float],
+    starts: Sequence[Sequence[float]],
+    users: float,
+    prior: np.ndarray | None = None,
 ) -> tuple[float, ...]:
-    """Return the parameters, exponentials of the arguments of ``loss``, of the best optimum."""
+    """Return the parameters, exponentials of the arguments of ``loss``, of the best optimum.
+
+    Args:
+        loss: negative log likelihood of the log parameters.
+        starts: of the search.
+        users: how many there are.
+        prior: means of the log parameters; by default 0, with a prior that is much weaker.
+    """
+    deviation = _PRIOR_DEVIATION if prior is None else _LIKE_DEVIATION
+    mean = np.zeros(len(starts[0])) if prior is None else np.clip(prior, -_LOG_BOUND, _LOG_BOUND)
 
     def penalised(logs: np.ndarray) -> float:
-        return (loss(logs) + float(logs @ logs) / (2 * _PRIOR_DEVIATION**2)) / users
+        return (loss(logs) + float(((logs - mean) ** 2).sum()) / (2 * deviation**2)) / users
 
     optima = [
         minimize(

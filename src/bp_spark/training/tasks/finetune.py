@@ -5,7 +5,6 @@ Every rank reads its shard of the row groups. :mod:`bp_spark.training.fit` has t
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bp_spark.core.config import Config, TrainingConfig, digest
-from bp_spark.core.errors import BundleError, DataError
+from bp_spark.core.errors import DataError
 from bp_spark.core.version import __version__
 from bp_spark.features.labels import horizon_column
 from bp_spark.ingest.texts import model_digest, model_folder
-from bp_spark.model.history import ENCODER_FILE, HistoryEncoder
+from bp_spark.model.history import HistoryEncoder, digests_of
 from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, empty_user, tabular_matrix
 from bp_spark.model.network import History, LabelStatistics, SpendNetwork, Statistics
 from bp_spark.model.text_history import TextHistoryEncoder, adapted
@@ -119,12 +118,7 @@ def inputs_digest(
     )
     if config.network.backbone == "text":
         parts += (model_digest(config.texts.model_copy(update={"model": config.history_model})),)
-    if initial is None:
-        return digest(*parts)
-    try:
-        return digest(*parts, hashlib.sha256((initial / ENCODER_FILE).read_bytes()).hexdigest())
-    except OSError as error:
-        raise BundleError(f"{initial / ENCODER_FILE}: can't be read: {error.strerror}") from error
+    return digest(*parts, *digests_of(initial))
 
 
 def other_horizons(config: Config) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bp_spark.core.config import Config, digest
 from bp_spark.core.version import __version__
+from bp_spark.model.history import digests_of
 from bp_spark.model.inputs import HISTORY_COLUMNS, InputSpec, empty_user
 from bp_spark.model.pretraining import PARTS, PretrainingBatch, PretrainingNetwork, make_batch
 from bp_spark.training.distributed import Group, run_ranks
@@ -39,6 +40,7 @@ def pretrain(
     texts_path: Path,
     config: Config,
     run_dir: Path,
+    initial: Path | None = None,
     *,
     epochs: int | None = None,
 ) -> TrainingOutcome:
@@ -58,10 +60,12 @@ def pretrain(
         texts_path: safetensors with ``ids`` (int64 [V], sorted) and ``embeddings`` (float [V, D]).
         config: settings; ranks, the optimizer's decay, warmup, gradient clip and seed are those of ``training``.
         run_dir: folder of checkpoints, TensorBoard logs and the result; on a cluster, a folder that all machines see.
+        initial: folder of an encoder of the same sizes to start from; ``None`` starts from random weights.
         epochs: number of epochs to run, of the schedule of ``pretraining.max_epochs``; by default until training stops early.
 
     Raises:
         DataError: the snapshots lack a column, or the file of texts is malformed.
+        BundleError: the encoder to start from can't be read.
         PlatformError: a rank failed.
     """
     started = time.monotonic()
@@ -70,15 +74,21 @@ def pretrain(
     run_dir = Path(run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     epochs = min(epochs or config.pretraining.max_epochs, config.pretraining.max_epochs)
-    identity = digest(inputs_digest(train, valid, texts_path, config), epochs)
+    identity = digest(inputs_digest(train, valid, texts_path, config, initial), epochs)
     length = config.features.history_length
-    task = PretrainTask(train, valid, epochs, length, Path(texts_path).absolute(), config, run_dir, identity)
+    task = PretrainTask(train, valid, epochs, length, Path(texts_path).absolute(), config, run_dir, identity, initial)
     result = run_ranks(spark, config.training, run_dir, fit, task)
     return TrainingOutcome.of(result.progress, run_dir / ENCODER_FOLDER, started)
 
 
-def inputs_digest(train: Snapshot, valid: Snapshot | None, texts_path: Path, config: Config) -> str:
-    """Return the identity of a run's inputs. Files of a table have unique names, which stand for their content."""
+def inputs_digest(
+    train: Snapshot, valid: Snapshot | None, texts_path: Path, config: Config, initial: Path | None = None
+) -> str:
+    """Return the identity of a run's inputs. Files of a table have unique names, which stand for their content.
+
+    Raises:
+        BundleError: the encoder to start from can't be read.
+    """
     training = config.training
     shared = (
         training.processes,
@@ -87,7 +97,7 @@ def inputs_digest(train: Snapshot, valid: Snapshot | None, texts_path: Path, con
         training.gradient_clip,
         training.seed,
     )
-    settings = (config.features.history_length, config.network, config.pretraining, shared)
+    settings = (config.features.history_length, config.network, config.pretraining, shared, *digests_of(initial))
     return digest(train.files, valid.files if valid else None, vocabulary_digest(texts_path), settings, __version__)
 
 
@@ -131,6 +141,7 @@ class PretrainTask:
     config: Config
     run_dir: Path
     digest: str
+    initial: Path | None = None
 
     @property
     def settings(self) -> FitSettings:
@@ -159,10 +170,13 @@ class PretrainTask:
         return HistorySplit(loader, steps, snapshot.rows, self.history_length, self.config, ids.numpy(), group)
 
     def network(self, train: HistorySplit, group: Group) -> PretrainingNetwork:
-        """Return the encoder with random weights, and its pre-training heads."""
+        """Return the encoder with random weights or those to start from, and its pre-training heads."""
         _, embeddings = read_vocabulary(self.texts)
         temperature = self.config.pretraining.temperature
-        return PretrainingNetwork(self.config.network, self.history_length, embeddings, temperature)
+        network = PretrainingNetwork(self.config.network, self.history_length, embeddings, temperature)
+        if self.initial is not None:
+            network.history.restore(self.initial)
+        return network
 
     def state(self, network: PretrainingNetwork, steps: int) -> TrainingState:
         """Return AdamW with a warmup and a cosine."""
