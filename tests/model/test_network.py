@@ -431,6 +431,11 @@ def test_an_encoder_goes_from_a_bundle_into_a_training_with_or_without_its_proje
         for name, tensor in started.state_dict().items():
             is_taken = with_projection or not name.startswith("text.")
             torch.testing.assert_close(tensor, network.history.state_dict()[name] if is_taken else before[name])
+    # of a platform that has texts, for one that has none
+    history.save(tmp_path / "encoder")
+    wordless = HistoryEncoder(TINY, SPEC.history_length, torch.zeros(0, 1))
+    wordless.restore(tmp_path / "encoder")
+    torch.testing.assert_close(wordless.kind.weight, network.history.kind.weight)
 
 
 def test_sizes_that_do_not_fit_are_a_configuration_error() -> None:

@@ -141,15 +141,19 @@ class HistoryEncoder(nn.Module):
         save_file(written, str(folder / ENCODER_FILE))
 
     def restore(self, folder: Path) -> None:
-        """Load the weights that :meth:`save` wrote for an encoder of the same sizes; without a projection its own stays.
+        """Load the weights that :meth:`save` wrote for an encoder of the same sizes.
+
+        The projection of the texts stays where the file has none, or one of other embeddings: a platform without texts has
+        embeddings of width 1.
 
         Raises:
             BundleError: the file is missing or damaged, or of other sizes.
         """
         path = folder / ENCODER_FILE
         tensors = read_tensors(path)
-        if not any(name.startswith(_TEXT) for name in tensors):
-            tensors |= {name: tensor for name, tensor in self.state_dict().items() if name.startswith(_TEXT)}
+        own = {name: tensor for name, tensor in self.state_dict().items() if name.startswith(_TEXT)}
+        if any(name not in tensors or tensors[name].shape != tensor.shape for name, tensor in own.items()):
+            tensors |= own
         require_same_tensors(self, tensors, path)
         self.load_state_dict(tensors)
 
