@@ -5,9 +5,9 @@ In: settings to change, as ``synthetic.users=2000``. Out: a line of JSON a figur
 The platform is synthetic: its users visit before they buy, and some never do. A training as of the test date sees nothing
 later. The figures are of that date's prospects and of what they spent in the horizon from it on.
 
-- ``everyone.users_scored_share``: users with a purchase before the date, or seen within ``prospects.silent_days`` before it,
-  who have exactly one row in ``scores`` and ``prospect_scores`` together.
-- ``everyone.prospects``: prospects among them.
+- ``everyone.users_scored_share``: users with a purchase before the date, or registered or seen within ``prospects.silent_days``
+  before it, who have exactly one row in ``scores`` and ``prospect_scores`` together.
+- ``everyone.prospects``: prospects among them; ``everyone.registered_alone``: those who did nothing else yet.
 - ``prospects.auc_first_purchase``: see :func:`bp_spark.evaluation.metrics.auc`.
 - ``prospects.ece``: see :func:`bp_spark.evaluation.metrics.expected_calibration_error`.
 - ``prospects.spend_calibration``: expected over real spend of all prospects together.
@@ -70,7 +70,11 @@ def run(spark: SparkSession, settings: Config, folder: Path) -> dict[str, float]
 
 def everyone(lakehouse: Lakehouse, settings: Config, day: date) -> dict[str, float]:
     """Return how many of those who should have a score have exactly one."""
-    before = lakehouse.read("user_daily").filter(F.col("day") < F.lit(day))
+    days = lakehouse.read("user_daily").select("user_key", "day", "orders")
+    signups = lakehouse.read("raw_users").select(
+        "user_key", F.to_date("signup_ts").alias("day"), F.lit(0).alias("orders")
+    )
+    before = days.unionByName(signups).filter(F.col("day") < F.lit(day))
     seen = before.groupBy("user_key").agg(F.sum("orders").alias("orders"), F.max("day").alias("last"))
     is_recent = F.datediff(F.lit(day), "last") <= settings.prospects.silent_days
     wanted = seen.filter((F.col("orders") > 0) | is_recent)
@@ -79,7 +83,12 @@ def everyone(lakehouse: Lakehouse, settings: Config, day: date) -> dict[str, flo
     users, once = (
         wanted.join(counts, "user_key", "left").agg(F.count(F.lit(1)), F.count_if(F.col("scores") == 1)).collect()[0]
     )
-    return {"everyone.users_scored_share": once / users, "everyone.prospects": float(scores[1].count())}
+    features = rows_of_date(lakehouse.read("prospect_features"), day, "as_of_date")
+    return {
+        "everyone.users_scored_share": once / users,
+        "everyone.prospects": float(scores[1].count()),
+        "everyone.registered_alone": float(features.filter("days_since_event IS NULL").count()),
+    }
 
 
 def first_purchases(lakehouse: Lakehouse, settings: Config, day: date) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from bp_spark.lakehouse.tables import (
     EVENTS,
     RAW_BEHAVIOURS,
     RAW_TRANSACTIONS,
+    RAW_USERS,
     TEXT_EMBEDDINGS,
     TEXTS,
 )
@@ -80,7 +81,7 @@ def events() -> list[dict[str, Any]]:
 
 
 def cleaned(spark: SparkSession, lakehouse: Lakehouse) -> None:
-    """Store what an ingest and its cleaning leave: one user called, and one was addressed by a campaign."""
+    """Store what an ingest and its cleaning leave: a user called, one was addressed by a campaign, and one registered."""
     called = {"consultation_id": "1", "user_key": "caller", "event_date": AS_OF - timedelta(days=9)}
     addressed = [
         {"contact_id": user, "user_key": user, "campaign_id": "c1", "first_day": AS_OF - timedelta(days=7)}
@@ -93,6 +94,10 @@ def cleaned(spark: SparkSession, lakehouse: Lakehouse) -> None:
         TEXT_EMBEDDINGS: [{"text_id": 1, "sentiment": 0.0}],
         CONSULTATIONS: [called],
         CAMPAIGN_CONTACTS: addressed,
+        RAW_USERS: [
+            {"ingest_id": 1, "user_key": user, "signup_ts": datetime.combine(AS_OF - timedelta(days=4), time(9), UTC)}
+            for user in ("registered", "buyer1")
+        ],
     }
     for table, values in rows.items():
         lakehouse.replace(table, frame(spark, table, *values))
@@ -145,7 +150,7 @@ def test_everyone_who_was_seen_before_the_date_has_exactly_one_score(platform: P
         days = (AS_OF - row["event_date"]).days
         last_seen[row["user_key"]] = min(days, last_seen.get(row["user_key"], days))
     prospects = {user for user, days in last_seen.items() if user not in bought and 0 < days <= SILENT}
-    prospects |= {"caller", "mailed"}
+    prospects |= {"caller", "mailed", "registered"}
     assert len(prospects) > 15
     assert sorted(platform.rows("scores")["user_key"]) == sorted(bought)
     assert sorted(platform.rows("prospect_scores")["user_key"]) == sorted(prospects)

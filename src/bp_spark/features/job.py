@@ -24,7 +24,7 @@ from bp_spark.ingest.quarantine import replay
 from bp_spark.ingest.texts_job import embed, find_topics
 from bp_spark.lakehouse.run import Run, Step, recorded
 from bp_spark.lakehouse.store import Lakehouse
-from bp_spark.lakehouse.tables import CAMPAIGN_CONTACTS, CONSULTATIONS, PROSPECT_FEATURES, USER_DAILY
+from bp_spark.lakehouse.tables import CAMPAIGN_CONTACTS, CONSULTATIONS, PROSPECT_FEATURES, RAW_USERS, USER_DAILY
 
 _WEEKS_COMPARED = 8
 """Weeks before a day whose same weekdays tell how many orders it should have."""
@@ -267,9 +267,10 @@ def write_prospects(run: Run, as_of: Sequence[date]) -> None:
         return
     lakehouse, silent_days = run.lakehouse, run.config.prospects.silent_days
     contacts = (CONSULTATIONS, CAMPAIGN_CONTACTS)
-    names = ("user_daily", *lakehouse.existing(table.name for table in contacts))
+    names = ("user_daily", *lakehouse.existing(table.name for table in (*contacts, RAW_USERS)))
     versions = {name: lakehouse.version(name) for name in names}
-    built_from = digest(__version__, prospects.FORMAT, silent_days, sorted(versions.items()))
+    first_day, day_in = run.config.cleaning.first_day, run.config.cleaning.day_in
+    built_from = digest(__version__, prospects.FORMAT, silent_days, first_day, day_in, sorted(versions.items()))
     with run.step("prospects", PROSPECT_FEATURES, built_from) as step:
         built = _built_dates(lakehouse, PROSPECT_FEATURES.name, built_from)
         missing = [day for day in as_of if day not in built]
@@ -278,7 +279,9 @@ def write_prospects(run: Run, as_of: Sequence[date]) -> None:
             return
         lakehouse.require_whole_files("user_daily", versions["user_daily"])
         rows = {name: lakehouse.read(name, version) for name, version in versions.items()}
-        traces = prospects.traces(rows["user_daily"], *(rows.get(table.name) for table in contacts))
+        users = rows.get(RAW_USERS.name)
+        registered = None if users is None else prospects.registrations(users, first_day, day_in)
+        traces = prospects.traces(rows["user_daily"], *(rows.get(table.name) for table in contacts), registered)
         features = prospects.prospect_features(traces, missing, silent_days, built_from)
         before = step.version
         version = step.replace(features, where={"as_of_date": missing})

@@ -1,9 +1,9 @@
-"""Features of prospects: users with an event, a consultation or a contact by a campaign, and without a purchase.
+"""Features of prospects: users who registered or have an event, a consultation or a contact by a campaign, and no purchase.
 
 Point in time: a row of a date reads only days before that date, and a later purchase changes none of its values. Counts are of
 whole numbers, so that neither the order of addition nor the size of the cluster changes a feature by a bit.
 
-Attributes of users (``raw_users``) are no features here either.
+Of ``raw_users`` the time of registration counts, and nothing else: segments are no features here either.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from pyspark.sql import functions as F
 
 from bp_spark.features.definition import KEY
 from bp_spark.features.user_daily import first_order_day
+from bp_spark.ingest.cleaning import local_time
 from bp_spark.lakehouse.tables import PROSPECT_FEATURES
 
-FORMAT = 1
+FORMAT = 2
 """Goes up when values of features change. A bundle of another format scores no prospect."""
 FEATURES = tuple(column.name for column in PROSPECT_FEATURES.columns if column.type == "float")
 """What the model of prospects reads."""
 SILENCE = "days_since_seen"
 """The feature that stands in for all others where there are few first purchases."""
-PROSPECT_SOURCES = ("raw_behaviours", "raw_searches", "raw_reviews", "consultations", "campaign_contacts")
+PROSPECT_SOURCES = ("raw_behaviours", "raw_searches", "raw_reviews", "raw_users", "consultations", "campaign_contacts")
 """Tables that name users before their first purchase. Without any of them there is no prospect."""
 
 _COUNTED_DAYS: Mapping[str, tuple[int, ...]] = {
@@ -44,18 +45,38 @@ _COUNTED_DAYS: Mapping[str, tuple[int, ...]] = {
     "contacts": (30, 90),
 }
 """Measure of a day -> windows in days over which it is summed."""
-_OF_CONTACTS = {"consultations": "days_since_consultation", "contacts": "days_since_contact"}
+_NEWEST_DAYS = {
+    "consultations": "days_since_consultation",
+    "contacts": "days_since_contact",
+    "registrations": "days_since_registration",
+}
 """Measure that a platform may not deliver -> the feature of its newest day."""
 _DWELL_DAYS = 90
 
 
-def traces(daily: DataFrame, consultations: DataFrame | None, contacts: DataFrame | None) -> DataFrame:
-    """Return what each user left on each day: a row per user-day, consultation and contact.
+def registrations(users: DataFrame, first_day: date, day_in: str) -> DataFrame:
+    """Return the day on which each user registered, ``user_key, day``: the first one, of all deliveries.
+
+    Args:
+        users: RAW_USERS.
+        first_day: earlier registrations are errors, and left out: an export writes 1970-01-01 for one that it doesn't know.
+        day_in: zone whose days count.
+    """
+    day = F.to_date(local_time("signup_ts", day_in)).alias("day")
+    rows = users.filter("user_key IS NOT NULL").select("user_key", day)
+    return rows.filter(F.col("day") >= F.lit(first_day)).groupBy("user_key").agg(F.min("day").alias("day"))
+
+
+def traces(
+    daily: DataFrame, consultations: DataFrame | None, contacts: DataFrame | None, registered: DataFrame | None
+) -> DataFrame:
+    """Return what each user left on each day: a row per user-day, consultation, contact and registration.
 
     Args:
         daily: USER_DAILY.
         consultations: CONSULTATIONS; ``None`` where the platform has none.
         contacts: CAMPAIGN_CONTACTS; ``None`` where the platform has none. A contact counts on its first day.
+        registered: of :func:`registrations`; ``None`` where the platform delivers no users.
 
     Returns:
         ``user_key, day, orders``, and the measures of a day. There is no column for a table that is ``None``.
@@ -66,7 +87,11 @@ def traces(daily: DataFrame, consultations: DataFrame | None, contacts: DataFram
     )
     others = [
         rows.select("user_key", F.col(day).alias("day"), F.lit(1).alias(name))
-        for name, day, rows in (("consultations", "event_date", consultations), ("contacts", "first_day", contacts))
+        for name, day, rows in (
+            ("consultations", "event_date", consultations),
+            ("contacts", "first_day", contacts),
+            ("registrations", "day", registered),
+        )
         if rows is not None
     ]
     return reduce(lambda one, other: one.unionByName(other, allowMissingColumns=True), others, of_events)
@@ -104,6 +129,8 @@ def prospect_features(traces: DataFrame, as_of: Sequence[date], silent_days: int
 def _aggregates(traces: DataFrame) -> dict[str, Column]:
     """Return feature -> its aggregate over the days of a prospect, of columns that the traces have; NULL for the others."""
     age = F.col("age")
+    # not 0
+    unknown = F.min(F.lit(None).cast("int"))
 
     def newest(measure: str) -> Column:
         return F.min(F.when(F.col(measure).isNotNull(), age))
@@ -120,10 +147,8 @@ def _aggregates(traces: DataFrame) -> dict[str, Column]:
     for measure, windows in _COUNTED_DAYS.items():
         if measure in traces.columns:
             values |= {f"{measure}_{days}d": total(measure, days) for days in windows}
-            if measure in _OF_CONTACTS:
-                values[_OF_CONTACTS[measure]] = newest(measure)
         else:
-            # unknown, and not 0
-            values |= {f"{measure}_{days}d": F.min(F.lit(None).cast("int")) for days in windows}
-            values[_OF_CONTACTS[measure]] = F.min(F.lit(None).cast("int"))
+            values |= {f"{measure}_{days}d": unknown for days in windows}
+    for measure, name in _NEWEST_DAYS.items():
+        values[name] = newest(measure) if measure in traces.columns else unknown
     return values

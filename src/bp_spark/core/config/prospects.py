@@ -8,7 +8,7 @@ from bp_spark.core.config.base import Positive, Section
 
 
 class ProspectsConfig(Section):
-    """Scores of prospects: users with an event, a consultation or a contact by a campaign, and no purchase yet."""
+    """Scores of prospects: users who registered or have an event, a consultation or a contact, and no purchase yet."""
 
     enabled: bool = Field(
         True,

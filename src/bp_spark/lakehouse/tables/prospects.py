@@ -4,12 +4,12 @@ from bp_spark.lakehouse.schema import Table, columns
 
 PROSPECT_FEATURES = Table(
     "prospect_features",
-    "Features of users without a purchase before as_of_date, from events, consultations and contacts before that day",
+    "Features of users without a purchase before as_of_date, from what they left and what reached them before that day",
     columns(
         ("user_key", "string!", "User"),
         ("as_of_date", "date!", "Only what happened before this day is seen"),
-        ("days_known", "float", "Days since the first event, consultation or contact"),
-        ("days_since_seen", "float", "Days since the last event, consultation or contact"),
+        ("days_known", "float", "Days since the first event, consultation, contact or the registration"),
+        ("days_since_seen", "float", "Days since the last event, consultation, contact or the registration"),
         ("days_since_event", "float", "Days since the last event; NULL: none"),
         ("active_days_7d", "float", "Days with an event, 7 days"),
         ("active_days_30d", "float", "Days with an event, 30 days"),
@@ -39,6 +39,7 @@ PROSPECT_FEATURES = Table(
         ("contacts_30d", "float", "Contacts by campaigns, 30 days; NULL: the platform delivers none"),
         ("contacts_90d", "float", "Contacts by campaigns, 90 days; NULL: the platform delivers none"),
         ("days_since_contact", "float", "Days since the first day of the last contact by a campaign; NULL: none"),
+        ("days_since_registration", "float", "Days since the user registered; NULL: the platform doesn't say"),
         ("built_from", "string!", "Digest of the inputs' versions, the definitions and the code"),
     ),
     key=("user_key", "as_of_date"),

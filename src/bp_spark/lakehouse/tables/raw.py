@@ -93,7 +93,7 @@ RAW_ITEMS = Table(
 )
 RAW_USERS = Table(
     "raw_users",
-    "Attributes of users that the platform delivers; for fairness reports and regions only, never a feature",
+    "Users as the platform delivers them; segments are for fairness reports and regions only, never a feature",
     columns(
         ("user_key", "string", "Key of the user; NULL where the platform gave no id"),
         ("signup_ts", "timestamp", "Time of registration, UTC"),
