@@ -26,7 +26,7 @@ from bp_spark.evaluation import drift
 from bp_spark.features import labels
 from bp_spark.features.catalogue import catalogue, user_features_table
 from bp_spark.lakehouse.store import Lakehouse
-from bp_spark.lakehouse.tables import EVENTS, SCORES, TOTALS, USER_DAILY
+from bp_spark.lakehouse.tables import EVENTS, PROSPECT_SCORES, SCORES, TOTALS, USER_DAILY
 from bp_spark.model.horizons import Horizons
 from bp_spark.model.members.btyd import BtydMember
 from bp_spark.model.stack import CalibratedStack
@@ -43,6 +43,8 @@ NEXT = NIGHT + timedelta(days=1)
 LAST = NIGHT + timedelta(days=2)
 OLD = NIGHT - timedelta(days=100)
 USERS = 400
+PROSPECTS = 80
+FIRST_PURCHASES = ("auc", "ece", "above_high", "buyers", "calibration")
 
 
 # --- spreads and distances ---------------------------------------------------------------------------------------------
@@ -198,6 +200,21 @@ def promised_totals(digest: str) -> list[dict[str, Any]]:
     ]
 
 
+def prospects_of_old(digest: str) -> list[dict[str, Any]]:
+    """Prospects of OLD: of the likely ones, who are users, each bought for 10; of the others none."""
+    return [
+        {
+            "user_key": f"user{number}" if number < PROSPECTS // 5 else f"visitor{number}",
+            "score_date": OLD,
+            "expected_spend": 6.0 if number < PROSPECTS // 5 else 0.75,
+            "high": 9.0 if number < PROSPECTS // 10 else 12.0,
+            "p_active": 0.9 if number < PROSPECTS // 5 else 0.1,
+            "bundle_digest": digest,
+        }
+        for number in range(PROSPECTS)
+    ]
+
+
 @pytest.fixture(scope="module")
 def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Platform:
     folder = tmp_path_factory.mktemp("drift")
@@ -255,6 +272,7 @@ def platform(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
         ]
     lakehouse.replace(SCORES, rows_of(spark, SCORES, scores))
     forget_column(lakehouse, SCORES, "horizon_days")
+    lakehouse.replace(PROSPECT_SCORES, rows_of(spark, PROSPECT_SCORES, prospects_of_old(bundle.digest)))
     lakehouse.replace(TOTALS, rows_of(spark, TOTALS, promised_totals(bundle.digest)))
     days = [
         {"user_key": f"user{user}", "day": OLD + timedelta(days=user % 90), "spend": Decimal(10)}
@@ -284,6 +302,16 @@ def test_where_nothing_moved_nothing_alarms_but_what_was_spent_outside_the_inter
     assert figures[str(OLD), "coverage", None]["value"] == 0.5
     assert figures[str(OLD), "calibration", None]["value"] == 1
     assert figures[str(OLD), "mae", None]["value"] == 0
+    first = {name: figures[str(OLD), f"prospects_{name}", None] for name in FIRST_PURCHASES}
+    assert {name: row["value"] for name, row in first.items()} == {
+        "auc": 1.0,
+        "ece": pytest.approx(0.1, abs=0.005),
+        "above_high": 1 / 10,
+        "buyers": 1 / 5,
+        "calibration": pytest.approx(0.9),
+    }
+    # chance explains more than the setting tolerates: of 16 purchasers
+    assert (first["calibration"]["threshold"], first["calibration"]["users"]) == (1 - 3.3 / 16**0.5, PROSPECTS)
     inside = figures[str(OLD), "totals_inside", None]
     assert (inside["value"], inside["reference"], inside["users"]) == (2 / 3, 0.9, USERS)
     assert figures["score", "moved", str(OLD)]["value"] == 0

@@ -6,10 +6,9 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date
 from typing import Any
 
-import numpy as np
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -17,11 +16,10 @@ from bp_spark.core.config import Config, DriftConfig, digest
 from bp_spark.core.errors import DataError
 from bp_spark.core.session import persisted
 from bp_spark.core.version import __version__
-from bp_spark.evaluation import drift, metrics
+from bp_spark.evaluation import drift
 from bp_spark.evaluation import fairness as by_segment
 from bp_spark.evaluation.drift_reference import SCORE, SCORE_BORDERS, Spreads, measure_spreads, read_reference
-from bp_spark.features import labels
-from bp_spark.ingest.clean import span
+from bp_spark.evaluation.realised import bundle_of, complete_dates, realised, with_spend
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.schema import rows_of_date
 from bp_spark.lakehouse.store import read_as_declared
@@ -96,7 +94,7 @@ def check_drift(spark: SparkSession, config: Config, score_date: date) -> DriftR
         reference = read_reference(run, bundle_digest)
         versions = {
             name: lakehouse.version(name)
-            for name in ("scores", "user_features", "user_daily", "events")
+            for name in ("scores", "prospect_scores", "user_features", "user_daily", "events")
             if lakehouse.exists(name)
         }
         inputs = digest(
@@ -107,7 +105,7 @@ def check_drift(spark: SparkSession, config: Config, score_date: date) -> DriftR
             if not step.unchanged:
                 rows = [
                     *_changes(run, scores, score_date, reference),
-                    *_realised(run, scores, score_date),
+                    *realised(run, scores, score_date),
                 ]
                 common = {"run_id": run.run_id, "score_date": score_date, "bundle_digest": bundle_digest}
                 frame = spark.createDataFrame([{**row, **common} for row in rows], DRIFT.schema)
@@ -117,18 +115,6 @@ def check_drift(spark: SparkSession, config: Config, score_date: date) -> DriftR
             step.figures["rows_out"], step.figures["broken"] = len(result.rows), len(result.broken)
         _warn(result, score_date)
         return result
-
-
-def bundle_of(scores: DataFrame, score_date: date) -> str:
-    """Return the digest of the bundle that scored a date.
-
-    Raises:
-        DataError: the date has no scores.
-    """
-    row = rows_of_date(scores, score_date).select("bundle_digest").first()
-    if row is None:
-        raise DataError("scores", f"holds no rows of {score_date}; run score for it", column="score_date")
-    return str(row[0])
 
 
 def _warn(result: DriftResult, score_date: date) -> None:
@@ -257,138 +243,6 @@ def _level_changes(
     return rows
 
 
-# --- real spend --------------------------------------------------------------------------------------------------------
-
-
-def _realised(run: Run, scores: DataFrame, score_date: date) -> list[dict[str, Any]]:
-    """Return figures of the runs whose horizon is over, and that no check of another date has measured."""
-    measured = set[str]()
-    if run.lakehouse.exists("drift"):
-        others = run.lakehouse.read("drift").filter(
-            (F.col("kind") == "realised") & (F.col("score_date") != F.lit(score_date))
-        )
-        measured = {row[0] for row in others.select("subject").distinct().collect()}
-    rows = []
-    for day, days in _complete_dates(run, scores, score_date).items():
-        if str(day) not in measured:
-            rows += _errors(run, scores, day, days)
-    return rows
-
-
-def _complete_dates(run: Run, scores: DataFrame, score_date: date) -> dict[date, int]:
-    """Return date -> days of horizon of the scores up to a date whose horizon is over, as far as events reach, oldest first."""
-    if not run.lakehouse.exists("user_daily"):
-        return {}
-    configured, (_, last) = run.config.labels.horizon_days, span(run.lakehouse)
-    day, recorded = F.col("score_date"), F.col("horizon_days")
-    # statistics of the files skip newer nights whose horizon is as configured
-    may_be_over = (day <= F.lit(last - timedelta(days=configured))) | (recorded < configured)
-    dates = scores.filter((day <= F.lit(score_date)) & may_be_over).groupBy(day).agg(F.max(recorded)).collect()
-    # older versions of this package didn't record the horizon
-    horizons = {on: days or (configured if _has_horizon(scores, on, configured) else 0) for on, days in sorted(dates)}
-    return {on: days for on, days in horizons.items() if days and on + timedelta(days=days) <= last}
-
-
-def _has_horizon(scores: DataFrame, day: date, days: int) -> bool:
-    """Return whether the expected spend of a date is over so many days: one bundle, with one horizon, predicted it."""
-    by_horizon = F.col("expected_by_horizon")
-    same = F.element_at(by_horizon, F.lit(days)) == F.col("expected_spend")
-    row = rows_of_date(scores, day).select(F.coalesce(same, by_horizon.isNull())).first()
-    return row is not None and bool(row[0])
-
-
-def _with_spend(run: Run, scores: DataFrame, day: date, days: int) -> DataFrame:
-    """Return the scores of a date with ``label_spend``, the user's spend over so many days."""
-    of_date = rows_of_date(scores, day).withColumn("as_of_date", F.col("score_date"))
-    return labels.join_labels(of_date, labels.future_spend(run.lakehouse.read("user_daily"), [day], days))
-
-
-def _errors(run: Run, scores: DataFrame, day: date, days: int) -> list[dict[str, Any]]:
-    """Return the figures of the kind realised: the metrics of a date, and whether they are as promised."""
-    config = run.config.drift
-    rows = _with_spend(run, scores, day, days)
-    users = rows_of_date(scores, day).count()
-    columns = ("label_spend", "expected_spend", "low", "high", "p_active")
-    frame = drift.sampled(rows, users, config.max_users, "user_key").select(*columns).toPandas()
-    truth, predicted, low, high, p_active = (frame[name].to_numpy(np.float64) for name in columns)
-    coverage = run.config.fusion.coverage
-    figures = metrics.evaluate(truth, predicted, low=low, high=high, p_active=p_active, promised=coverage)
-    spent = np.maximum(truth, 0.0).sum()
-    figures["calibration"] = predicted.sum() / spent if spent > 0 else math.nan
-    bundle_digest = bundle_of(scores, day)
-    promised = _test_metrics(run, bundle_digest)
-    promised |= {"coverage": coverage, "calibration": 1.0}
-    rank_metrics = [name for name in promised if name in ("spearman", "gini")]
-    least = {name: promised[name] - config.max_rank_loss for name in rank_metrics}
-    least |= {"coverage": coverage - config.max_coverage_gap, "calibration": 1 - config.max_calibration_error}
-    most = {"calibration": 1 + config.max_calibration_error}
-    note = None if len(frame) == users else f"of a sample of {len(frame):,} of {users:,} users, by hash"
-    by_user = [
-        drift.figure(
-            "realised",
-            str(day),
-            metric,
-            value,
-            len(frame),
-            reference=promised.get(metric),
-            least=least.get(metric),
-            most=most.get(metric),
-            note=note,
-        )
-        for metric, value in figures.items()
-    ]
-    return by_user + _totals_inside(run, rows, day, days, bundle_digest)
-
-
-def _totals_inside(run: Run, rows: DataFrame, day: date, days: int, bundle_digest: str) -> list[dict[str, Any]]:
-    """Return the share of the date's totals, of the platform and of its levels, whose interval held what was spent.
-
-    A level is left out if some of its users were counted elsewhere, as too few of a category or a region.
-
-    Args:
-        run: the running job.
-        rows: scores of the date with ``label_spend``.
-        day: the date.
-        days: of its horizon.
-        bundle_digest: of the bundle that scored it.
-    """
-    if not run.lakehouse.exists("totals"):
-        return []
-    of_horizon = (F.col("horizon_days") == days) & F.col("segment").isin("platform", "level")
-    of_bundle = F.col("bundle_digest") == bundle_digest
-    promised = rows_of_date(run.lakehouse.read("totals"), day).filter(of_horizon & of_bundle).collect()
-    spend = F.sum(F.greatest("label_spend", F.lit(0.0)))
-    spent = {
-        row["level"]: (row["users"], row["spend"])
-        for row in rows.groupBy("level").agg(F.count(F.lit(1)).alias("users"), spend.alias("spend")).collect()
-    }
-    spent["all"] = (sum(users for users, _ in spent.values()), sum(spend for _, spend in spent.values()))
-    inside = [
-        total["low"] <= spent[total["value"]][1] <= total["high"]
-        for total in promised
-        if spent.get(total["value"], (0, 0.0))[0] == total["users"]
-    ]
-    if not inside:
-        return []
-    note = f"of {len(inside)} totals: of the platform and of levels"
-    share, users = sum(inside) / len(inside), spent["all"][0]
-    coverage = run.config.fusion.coverage
-    return [drift.figure("realised", str(day), "totals_inside", share, users, reference=coverage, note=note)]
-
-
-def _test_metrics(run: Run, bundle_digest: str) -> dict[str, float]:
-    """Return metrics of the bundle at its test date, over all users; none if its horizon was not over then."""
-    if not run.lakehouse.exists("metrics"):
-        return {}
-    of_bundle = (
-        (F.col("bundle_digest") == bundle_digest) & (F.col("member") == "fused") & (F.col("population") == "all")
-    )
-    rows = (
-        run.lakehouse.read("metrics").filter(of_bundle & F.col("value").isNotNull()).select("metric", "value").collect()
-    )
-    return {row["metric"]: row["value"] for row in rows if not math.isnan(row["value"])}
-
-
 # --- fairness ----------------------------------------------------------------------------------------------------------
 
 
@@ -413,17 +267,17 @@ def fairness(spark: SparkSession, config: Config, score_date: date) -> FairnessR
         names = sorted(row[0] for row in segments.select("segment").distinct().collect())
         if not names:
             raise DataError("raw_users", "no user has a segment; there is nothing to report by", column="segment")
-        complete = list(_complete_dates(run, scores, score_date).items())[-1:]
+        complete = list(complete_dates(run, scores, score_date).items())[-1:]
         measured = complete[-1][0] if complete else None
         inputs = digest(config.fairness, score_date, complete)
         with run.step("fairness", FAIRNESS, inputs, score_date=str(score_date)) as step:
             of_date = rows_of_date(scores, score_date)
             rows = _by_segment(run, of_date, segments, names, by_segment.of_scores(), score_date)
             for day, days in complete:
-                with_spend = _with_spend(run, scores, day, days)
-                top = with_spend.agg(F.percentile_approx("label_spend", by_segment.TOP)).collect()[0][0]
+                labelled = with_spend(run, scores, day, days)
+                top = labelled.agg(F.percentile_approx("label_spend", by_segment.TOP)).collect()[0][0]
                 errors = by_segment.of_errors(max(top, 0.0))
-                rows = rows.unionByName(_by_segment(run, with_spend, segments, names, errors, day))
+                rows = rows.unionByName(_by_segment(run, labelled, segments, names, errors, day))
             rows = rows.withColumns({"run_id": F.lit(run.run_id), "score_date": F.lit(score_date)})
             step.replace(rows, where={"score_date": [score_date]})
             report = rows_of_date(lakehouse.read("fairness"), score_date)

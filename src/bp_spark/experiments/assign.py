@@ -12,7 +12,7 @@ from pyspark.sql import functions as F
 from bp_spark.core.config import Config, digest
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.session import persisted
-from bp_spark.evaluation.job import bundle_of
+from bp_spark.evaluation.realised import bundle_of
 from bp_spark.experiments.assignment import CONTROL, EVERYONE, Definition, draw, scored_users
 from bp_spark.ingest.clean import span
 from bp_spark.lakehouse.run import Run, recorded

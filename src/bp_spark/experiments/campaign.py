@@ -20,7 +20,7 @@ from pyspark.sql import functions as F
 from bp_spark.core.config import Config
 from bp_spark.core.errors import ConfigError, DataError
 from bp_spark.core.session import persisted
-from bp_spark.evaluation.job import bundle_of
+from bp_spark.evaluation.realised import bundle_of
 from bp_spark.experiments.assignment import with_covariate
 from bp_spark.experiments.covariates import covariates, later_contacts, other_contacts
 from bp_spark.experiments.doubly_robust import Effect, effect

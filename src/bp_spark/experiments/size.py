@@ -12,7 +12,7 @@ from pyspark.sql import functions as F
 
 from bp_spark.core.config import Config
 from bp_spark.core.errors import ConfigError, DataError
-from bp_spark.evaluation.job import bundle_of
+from bp_spark.evaluation.realised import bundle_of
 from bp_spark.experiments import spend
 from bp_spark.experiments.assignment import EVERYONE, scored_users
 from bp_spark.experiments.estimate import Moments, Plan

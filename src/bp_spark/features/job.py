@@ -266,8 +266,8 @@ def write_prospects(run: Run, as_of: Sequence[date]) -> None:
     if not can_have_prospects(run):
         return
     lakehouse, silent_days = run.lakehouse, run.config.prospects.silent_days
-    contacts = (CONSULTATIONS, CAMPAIGN_CONTACTS)
-    names = ("user_daily", *lakehouse.existing(table.name for table in (*contacts, RAW_USERS)))
+    others = (CONSULTATIONS, CAMPAIGN_CONTACTS, RAW_USERS)
+    names = ("user_daily", *lakehouse.existing(table.name for table in others))
     versions = {name: lakehouse.version(name) for name in names}
     first_day, day_in = run.config.cleaning.first_day, run.config.cleaning.day_in
     built_from = digest(__version__, prospects.FORMAT, silent_days, first_day, day_in, sorted(versions.items()))
@@ -281,7 +281,8 @@ def write_prospects(run: Run, as_of: Sequence[date]) -> None:
         rows = {name: lakehouse.read(name, version) for name, version in versions.items()}
         users = rows.get(RAW_USERS.name)
         registered = None if users is None else prospects.registrations(users, first_day, day_in)
-        traces = prospects.traces(rows["user_daily"], *(rows.get(table.name) for table in contacts), registered)
+        talks, contacts = (rows.get(table.name) for table in (CONSULTATIONS, CAMPAIGN_CONTACTS))
+        traces = prospects.traces(rows["user_daily"], talks, contacts, registered)
         features = prospects.prospect_features(traces, missing, silent_days, built_from)
         before = step.version
         version = step.replace(features, where={"as_of_date": missing})

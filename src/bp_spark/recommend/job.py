@@ -14,7 +14,7 @@ from bp_spark.core.config import Config, RecommendationsConfig, digest
 from bp_spark.core.errors import PlatformError
 from bp_spark.core.session import is_connect, persisted
 from bp_spark.core.version import __version__
-from bp_spark.evaluation.job import bundle_of
+from bp_spark.evaluation.realised import bundle_of
 from bp_spark.lakehouse.run import recorded
 from bp_spark.lakehouse.schema import rows_of_date
 from bp_spark.lakehouse.store import Lakehouse

@@ -17,7 +17,7 @@ from bp_spark.core.config import Config, digest
 from bp_spark.core.errors import DataError
 from bp_spark.core.session import persisted
 from bp_spark.core.version import __version__
-from bp_spark.evaluation.job import bundle_of
+from bp_spark.evaluation.realised import bundle_of
 from bp_spark.features.catalogue import catalogue
 from bp_spark.lakehouse.run import Run, Step, recorded
 from bp_spark.lakehouse.schema import rows_of_date
