@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
 
-from bench import Usage, ablation, data, decisions, gpu, house, labelling, sizes, stack, suite, worlds
+from bench import Usage, ablation, data, decisions, gpu, house, labelling, sizes, stack, suite, warm_start, worlds
 from bench.duckdb_peer import MACROS, dialect
 from bp_spark.core import config
 from bp_spark.features.aggregates import SEQUENCE_COLUMNS
@@ -252,6 +252,22 @@ def test_the_figures_of_worlds_are_of_all_of_them() -> None:
     assert (found["total_error_worst"], found["coverage_min"], found["coverage_max"]) == (0.3, 0.8, 0.9)
     assert found["total_error_median"] == pytest.approx(0.2)
     assert (found["above_high_max"], found["platform_coverage"]) == (0.09, 0.5)
+
+
+def test_a_warm_start_is_better_where_it_ranks_better_and_errs_less() -> None:
+    rng = np.random.default_rng(1)
+    spend = rng.gamma(1, 50, 300)
+    told = {"cold": spend * rng.lognormal(0, 1, 300), "warm": spend * rng.lognormal(0, 0.2, 300)}
+    users = pd.DataFrame({"user_key": [f"u{n}" for n in range(300)], "label_spend": spend, "seen": True})
+    said = {}
+    for name, values in told.items():
+        columns = dict.fromkeys(warm_start.MEMBERS, values)
+        said[name] = users.assign(**columns, low=0.0, high=np.median(spend))
+        said[name].attrs.update(rows=300, seconds=1.0, weights=(1.0,))
+    found = warm_start.compared(said, config.load(overrides=["evaluation.resamples=20"]))
+    assert found["warm"]["coverage"] == 0.5
+    for member in warm_start.MEMBERS:
+        assert found[member]["spearman_gain"]["low"] > 0 > found[member]["mae_gain"]["high"]
 
 
 @pytest.mark.parametrize(("test", "told"), [("assert True", True), ("assert False", False), ("pytest.skip()", False)])
