@@ -1,4 +1,4 @@
-"""A whole night in one session: new deliveries, features, scores, profiles, recommendations, drift, and the page about it."""
+"""A whole night in one session: new deliveries, features, scores, profiles, recommendations, checks, and the page about it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from pyspark.sql import functions as F
 
 from bp_spark import pipeline
 from bp_spark.core.config import Config
+from bp_spark.evaluation.job import fairness_is_due
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import RUNS
-from bp_spark.pipeline import DriftResult, ReportResult, ScoreResult
+from bp_spark.pipeline import DriftResult, FairnessResult, ReportResult, ScoreResult
 from bp_spark.recommend.job import is_due
 
-STEPS = ("featurize", "score", "profile", "recommend", "drift", "report")
-"""What a night does, in order; each is a job of its own in ``runs``. Not every night has to recommend."""
+STEPS = ("featurize", "score", "profile", "recommend", "drift", "fairness", "report")
+"""What a night does, in order; each is a job of its own in ``runs``. Recommendations and fairness aren't due every night."""
 _NIGHTS = 5
 """Runs of a step whose median tells how long it will take."""
 _IN_MINUTES = 100
@@ -37,12 +38,14 @@ class NightResult:
     Attributes:
         scored: What was scored.
         drift: Figures of drift, and which of them are beyond their thresholds.
+        fairness: The report by segments of users; ``None`` where none was due.
         report: The page of the night.
         stages: The stages of all steps, as in ``runs``.
     """
 
     scored: ScoreResult
     drift: DriftResult
+    fairness: FairnessResult | None
     report: ReportResult
     stages: list[dict[str, Any]]
 
@@ -56,7 +59,9 @@ def night(
     strict: bool = False,
     page: str | Path | None = None,
 ) -> NightResult:
-    """Run a night: ingest and featurize, score, profile, recommend where it is due, check for drift, and write the page.
+    """Run a night: ingest and featurize, score, profile, check for drift, and write the page.
+
+    Recommendations and the report by segments of users are made where they are due.
 
     A step whose inputs are unchanged writes nothing. So a night that was stopped goes on where it was when it is run again.
 
@@ -74,7 +79,12 @@ def night(
         DataError: the source breaks the raw contract, or the date lies before the data.
     """
     lakehouse = Lakehouse(spark, config.tables)
-    steps = [step for step in STEPS if step != "recommend" or is_due(lakehouse, config, day)]
+    not_due = set[str]()
+    if not is_due(lakehouse, config, day):
+        not_due.add("recommend")
+    if not fairness_is_due(lakehouse, config, day):
+        not_due.add("fairness")
+    steps = [step for step in STEPS if step not in not_due]
     progress = _Progress(day, steps, seconds_of_last_runs(lakehouse))
     stages = progress.step("featurize", lambda: pipeline.featurize(spark, config, [day], strict=strict))
     scored = progress.step("score", lambda: pipeline.score(spark, config, day, bundle))
@@ -83,9 +93,13 @@ def night(
     if "recommend" in steps:
         recommended = progress.step("recommend", lambda: pipeline.recommend(spark, config, day))
     drift = progress.step("drift", lambda: pipeline.check_drift(spark, config, day))
+    fairness = None
+    if "fairness" in steps:
+        fairness = progress.step("fairness", lambda: pipeline.fairness(spark, config, day))
     report = progress.step("report", lambda: pipeline.report(spark, config, day, page))
-    all_stages = [*stages, *scored.stages, *profiles, *recommended, *drift.stages, *report.stages]
-    return NightResult(scored, drift, report, all_stages)
+    checked = [*drift.stages, *([] if fairness is None else fairness.stages)]
+    all_stages = [*stages, *scored.stages, *profiles, *recommended, *checked, *report.stages]
+    return NightResult(scored, drift, fairness, report, all_stages)
 
 
 def seconds_of_last_runs(lakehouse: Lakehouse) -> dict[str, float]:

@@ -16,6 +16,7 @@ from bp_spark import pipeline
 from bp_spark.core import config
 from bp_spark.core.config import CleaningConfig, FairnessConfig
 from bp_spark.evaluation import fairness
+from bp_spark.evaluation.job import fairness_is_due
 from bp_spark.features import labels
 from bp_spark.features.aggregates import SEQUENCE_COLUMNS
 from bp_spark.features.catalogue import catalogue
@@ -154,7 +155,18 @@ def test_a_night_is_reported_with_the_errors_of_the_newest_whose_horizon_is_over
         for row in frame.to_dict("records")
     ]
     lakehouse.replace(RAW["raw_users"], rows_of(spark, RAW["raw_users"], people))
+    assert fairness_is_due(lakehouse, settings, NIGHT)
     result = pipeline.fairness(spark, settings, NIGHT)
+    assert {day: fairness_is_due(lakehouse, settings, NIGHT + timedelta(days=day)) for day in (-1, 0, 1, 6, 7)} == {
+        -1: True,
+        0: True,
+        1: False,
+        6: False,
+        7: True,
+    }
+    assert not fairness_is_due(lakehouse, config.changed(settings, {"fairness.every_days": None}), NIGHT)
+    lakehouse.replace(RAW["raw_users"], rows_of(spark, RAW["raw_users"], [{"user_key": "u1", "ingest_id": 2}]))
+    assert not fairness_is_due(lakehouse, settings, NIGHT)
     assert result.measured == old
     found = result.report.toPandas().set_index(["group", "metric"])
     assert (found.loc[("low", "score"), "measured_date"], found.loc[("low", "mae"), "measured_date"]) == (NIGHT, old)

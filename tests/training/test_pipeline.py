@@ -213,12 +213,12 @@ def test_a_second_featurize_changes_no_table(line: Line) -> None:
 def test_a_night_run_again_goes_through_its_steps_and_writes_no_score(
     line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    names = ("events", "user_features", "scores", "scores_latest", "user_profile", "recommendations")
+    names = ("events", "user_features", "scores", "scores_latest", "user_profile", "recommendations", "fairness")
     versions = _versions(line.lakehouse, *names)
     with caplog.at_level("INFO", whole_night.logger.name):
         result = whole_night.night(line.spark, line.config, TEST_DATE, page=tmp_path / "night.html")
     said = [record.getMessage() for record in caplog.records if record.name == whole_night.logger.name]
-    assert [words.split(":")[0] for words in said] == [f"night {TEST_DATE}, step {n} of 6" for n in range(1, 7)]
+    assert [words.split(":")[0] for words in said] == [f"night {TEST_DATE}, step {n} of 7" for n in range(1, 8)]
     assert [words.split(": ")[1].split(",")[0] for words in said] == list(whole_night.STEPS)
     assert all("by the last nights" in words for words in said)
     assert (result.scored.users, result.scored.written) == (line.scored.users, False)
@@ -419,6 +419,13 @@ def test_a_network_starts_from_the_encoder_of_another_bundle_of_its_sizes_and_of
     elsewhere = settings.model_copy(update={"training": training.model_copy(update={"from_bundle": str(tmp_path)})})
     with pytest.raises(BundleError, match=r"manifest\.json"):
         WarmStart.of(elsewhere)
+
+
+def test_a_night_reports_by_segments_of_users(line: Line) -> None:
+    assert line.night.fairness is not None
+    groups = line.lakehouse.read("fairness").filter(F.col("score_date") == F.lit(TEST_DATE)).toPandas()
+    assert line.night.fairness.report.count() == len(groups)
+    assert {"age", "income"} <= set(groups["segment"])
 
 
 def test_the_page_of_a_night_tells_of_all_users_and_of_none(line: Line) -> None:

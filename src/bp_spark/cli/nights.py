@@ -39,11 +39,12 @@ def night(
     ] = None,
     config_file: ConfigOption = None,
 ) -> None:
-    """Run a whole night in one session: featurize, score, profile, recommend, drift, report.
+    """Run a whole night in one session: featurize, score, profile, recommend, drift, fairness, report.
 
-    Recommendations are made every few nights (recommendations.every_days). The log says which step begins, and how long
-    the rest took on the last nights. A step whose inputs are unchanged writes nothing: run a night that was stopped
-    again, and it goes on where it was. A broken drift threshold is a warning here, and the scores stay.
+    Recommendations are made every few nights (recommendations.every_days), and so is the report by segments of users
+    (fairness.every_days). The log says which step begins, and how long the rest took on the last nights. A step whose
+    inputs are unchanged writes nothing: run a night that was stopped again, and it goes on where it was. A broken
+    threshold of drift or fairness is a warning here, and the scores stay.
 
     Example: bp-spark night --date 2017-10-03
     """

@@ -22,7 +22,7 @@ from bp_spark.evaluation.drift_reference import SCORE, SCORE_BORDERS, Spreads, m
 from bp_spark.evaluation.realised import bundle_of, complete_dates, realised, with_spend
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.schema import rows_of_date
-from bp_spark.lakehouse.store import read_as_declared
+from bp_spark.lakehouse.store import Lakehouse, read_as_declared
 from bp_spark.lakehouse.tables import DRIFT, FAIRNESS, SCORES
 
 logger = logging.getLogger(__name__)
@@ -290,6 +290,21 @@ def fairness(spark: SparkSession, config: Config, score_date: date) -> FairnessR
             fields = {"score_date": str(score_date), "broken": counted[1]}
             logger.warning(message, score_date, counted[1], extra={"fields": fields})
         return FairnessResult(report, counted[1], measured, run.records)
+
+
+def fairness_is_due(lakehouse: Lakehouse, config: Config, day: date) -> bool:
+    """Return whether a night has to report by segment: users have some, and no report is of the last nights.
+
+    How many these are says ``fairness.every_days``.
+    """
+    every = config.fairness.every_days
+    if every is None or not lakehouse.exists("raw_users"):
+        return False
+    newest = lakehouse.commit_metadata(FAIRNESS.name).get("score_date")
+    # a night that is run again asks again, and finds its inputs unchanged
+    if newest is not None and 0 < (day - date.fromisoformat(newest)).days < every:
+        return False
+    return not lakehouse.read("raw_users").filter("cardinality(segment) > 0").isEmpty()
 
 
 def _by_segment(

@@ -102,6 +102,11 @@ class FairnessConfig(Section):
     No setting makes a segment a feature.
     """
 
+    every_days: Positive | None = Field(
+        7,
+        description="Days from one report to the next that `bp-spark night` makes, if users have segments. 1: every night; "
+        "null: only `bp-spark fairness` makes them.",
+    )
     small_below: Positive = Field(
         100,
         description="Groups of fewer users are marked as small and never alarm, because their intervals say little.",
