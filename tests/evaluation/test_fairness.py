@@ -164,6 +164,10 @@ def test_a_night_is_reported_with_the_errors_of_the_newest_whose_horizon_is_over
         6: False,
         7: True,
     }
+    version = lakehouse.version("fairness")
+    again = pipeline.fairness(spark, settings, NIGHT)
+    assert (lakehouse.version("fairness"), again.stages[-1]["status"]) == (version, "unchanged")
+    assert (again.broken, again.report.count()) == (result.broken, result.report.count())
     assert not fairness_is_due(lakehouse, config.changed(settings, {"fairness.every_days": None}), NIGHT)
     lakehouse.replace(RAW["raw_users"], rows_of(spark, RAW["raw_users"], [{"user_key": "u1", "ingest_id": 2}]))
     assert not fairness_is_due(lakehouse, settings, NIGHT)

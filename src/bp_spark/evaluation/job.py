@@ -94,8 +94,7 @@ def check_drift(spark: SparkSession, config: Config, score_date: date) -> DriftR
         reference = read_reference(run, bundle_digest)
         versions = {
             name: lakehouse.version(name)
-            for name in ("scores", "prospect_scores", "user_features", "user_daily", "events")
-            if lakehouse.exists(name)
+            for name in lakehouse.existing(("scores", "prospect_scores", "user_features", "user_daily", "events"))
         }
         inputs = digest(
             __version__, config.drift, config.labels, config.fusion.coverage, versions, score_date, bool(reference)
@@ -249,7 +248,8 @@ def _level_changes(
 def fairness(spark: SparkSession, config: Config, score_date: date) -> FairnessResult:
     """Report the scores of a date by segment of users, and the errors of the newest date up to it whose horizon is over.
 
-    The rows of the date in ``fairness`` are replaced. A broken threshold is a warning in the log.
+    The rows of the date in ``fairness`` are replaced. A broken threshold is a warning in the log. If no table has changed since
+    the last report, its rows stay.
 
     Args:
         spark: the running session.
@@ -263,23 +263,26 @@ def fairness(spark: SparkSession, config: Config, score_date: date) -> FairnessR
         lakehouse = run.lakehouse
         scores = read_as_declared(lakehouse, SCORES, lakehouse.version("scores"))
         bundle_of(scores, score_date)
-        segments = by_segment.newest_segments(lakehouse.read("raw_users"))
+        versions = {name: lakehouse.version(name) for name in lakehouse.existing(("scores", "raw_users", "user_daily"))}
+        segments = by_segment.newest_segments(lakehouse.read("raw_users", versions.get("raw_users")))
         names = sorted(row[0] for row in segments.select("segment").distinct().collect())
         if not names:
             raise DataError("raw_users", "no user has a segment; there is nothing to report by", column="segment")
         complete = list(complete_dates(run, scores, score_date).items())[-1:]
         measured = complete[-1][0] if complete else None
-        inputs = digest(config.fairness, score_date, complete)
+        smallest = config.privacy.smallest_group
+        inputs = digest(__version__, config.fairness, smallest, versions, score_date, complete)
         with run.step("fairness", FAIRNESS, inputs, score_date=str(score_date)) as step:
-            of_date = rows_of_date(scores, score_date)
-            rows = _by_segment(run, of_date, segments, names, by_segment.of_scores(), score_date)
-            for day, days in complete:
-                labelled = with_spend(run, scores, day, days)
-                top = labelled.agg(F.percentile_approx("label_spend", by_segment.TOP)).collect()[0][0]
-                errors = by_segment.of_errors(max(top, 0.0))
-                rows = rows.unionByName(_by_segment(run, labelled, segments, names, errors, day))
-            rows = rows.withColumns({"run_id": F.lit(run.run_id), "score_date": F.lit(score_date)})
-            step.replace(rows, where={"score_date": [score_date]})
+            if not step.unchanged:
+                of_date = rows_of_date(scores, score_date)
+                rows = _by_segment(run, of_date, segments, names, by_segment.of_scores(), score_date)
+                for day, days in complete:
+                    labelled = with_spend(run, scores, day, days)
+                    top = labelled.agg(F.percentile_approx("label_spend", by_segment.TOP)).collect()[0][0]
+                    errors = by_segment.of_errors(max(top, 0.0))
+                    rows = rows.unionByName(_by_segment(run, labelled, segments, names, errors, day))
+                rows = rows.withColumns({"run_id": F.lit(run.run_id), "score_date": F.lit(score_date)})
+                step.replace(rows, where={"score_date": [score_date]})
             report = rows_of_date(lakehouse.read("fairness"), score_date)
             counted = report.agg(F.count(F.lit(1)), F.count_if("broken")).collect()[0]
             step.figures["segments"], step.figures["score_date"] = len(names), score_date
