@@ -878,7 +878,7 @@ def test_six_weeks_of_events_are_enough_for_scores_of_two_weeks_by_a_model_fitte
     lineage, horizon = trained.bundle.manifest["lineage"], timedelta(days=14)
     assert lineage["started_from"] == line.trained.bundle.digest
     started = [stage["figures"] for stage in trained.stages if stage["stage"] == "warm start"]
-    assert [(stage["purchase process"], stage["encoder"]) for stage in started] == [("True", "False")] * 2
+    assert [(stage["purchase_process"], stage["encoder"]) for stage in started] == [("True", "False")] * 2
     assert lineage["test_date"] == str(tomorrow), "the later fit has the same horizon"
     learned = line.lakehouse.read("training_set", lineage["training_set"]["version"]).filter("complete")
     assert learned.agg(F.max("as_of_date")).collect()[0][0] == tomorrow - horizon

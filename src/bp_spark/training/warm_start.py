@@ -85,8 +85,8 @@ class WarmStart:
             "bundle": self.bundle.folder.name,
             "digest": self.bundle.digest,
             "encoder": self._network is not None,
-            "projection of texts": self._network is not None and self.has_same_texts,
-            "purchase process": self.purchases is not None,
+            "projection": self._network is not None and self.has_same_texts,
+            "purchase_process": self.purchases is not None,
             "level_sd": f"{self.level_sd:.3f}",
         }
 
