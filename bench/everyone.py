@@ -39,6 +39,7 @@ from bp_spark.ingest.sources.synthetic import generate
 from bp_spark.lakehouse.schema import rows_of_date
 from bp_spark.lakehouse.store import Lakehouse
 
+_OTHERS = ("event", "consultation", "contact")
 SETTINGS = (
     "synthetic.users=20000",
     # a review comes after a purchase, and to read it takes longer than all else
@@ -87,7 +88,9 @@ def everyone(lakehouse: Lakehouse, settings: Config, day: date) -> dict[str, flo
     return {
         "everyone.users_scored_share": once / users,
         "everyone.prospects": float(scores[1].count()),
-        "everyone.registered_alone": float(features.filter("days_since_event IS NULL").count()),
+        "everyone.registered_alone": float(
+            features.filter(" AND ".join(f"days_since_{name} IS NULL" for name in _OTHERS)).count()
+        ),
     }
 
 

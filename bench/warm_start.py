@@ -2,7 +2,7 @@
 
 In: names of two platforms: ``complete_journey``, ``cdnow`` (a tenth of its customers, from the file ``CDNOW_master.txt`` of the
 package ``lifetimes``), or a world of :mod:`bench.worlds`. Out: a line of JSON a figure on standard output; every figure in
-``build/bench/warm_start.json``, from which a run that was stopped goes on.
+``build/bench/warm_start.json``, and what that has already isn't measured again.
 
 A bundle is trained on FROM with the default settings. Then members and stack are fitted on TO, with the labels of a share of
 the users and no others: once from nothing (``cold``), and once from that bundle (``warm``). Both predict the same users of TO
@@ -42,7 +42,7 @@ from bp_spark.ingest.clean import span
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.model.stack import CalibratedStack
 from bp_spark.training import cross_fit, dataset, ensemble
-from bp_spark.training.warm_start import WarmStart
+from bp_spark.training.warm_start import warm_start
 
 OUT = Path("build/bench/warm_start.json")
 SHARES = (0.05, 0.1, 0.25, 1.0)
@@ -114,7 +114,7 @@ def predictions(
     """Fit members and stack; ``user_key, label_spend, seen``, a column of each of :data:`MEMBERS`, and the interval."""
     started = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
-    start = WarmStart.of(conf)
+    start = warm_start(run)
     level, _ = ensemble.fit_level(run, dates, day, start.level_sd)
     rows = run.lakehouse.read("training_set", version)
     members, out_of_fold, _ = cross_fit.cross_fit(run, rows, day, vocabulary, work, version=version, start=start)
@@ -157,9 +157,9 @@ def compared(said: Mapping[str, pd.DataFrame], settings: Config) -> dict[str, An
 def main(arguments: Sequence[str] | None = None) -> None:
     """Arguments in, a training of FROM, two fits of TO for each share, the figures out."""
     parser = argparse.ArgumentParser(prog="python -m bench.warm_start", description=(__doc__ or "").splitlines()[0])
-    names = ", ".join([*TEST_DATES, *worlds.WORLDS])
-    parser.add_argument("donor", metavar="FROM", help=f"of {names}")
-    parser.add_argument("target", metavar="TO", help="another one of them")
+    names = [*TEST_DATES, *worlds.WORLDS]
+    for role, words in {"donor": "that the bundle is of", "target": "that starts from it"}.items():
+        parser.add_argument(role, choices=names, help=f"the platform {words}")
     parser.add_argument("--cdnow", type=Path, help="the file CDNOW_master.txt")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="shares of the users with labels")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="a setting to change")

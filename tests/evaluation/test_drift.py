@@ -22,9 +22,10 @@ from bp_spark import pipeline
 from bp_spark.cli import app
 from bp_spark.core import config
 from bp_spark.core.config import Config, FusionConfig
-from bp_spark.evaluation import drift
+from bp_spark.evaluation import drift, realised
 from bp_spark.features import labels
 from bp_spark.features.catalogue import catalogue, user_features_table
+from bp_spark.lakehouse.run import Run
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import EVENTS, PROSPECT_SCORES, SCORES, TOTALS, USER_DAILY
 from bp_spark.model.horizons import Horizons
@@ -44,7 +45,7 @@ LAST = NIGHT + timedelta(days=2)
 OLD = NIGHT - timedelta(days=100)
 USERS = 400
 PROSPECTS = 80
-FIRST_PURCHASES = ("auc", "ece", "above_high", "buyers", "calibration")
+FIRST_PURCHASES = ("auc", "ece", "above_high", "buyers", "spent_over_expected")
 
 
 # --- spreads and distances ---------------------------------------------------------------------------------------------
@@ -308,10 +309,11 @@ def test_where_nothing_moved_nothing_alarms_but_what_was_spent_outside_the_inter
         "ece": pytest.approx(0.1, abs=0.005),
         "above_high": 1 / 10,
         "buyers": 1 / 5,
-        "calibration": pytest.approx(0.9),
+        "spent_over_expected": pytest.approx(160 / 144),
     }
-    # chance explains more than the setting tolerates: of 16 purchasers
-    assert (first["calibration"]["threshold"], first["calibration"]["users"]) == (1 - 3.3 / 16**0.5, PROSPECTS)
+    # chance explains more than the setting tolerates: 16 * 0.9 + 64 * 0.1 purchasers were expected
+    total = first["spent_over_expected"]
+    assert (total["threshold"], total["users"]) == (pytest.approx(1 + 3.3 / 20.8**0.5), PROSPECTS)
     inside = figures[str(OLD), "totals_inside", None]
     assert (inside["value"], inside["reference"], inside["users"]) == (2 / 3, 0.9, USERS)
     assert figures["score", "moved", str(OLD)]["value"] == 0
@@ -319,6 +321,29 @@ def test_where_nothing_moved_nothing_alarms_but_what_was_spent_outside_the_inter
     assert figures["score", "moved_without_events", str(OLD)]["value"] is None
     watched = {row["subject"] for row in result.rows if row["kind"] == "feature"}
     assert watched == set(catalogue(platform.settings.features).names)
+
+
+def test_prospects_who_spend_nothing_or_far_too_much_raise_the_alarm(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(platform.spark, platform.settings)
+
+    def total(amount: float) -> dict[str, Any]:
+        def spent(run: Run, scores: Any, day: date, days: int) -> Any:
+            return scores.withColumn("label_spend", F.lit(amount))
+
+        monkeypatch.setattr(realised, "with_spend", spent)
+        rows = realised._errors_of_prospects(run, OLD, 90, platform.bundle.digest)
+        return next(row for row in rows if row["metric"] == "prospects_spent_over_expected")
+
+    for amount, is_alarm in {0.0: False, 1.8: False, 40.0: True}.items():
+        row = total(amount)
+        assert row["value"] == pytest.approx(amount * PROSPECTS / 144)
+        assert row["broken"] is is_alarm
+    # of so few expected purchasers none is little evidence; of more it is
+    monkeypatch.setattr(realised, "_DEVIATIONS", 2.0)
+    assert total(0.0)["broken"]
+    assert realised._errors_of_prospects(run, OLD, 90, "another bundle") == []
 
 
 def test_drift_that_was_put_in_is_found_and_nothing_else(platform: Platform) -> None:

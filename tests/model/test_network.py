@@ -16,7 +16,7 @@ from scipy import stats
 
 from bp_spark.core.config import NetworkConfig
 from bp_spark.core.errors import BundleError, ConfigError, DataError
-from bp_spark.model.history import HistoryEncoder
+from bp_spark.model.history import ENCODER_FILE, HistoryEncoder
 from bp_spark.model.inputs import HISTORY_COLUMNS, Batch, InputSpec, collate, empty_user
 from bp_spark.model.losses import band_loss, log_mse_loss, tweedie_loss, ziln_loss
 from bp_spark.model.members.base import predict_all
@@ -431,6 +431,14 @@ def test_an_encoder_goes_from_a_bundle_into_a_training_with_or_without_its_proje
         for name, tensor in started.state_dict().items():
             is_taken = with_projection or not name.startswith("text.")
             torch.testing.assert_close(tensor, network.history.state_dict()[name] if is_taken else before[name])
+    history.save(tmp_path / "encoder")
+    whole = load_file(str(tmp_path / "encoder" / ENCODER_FILE))
+    for lost in ("text.0.weight", "text.1.bias"):
+        save_file(
+            {name: tensor for name, tensor in whole.items() if name != lost}, str(tmp_path / "encoder" / ENCODER_FILE)
+        )
+        with pytest.raises(BundleError, match="don't fit the configured network"):
+            make_network().history.restore(tmp_path / "encoder")
     # of a platform that has texts, for one that has none
     history.save(tmp_path / "encoder")
     wordless = HistoryEncoder(TINY, SPEC.history_length, torch.zeros(0, 1))

@@ -215,6 +215,11 @@ def test_a_platform_of_purchases_alone_does_nothing_for_prospects(spark: SparkSe
     features_job.write_prospects(run, [AS_OF])
     assert not features_job.can_have_prospects(run)
     assert run.records == []
+    # segments of users make none a prospect, registrations do
+    for users, expected in (({"user_key": "u1"}, False), ({"signup_ts": datetime(2024, 6, 1, tzinfo=UTC)}, True)):
+        run.lakehouse.replace(RAW_USERS, frame(spark, RAW_USERS, {"ingest_id": 1, **users}))
+        assert features_job.can_have_prospects(run) is expected
+    run.lakehouse.replace(RAW_USERS, frame(spark, RAW_USERS, {"ingest_id": 2}))
     run.lakehouse.replace(RAW_BEHAVIOURS, frame(spark, RAW_BEHAVIOURS, {"ingest_id": 1}))
     assert features_job.can_have_prospects(run)
     assert not features_job.can_have_prospects(Run(spark, config.changed(settings, {"prospects.enabled": False})))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -37,6 +38,7 @@ from bp_spark.ingest.clean import span
 from bp_spark.lakehouse.run import Run, recorded
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import TABLE_NAMES
+from bp_spark.model.level import PRIOR_SD
 from bp_spark.registry import bundle as bundles
 from bp_spark.registry import decisions, signing
 from bp_spark.registry import manifest as manifests
@@ -45,7 +47,7 @@ from bp_spark.scoring import prediction
 from bp_spark.scoring.counterfactual import one_more_order
 from bp_spark.training import backtest, cross_fit, dataset, promote
 from bp_spark.training.loader import snapshot
-from bp_spark.training.warm_start import WarmStart
+from bp_spark.training.warm_start import warm_start
 from tests.support.histories import SECRET
 from tests.support.signing_keys import new_keys
 from tests.support.small_package import household_ids, write_small_package
@@ -397,7 +399,8 @@ def test_a_network_starts_from_the_encoder_of_another_bundle_of_its_sizes_and_of
 ) -> None:
     # steps too short to be seen
     steps = {"max_epochs": 1, "learning_rate": 1e-30, "weight_decay": 0.0, "average_epochs": 0.0}
-    training = line.config.training.model_copy(update={**steps, "from_bundle": str(line.trained.bundle.folder)})
+    donated = _of_another_platform(line, tmp_path / "donor")
+    training = line.config.training.model_copy(update={**steps, "from_bundle": str(donated)})
     fusion = line.config.fusion.model_copy(update={"members": ("transformer",)})
     settings = line.config.model_copy(update={"training": training, "fusion": fusion})
     run = Run(line.spark, settings)
@@ -411,14 +414,23 @@ def test_a_network_starts_from_the_encoder_of_another_bundle_of_its_sizes_and_of
         np.testing.assert_allclose(started[name], donor[name], rtol=1e-6, err_msg=name)
     assert not np.array_equal(started["head.weight"], donor["head.weight"])
 
-    wider = settings.model_copy(update={"network": settings.network.model_copy(update={"hidden_size": 32})})
-    with pytest.raises(
-        ConfigError, match=r"training\.from_bundle: that bundle has network\.hidden_size 16, and not 32"
+    start = warm_start(run)
+    level = line.trained.bundle.stack.level
+    assert level is not None
+    assert (start.with_projection, start.level_sd) == (True, level.sd if level.forecasts else PRIOR_SD)
+    for changes, message in (
+        ({"network.hidden_size": 32}, r"that bundle has network\.hidden_size 16, and not 32"),
+        ({"features.history_length": 8}, r"that bundle has features\.history_length 16, and not 8"),
+        ({"training.from_bundle": str(line.trained.bundle.folder)}, "learned from this platform"),
     ):
-        WarmStart.of(wider)
-    elsewhere = settings.model_copy(update={"training": training.model_copy(update={"from_bundle": str(tmp_path)})})
+        with pytest.raises(ConfigError, match=rf"training\.from_bundle: .*{message}"):
+            warm_start(Run(line.spark, config.changed(settings, changes)))
     with pytest.raises(BundleError, match=r"manifest\.json"):
-        WarmStart.of(elsewhere)
+        warm_start(Run(line.spark, config.changed(settings, {"training.from_bundle": str(tmp_path)})))
+    with pytest.raises(ConfigError, match=r"search\.space: network\.hidden_size is that of the bundle"):
+        pipeline.search(line.spark, settings)
+    other_words = config.changed(settings, {"texts.max_tokens": 7})
+    assert not warm_start(Run(line.spark, other_words)).with_projection
 
 
 def test_a_night_reports_by_segments_of_users(line: Line) -> None:
@@ -663,11 +675,10 @@ def test_runs_tell_what_ran_with_which_figures(line: Line) -> None:
     assert (featurized["rows_in"], featurized["rows_out"]) == (days.count(), users.count())
 
 
-def test_no_stage_after_cleaning_reads_what_is_known_of_users(line: Line) -> None:
+def test_no_stage_after_cleaning_reads_more_of_users_than_when_they_registered(line: Line) -> None:
     runs = line.lakehouse.read("runs").filter(F.col("job").isin("featurize", "train", "score")).collect()
     stages = {row["stage"]: set(row["read"] or {}) for row in runs if row["status"] == "done"}
     assert "user_daily" in stages["featurize"]
-    # that of prospects reads when they registered
     assert {stage for stage, tables in stages.items() if "raw_users" in tables} == {"clean", "prospects"}
 
 
@@ -732,16 +743,28 @@ def test_the_first_bundle_is_promoted_above_the_baselines_and_says_so(line: Line
     assert len(registry.get_metric_history(version.run_id, "transformer/valid_loss")) >= 1
 
 
+def _copied(line: Line, folder: Path, **lineage: Any) -> Path:
+    """Copy the trained bundle into a folder, with other entries in its lineage."""
+    shutil.copytree(line.trained.bundle.folder, folder)
+    content = {key: value for key, value in line.trained.bundle.manifest.items() if key not in ("digest", "checksum")}
+    text = manifests.encode(manifests.seal(content | {"lineage": content["lineage"] | lineage}))
+    private_key = signing.private_key(line.config.signing)
+    assert private_key is not None
+    (folder / "manifest.json").write_bytes(text)
+    (folder / "manifest.sig").write_bytes(private_key.sign(text))
+    return folder
+
+
+def _of_another_platform(line: Line, folder: Path) -> Path:
+    """Copy the trained bundle as if another lakehouse had taught it."""
+    taught = line.trained.bundle.manifest["lineage"]["training_set"] | {"location": "/another/lakehouse/training_set"}
+    return _copied(line, folder, training_set=taught)
+
+
 def test_a_bundle_that_cannot_be_told_from_the_promoted_one_replaces_it(line: Line, registry: MlflowClient) -> None:
     old = line.trained.bundle.folder
     # of another training that came to the same
-    new = shutil.copytree(old, old.with_name(f"again-{old.name}"))
-    content = {key: value for key, value in line.trained.bundle.manifest.items() if key not in ("digest", "checksum")}
-    text = manifests.encode(manifests.seal(content | {"lineage": content["lineage"] | {"again": True}}))
-    private_key = signing.private_key(line.config.signing)
-    assert private_key is not None
-    (new / "manifest.json").write_bytes(text)
-    (new / "manifest.sig").write_bytes(private_key.sign(text))
+    new = _copied(line, old.with_name(f"again-{old.name}"), again=True)
     bundle = bundles.load_promoted(line.config, new)
     with recorded(line.spark, line.config, "train") as run:
         decision = promote.promote(run, bundle, lambda: promote.decide(run, line.trained.fitted, True))
@@ -859,13 +882,13 @@ def test_six_weeks_of_events_are_enough_for_scores_of_two_weeks_by_a_model_fitte
     monkeypatch.setattr("bp_spark.evaluation.promotion.BASELINES", ())
     first, last = span(line.lakehouse)[0], date(2017, 2, 12)
     monkeypatch.setattr("bp_spark.training.dataset.span", lambda _: (first, last))
+    donor = _of_another_platform(line, tmp_path / "donor")
     updates = {
         "bundles": str(tmp_path / "bundles"),
         "labels": LabelsConfig(cutoffs=2),
         "fusion": line.config.fusion.model_copy(update={"members": ("linear",)}),
         "tracking": line.config.tracking.model_copy(update={"uri": None}),
-        # an older platform's bundle
-        "training": line.config.training.model_copy(update={"from_bundle": str(line.trained.bundle.folder)}),
+        "training": line.config.training.model_copy(update={"from_bundle": str(donor)}),
     }
     settings, tomorrow = line.config.model_copy(update=updates), last + timedelta(days=1)
     trained = pipeline.train(line.spark, settings)
@@ -876,9 +899,11 @@ def test_six_weeks_of_events_are_enough_for_scores_of_two_weeks_by_a_model_fitte
 
     # what passed is fitted anew, without a test date
     lineage, horizon = trained.bundle.manifest["lineage"], timedelta(days=14)
-    assert lineage["started_from"] == line.trained.bundle.digest
+    assert lineage["started_from"] == bundles.load(donor).digest
     started = [stage["figures"] for stage in trained.stages if stage["stage"] == "warm start"]
-    assert [(stage["purchase_process"], stage["encoder"]) for stage in started] == [("True", "False")] * 2
+    # a linear model has no encoder, and what is known of 90 days is no prior of 14
+    expected = {"purchase_process": "True", "encoder": "False", "projection": "False", "level_sd": "0.050"}
+    assert [{name: stage[name] for name in expected} for stage in started] == [expected] * 2
     assert lineage["test_date"] == str(tomorrow), "the later fit has the same horizon"
     learned = line.lakehouse.read("training_set", lineage["training_set"]["version"]).filter("complete")
     assert learned.agg(F.max("as_of_date")).collect()[0][0] == tomorrow - horizon

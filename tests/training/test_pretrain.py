@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -297,6 +298,17 @@ def test_fine_tuning_starts_from_the_encoder_and_takes_no_other(folder: Path, si
     (other / ENCODER_FILE).write_bytes(b"broken")
     with pytest.raises(BundleError, match="can't be read"):
         tuned.history.restore(other)
+
+
+def test_pre_training_starts_from_an_encoder_too(folder: Path, tmp_path: Path) -> None:
+    cold = job(folder, "warm")
+    other = network().history
+    other.save(tmp_path)
+    digests = [inputs_digest(cold.train, cold.valid, cold.texts, cold.config, initial) for initial in (None, tmp_path)]
+    assert digests[0] != digests[1]
+    started = dataclasses.replace(cold, initial=tmp_path).network(None, None)  # type: ignore[arg-type]
+    torch.testing.assert_close(started.history.kind.weight, other.kind.weight)
+    assert not torch.equal(cold.network(None, None).history.kind.weight, other.kind.weight)  # type: ignore[arg-type]
 
 
 def test_a_missing_encoder_and_a_missing_column_are_named_before_ranks_start(

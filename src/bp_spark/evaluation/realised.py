@@ -45,7 +45,7 @@ def realised(run: Run, scores: DataFrame, score_date: date) -> list[dict[str, An
     for day, days in complete_dates(run, scores, score_date).items():
         if str(day) not in measured:
             rows += _errors_of_buyers(run, scores, day, days)
-            rows += _errors_of_prospects(run, day, days)
+            rows += _errors_of_prospects(run, day, days, bundle_of(scores, day))
     return rows
 
 
@@ -114,51 +114,58 @@ def _errors_of_buyers(run: Run, scores: DataFrame, day: date, days: int) -> list
     return by_user + _totals_inside(run, rows, day, days, bundle_digest)
 
 
-def _errors_of_prospects(run: Run, day: date, days: int) -> list[dict[str, Any]]:
-    """Return figures of the first purchases of a date's prospects; none where no prospect was scored.
+def _errors_of_prospects(run: Run, day: date, days: int, bundle_digest: str) -> list[dict[str, Any]]:
+    """Return figures of the first purchases of a date's prospects; none where that bundle scored no prospect.
 
-    Expected over real spend alarms beyond ``drift.max_calibration_error`` from 1, and beyond what chance explains: the real
-    spend of n purchasers has the relative standard error ``sqrt((1 + v²) / n)``, with the coefficient v of their variation.
+    Spent over expected alarms beyond ``drift.max_calibration_error`` from 1, and beyond what chance explains: the spend of n
+    expected purchasers has the relative standard error ``sqrt((1 + v²) / n)``, with the coefficient v of their variation.
+
+    Args:
+        run: the running job.
+        day: the date.
+        days: of its horizon.
+        bundle_digest: of the bundle that scored it.
     """
     if not run.lakehouse.exists("prospect_scores"):
         return []
     config = run.config.drift
-    rows = with_spend(run, run.lakehouse.read("prospect_scores"), day, days)
+    # a bundle without a model of prospects leaves older rows of the date
+    of_bundle = (F.col("bundle_digest") == bundle_digest) & (F.coalesce("horizon_days", F.lit(days)) == days)
+    rows = with_spend(run, run.lakehouse.read("prospect_scores").filter(of_bundle), day, days)
     columns = ("label_spend", "expected_spend", "high", "p_active")
     users = rows.count()
     frame = drift.sampled(rows, users, config.max_users, "user_key").select(*columns).toPandas()
     if frame.empty:
         return []
-    truth, expected, high, p_active = (frame[name].to_numpy(np.float64) for name in columns)
-    spent, bought = np.maximum(truth, 0.0), truth > 0
-    calibration, tolerated = math.nan, config.max_calibration_error
-    if bought.any():
-        of_buyers = spent[bought]
-        chance = _DEVIATIONS * math.sqrt((1 + (of_buyers.std() / of_buyers.mean()) ** 2) / len(of_buyers))
-        calibration, tolerated = float(expected.sum() / spent.sum()), max(tolerated, chance)
+    label, expected, high, p_active = (frame[name].to_numpy(np.float64) for name in columns)
+    spent, bought = np.maximum(label, 0.0), label > 0
+    variation = spent[bought].std() / spent[bought].mean() if bought.any() else 1.0
+    chance = _DEVIATIONS * math.sqrt((1 + variation**2) / max(p_active.sum(), 1.0))
+    tolerated = max(config.max_calibration_error, chance)
+    note = None if len(frame) == users else f"of a sample of {len(frame):,} of {users:,} prospects, by hash"
+
     figures = {
         "auc": metrics.auc(bought, p_active),
         "ece": metrics.expected_calibration_error(bought, p_active, np.ones(len(bought))),
         "above_high": float((spent > high).mean()),
         "buyers": float(bought.mean()),
     }
-    note = None if len(frame) == users else f"of a sample of {len(frame):,} of {users:,} prospects, by hash"
-    told = [
+    unwatched = [
         drift.figure("realised", str(day), f"prospects_{name}", value, len(frame), note=note)
         for name, value in figures.items()
     ]
     total = drift.figure(
         "realised",
         str(day),
-        "prospects_calibration",
-        calibration,
+        "prospects_spent_over_expected",
+        float(spent.sum() / expected.sum()) if expected.sum() > 0 else math.nan,
         len(frame),
         reference=1.0,
-        least=1 - tolerated,
+        least=max(0.0, 1 - tolerated),
         most=1 + tolerated,
         note=note,
     )
-    return [*told, total]
+    return [*unwatched, total]
 
 
 def _totals_inside(run: Run, rows: DataFrame, day: date, days: int, bundle_digest: str) -> list[dict[str, Any]]:

@@ -256,9 +256,19 @@ def _built_dates(lakehouse: Lakehouse, name: str, built_from: str) -> set[date]:
 
 
 def can_have_prospects(run: Run) -> bool:
-    """Return whether the platform may know users before their first purchase; no Spark job is needed for that."""
-    sources = prospects.PROSPECT_SOURCES
-    return run.config.prospects.enabled and any(run.lakehouse.exists(name) for name in sources)
+    """Return whether the platform may know users before their first purchase.
+
+    No Spark job is needed for that, but where users alone are delivered beside purchases: whether any has registered.
+    """
+    lakehouse = run.lakehouse
+    if not run.config.prospects.enabled:
+        return False
+    if any(lakehouse.exists(name) for name in prospects.PROSPECT_SOURCES):
+        return True
+    return (
+        lakehouse.exists(RAW_USERS.name)
+        and not lakehouse.read(RAW_USERS.name).filter("signup_ts IS NOT NULL").isEmpty()
+    )
 
 
 def write_prospects(run: Run, as_of: Sequence[date]) -> None:

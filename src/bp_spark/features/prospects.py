@@ -26,8 +26,8 @@ FEATURES = tuple(column.name for column in PROSPECT_FEATURES.columns if column.t
 """What the model of prospects reads."""
 SILENCE = "days_since_seen"
 """The feature that stands in for all others where there are few first purchases."""
-PROSPECT_SOURCES = ("raw_behaviours", "raw_searches", "raw_reviews", "raw_users", "consultations", "campaign_contacts")
-"""Tables that name users before their first purchase. Without any of them there is no prospect."""
+PROSPECT_SOURCES = ("raw_behaviours", "raw_searches", "raw_reviews", "consultations", "campaign_contacts")
+"""Tables that name users before their first purchase, as ``raw_users`` does with those who registered."""
 
 _COUNTED_DAYS: Mapping[str, tuple[int, ...]] = {
     "active_days": (7, 30, 90),
@@ -129,7 +129,7 @@ def prospect_features(traces: DataFrame, as_of: Sequence[date], silent_days: int
 def _aggregates(traces: DataFrame) -> dict[str, Column]:
     """Return feature -> its aggregate over the days of a prospect, of columns that the traces have; NULL for the others."""
     age = F.col("age")
-    # not 0
+    # NULL, and not 0
     unknown = F.min(F.lit(None).cast("int"))
 
     def newest(measure: str) -> Column:

@@ -27,7 +27,7 @@ from bp_spark.model.inputs import HOURS, KINDS, NUMERIC_FEATURES, WEEKDAYS, Batc
 
 ENCODER_FILE = "encoder.safetensors"
 _TEXTS_AT_ONCE = 4096
-_TEXT = "text."
+_TEXT, _WEIGHT = "text.", "text.0.weight"
 
 
 class HistoryEncoder(nn.Module):
@@ -152,7 +152,8 @@ class HistoryEncoder(nn.Module):
         path = folder / ENCODER_FILE
         tensors = read_tensors(path)
         own = {name: tensor for name, tensor in self.state_dict().items() if name.startswith(_TEXT)}
-        if any(name not in tensors or tensors[name].shape != tensor.shape for name, tensor in own.items()):
+        has_none = not any(name.startswith(_TEXT) for name in tensors)
+        if has_none or tensors.get(_WEIGHT, own[_WEIGHT]).shape[-1:] != own[_WEIGHT].shape[-1:]:
             tensors |= own
         require_same_tensors(self, tensors, path)
         self.load_state_dict(tensors)

@@ -30,7 +30,7 @@ from bp_spark.training.dataset import collect_sample, without_histories, write_p
 from bp_spark.training.loader import Snapshot, snapshot
 from bp_spark.training.tasks import pretrain
 from bp_spark.training.tasks.finetune import finetune
-from bp_spark.training.warm_start import WarmStart
+from bp_spark.training.warm_start import WarmStart, warm_start
 
 RFM = (
     "recency_days",
@@ -90,7 +90,7 @@ def cross_fit(
         predictions are of rows whose whole horizon was seen, at most ``evaluation.max_users``. They have the columns of
         :func:`predict_all`, and the spend of each other horizon, NaN where it is not known.
     """
-    start = start or WarmStart.of(run.config)
+    start = start or warm_start(run)
     folds = range(run.config.labels.folds)
     frame = collect_sample(rows.filter("complete"), run.config.fusion.members, run.config)
     # the transformer reads the histories from the table's files

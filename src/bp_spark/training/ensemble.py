@@ -22,7 +22,7 @@ from bp_spark.model.stack import CalibratedStack, recency_weights
 from bp_spark.model.totals import FEW_ERRORS, Totals
 from bp_spark.training.cross_fit import cross_fit
 from bp_spark.training.dataset import collect_sample, prepare, users_of_test_date
-from bp_spark.training.warm_start import WarmStart
+from bp_spark.training.warm_start import WarmStart, warm_start
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,12 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
         dates: cutoffs whose whole horizon was seen before the test date.
         test_date: date from which on nothing is seen.
         brackets: ``user_key, bracket``, to join to the predictions.
+
+    Raises:
+        BundleError, ConfigError, TrackingError: see :func:`bp_spark.training.warm_start.warm_start`.
     """
     config = run.config
-    start = warm_start(run)
+    start = _start(run)
     level, spend = fit_level(run, dates, test_date, start.level_sd)
     year_before = labels.year_before(span(run.lakehouse)[0], test_date, config.labels) if level.evidence else []
     version, vocabulary, folder = prepare(run, dates, test_date, year_before)
@@ -107,12 +110,12 @@ def fit_as_of(run: Run, dates: Sequence[date], test_date: date, brackets: DataFr
     return Fitted(test_date, version, members, fusion, horizons, totals, predictions, history, start.digest)
 
 
-def warm_start(run: Run) -> WarmStart:
-    """Return what the training starts from; a stage of ``run`` if that is something."""
+def _start(run: Run) -> WarmStart:
+    """Return what the training starts from; a warm start is a stage of ``run``."""
     if run.config.training.from_bundle is None:
-        return WarmStart.of(run.config)
+        return WarmStart()
     with run.stage("warm start") as figures:
-        start = WarmStart.of(run.config)
+        start = warm_start(run)
         figures.update(start.figures)
     return start
 

@@ -33,6 +33,7 @@ from bp_spark.registry import mlflow_store
 from bp_spark.registry.searches import Settings, Trial, record_search
 from bp_spark.training.cross_fit import cross_fit
 from bp_spark.training.dataset import plan, prepare
+from bp_spark.training.warm_start import SIZES, warm_start
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -64,12 +65,14 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
 
     Raises:
         DataError: there are no events, or too little history for one cutoff.
-        ConfigError: every trial failed.
+        BundleError: the bundle of ``training.from_bundle`` can't be used.
+        ConfigError: every trial failed, or ``search.space`` has sizes that such a bundle decides.
         TrackingError: the store at ``tracking.uri`` can't be reached. It is raised before anything is done, or when all trials
             are in the table ``trials``.
         PlatformError: the extra ``train`` is not installed, or the disk is full.
     """
     extras.require("train", "search")
+    _require_sizes_stay(config)
     mlflow_store.check(config.tracking)
     # tqdm belongs to the extra `train`
     from tqdm import tqdm
@@ -80,13 +83,13 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
         first, _, day, config = plan(run.lakehouse, config, test_date)
         run.config = config
         version, vocabulary, folder = prepare(run, labels.cutoffs(first, day, config.labels), day)
-        rows = run.lakehouse.read("training_set", version)
+        rows, start = run.lakehouse.read("training_set", version), warm_start(run)
 
         def judge(settings: Mapping[str, object]) -> float:
             trial_run = Run(spark, changed(config, settings))
             with TemporaryDirectory(dir=folder) as work_dir:
                 _, out_of_fold, _ = cross_fit(
-                    trial_run, rows, day, vocabulary, Path(work_dir), version=version, refit=False
+                    trial_run, rows, day, vocabulary, Path(work_dir), version=version, refit=False, start=start
                 )
             return _metric(out_of_fold, trial_run.config)
 
@@ -113,6 +116,17 @@ def search(spark: SparkSession, config: Config, test_date: date | None = None) -
             figures["trials"], figures["best"] = len(trials.trials), best.number
             figures[config.search.metric] = best.value
         return SearchResult(trials.trials, best, run.records)
+
+
+def _require_sizes_stay(config: Config) -> None:
+    """Make sure that no trial changes the sizes of a network that starts from a bundle.
+
+    Raises:
+        ConfigError: one would.
+    """
+    fixed = [f"network.{name}" for name in SIZES if f"network.{name}" in config.search.space]
+    if config.training.from_bundle is not None and fixed:
+        raise ConfigError(f"search.space: {fixed[0]} is that of the bundle of training.from_bundle; leave it out")
 
 
 def _metric(out_of_fold: pd.DataFrame, config: Config) -> float:

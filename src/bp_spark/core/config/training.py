@@ -120,7 +120,7 @@ class TrainingConfig(Section):
         "again.",
     )
     seed: int = Field(7, description="Random seed of initial weights, order of rows and dropout.")
-    from_bundle: str | None = Field(
+    from_bundle: Folder | None = Field(
         None,
         description="Bundle of another platform that a training starts from: its folder, or its address in the registry. "
         "The history encoder of the network starts from that bundle's weights, and the purchase process and the "

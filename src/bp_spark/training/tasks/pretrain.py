@@ -74,6 +74,7 @@ def pretrain(
     run_dir = Path(run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     epochs = min(epochs or config.pretraining.max_epochs, config.pretraining.max_epochs)
+    initial = initial and Path(initial).absolute()
     identity = digest(inputs_digest(train, valid, texts_path, config, initial), epochs)
     length = config.features.history_length
     task = PretrainTask(train, valid, epochs, length, Path(texts_path).absolute(), config, run_dir, identity, initial)
