@@ -889,12 +889,15 @@ def test_six_weeks_of_events_are_enough_for_scores_of_two_weeks_by_a_model_fitte
         "fusion": line.config.fusion.model_copy(update={"members": ("linear",)}),
         "tracking": line.config.tracking.model_copy(update={"uri": None}),
         "training": line.config.training.model_copy(update={"from_bundle": str(donor)}),
+        # of fewer than 200 users, a linear model's ranks differ from those of its refit by chance
+        "evaluation": line.config.evaluation.model_copy(update={"margin": 0.1}),
     }
     settings, tomorrow = line.config.model_copy(update=updates), last + timedelta(days=1)
     trained = pipeline.train(line.spark, settings)
     days = (last - first).days
     assert f"events reach over {days} days; to predict 90 takes 210, and they allow 14: scores" in caplog.text
-    assert (trained.promoted, trained.bundle.horizon_days, trained.bundle.horizons.main) == (True, 14, 14)
+    assert trained.promoted, trained.reason
+    assert (trained.bundle.horizon_days, trained.bundle.horizons.main) == (14, 14)
     assert bundles.current(settings.bundles) == trained.bundle.folder
 
     # what passed is fitted anew, without a test date
