@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from bp_spark import __version__, pipeline
 from bp_spark.cli import app, common, render
 from bp_spark.core import extras
+from bp_spark.core.config import Config
 from bp_spark.core.errors import BpSparkError, DataError, PlatformError
 from tests.support.clusters import bare_environment
 
@@ -182,6 +184,26 @@ def test_featurize_is_strict_where_it_is_asked_to_be(options: list[str], monkeyp
     monkeypatch.setattr(pipeline, "featurize", lambda *arguments: strict.append(arguments[-1]) or [])
     assert CliRunner().invoke(app.app, ["featurize", "--as-of", "2024-10-01", *options]).exit_code == 0
     assert strict == [bool(options)]
+
+
+def test_train_starts_from_the_bundle_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str | None] = []
+
+    def train(spark: object, settings: Config, day: date | None) -> None:
+        started.append(settings.training.from_bundle)
+        raise DataError("events", "enough of this test")
+
+    monkeypatch.setattr(common, "start_session", lambda *_: None)
+    monkeypatch.setattr(pipeline, "train", train)
+    for address in ("models:/power@champion", "../shop: 2/bundles/20171003", "20171003"):
+        CliRunner().invoke(app.app, ["train", "--from-bundle", address])
+        assert started[-1] == address
+    CliRunner().invoke(app.app, ["train"])
+    assert started[-1] is None
+    # an empty name is no name of the promoted bundle
+    refused = CliRunner().invoke(app.app, ["train", "--from-bundle", ""])
+    assert "training.from_bundle" in str(refused.exception)
+    assert len(started) == 4
 
 
 def test_what_people_typed_is_shown_as_it_is_and_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
