@@ -39,7 +39,6 @@ from bp_spark.ingest.sources.synthetic import generate
 from bp_spark.lakehouse.schema import rows_of_date
 from bp_spark.lakehouse.store import Lakehouse
 
-_OTHERS = ("event", "consultation", "contact")
 SETTINGS = (
     "synthetic.users=20000",
     # a review comes after a purchase, and to read it takes longer than all else
@@ -85,12 +84,11 @@ def everyone(lakehouse: Lakehouse, settings: Config, day: date) -> dict[str, flo
         wanted.join(counts, "user_key", "left").agg(F.count(F.lit(1)), F.count_if(F.col("scores") == 1)).collect()[0]
     )
     features = rows_of_date(lakehouse.read("prospect_features"), day, "as_of_date")
+    alone = "days_since_event IS NULL AND days_since_consultation IS NULL AND days_since_contact IS NULL"
     return {
         "everyone.users_scored_share": once / users,
         "everyone.prospects": float(scores[1].count()),
-        "everyone.registered_alone": float(
-            features.filter(" AND ".join(f"days_since_{name} IS NULL" for name in _OTHERS)).count()
-        ),
+        "everyone.registered_alone": float(features.filter(alone).count()),
     }
 
 

@@ -904,7 +904,7 @@ def test_six_weeks_of_events_are_enough_for_scores_of_two_weeks_by_a_model_fitte
     lineage, horizon = trained.bundle.manifest["lineage"], timedelta(days=14)
     assert lineage["started_from"] == bundles.load(donor).digest
     started = [stage["figures"] for stage in trained.stages if stage["stage"] == "warm start"]
-    # a linear model has no encoder, and what is known of 90 days is no prior of 14
+    # a linear model has no encoder; the level of 90 days is not taken for 14 days, which start at the default
     expected = {"purchase_process": "True", "encoder": "False", "projection": "False", "level_sd": "0.050"}
     assert [{name: stage[name] for name in expected} for stage in started] == [expected] * 2
     assert lineage["test_date"] == str(tomorrow), "the later fit has the same horizon"

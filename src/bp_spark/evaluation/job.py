@@ -20,7 +20,7 @@ from bp_spark.evaluation import drift
 from bp_spark.evaluation import fairness as by_segment
 from bp_spark.evaluation.drift_reference import SCORE, SCORE_BORDERS, Spreads, measure_spreads, read_reference
 from bp_spark.evaluation.realised import bundle_of, complete_dates, realised, with_spend
-from bp_spark.lakehouse.run import Run, recorded
+from bp_spark.lakehouse.run import Run, is_written_lately, recorded
 from bp_spark.lakehouse.schema import rows_of_date
 from bp_spark.lakehouse.store import Lakehouse, read_as_declared
 from bp_spark.lakehouse.tables import DRIFT, FAIRNESS, SCORES
@@ -303,9 +303,7 @@ def fairness_is_due(lakehouse: Lakehouse, config: Config, day: date) -> bool:
     every = config.fairness.every_days
     if every is None or not lakehouse.exists("raw_users"):
         return False
-    newest = lakehouse.commit_metadata(FAIRNESS.name).get("score_date")
-    # a night that is run again asks again, and finds its inputs unchanged
-    if newest is not None and 0 < (day - date.fromisoformat(newest)).days < every:
+    if is_written_lately(lakehouse, FAIRNESS.name, day, every):
         return False
     return not lakehouse.read("raw_users").filter("cardinality(segment) > 0").isEmpty()
 

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 from py4j.protocol import Py4JJavaError
@@ -93,6 +93,21 @@ class TrackedLakehouse(Lakehouse):
         version = write(table, df, **arguments)
         self._read, self._written[table.name] = read_before, version
         return version
+
+
+def is_written_lately(lakehouse: Lakehouse, name: str, day: date, every_days: int) -> bool:
+    """Return whether the newest write of a table is of one of the last dates before a date, fewer than ``every_days`` ago.
+
+    A write of the date itself doesn't count: a night that is run again asks again, and finds its inputs unchanged.
+
+    Args:
+        lakehouse: the tables.
+        name: table whose writes record their ``score_date``.
+        day: the date.
+        every_days: days from one write to the next.
+    """
+    newest = lakehouse.commit_metadata(name).get("score_date")
+    return newest is not None and 0 < (day - date.fromisoformat(newest)).days < every_days
 
 
 @dataclass

@@ -15,7 +15,7 @@ from bp_spark.core.errors import PlatformError
 from bp_spark.core.session import is_connect, persisted
 from bp_spark.core.version import __version__
 from bp_spark.evaluation.realised import bundle_of
-from bp_spark.lakehouse.run import recorded
+from bp_spark.lakehouse.run import is_written_lately, recorded
 from bp_spark.lakehouse.schema import rows_of_date
 from bp_spark.lakehouse.store import Lakehouse
 from bp_spark.lakehouse.tables import EVENTS, PROSPECT_SCORES, RAW_ITEMS, RECOMMENDATIONS, SCORES
@@ -92,9 +92,7 @@ def is_due(lakehouse: Lakehouse, config: Config, day: date) -> bool:
     if is_connect(lakehouse.spark):
         logger.info("there are no recommendations: a session of Spark Connect can't make them")
         return False
-    newest = lakehouse.commit_metadata(RECOMMENDATIONS.name).get("score_date")
-    # a night that is run again asks again, and finds its inputs unchanged
-    return newest is None or not 0 < (day - date.fromisoformat(newest)).days < every
+    return not is_written_lately(lakehouse, RECOMMENDATIONS.name, day, every)
 
 
 def scored_users(tables: Mapping[str, DataFrame], day: date) -> DataFrame:

@@ -17,7 +17,6 @@ from bp_spark.model.history import HistoryEncoder
 from bp_spark.model.level import PRIOR_SD
 from bp_spark.model.members.btyd import BtydMember
 from bp_spark.model.members.transformer import TransformerMember
-from bp_spark.model.network import SpendNetwork
 from bp_spark.registry.bundle import Bundle, load_promoted
 
 SIZES = ("backbone", "hidden_size", "layers", "heads", "intermediate_size", "pooling")
@@ -116,7 +115,7 @@ def _encoder(bundle: Bundle, config: Config) -> HistoryEncoder | None:
     member = bundle.members.get(TransformerMember.name)
     if TransformerMember.name not in config.fusion.members or not isinstance(member, TransformerMember):
         return None
-    network: SpendNetwork = member.network
+    network = member.network
     sizes = {f"network.{name}": (getattr(config.network, name), getattr(network.config, name)) for name in SIZES}
     sizes["features.history_length"] = (config.features.history_length, network.spec.history_length)
     for name, (own, other) in sizes.items():
